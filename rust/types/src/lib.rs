@@ -1,0 +1,20 @@
+//! The words that all crates share: ids, time, limits, requests, the plan contract, outputs, errors.
+//! A leaf: it depends on nothing of ours and holds no behaviour beyond checks of its own values.
+
+pub mod error;
+pub mod ids;
+pub mod limits;
+pub mod output;
+pub mod plan;
+pub mod request;
+pub mod time;
+
+pub use error::{LimitError, Refusal};
+pub use ids::{
+    Attempt, BlockId, Epoch, FrontId, NodeId, ReplicaId, RequestId, SequenceKey, Slot, StepId, TenantId, Token,
+};
+pub use limits::{EngineLimits, FrontLimits};
+pub use output::{FinishReason, Finished, Outputs, TokenLogprobs};
+pub use plan::{Admission, Chunk, Delta, RowError, StepResult};
+pub use request::{Class, Sampling, Submission};
+pub use time::{Duration, Time};

@@ -1,0 +1,105 @@
+//! The contract between scheduler and workers. A `Delta` names only what changed since its base step; a worker's mirror
+//! expands it into the buffers that the executor reads. Sequences in decode take one row in every decoding step without
+//! being named, so a steady step costs a few hundred bytes whatever the number of running sequences.
+
+use crate::ids::{BlockId, Epoch, Slot, StepId, Token};
+use crate::output::TokenLogprobs;
+use crate::request::Sampling;
+use serde::{Deserialize, Serialize};
+
+/// A sequence enters a slot: everything that a worker needs to know about it until it leaves.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Admission {
+    /// The slot it takes; free on the worker by now.
+    pub slot: Slot,
+    /// All ids known so far: prompt, then what was emitted before.
+    pub context: Vec<Token>,
+    /// How many of them are prompt.
+    pub prompt_tokens: u32,
+    /// How many tokens' KV are in its blocks already (prefix hit); always less than the context.
+    pub computed_tokens: u32,
+    /// Its block table so far.
+    pub blocks: Vec<BlockId>,
+    /// How to sample.
+    pub sampling: Sampling,
+}
+
+/// A part of a sequence's context to compute in this step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Chunk {
+    /// Whose context.
+    pub slot: Slot,
+    /// First position.
+    pub start_tokens: u32,
+    /// How many positions; when they reach the end of the context, the row samples and the sequence decodes from the
+    /// next decoding step on.
+    pub tokens: u32,
+}
+
+/// One step, as the change from its base step.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Delta {
+    /// Incarnation of the worker group that this step is for.
+    pub epoch: Epoch,
+    /// This step.
+    pub step: StepId,
+    /// The step it builds on; a worker that has not seen it asks for a snapshot.
+    pub base: StepId,
+    /// Whether the sequences in decode take their row in this step.
+    pub decodes: bool,
+    /// Slots that end before this step: finished, aborted, preempted.
+    pub leave: Vec<Slot>,
+    /// Sequences that enter before this step.
+    pub admit: Vec<Admission>,
+    /// Blocks appended to tables: slots and blocks are parallel columns.
+    pub append_slots: Vec<Slot>,
+    /// See `append_slots`.
+    pub append_blocks: Vec<BlockId>,
+    /// Prefill work of this step.
+    pub chunks: Vec<Chunk>,
+}
+
+impl Delta {
+    /// An empty change, to be filled by a planner.
+    pub fn new(epoch: Epoch, step: StepId, base: StepId) -> Self {
+        Self {
+            epoch,
+            step,
+            base,
+            decodes: false,
+            leave: Vec::new(),
+            admit: Vec::new(),
+            append_slots: Vec::new(),
+            append_blocks: Vec::new(),
+            chunks: Vec::new(),
+        }
+    }
+}
+
+/// Why one row of a step has no token. It ends that request only.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+pub enum RowError {
+    /// The model returned a logit that is not a number.
+    NotANumber,
+    /// Every token was suppressed, so none can be drawn.
+    NothingToSample,
+}
+
+/// What a step produced. `slots` and `tokens` are parallel columns; a slot may repeat when a row yields several tokens.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct StepResult {
+    /// Incarnation that computed it.
+    pub epoch: Epoch,
+    /// The step.
+    pub step: StepId,
+    /// Which slots sampled.
+    pub slots: Vec<Slot>,
+    /// What they sampled.
+    pub tokens: Vec<Token>,
+    /// Log probabilities of the slots that asked, in the order of `slots`.
+    pub logprobs: Vec<(Slot, TokenLogprobs)>,
+    /// Rows that failed.
+    pub errors: Vec<(Slot, RowError)>,
+    /// Time the step took on the worker.
+    pub elapsed_ns: u64,
+}
