@@ -1,0 +1,13 @@
+//! Paged KV blocks of one replica: which block holds what, who shares it, which one is reused next.
+//! `pool` counts references, `prefix` remembers contents, `store` composes both into what the scheduler asks for.
+//! Nothing here moves a byte of KV: it is bookkeeping that workers follow.
+
+pub mod chain;
+pub mod pool;
+pub mod prefix;
+pub mod store;
+
+pub use chain::{BlockHash, ChainHasher, Namespace};
+pub use pool::BlockPool;
+pub use prefix::PrefixIndex;
+pub use store::{BlockStore, CacheCounters};

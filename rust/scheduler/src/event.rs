@@ -1,0 +1,120 @@
+//! What happens to a replica and what it wants done. Drivers and the simulator own everything in between.
+
+use llmscale_types::{
+    Attempt, Delta, Epoch, FrontId, Outputs, Refusal, RequestId, SequenceKey, StepResult, Submission,
+};
+
+/// Something happened.
+#[derive(Debug)]
+pub enum Event {
+    /// A front wants a sequence to run.
+    Submit(Box<Submission>),
+    /// A front wants an attempt to end; one terminal output follows if it was alive.
+    Abort(SequenceKey),
+    /// A front wants an attempt back if it has not been admitted.
+    Recall(SequenceKey),
+    /// A front is gone: its attempts end without outputs.
+    FrontGone(FrontId),
+    /// A worker group finished a step.
+    StepDone(StepResult),
+    /// A fresh worker group is ready; its memory holds nothing.
+    WorkerUp(Epoch),
+    /// The worker group died: KV memory is gone, sequences are not.
+    WorkerDown,
+    /// The node goes down: hand waiting work back, take no more.
+    Drain,
+    /// Time has passed.
+    Tick,
+}
+
+/// Why an attempt comes back to its front unstarted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum GiveBack {
+    /// The front asked for it.
+    Recalled,
+    /// It cannot run here, or not now.
+    Refused(Refusal),
+}
+
+/// What the driver has to do. Reused between calls, so that a steady step allocates nothing here.
+#[derive(Debug, Default)]
+pub struct Actions {
+    /// Send this step to all ranks.
+    pub execute: Option<Delta>,
+    /// Per front, by its number: what to send it.
+    pub outputs: Vec<Outputs>,
+    /// Attempts to hand back.
+    pub give_back: Vec<(SequenceKey, GiveBack)>,
+}
+
+impl Actions {
+    /// The outputs of one front, made on first use.
+    pub(crate) fn outputs_of(&mut self, front: FrontId) -> &mut Outputs {
+        if self.outputs.len() <= front.index() {
+            self.outputs.resize_with(front.index() + 1, Outputs::default);
+        }
+        &mut self.outputs[front.index()]
+    }
+
+    /// Forgets everything and keeps the memory.
+    pub fn clear(&mut self) {
+        self.execute = None;
+        self.outputs.iter_mut().for_each(Outputs::clear);
+        self.give_back.clear();
+    }
+}
+
+/// Names a request of a front whatever its attempt.
+pub(crate) type RequestKey = (FrontId, RequestId);
+
+/// The part of a key that does not change with the attempt.
+pub(crate) fn request_key(key: SequenceKey) -> RequestKey {
+    (key.front, key.request)
+}
+
+/// Whether `attempt` of an order is the one that lives here.
+pub(crate) fn same_attempt(lives: Attempt, named: Attempt) -> bool {
+    lives == named
+}
+
+/// Monotone counts since the start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ReplicaCounters {
+    /// Steps completed.
+    pub steps: u64,
+    /// Tokens emitted.
+    pub emitted_tokens: u64,
+    /// Prompt and recomputed tokens that went through the model.
+    pub prefill_tokens: u64,
+    /// Sequences preempted for want of blocks.
+    pub preemptions: u64,
+    /// Worker groups lost.
+    pub worker_losses: u64,
+    /// Sequences ended because a worker died twice while computing them.
+    pub poisoned: u64,
+    /// Results of an older epoch or an unknown step, dropped.
+    pub stale_results: u64,
+    /// Rows planned after their sequence had ended, dropped.
+    pub discarded_rows: u64,
+    /// Orders for attempts that are not here, ignored.
+    pub unknown_orders: u64,
+}
+
+/// How full the replica is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ReplicaLoad {
+    /// Sequences that wait.
+    pub waiting: u32,
+    /// Context tokens that wait.
+    pub waiting_tokens: u64,
+    /// Sequences that hold a slot.
+    pub running: u32,
+    /// Of these, sequences whose prompt is not computed yet: tokens left to compute.
+    pub prefill_backlog_tokens: u64,
+    /// Blocks that nobody references.
+    pub free_blocks: u32,
+    /// Blocks in all.
+    pub total_blocks: u32,
+    /// Steps planned and not completed.
+    pub steps_in_flight: u32,
+}

@@ -1,0 +1,22 @@
+//! One replica as a deterministic state machine: events in, actions out, no clock, socket, thread or randomness.
+//! `replica` composes; `queue` orders what waits, `planner` makes the next step, `complete` takes a step's result in one
+//! pass, `recovery` turns a dead worker into a preemption, `sequences` holds the rows of what runs. `mirror` is the workers'
+//! half of the plan contract: it expands deltas into the buffers that an executor reads.
+
+pub mod event;
+pub mod mirror;
+pub mod policy;
+pub mod replica;
+
+mod complete;
+mod planner;
+mod queue;
+mod record;
+mod recovery;
+mod sequences;
+mod wheel;
+
+pub use event::{Actions, Event, GiveBack, ReplicaCounters, ReplicaLoad};
+pub use mirror::{Gap, Mirror, SlotSampling, StepCounts};
+pub use policy::{FirstComeFirstServed, OrderKey, Policy};
+pub use replica::Replica;

@@ -1,0 +1,275 @@
+//! Makes the next step. A steady decoding step costs the sequences that end, the sequences that need a block and the
+//! delta that names them; nobody else is touched. Prefill chunks share what the decodes leave of the step's token budget,
+//! then waiting records are admitted while slots, blocks and budget last.
+
+use crate::event::Actions;
+use crate::record::Record;
+use crate::replica::{At, Flight, Location, Replica};
+use crate::sequences::{Ends, Phase};
+use llmscale_types::{Admission, Chunk, Delta, Slot};
+
+impl Replica {
+    /// Plans one step if a worker can take one and there is something to compute. Returns whether it did.
+    pub fn plan(&mut self, out: &mut Actions) -> bool {
+        let Some(epoch) = self.epoch else { return false };
+        if self.flights.len() >= self.limits.max_steps_in_flight as usize {
+            return false;
+        }
+        let mut draft = Delta::new(epoch, self.step.next(), self.step);
+        if self.suspects_run_alone() {
+            self.plan_suspect(&mut draft);
+        } else {
+            self.plan_decodes(&mut draft);
+            let budget = self.limits.max_step_tokens - if draft.decodes { self.decoding } else { 0 };
+            let budget = self.plan_chunks(&mut draft, budget);
+            self.admit_waiting(&mut draft, budget);
+        }
+        if !draft.decodes && draft.chunks.is_empty() {
+            assert!(draft.admit.is_empty() && draft.append_slots.is_empty(), "a step without rows changes tables");
+            return false;
+        }
+        draft.leave = std::mem::take(&mut self.pending_leave);
+        self.pending_leave.append(&mut self.leave_after_step);
+        self.take_off(&draft);
+        self.step = draft.step;
+        out.execute = Some(draft);
+        true
+    }
+
+    /// Notes what a planned step will answer.
+    fn take_off(&mut self, draft: &Delta) {
+        let samples = if draft.decodes { self.round_rows } else { 0 }
+            + draft.chunks.iter().filter(|chunk| self.ends_context(chunk)).count() as u32;
+        self.flights.push_back(Flight {
+            step: draft.step,
+            decodes: draft.decodes.then(|| self.round - 1),
+            chunks: draft.chunks.clone(),
+            appended: draft.append_slots.clone(),
+            samples,
+        });
+    }
+
+    fn ends_context(&self, chunk: &Chunk) -> bool {
+        (chunk.start_tokens + chunk.tokens) as usize == self.sequences.contexts[chunk.slot.index()].len()
+    }
+
+    /// One decoding round: who has had the last row leaves, who starts a block gets one, all others just go on.
+    fn plan_decodes(&mut self, draft: &mut Delta) {
+        self.end_last_rows();
+        if !self.make_room_for_round() || self.decoding == 0 {
+            return;
+        }
+        for index in 0..self.wheel.due(self.round).len() {
+            let slot = self.wheel.due(self.round)[index];
+            let block = self.blocks.allocate().expect("room was made for the whole round");
+            let position = self.next_position(slot);
+            let table = &mut self.sequences.cold[slot.index()].table;
+            assert_eq!(table.len() as u32, position / self.limits.block_tokens, "slot {slot} has a gap in its table");
+            table.push(block);
+            draft.append_slots.push(slot);
+            draft.append_blocks.push(block);
+        }
+        draft.decodes = true;
+        self.round_rows = self.decoding;
+        self.decoding_tokens += u64::from(self.decoding);
+        self.round += 1;
+    }
+
+    /// Sequences that reach their length leave before the round that would exceed it; their last token is in flight.
+    fn end_last_rows(&mut self) {
+        while let Some(entry) = self.endings.first_entry() {
+            if *entry.key() > self.round {
+                break;
+            }
+            for (slot, admitted_step) in entry.remove() {
+                let hot = self.sequences.hot[slot.index()];
+                if hot.phase == Phase::Decode && hot.admitted_step == admitted_step {
+                    self.stop_running(slot);
+                    self.sequences.hot[slot.index()].phase = Phase::LastRow;
+                    self.pending_leave.push(slot);
+                }
+            }
+        }
+    }
+
+    /// Preempts from the end of the order until every due sequence can have its block. Returns false if the last
+    /// sequence has to wait for blocks of sequences whose last row is in flight: they are free when it completes.
+    fn make_room_for_round(&mut self) -> bool {
+        while self.blocks.free() < self.wheel.due(self.round).len() as u32 {
+            let victim = *self.running.last().expect("a due sequence is running");
+            if self.running.len() == 1 {
+                assert!(!self.flights.is_empty(), "one sequence alone does not fit the pool");
+                return false;
+            }
+            self.preempt(victim.2);
+        }
+        true
+    }
+
+    /// Continues contexts that are partly computed, in order. Returns what is left of the budget.
+    fn plan_chunks(&mut self, draft: &mut Delta, mut budget: u32) -> u32 {
+        while budget > 0 {
+            let Some(&slot) = self.prefilling.front() else { break };
+            budget -= self.plan_chunk(draft, slot, budget);
+        }
+        budget
+    }
+
+    /// The next chunk of the first prefilling sequence; when it reaches the end, the sequence starts to decode.
+    fn plan_chunk(&mut self, draft: &mut Delta, slot: Slot, budget: u32) -> u32 {
+        let context = self.sequences.contexts[slot.index()].len() as u32;
+        let cold = &mut self.sequences.cold[slot.index()];
+        let tokens = budget.min(context - cold.planned_tokens);
+        draft.chunks.push(Chunk { slot, start_tokens: cold.planned_tokens, tokens });
+        cold.planned_tokens += tokens;
+        self.prefill_backlog -= u64::from(tokens);
+        if cold.planned_tokens == context {
+            let first = self.prefilling.pop_front();
+            assert_eq!(first, Some(slot), "chunks are planned in order");
+            self.start_decoding(slot);
+        }
+        tokens
+    }
+
+    /// The row that samples the first token is planned: decode rows follow from the next round on, if any are needed.
+    fn start_decoding(&mut self, slot: Slot) {
+        let index = slot.index();
+        let context = self.sequences.contexts[index].len() as u32;
+        let rows = self.sequences.hot[index].limit_tokens - context - 1;
+        if rows == 0 {
+            self.running.remove(&self.running_key(slot));
+            self.sequences.hot[index].phase = Phase::LastRow;
+            self.leave_after_step.push(slot);
+            return;
+        }
+        self.sequences.hot[index].phase = Phase::Decode;
+        let cold = &mut self.sequences.cold[index];
+        cold.joined_round = self.round;
+        cold.joined_tokens = context;
+        self.wheel.insert(slot, &mut self.sequences.cold);
+        self.decoding += 1;
+        self.decoding_tokens += u64::from(context);
+        let admitted_step = self.sequences.hot[index].admitted_step;
+        self.endings.entry(self.round + u64::from(rows)).or_default().push((slot, admitted_step));
+    }
+
+    /// Admits in order while budget, slots and blocks last. Nobody overtakes: a first record that does not fit waits,
+    /// and so does everybody behind it.
+    fn admit_waiting(&mut self, draft: &mut Delta, mut budget: u32) {
+        while budget > 0 && self.sequences.has_free_slot() && !self.draining {
+            let Some(record) = self.queue.first() else { break };
+            // A little room stays for the running sequences' next blocks, or an admission would preempt at once.
+            let spare = if self.running.is_empty() { 0 } else { self.blocks.total() / 128 };
+            if !self.fits(record, spare) {
+                break;
+            }
+            let slot = self.admit_first(draft, false);
+            budget -= self.plan_chunk(draft, slot, budget);
+        }
+    }
+
+    fn fits(&self, record: &Record, spare: u32) -> bool {
+        let submission = &record.submission;
+        let context = &submission.context;
+        let hashes = &record.hashes[..self.shareable_blocks(record, context.len())];
+        let (found, found_free) = self.blocks.probe(&submission.namespace, hashes, context);
+        let needed = self.limits.blocks_for(context.len() as u32) - found;
+        needed + spare <= self.blocks.free() - found_free
+    }
+
+    /// How many leading blocks may be shared: at least one token is left to compute, or there would be no logits.
+    fn shareable_blocks(&self, record: &Record, context_tokens: usize) -> usize {
+        record.hashes.len().min((context_tokens - 1) / self.limits.block_tokens as usize)
+    }
+
+    /// Moves the queue's first record into a slot with all blocks of its context.
+    fn admit_first(&mut self, draft: &mut Delta, suspect: bool) -> Slot {
+        let record = self.queue.pop_first(suspect).expect("the planner has seen it");
+        let ends = Ends { eos_tokens: &self.limits.eos_tokens, max_sequence_tokens: self.limits.max_sequence_tokens };
+        let slot = self.sequences.occupy(record, draft.step.0, &ends);
+        let index = slot.index();
+        let shareable = self.shareable_blocks(self.sequences.record(slot), self.sequences.contexts[index].len());
+        let context = &self.sequences.contexts[index];
+        let cold = &mut self.sequences.cold[index];
+        let record = cold.record.as_mut().expect("just put there");
+        let hit = self.blocks.share_prefix(&record.submission.namespace, &record.hashes[..shareable], context);
+        cold.registered_blocks = hit.blocks.len() as u32;
+        cold.content = hit.content;
+        cold.table = hit.blocks;
+        let computed = cold.registered_blocks * self.limits.block_tokens;
+        cold.planned_tokens = computed;
+        cold.computed_tokens = computed;
+        record.cached_tokens.get_or_insert(computed.min(record.submission.prompt_tokens));
+        while cold.table.len() < self.limits.blocks_for(context.len() as u32) as usize {
+            cold.table.push(self.blocks.allocate().expect("the planner has counted the blocks"));
+        }
+        draft.admit.push(Admission {
+            slot,
+            context: context.clone(),
+            prompt_tokens: record.submission.prompt_tokens,
+            computed_tokens: computed,
+            blocks: cold.table.clone(),
+            sampling: record.submission.sampling.clone(),
+        });
+        self.prefill_backlog += context.len() as u64 - u64::from(computed);
+        let key = (record.key().front, record.key().request);
+        self.places.insert(key, Location { attempt: record.key().attempt, at: At::Slot(slot) });
+        self.running.insert(self.running_key(slot));
+        self.prefilling.push_back(slot);
+        slot
+    }
+
+    /// Whether a suspect of a crash is to be computed next, alone.
+    fn suspects_run_alone(&self) -> bool {
+        let computing = self.prefilling.front().is_some_and(|&slot| self.sequences.record(slot).suspect);
+        computing || (self.queue.has_suspects() && self.sequences.has_free_slot())
+    }
+
+    /// A step with rows of one suspect only, so that a second crash names the culprit.
+    fn plan_suspect(&mut self, draft: &mut Delta) {
+        let slot = match self.prefilling.front() {
+            Some(&slot) if self.sequences.record(slot).suspect => slot,
+            _ => {
+                while !self.fits(self.queue.first_suspect().expect("there is a suspect"), 0) {
+                    let Some(&victim) = self.running.last() else {
+                        assert!(!self.flights.is_empty(), "one sequence alone does not fit the pool");
+                        return;
+                    };
+                    self.preempt(victim.2);
+                }
+                let slot = self.admit_first(draft, true);
+                // Ahead of whatever was partly computed before the crash's suspects were told apart.
+                self.prefilling.rotate_right(1);
+                slot
+            }
+        };
+        self.plan_chunk(draft, slot, self.limits.max_step_tokens);
+    }
+
+    /// Takes a sequence out of the running set and puts it back into the queue, with its tokens. Its blocks are free at
+    /// once: later steps of the same ordered stream may overwrite them.
+    pub(crate) fn preempt(&mut self, slot: Slot) {
+        let index = slot.index();
+        let expected = match self.sequences.hot[index].phase {
+            Phase::Prefill => self.sequences.contexts[index].len() as u32,
+            Phase::Decode => self.next_position(slot) + 1,
+            phase => unreachable!("a sequence in phase {phase:?} is not running"),
+        };
+        self.counters.preemptions += 1;
+        self.stop_running(slot);
+        self.pending_leave.push(slot);
+        self.release_blocks(slot);
+        self.sequences.cold[index].expected_tokens = expected;
+        if self.sequences.contexts[index].len() as u32 == expected {
+            self.requeue(slot);
+        } else {
+            self.sequences.hot[index].phase = Phase::Preempted;
+        }
+    }
+
+    /// Position of the row that the coming round computes for a decoding sequence.
+    pub(crate) fn next_position(&self, slot: Slot) -> u32 {
+        let cold = &self.sequences.cold[slot.index()];
+        cold.joined_tokens + (self.round - cold.joined_round) as u32
+    }
+}

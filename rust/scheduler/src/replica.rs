@@ -1,0 +1,431 @@
+//! One replica: scheduler and blocks as one state machine. Owns every sequence's life between a front's submission and its
+//! terminal output. Events are O(1) or O(log n), a plan is O(changes), a completion is O(rows).
+//! Knows no clock, socket, thread or text; time comes in with the events.
+
+use crate::event::{Actions, Event, GiveBack, ReplicaCounters, ReplicaLoad, RequestKey, request_key, same_attempt};
+use crate::policy::{OrderKey, Policy};
+use crate::queue::{Place, WaitingQueue};
+use crate::record::Record;
+use crate::sequences::{Phase, Sequences};
+use crate::wheel::BlockWheel;
+use llmscale_blocks::{BlockStore, CacheCounters, ChainHasher};
+use llmscale_types::error::QueueUnit;
+use llmscale_types::{
+    Attempt, Chunk, Duration, EngineLimits, Epoch, FinishReason, FrontId, LimitError, Refusal, RequestId, SequenceKey,
+    Slot, StepId, Submission, Time, Token,
+};
+use rustc_hash::FxHashMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// A planned step whose result has not arrived.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub(crate) step: StepId,
+    /// The decoding round that it computes, if any.
+    pub(crate) decodes: Option<u64>,
+    pub(crate) chunks: Vec<Chunk>,
+    /// Slots that got a block: the block before it is full when this step is complete.
+    pub(crate) appended: Vec<Slot>,
+    /// Rows that sample.
+    pub(crate) samples: u32,
+}
+
+/// Where an attempt is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Location {
+    pub(crate) attempt: Attempt,
+    pub(crate) at: At,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum At {
+    Queue(Place),
+    Slot(Slot),
+}
+
+/// See the file's header.
+#[derive(Debug)]
+pub struct Replica {
+    pub(crate) limits: EngineLimits,
+    policy: Box<dyn Policy>,
+    pub(crate) blocks: BlockStore,
+    pub(crate) queue: WaitingQueue,
+    pub(crate) sequences: Sequences,
+    /// Looked up by request, never iterated.
+    pub(crate) places: FxHashMap<RequestKey, Location>,
+    deadlines: BTreeSet<(Time, FrontId, RequestId)>,
+    /// Sequences with rows to come, in policy order; the last one is preempted first.
+    pub(crate) running: BTreeSet<(OrderKey, u64, Slot)>,
+    pub(crate) prefilling: VecDeque<Slot>,
+    pub(crate) wheel: BlockWheel,
+    /// Rounds before which sequences leave because their last row is planned.
+    pub(crate) endings: BTreeMap<u64, Vec<(Slot, u64)>>,
+    pub(crate) flights: VecDeque<Flight>,
+    pub(crate) step: StepId,
+    pub(crate) round: u64,
+    pub(crate) round_rows: u32,
+    pub(crate) decoding: u32,
+    pub(crate) decoding_tokens: u64,
+    pub(crate) prefill_backlog: u64,
+    pub(crate) epoch: Option<Epoch>,
+    pub(crate) last_epoch: Option<Epoch>,
+    arrivals: u64,
+    /// Slots that the workers have to forget with the next delta, and with the one after it.
+    pub(crate) pending_leave: Vec<Slot>,
+    pub(crate) leave_after_step: Vec<Slot>,
+    /// Sequences with full blocks that the prefix index does not know yet, with the step that filled them.
+    pub(crate) unregistered: VecDeque<(Slot, u64)>,
+    pub(crate) ended: Vec<(Slot, FinishReason)>,
+    pub(crate) draining: bool,
+    pub(crate) counters: ReplicaCounters,
+}
+
+impl Replica {
+    /// An idle replica without a worker. `secret` keys the prefix hashes.
+    pub fn new(limits: EngineLimits, secret: [u8; 32], policy: Box<dyn Policy>) -> Result<Self, LimitError> {
+        limits.check()?;
+        Ok(Self {
+            blocks: BlockStore::new(limits.total_blocks, limits.block_tokens, ChainHasher::new(secret)),
+            queue: WaitingQueue::default(),
+            sequences: Sequences::new(limits.max_sequences),
+            places: FxHashMap::default(),
+            deadlines: BTreeSet::new(),
+            running: BTreeSet::new(),
+            prefilling: VecDeque::new(),
+            wheel: BlockWheel::new(limits.block_tokens),
+            endings: BTreeMap::new(),
+            flights: VecDeque::new(),
+            step: StepId(0),
+            round: 0,
+            round_rows: 0,
+            decoding: 0,
+            decoding_tokens: 0,
+            prefill_backlog: 0,
+            epoch: None,
+            last_epoch: None,
+            arrivals: 0,
+            pending_leave: Vec::new(),
+            leave_after_step: Vec::new(),
+            unregistered: VecDeque::new(),
+            ended: Vec::new(),
+            draining: false,
+            counters: ReplicaCounters::default(),
+            policy,
+            limits,
+        })
+    }
+
+    /// Applies one event. Returns false only for a result that does not fit its step: the driver then replaces the worker.
+    #[must_use]
+    pub fn on_event(&mut self, now: Time, event: Event, out: &mut Actions) -> bool {
+        match event {
+            Event::Submit(submission) => self.submit(*submission, out),
+            Event::Abort(key) => self.abort(key, out),
+            Event::Recall(key) => self.recall(key, out),
+            Event::FrontGone(front) => self.front_gone(front),
+            Event::StepDone(result) => return self.complete(&result, out),
+            Event::WorkerUp(epoch) => self.worker_up(epoch),
+            Event::WorkerDown => self.worker_down(out),
+            Event::Drain => self.drain(out),
+            Event::Tick => self.expire(now, out),
+        }
+        true
+    }
+
+    fn submit(&mut self, submission: Submission, out: &mut Actions) {
+        let key = submission.key;
+        if let Err(refusal) = self.admissible(&submission) {
+            out.give_back.push((key, GiveBack::Refused(refusal)));
+            return;
+        }
+        // A newer attempt replaces an older one that the front has given up already.
+        if let Some(location) = self.places.get(&request_key(key)).copied() {
+            drop(self.withdraw(location));
+        }
+        let block_tokens = self.limits.block_tokens;
+        let hashes = self.blocks.hasher().chain(&submission.namespace, &submission.context, block_tokens);
+        self.arrivals += 1;
+        if let Some(deadline) = submission.deadline {
+            self.deadlines.insert((deadline, key.front, key.request));
+        }
+        let record = Box::new(Record::new(submission, self.arrivals, hashes, &*self.policy));
+        if record.output_tokens(record.submission.context.len()) >= record.submission.sampling.max_tokens {
+            self.conclude(&record, FinishReason::Length, out);
+            return;
+        }
+        self.wait_again(record);
+    }
+
+    fn admissible(&self, submission: &Submission) -> Result<(), Refusal> {
+        let sampling = &submission.sampling;
+        if self.draining {
+            return Err(Refusal::Draining);
+        }
+        if submission.prompt_tokens == 0 || submission.context.len() < submission.prompt_tokens as usize {
+            return Err(Refusal::EmptyPrompt);
+        }
+        let limit = u64::from(self.limits.max_sequence_tokens);
+        let needed = submission.max_total_tokens().max(submission.context.len() as u64);
+        if needed > limit {
+            return Err(Refusal::TooLong { needed, limit });
+        }
+        if sampling.check(self.limits.vocabulary).is_err() {
+            return Err(Refusal::BadSampling);
+        }
+        if let Some(&given) = submission.context.iter().find(|&&token| token >= self.limits.vocabulary) {
+            let limit = u64::from(self.limits.vocabulary);
+            return Err(Refusal::UnknownToken { given: u64::from(given), limit });
+        }
+        let known = self.places.get(&request_key(submission.key));
+        if known.is_some_and(|location| location.attempt >= submission.key.attempt) {
+            return Err(Refusal::Duplicate);
+        }
+        if self.queue.len() >= self.limits.max_waiting_sequences as usize {
+            return Err(Refusal::QueueFull {
+                queued: self.queue.len() as u64,
+                limit: u64::from(self.limits.max_waiting_sequences),
+                unit: QueueUnit::Requests,
+                retry_after: Duration::from_millis(100),
+            });
+        }
+        Ok(())
+    }
+
+    fn abort(&mut self, key: SequenceKey, out: &mut Actions) {
+        match self.places.get(&request_key(key)).copied() {
+            Some(location) if same_attempt(location.attempt, key.attempt) => {
+                self.end(location, FinishReason::Aborted, out)
+            }
+            _ => self.counters.unknown_orders += 1,
+        }
+    }
+
+    fn recall(&mut self, key: SequenceKey, out: &mut Actions) {
+        match self.places.get(&request_key(key)).copied() {
+            Some(location) if same_attempt(location.attempt, key.attempt) => {
+                if let At::Queue(place) = location.at {
+                    let record = self.queue.remove(place).expect("its place was looked up");
+                    self.forget(&record);
+                    out.give_back.push((key, GiveBack::Recalled));
+                }
+            }
+            _ => self.counters.unknown_orders += 1,
+        }
+    }
+
+    fn front_gone(&mut self, front: FrontId) {
+        let waiting: Vec<RequestId> =
+            self.queue.iter().map(Record::key).filter(|key| key.front == front).map(|key| key.request).collect();
+        let running = self.sequences.occupied().map(|slot| self.sequences.record(slot).key());
+        let running: Vec<RequestId> = running.filter(|key| key.front == front).map(|key| key.request).collect();
+        for request in waiting.into_iter().chain(running) {
+            let location = self.places[&(front, request)];
+            drop(self.withdraw(location));
+        }
+    }
+
+    fn drain(&mut self, out: &mut Actions) {
+        self.draining = true;
+        let waiting: Vec<Place> = self.queue.iter().map(|record| (record.order, record.arrival)).collect();
+        for place in waiting {
+            let record = self.queue.remove(place).expect("its place was just listed");
+            self.forget(&record);
+            out.give_back.push((record.key(), GiveBack::Refused(Refusal::Draining)));
+        }
+    }
+
+    fn expire(&mut self, now: Time, out: &mut Actions) {
+        while let Some(&(deadline, front, request)) = self.deadlines.first() {
+            if deadline > now {
+                break;
+            }
+            let location = self.places[&(front, request)];
+            self.end(location, FinishReason::Deadline, out);
+        }
+    }
+
+    /// Ends an attempt wherever it is, with a terminal output.
+    fn end(&mut self, location: Location, reason: FinishReason, out: &mut Actions) {
+        match location.at {
+            At::Slot(slot) => self.finish(slot, reason, out),
+            At::Queue(place) => {
+                let record = self.queue.remove(place).expect("its place was looked up");
+                self.conclude(&record, reason, out);
+            }
+        }
+    }
+
+    /// Ends an attempt wherever it is, without a word.
+    fn withdraw(&mut self, location: Location) -> Box<Record> {
+        let record = match location.at {
+            At::Slot(slot) => {
+                if matches!(self.sequences.hot[slot.index()].phase, Phase::Prefill | Phase::Decode) {
+                    self.stop_running(slot);
+                    self.pending_leave.push(slot);
+                }
+                self.release_blocks(slot);
+                self.sequences.vacate(slot)
+            }
+            At::Queue(place) => self.queue.remove(place).expect("its place was looked up"),
+        };
+        self.forget(&record);
+        record
+    }
+
+    pub(crate) fn forget(&mut self, record: &Record) {
+        let key = record.key();
+        self.places.remove(&request_key(key));
+        if let Some(deadline) = record.submission.deadline {
+            self.deadlines.remove(&(deadline, key.front, key.request));
+        }
+    }
+
+    /// Puts a record into the queue, new or once more.
+    pub(crate) fn wait_again(&mut self, record: Box<Record>) {
+        let key = record.key();
+        let place = self.queue.push(record);
+        self.places.insert(request_key(key), Location { attempt: key.attempt, at: At::Queue(place) });
+    }
+
+    /// Back to the queue with all its tokens; the slot is free.
+    pub(crate) fn requeue(&mut self, slot: Slot) {
+        let record = self.sequences.vacate(slot);
+        self.wait_again(record);
+    }
+
+    /// No rows of this sequence will be planned any more.
+    pub(crate) fn stop_running(&mut self, slot: Slot) {
+        self.running.remove(&self.running_key(slot));
+        match self.sequences.hot[slot.index()].phase {
+            Phase::Prefill => {
+                let planned = self.sequences.cold[slot.index()].planned_tokens;
+                self.prefill_backlog -= self.sequences.contexts[slot.index()].len() as u64 - u64::from(planned);
+                self.prefilling.retain(|&other| other != slot);
+            }
+            Phase::Decode => {
+                self.decoding_tokens -= u64::from(self.next_position(slot));
+                self.wheel.remove(slot, &mut self.sequences.cold);
+                self.decoding -= 1;
+            }
+            phase => unreachable!("a sequence in phase {phase:?} is not running"),
+        }
+    }
+
+    pub(crate) fn running_key(&self, slot: Slot) -> (OrderKey, u64, Slot) {
+        let record = self.sequences.record(slot);
+        (record.order, record.arrival, slot)
+    }
+
+    /// Makes the sequence's full blocks findable, then gives all of them back.
+    pub(crate) fn release_blocks(&mut self, slot: Slot) {
+        self.register_full_blocks(slot);
+        let table = std::mem::take(&mut self.sequences.cold[slot.index()].table);
+        self.blocks.release(&table);
+    }
+
+    /// Work that nobody waits for, done while a step runs: hashes of the blocks that became full. At most `max_blocks`
+    /// sequences are looked at; returns whether there is more.
+    pub fn housekeeping(&mut self, max_sequences: usize) -> bool {
+        for _ in 0..max_sequences {
+            let Some((slot, step)) = self.unregistered.pop_front() else { return false };
+            let hot = &self.sequences.hot[slot.index()];
+            if matches!(hot.phase, Phase::Prefill | Phase::Decode | Phase::LastRow) && hot.admitted_step <= step {
+                self.register_full_blocks(slot);
+            }
+        }
+        !self.unregistered.is_empty()
+    }
+
+    fn register_full_blocks(&mut self, slot: Slot) {
+        let index = slot.index();
+        let block_tokens = self.limits.block_tokens as usize;
+        let context = &self.sequences.contexts[index];
+        let cold = &mut self.sequences.cold[index];
+        // In decode every token but the last has its KV; in prefill the completed chunks tell.
+        let computed = (cold.computed_tokens as usize).max(match self.sequences.hot[index].phase {
+            Phase::Prefill => 0,
+            _ if cold.planned_tokens as usize > cold.computed_tokens as usize => 0,
+            _ => context.len() - 1,
+        });
+        let full = (computed / block_tokens).min(cold.table.len());
+        let Some(record) = cold.record.as_mut() else { return };
+        for block in cold.registered_blocks as usize..full {
+            let ids: &[Token] = &context[block * block_tokens..(block + 1) * block_tokens];
+            let namespace = &record.submission.namespace;
+            if record.hashes.len() == block {
+                let hash = self.blocks.hasher().block(namespace, record.hashes.last(), ids);
+                record.hashes.push(hash);
+            }
+            let hash = record.hashes[block];
+            cold.content = Some(self.blocks.register(cold.table[block], namespace, cold.content, &hash, ids));
+            cold.registered_blocks = block as u32 + 1;
+        }
+    }
+
+    /// How full the replica is.
+    pub fn load(&self) -> ReplicaLoad {
+        ReplicaLoad {
+            waiting: self.queue.len() as u32,
+            waiting_tokens: self.queue.tokens(),
+            running: self.sequences.running(),
+            prefill_backlog_tokens: self.prefill_backlog,
+            free_blocks: self.blocks.free(),
+            total_blocks: self.blocks.total(),
+            steps_in_flight: self.flights.len() as u32,
+        }
+    }
+
+    /// What has happened since the start.
+    pub fn counters(&self) -> ReplicaCounters {
+        self.counters
+    }
+
+    /// How often prefixes were found.
+    pub fn cache_counters(&self) -> CacheCounters {
+        self.blocks.counters()
+    }
+
+    /// Sequences that take a row in every decoding step, and the sum of their positions.
+    pub fn decoding(&self) -> (u32, u64) {
+        (self.decoding, self.decoding_tokens)
+    }
+
+    /// The bounds it runs under.
+    pub fn limits(&self) -> &EngineLimits {
+        &self.limits
+    }
+
+    /// When the next deadline passes, for whoever sleeps.
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.deadlines.first().map(|entry| entry.0)
+    }
+
+    /// Nothing waits, runs or is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.queue.len() == 0 && self.sequences.running() == 0 && self.flights.is_empty()
+    }
+
+    /// Walks the whole state. O(everything), for tests, the simulator and idle moments.
+    pub fn check(&self) {
+        let slots: Vec<Slot> = self.sequences.occupied().collect();
+        let mut references: BTreeMap<llmscale_types::BlockId, u32> = BTreeMap::new();
+        for block in slots.iter().flat_map(|slot| &self.sequences.cold[slot.index()].table) {
+            *references.entry(*block).or_default() += 1;
+        }
+        self.blocks.check(|block| references.get(&block).copied().unwrap_or(0));
+        let in_phase = |phase| slots.iter().filter(|slot| self.sequences.hot[slot.index()].phase == phase).count();
+        assert_eq!(in_phase(Phase::Decode), self.decoding as usize, "decoding count");
+        assert_eq!(self.wheel.len(), self.decoding as usize, "the wheel holds the decoding sequences");
+        assert_eq!(in_phase(Phase::Prefill), self.prefilling.len(), "prefilling list");
+        assert_eq!(self.running.len(), self.prefilling.len() + self.decoding as usize, "running set");
+        assert_eq!(self.places.len(), slots.len() + self.queue.len(), "every attempt has one place");
+        assert!(
+            self.queue.len() <= self.limits.max_waiting_sequences as usize + self.sequences.hot.len(),
+            "queue bound"
+        );
+        assert_eq!(slots.len(), self.sequences.running() as usize, "slots in use");
+        if slots.is_empty() {
+            assert_eq!(self.blocks.free(), self.blocks.total(), "blocks are held though nothing runs");
+        }
+    }
+}
