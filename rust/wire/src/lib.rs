@@ -1,0 +1,28 @@
+//! Messages between fronts, nodes and workers, and the codec that turns them into msgpack bytes and back.
+//! One frame is `[version, tag, body]`; bodies are arrays in field order, enums are small integers, nothing is looked up by
+//! name. Decoding is linear in the frame, allocates at most a small multiple of it, and accepts only what passes every
+//! bound of `CodecLimits`, so that later stages check nothing again. Knows nothing of sockets, peers or time.
+
+mod bounds;
+mod error;
+mod field;
+mod frame;
+mod limits;
+mod marker;
+mod node;
+mod reader;
+mod scan;
+mod version;
+mod words;
+mod worker;
+mod writer;
+
+pub use error::WireError;
+pub use frame::{Message, decode, encode, encode_into};
+pub use limits::CodecLimits;
+pub use node::{
+    Abort, FromNode, GiveBack, Hello, ModelIdentity, ModelRef, NodeLimits, NodeOutputs, NodeState, Ping, Pong, Recall,
+    RejectCode, Rejected, Status, Submit, ToNode, Welcome,
+};
+pub use version::{VERSIONS, VersionRange};
+pub use worker::{Configure, Dtype, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker};
