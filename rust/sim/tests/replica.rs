@@ -1,0 +1,305 @@
+//! Goal: one replica, whatever arrives in whatever order, emits exactly the tokens of the model, ends every attempt once
+//! and gives every block back. Method: random submissions, aborts, recalls, crashes and delays against the hash worker.
+
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Replica};
+use llmscale_sim::{HashWorker, WorkerDeath, hash_token};
+use llmscale_types::{
+    Attempt, Class, Delta, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling, SequenceKey, Submission,
+    Time, Token,
+};
+use proptest::prelude::*;
+use std::collections::{BTreeMap, VecDeque};
+
+const EOS: Token = 3;
+
+fn limits(total_blocks: u32, max_sequences: u32, max_step_tokens: u32, steps: u32) -> EngineLimits {
+    EngineLimits {
+        block_tokens: 4,
+        total_blocks,
+        max_sequences,
+        max_step_tokens: max_step_tokens.max(max_sequences),
+        max_sequence_tokens: 40,
+        max_waiting_sequences: 64,
+        max_steps_in_flight: steps,
+        eos_tokens: vec![EOS],
+        vocabulary: 50,
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Wanted {
+    submission: Submission,
+    emitted: Vec<Token>,
+    ended: Option<FinishReason>,
+}
+
+/// One replica with its worker, the steps between them and what the fronts have seen.
+struct World {
+    deadly: Option<Token>,
+    replica: Replica,
+    worker: Option<HashWorker>,
+    epoch: Epoch,
+    sent: VecDeque<Delta>,
+    wanted: BTreeMap<SequenceKey, Wanted>,
+    requests: u64,
+    out: Actions,
+}
+
+impl World {
+    fn new(limits: EngineLimits) -> Self {
+        Self::with_deadly_token(limits, None)
+    }
+
+    fn with_deadly_token(limits: EngineLimits, deadly: Option<Token>) -> Self {
+        let replica = Replica::new(limits, [9; 32], Box::new(FirstComeFirstServed)).unwrap();
+        let mut world = Self {
+            deadly,
+            replica,
+            worker: None,
+            epoch: Epoch(0),
+            sent: VecDeque::new(),
+            wanted: BTreeMap::new(),
+            requests: 0,
+            out: Actions::default(),
+        };
+        world.restart();
+        world
+    }
+
+    fn restart(&mut self) {
+        self.epoch = self.epoch.next();
+        self.worker = Some(HashWorker::new(self.replica.limits(), self.epoch).killed_by(self.deadly));
+        self.event(Event::WorkerUp(self.epoch));
+    }
+
+    fn event(&mut self, event: Event) {
+        assert!(self.replica.on_event(Time(0), event, &mut self.out), "a result fits its step");
+        self.collect();
+    }
+
+    /// Checks every token against the model and every ending against its rules.
+    fn collect(&mut self) {
+        let vocabulary = self.replica.limits().vocabulary;
+        for (front, outputs) in self.out.outputs.iter().enumerate() {
+            for row in 0..outputs.requests.len() {
+                let key = SequenceKey {
+                    front: FrontId(front as u32),
+                    request: outputs.requests[row],
+                    attempt: outputs.attempts[row],
+                };
+                let wanted = self.wanted.get_mut(&key).expect("outputs belong to a submission");
+                assert_eq!(wanted.ended, None, "a token after the end of {key:?}");
+                let submission = &wanted.submission;
+                assert_eq!(outputs.indexes[row] as usize, submission.emitted_tokens() as usize + wanted.emitted.len());
+                let ids: Vec<Token> = submission.context.iter().chain(&wanted.emitted).copied().collect();
+                let sampling = &submission.sampling;
+                assert_eq!(outputs.tokens[row], hash_token(&ids, sampling.seed, sampling.choice, vocabulary));
+                wanted.emitted.push(outputs.tokens[row]);
+            }
+            for finished in &outputs.finished {
+                let key =
+                    SequenceKey { front: FrontId(front as u32), request: finished.request, attempt: finished.attempt };
+                let wanted = self.wanted.get_mut(&key).expect("an ending belongs to a submission");
+                assert_eq!(wanted.ended.replace(finished.reason), None, "a second end of {key:?}");
+                let output = wanted.submission.emitted_tokens() as usize + wanted.emitted.len();
+                assert_eq!(finished.output_tokens as usize, output);
+                let stopped = wanted.emitted.last().is_some_and(|&token| token == EOS);
+                match finished.reason {
+                    FinishReason::Stop => assert!(stopped),
+                    FinishReason::Length => assert_eq!(output, wanted.submission.sampling.max_tokens as usize),
+                    FinishReason::Aborted | FinishReason::Poisoned => {}
+                    other => panic!("an unexpected end: {other:?}"),
+                }
+            }
+        }
+        for (key, _) in &self.out.give_back {
+            self.wanted.remove(key).expect("given back once");
+        }
+        self.out.clear();
+        self.replica.check();
+    }
+
+    fn submit(&mut self, front: u32, prompt: Vec<Token>, max_tokens: u32, class: Class) {
+        self.requests += 1;
+        let key = SequenceKey { front: FrontId(front), request: RequestId(self.requests), attempt: Attempt(1) };
+        let sampling = Sampling { seed: u64::from(front), max_tokens, ..Sampling::default() };
+        let prompt_tokens = prompt.len() as u32;
+        let submission =
+            Submission { key, namespace: [1; 32], class, context: prompt, prompt_tokens, sampling, deadline: None };
+        self.wanted.insert(key, Wanted { submission: submission.clone(), emitted: Vec::new(), ended: None });
+        self.event(Event::Submit(Box::new(submission)));
+    }
+
+    fn plan(&mut self) -> bool {
+        let planned = self.replica.plan(&mut self.out);
+        if let Some(delta) = self.out.execute.take() {
+            self.sent.push_back(delta);
+        }
+        self.collect();
+        planned
+    }
+
+    fn complete(&mut self) -> bool {
+        let Some(delta) = self.sent.pop_front() else { return false };
+        match self.worker.as_mut().expect("steps are sent to a live worker").run(&delta, 1) {
+            Ok(result) => self.event(Event::StepDone(result)),
+            Err(WorkerDeath::Poison) => self.crash(),
+            Err(WorkerDeath::Gap(gap)) => panic!("{gap}"),
+        }
+        true
+    }
+
+    fn crash(&mut self) {
+        self.sent.clear();
+        self.worker = None;
+        self.event(Event::WorkerDown);
+        self.restart();
+    }
+
+    fn finish_all(&mut self) {
+        for _ in 0..20_000 {
+            let planned = self.plan();
+            let completed = self.complete();
+            self.replica.housekeeping(4);
+            if !planned && !completed {
+                break;
+            }
+        }
+        assert!(self.replica.is_idle(), "everything ends: {:?}", self.replica.load());
+        let load = self.replica.load();
+        assert_eq!(load.free_blocks, load.total_blocks, "all blocks are free after the last request");
+        for (key, wanted) in &self.wanted {
+            assert!(wanted.ended.is_some(), "{key:?} never ended");
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Operation {
+    Submit { front: u32, shared: usize, tail: Vec<Token>, max_tokens: u32, class: usize },
+    NextTurn { of: usize, tail: Vec<Token>, max_tokens: u32 },
+    Abort(usize),
+    Recall(usize),
+    Plan,
+    Complete,
+    Housekeeping,
+    Crash,
+}
+
+fn operation() -> impl Strategy<Value = Operation> {
+    let submit = (0_u32..2, 0_usize..20, prop::collection::vec(4_u32..50, 1..8), 1_u32..13, 0_usize..4).prop_map(
+        |(front, shared, tail, max_tokens, class)| Operation::Submit { front, shared, tail, max_tokens, class },
+    );
+    let next_turn = (any::<usize>(), prop::collection::vec(4_u32..50, 0..6), 1_u32..9)
+        .prop_map(|(of, tail, max_tokens)| Operation::NextTurn { of, tail, max_tokens });
+    prop_oneof![
+        6 => submit,
+        4 => next_turn,
+        2 => any::<usize>().prop_map(Operation::Abort),
+        1 => any::<usize>().prop_map(Operation::Recall),
+        12 => Just(Operation::Plan),
+        12 => Just(Operation::Complete),
+        3 => Just(Operation::Housekeeping),
+        1 => Just(Operation::Crash),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+    #[test]
+    fn every_attempt_gets_the_models_tokens_and_one_end(
+        total_blocks in 10_u32..40,
+        max_sequences in 1_u32..8,
+        max_step_tokens in 1_u32..24,
+        steps in 1_u32..4,
+        deadly in prop::option::weighted(0.2, Just(49)),
+        operations in prop::collection::vec(operation(), 0..150),
+    ) {
+        let mut world = World::with_deadly_token(limits(total_blocks, max_sequences, max_step_tokens, steps), deadly);
+        for operation in operations {
+            let keys: Vec<SequenceKey> = world.wanted.keys().copied().collect();
+            match operation {
+                Operation::Submit { front, shared, tail, max_tokens, class } => {
+                    let prompt = (10..10 + shared as u32).chain(tail).collect();
+                    world.submit(front, prompt, max_tokens, Class::ALL[class]);
+                }
+                Operation::NextTurn { of, tail, max_tokens } if !keys.is_empty() => {
+                    // A conversation goes on: the prompt is what was said before, so its blocks are found again.
+                    let wanted = &world.wanted[&keys[of % keys.len()]];
+                    let said = wanted.submission.context.iter().chain(&wanted.emitted).copied();
+                    let prompt: Vec<Token> = said.chain(tail).collect();
+                    if prompt.len() + max_tokens as usize <= 40 {
+                        world.submit(keys[of % keys.len()].front.0, prompt, max_tokens, Class::Standard);
+                    }
+                }
+                Operation::Abort(pick) if !keys.is_empty() => world.event(Event::Abort(keys[pick % keys.len()])),
+                Operation::Recall(pick) if !keys.is_empty() => world.event(Event::Recall(keys[pick % keys.len()])),
+                Operation::Plan => { world.plan(); }
+                Operation::Complete => { world.complete(); }
+                Operation::Housekeeping => { world.replica.housekeeping(2); }
+                Operation::Crash => world.crash(),
+                _ => {}
+            }
+        }
+        world.finish_all();
+    }
+}
+
+#[test]
+fn a_prefix_of_an_earlier_request_is_not_computed_again() {
+    let mut world = World::new(limits(32, 4, 16, 2));
+    world.submit(0, (10..29).collect(), 4, Class::Standard);
+    world.finish_all();
+    let before = world.replica.counters().prefill_tokens;
+    world.submit(0, (10..29).chain([5, 6]).collect(), 4, Class::Standard);
+    world.finish_all();
+    assert_eq!(world.replica.cache_counters().hit_tokens, 16);
+    assert_eq!(world.replica.counters().prefill_tokens - before, 21 - 16);
+}
+
+#[test]
+fn a_request_that_kills_two_workers_is_poisoned_and_its_neighbours_go_on() {
+    let mut world = World::with_deadly_token(limits(64, 8, 16, 2), Some(49));
+    for request in 0..5 {
+        world.submit(0, if request == 2 { vec![7, 49, 9] } else { vec![7, 8, request] }, 8, Class::Standard);
+    }
+    world.finish_all();
+    assert_eq!(world.replica.counters().worker_losses, 2, "the deadly request takes down exactly two workers");
+    for (key, wanted) in &world.wanted {
+        assert_eq!(wanted.ended == Some(FinishReason::Poisoned), key.request == RequestId(3), "{key:?} {wanted:?}");
+    }
+}
+
+#[test]
+fn a_stream_survives_any_number_of_worker_deaths_between_which_it_makes_progress() {
+    let mut world = World::new(limits(64, 8, 16, 2));
+    world.submit(0, vec![7, 8, 9], 30, Class::Standard);
+    for _ in 0..20 {
+        world.plan();
+        world.plan();
+        world.complete();
+        world.crash();
+    }
+    world.finish_all();
+    let wanted = world.wanted.values().next().unwrap();
+    assert!(matches!(wanted.ended, Some(FinishReason::Length | FinishReason::Stop)), "{wanted:?}");
+}
+
+#[test]
+fn a_full_queue_refuses_with_its_limit() {
+    let mut world = World::new(EngineLimits { max_waiting_sequences: 1, ..limits(32, 1, 16, 1) });
+    world.submit(0, vec![7], 1, Class::Standard);
+    let key = SequenceKey { front: FrontId(0), request: RequestId(9), attempt: Attempt(1) };
+    let submission = Submission {
+        key,
+        namespace: [1; 32],
+        class: Class::Standard,
+        context: vec![7],
+        prompt_tokens: 1,
+        sampling: Sampling::default(),
+        deadline: None,
+    };
+    assert!(world.replica.on_event(Time(0), Event::Submit(Box::new(submission)), &mut world.out));
+    let [(refused, GiveBack::Refused(refusal))] = world.out.give_back[..] else { panic!("{:?}", world.out.give_back) };
+    assert_eq!((refused, refusal.label()), (key, "queue_full"));
+}
