@@ -1,0 +1,156 @@
+"""Finds the safetensors files of a folder and proves that they hold exactly the tensors of a spec.
+
+Owns the list of tensors by name: one file, or the shards of `model.safetensors.index.json`, whose map must agree with
+what the shards hold. Every missing, surplus or mismatched tensor is fatal, and up to twenty are named at once. Reads
+headers only, O(n log n) in the number of tensors. It does not know torch and reads no weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmscale.errors import InvalidCheckpoint, UnsupportedModel
+from llmscale.models.folder import ModelFolder
+from llmscale.models.safetensors_header import DTYPE_BITS, TensorEntry, read_header
+from llmscale.models.spec import ModelSpec, TensorSpec
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARDS = 4_096
+MAX_NAMED_PROBLEMS = 20
+WEIGHT_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The files of a checkpoint by shown name, and every tensor in them by name."""
+
+    files: dict[str, Path]
+    tensors: dict[str, TensorEntry]
+
+    @property
+    def dtype_bytes(self) -> dict[str, int]:
+        """Bytes per dtype name, so that a caller may choose the compute dtype."""
+        totals: dict[str, int] = {}
+        for entry in self.tensors.values():
+            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.end - entry.begin
+        return totals
+
+
+def open_checkpoint(folder: ModelFolder) -> Checkpoint:
+    """Reads and proves every header. A single file wins over an index, as in transformers.
+
+    Raises InvalidCheckpoint for malformed files, a tensor in two shards, or an index that contradicts its shards;
+    UnsupportedModel for a folder that has weights in other formats only.
+    """
+    if folder.has(SINGLE_NAME):
+        placement = None
+        names = [SINGLE_NAME]
+    elif folder.has(INDEX_NAME):
+        placement = _read_index(folder)
+        names = sorted(set(placement.values()))
+    else:
+        raise _no_weights(folder)
+    files = {name: folder.file(name) for name in names}
+    tensors: dict[str, TensorEntry] = {}
+    problems: list[str] = []
+    for name, path in files.items():
+        for entry in read_header(path, name):
+            first = tensors.setdefault(entry.name, entry)
+            if first is not entry:
+                problems.append(f"{entry.name!r} is in {first.file!r} and in {name!r}")
+    if placement is not None:
+        problems.extend(_compare_index(placement, tensors))
+    raise_problems(INDEX_NAME if placement is not None else SINGLE_NAME, problems)
+    return Checkpoint(files, tensors)
+
+
+def match_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    """Proves that the checkpoint holds the spec's tensors in their shapes and loadable dtypes, and nothing else.
+
+    A tied table may be stored under the embedding's name, the head's, or both. Raises InvalidCheckpoint that names up to
+    twenty problems.
+    """
+    problems: list[str] = []
+    expected: set[str] = set(spec.ignored_tensors)
+    for weight in spec.weights():
+        for part in weight.parts:
+            expected.add(part.name)
+            if part.name in checkpoint.tensors:
+                problems.extend(_mismatch(part, checkpoint.tensors[part.name]))
+            elif part.name != spec.embedding.parts[0].name or spec.head.tied_name not in checkpoint.tensors:
+                problems.append(f"{part.name!r} is missing (shape {list(part.shape)})")
+    if spec.head.tied_name is not None:
+        expected.add(spec.head.tied_name)
+        if spec.head.tied_name in checkpoint.tensors:
+            part = TensorSpec(spec.head.tied_name, spec.embedding.shape)
+            problems.extend(_mismatch(part, checkpoint.tensors[part.name]))
+    problems.extend(
+        f"{name!r} is not part of {spec.architecture}" for name in sorted(checkpoint.tensors.keys() - expected)
+    )
+    raise_problems(f"The checkpoint does not fit {spec.architecture} as its config describes it", problems)
+
+
+def raise_problems(subject: str, problems: list[str]) -> None:
+    """Raises InvalidCheckpoint with the first twenty problems, if there are any."""
+    if not problems:
+        return
+    named = "; ".join(problems[:MAX_NAMED_PROBLEMS])
+    rest = len(problems) - MAX_NAMED_PROBLEMS
+    more = f"; and {rest:,} more" if rest > 0 else ""
+    raise InvalidCheckpoint(f"{subject}: {named}{more}.")
+
+
+def _mismatch(part: TensorSpec, entry: TensorEntry) -> list[str]:
+    problems = []
+    if entry.shape != part.shape:
+        problems.append(f"{part.name!r} has shape {list(entry.shape)}, expected {list(part.shape)}")
+    if entry.dtype not in WEIGHT_DTYPES:
+        problems.append(f"{part.name!r} has dtype {entry.dtype}, expected one of {', '.join(WEIGHT_DTYPES)}")
+    return problems
+
+
+def _read_index(folder: ModelFolder) -> dict[str, str]:
+    index = folder.json_object(INDEX_NAME)
+    placement = index.get("weight_map")
+    if not isinstance(placement, dict) or not placement:
+        raise InvalidCheckpoint(f"{INDEX_NAME!r} has no weight_map.")
+    result: dict[str, str] = {}
+    for tensor, name in placement.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise InvalidCheckpoint(f"{INDEX_NAME!r} places {tensor!r} in {str(name)[:80]!r}, not a .safetensors file.")
+        result[tensor] = name
+    shards = len(set(result.values()))
+    if shards > MAX_SHARDS:
+        raise InvalidCheckpoint(f"{INDEX_NAME!r} names {shards:,} shards, the limit is {MAX_SHARDS:,}.")
+    return result
+
+
+def _compare_index(placement: dict[str, str], tensors: dict[str, TensorEntry]) -> list[str]:
+    problems = []
+    for name, file in placement.items():
+        if name not in tensors:
+            problems.append(f"{name!r} is missing from {file!r}")
+        elif tensors[name].file != file:
+            problems.append(f"{name!r} is in {tensors[name].file!r}, the index says {file!r}")
+    problems.extend(
+        f"{name!r} in {tensors[name].file!r} is not in the index" for name in sorted(tensors.keys() - placement)
+    )
+    return problems
+
+
+def _no_weights(folder: ModelFolder) -> InvalidCheckpoint | UnsupportedModel:
+    where = f"Model folder {str(folder.path)!r} has neither {SINGLE_NAME!r} nor {INDEX_NAME!r}"
+    pickles = folder.names(".bin") + folder.names(".pt") + folder.names(".pth")
+    if pickles:
+        return UnsupportedModel(
+            f"{where}, only pickle files such as {pickles[0]!r}, which can run code when they are read and are never "
+            "opened. Convert them to safetensors on a machine that you can afford to lose, or use a safetensors revision."
+        )
+    if folder.names(".gguf"):
+        return UnsupportedModel(f"{where}; GGUF files are not read. Use the safetensors folder of the same model.")
+    return InvalidCheckpoint(f"{where}. Download the weights as well as the config.")
+
+
+assert set(WEIGHT_DTYPES) <= set(DTYPE_BITS)

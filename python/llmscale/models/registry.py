@@ -1,0 +1,56 @@
+"""Which architectures there are: the name in config.json and the module that reads it, one line each.
+
+A new architecture is one file with a function `spec(fields) -> ModelSpec` and one line here. Modules are imported when a
+folder asks for them. It does not know what an architecture consists of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from llmscale.errors import UnsupportedModel
+from llmscale.models.config import ConfigFields, GenerationDefaults, read_config, read_generation_defaults
+from llmscale.models.folder import ModelFolder
+from llmscale.models.spec import ModelSpec
+
+ARCHITECTURES: dict[str, str] = {
+    "LlamaForCausalLM": "llmscale.models.llama",
+    "MistralForCausalLM": "llmscale.models.mistral",
+    "Qwen2ForCausalLM": "llmscale.models.qwen2",
+    "Qwen3ForCausalLM": "llmscale.models.qwen3",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a folder says about its model, before any weight is read."""
+
+    folder: ModelFolder
+    spec: ModelSpec
+    defaults: GenerationDefaults
+
+
+def describe_model(path: str | Path) -> ModelDescription:
+    """Reads config.json and generation_config.json of a model folder.
+
+    Raises InvalidCheckpoint for malformed files and UnsupportedModel for what is not implemented.
+    """
+    folder = ModelFolder(path)
+    fields = read_config(folder)
+    spec = spec_for(fields)
+    return ModelDescription(folder, spec, read_generation_defaults(folder, fields, spec.vocabulary))
+
+
+def spec_for(fields: ConfigFields) -> ModelSpec:
+    """The spec of a config, made by its architecture's module."""
+    names = fields.texts("architectures")
+    if len(names) != 1 or names[0] not in ARCHITECTURES:
+        shown = ", ".join(names[:4]) or "none"
+        raise UnsupportedModel(
+            f"{fields.source}: architectures is {shown}; expected one of {', '.join(sorted(ARCHITECTURES))}."
+        )
+    spec = import_module(ARCHITECTURES[names[0]]).spec(fields)
+    assert isinstance(spec, ModelSpec)
+    return spec

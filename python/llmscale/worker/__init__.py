@@ -1,0 +1,1 @@
+"""The process that owns one device: step inputs, KV region, executors."""

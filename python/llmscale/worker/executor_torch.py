@@ -1,0 +1,140 @@
+"""The torch executor: runs a spec's layers over one step and returns the logits of the rows that sample.
+
+Matrix products are torch's, everything else goes through `Ops`. Buffers are made once for the largest step, so a step
+allocates nothing but what the operations themselves need; no Python runs per token or per sequence here. Python costs
+about nine calls per layer. It does not know sampling, scheduling or where weights came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llmscale.layers.activations import ActivationBuffers, ActivationSizes
+from llmscale.layers.attention import Attention
+from llmscale.layers.embedding import Embedding
+from llmscale.layers.linear import Linear
+from llmscale.layers.mlp import GatedMlp
+from llmscale.layers.norm import RmsNorm
+from llmscale.layers.ops import HeadNorms, Ops
+from llmscale.layers.rotary import rope_table
+from llmscale.models.loader import Weights
+from llmscale.models.spec import AttentionSpec, BlockSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
+from llmscale.worker.kv_region import KvRegion
+from llmscale.worker.step import StepInputs, StepLimits
+
+
+class Block:
+    """One layer with its two norms, ready to run."""
+
+    __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm")
+
+    def __init__(self, attention_norm: RmsNorm, attention: Attention, mlp_norm: RmsNorm, mlp: GatedMlp) -> None:
+        self.attention_norm = attention_norm
+        self.attention = attention
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+
+class TorchExecutor:
+    """A whole model on the device that holds its weights and KV region."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, kv_region: KvRegion, ops: Ops, limits: StepLimits) -> None:
+        assert kv_region.layout.dtype == weights.dtype, (kv_region.layout.dtype, weights.dtype)
+        assert limits.max_sequence_tokens <= spec.max_sequence_tokens, (limits, spec.max_sequence_tokens)
+        device = kv_region.tensor.device
+        self._spec = spec
+        self._ops = ops
+        self._limits = limits
+        self._kv_layers = [kv_region.layer(layer) for layer in range(len(spec.blocks))]
+        build = _Builder(weights, limits.max_sequence_tokens, device)
+        self._embedding = Embedding(weights[spec.embedding])
+        self._blocks = [build.block(block) for block in spec.blocks]
+        self._norm = build.norm(spec.norm)
+        self._head = Linear(weights[spec.head.weight])
+        self._buffers = ActivationBuffers(_widths(spec), limits.max_step_tokens, weights.dtype, device)
+        self._logits = torch.zeros(limits.max_sequences, spec.vocabulary, dtype=weights.dtype, device=device)
+        self._sampled = torch.zeros(limits.max_sequences, spec.hidden_size, dtype=weights.dtype, device=device)
+
+    def forward(self, step: StepInputs) -> Tensor:
+        """Logits [R, vocabulary] in the weights' dtype, valid until the next call. Writes the step's keys and values."""
+        assert 0 < step.rows <= self._limits.max_step_tokens, (step.rows, self._limits.max_step_tokens)
+        assert step.samples <= self._limits.max_sequences, (step.samples, self._limits.max_sequences)
+        with torch.inference_mode():
+            normed = self._run_layers(step)
+            sampled, logits = self._sampled[: step.samples], self._logits[: step.samples]
+            if step.samples > 0:
+                torch.index_select(normed, 0, step.sample_rows, out=sampled)
+                self._head(sampled, logits)
+            return logits
+
+    def _run_layers(self, step: StepInputs) -> Tensor:
+        """The normed hidden states [T, H] after the last layer."""
+        ops, rows = self._ops, self._buffers.rows(step.rows)
+        self._embedding(ops, step.token_ids, rows.residual)
+        pending = False
+        for block, kv_layer in zip(self._blocks, self._kv_layers, strict=True):
+            # The output of a part is added by the norm of the next one, in one pass over the stream.
+            if pending:
+                block.attention_norm.after_add(ops, rows.delta, rows.residual, rows.normed)
+            else:
+                block.attention_norm(ops, rows.residual, rows.normed)
+            block.attention(ops, rows, step, kv_layer)
+            block.mlp_norm.after_add(ops, rows.delta, rows.residual, rows.normed)
+            block.mlp(ops, rows)
+            pending = True
+        self._norm.after_add(ops, rows.delta, rows.residual, rows.normed)
+        return rows.normed
+
+
+class _Builder:
+    """Makes layers from their specs; layers with equal rope share one table."""
+
+    def __init__(self, weights: Weights, max_sequence_tokens: int, device: torch.device) -> None:
+        self._weights = weights
+        self._max_sequence_tokens = max_sequence_tokens
+        self._device = device
+        self._tables: dict[tuple[RopeSpec, int], Tensor] = {}
+
+    def block(self, spec: BlockSpec) -> Block:
+        return Block(
+            self.norm(spec.attention_norm),
+            self._attention(spec.attention),
+            self.norm(spec.mlp_norm),
+            GatedMlp(self._linear(spec.mlp.gate_up), self._linear(spec.mlp.down)),
+        )
+
+    def norm(self, spec: NormSpec) -> RmsNorm:
+        return RmsNorm(self._weights[spec.weight], spec.epsilon)
+
+    def _attention(self, spec: AttentionSpec) -> Attention:
+        norms = None
+        if spec.query_norm is not None and spec.key_norm is not None:
+            assert spec.query_norm.epsilon == spec.key_norm.epsilon
+            norms = HeadNorms(
+                self._weights[spec.query_norm.weight], self._weights[spec.key_norm.weight], spec.query_norm.epsilon
+            )
+        key = (spec.rope, spec.head_dim)
+        if key not in self._tables:
+            self._tables[key] = rope_table(spec.rope, spec.head_dim, self._max_sequence_tokens).to(self._device)
+        return Attention(spec, self._linear(spec.qkv), self._linear(spec.output), norms, self._tables[key])
+
+    def _linear(self, spec: LinearSpec) -> Linear:
+        return Linear(self._weights[spec.weight], None if spec.bias is None else self._weights[spec.bias])
+
+
+def _widths(spec: ModelSpec) -> ActivationSizes:
+    def widest(width: Callable[[BlockSpec], int]) -> int:
+        widths = {width(block) for block in spec.blocks}
+        # Buffers are dense rows; layers of different widths would need one set per width.
+        assert len(widths) == 1, widths
+        return widths.pop()
+
+    return ActivationSizes(
+        hidden=spec.hidden_size,
+        query=widest(lambda block: block.attention.query_size),
+        qkv=widest(lambda block: block.attention.query_size + 2 * block.attention.kv_size),
+        inner=widest(lambda block: block.mlp.inner_size),
+    )

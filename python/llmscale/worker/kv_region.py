@@ -1,0 +1,71 @@
+"""The KV region of a worker: one contiguous tensor `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`.
+
+A block holds the keys and values of its tokens for all layers of the stage, so that it moves in one copy. The region is
+sized from a byte budget and written once when it is made: memory that is not there fails the start, not a request hours
+later, and no kernel can meet a NaN in a slot that was never filled. It does not know who owns which block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmscale.errors import ConfigError
+from llmscale.models.spec import ModelSpec
+
+DEFAULT_BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Shape of one block."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_tokens: int
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.block_tokens * self.head_dim * self.dtype.itemsize
+
+    def blocks_within(self, budget_bytes: int, max_sequence_tokens: int) -> int:
+        """How many blocks fit a budget. Raises ConfigError if the longest sequence would not fit alone."""
+        blocks = budget_bytes // self.block_bytes
+        needed = -(-max_sequence_tokens // self.block_tokens)
+        if blocks < needed:
+            raise ConfigError(
+                f"The KV budget of {budget_bytes:,} bytes holds {blocks:,} blocks of {self.block_tokens} tokens, but one "
+                f"sequence of max_sequence_tokens = {max_sequence_tokens:,} needs {needed:,} "
+                f"({needed * self.block_bytes:,} bytes). Raise the budget or lower max_sequence_tokens."
+            )
+        return blocks
+
+
+def kv_layout(spec: ModelSpec, dtype: torch.dtype, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> KvLayout:
+    """The layout for all layers of a model, which must be of one shape."""
+    shapes = {(block.attention.kv_heads, block.attention.head_dim) for block in spec.blocks}
+    assert len(shapes) == 1, f"one region per layer group: {shapes}"
+    kv_heads, head_dim = shapes.pop()
+    return KvLayout(len(spec.blocks), kv_heads, head_dim, block_tokens, dtype)
+
+
+class KvRegion:
+    """Owns the memory of `blocks` blocks."""
+
+    __slots__ = ("blocks", "layout", "tensor")
+
+    def __init__(self, layout: KvLayout, blocks: int, device: torch.device | None = None) -> None:
+        assert blocks > 0
+        shape = (blocks, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
+        self.layout = layout
+        self.blocks = blocks
+        # torch.zeros would leave the pages to be mapped at first use; see the head of this file.
+        self.tensor: Tensor = torch.empty(shape, dtype=layout.dtype, device=device).zero_()
+
+    def layer(self, layer: int) -> Tensor:
+        """One layer's view: [blocks, 2, kv_heads, block_tokens, head_dim], dense but for the first axis."""
+        return self.tensor[:, layer]
