@@ -1,0 +1,11 @@
+//! The replicas that a front sees and the choice among them: `member` is one replica with its load, `fleet` the bounded
+//! table, `policy` the door for ways to choose. Looking at one replica is O(1), choosing is O(replicas); nothing here
+//! allocates per request. Knows nothing of requests beyond their size, and nothing of connections.
+
+mod fleet;
+mod member;
+pub mod policy;
+
+pub use fleet::{Fleet, FleetFull};
+pub use member::{Load, Member, ModelKey, Offer, PoolId, ReplicaLimits, ReplicaState, Report};
+pub use policy::{LeastWork, Need, Policy};

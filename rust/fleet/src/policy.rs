@@ -1,0 +1,40 @@
+//! The door for ways to choose a replica. A policy sees the whole table and the size of one request, and keeps no state:
+//! the same table gives the same choice. O(replicas) per choice.
+
+mod least_work;
+
+pub use least_work::LeastWork;
+
+use crate::fleet::Fleet;
+use crate::member::{Member, PoolId};
+use llmscale_types::{Duration, ReplicaId, Time};
+
+/// What a request needs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Need {
+    /// Whose replicas may run it.
+    pub pool: PoolId,
+    /// The longest that the sequence can become.
+    pub total_tokens: u64,
+    /// A replica gets only what it can start within this much predicted work.
+    pub look_ahead: Duration,
+    /// The moment of the choice.
+    pub now: Time,
+}
+
+impl Need {
+    /// Whether a replica may get the request now.
+    pub fn fits(&self, member: &Member) -> bool {
+        member.pool == self.pool
+            && member.takes_work(self.now)
+            && self.total_tokens <= u64::from(member.limits.max_sequence_tokens)
+            && member.load.sequences < member.seats(self.look_ahead)
+            && member.backlog_ns(self.now) < self.look_ahead.0.saturating_mul(1_000).max(1)
+    }
+}
+
+/// A way to choose.
+pub trait Policy: Send + std::fmt::Debug {
+    /// The replica that gets the request, among those that it fits; `None` keeps it waiting.
+    fn choose(&self, fleet: &Fleet, need: &Need) -> Option<ReplicaId>;
+}

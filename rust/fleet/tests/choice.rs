@@ -1,0 +1,239 @@
+//! Who gets the next request.
+
+use llmscale_cost::StepShape;
+use llmscale_fleet::{
+    Fleet, FleetFull, LeastWork, Load, Member, ModelKey, Need, Offer, Policy, PoolId, ReplicaLimits, ReplicaState,
+    Report,
+};
+use llmscale_types::{Duration, Epoch, NodeId, ReplicaId, StepId, Time};
+use proptest::prelude::*;
+
+fn model(name: &str) -> ModelKey {
+    ModelKey {
+        name: name.into(),
+        revision: "main".into(),
+        adapter: None,
+        weights_digest: [1; 32],
+        tokenizer_digest: [2; 32],
+    }
+}
+
+fn offer(name: &str) -> Offer {
+    Offer {
+        node: NodeId(1),
+        epoch: Epoch(1),
+        model: model(name),
+        numerics: "test".into(),
+        limits: ReplicaLimits {
+            vocabulary: 100,
+            max_sequence_tokens: 1_000,
+            max_sequences: 8,
+            max_waiting_sequences: 4,
+            total_blocks: 1_000,
+            block_tokens: 32,
+            eos_tokens: vec![0],
+        },
+        state: ReplicaState::Ready,
+    }
+}
+
+fn need(pool: PoolId) -> Need {
+    Need { pool, total_tokens: 100, look_ahead: Duration::from_millis(250), now: Time(1_000) }
+}
+
+fn fleet(replicas: u32) -> (Fleet, PoolId) {
+    let mut fleet = Fleet::new(64);
+    let mut pool = PoolId(0);
+    for id in 0..replicas {
+        pool = fleet.join(ReplicaId(id), offer("a")).expect("there is room");
+    }
+    (fleet, pool)
+}
+
+fn set(fleet: &mut Fleet, id: u32, change: impl FnOnce(&mut Member)) {
+    change(fleet.get_mut(ReplicaId(id)).expect("it joined"));
+}
+
+fn choose(fleet: &Fleet, need: &Need) -> Option<u32> {
+    LeastWork.choose(fleet, need).map(|id| id.0)
+}
+
+#[test]
+fn the_replica_with_the_least_remaining_work_is_chosen_and_ties_go_to_the_lowest() {
+    let (mut fleet, pool) = fleet(3);
+    assert_eq!(choose(&fleet, &need(pool)), Some(0));
+    set(&mut fleet, 0, |member| member.load = Load { sequences: 1, output_tokens: 100, ..Load::default() });
+    assert_eq!(choose(&fleet, &need(pool)), Some(1));
+    set(&mut fleet, 1, |member| member.load = Load { sequences: 1, output_tokens: 50, ..Load::default() });
+    set(&mut fleet, 2, |member| member.load = Load { sequences: 1, output_tokens: 51, ..Load::default() });
+    assert_eq!(choose(&fleet, &need(pool)), Some(1));
+}
+
+#[test]
+fn a_slow_replica_is_passed_over_though_it_has_less_to_do() {
+    let (mut fleet, pool) = fleet(2);
+    for step in 0..60 {
+        set(&mut fleet, 0, |member| {
+            let shape = StepShape { decodes: 1, prefill_tokens: 0, context_tokens: 500 };
+            member.observe(StepId(step), Time(step * 100_000), shape);
+        });
+    }
+    set(&mut fleet, 0, |member| member.load = Load { sequences: 1, output_tokens: 10, ..Load::default() });
+    set(&mut fleet, 1, |member| member.load = Load { sequences: 1, output_tokens: 20, ..Load::default() });
+    assert_eq!(choose(&fleet, &need(pool)), Some(1));
+}
+
+#[test]
+fn only_ready_replicas_of_the_pool_are_chosen() {
+    let (mut fleet, pool) = fleet(1);
+    let other = fleet.join(ReplicaId(7), offer("b")).expect("there is room");
+    assert_eq!(choose(&fleet, &need(other)), Some(7));
+    for state in [ReplicaState::Starting, ReplicaState::Recovering, ReplicaState::Draining, ReplicaState::Down] {
+        set(&mut fleet, 0, |member| member.state = state);
+        assert_eq!(choose(&fleet, &need(pool)), None);
+    }
+    set(&mut fleet, 0, |member| member.state = ReplicaState::Ready);
+    assert_eq!(choose(&fleet, &need(pool)), Some(0));
+}
+
+#[test]
+fn a_sequence_longer_than_a_replica_allows_goes_elsewhere() {
+    let (mut fleet, pool) = fleet(2);
+    set(&mut fleet, 0, |member| member.limits.max_sequence_tokens = 99);
+    assert_eq!(choose(&fleet, &need(pool)), Some(1));
+    set(&mut fleet, 0, |member| member.limits.max_sequence_tokens = 100);
+    assert_eq!(choose(&fleet, &need(pool)), Some(0));
+}
+
+#[test]
+fn a_replica_gets_no_more_sequences_than_run_or_soon_will() {
+    let (mut fleet, pool) = fleet(1);
+    // Each of the eight has 10,000 tokens to go, so none ends within the look-ahead.
+    let long = Load { sequences: 8, output_tokens: 80_000, ..Load::default() };
+    set(&mut fleet, 0, |member| member.load = Load { sequences: 7, ..long });
+    assert_eq!(choose(&fleet, &need(pool)), Some(0));
+    set(&mut fleet, 0, |member| member.load = long);
+    assert_eq!(choose(&fleet, &need(pool)), None);
+    // With ten tokens to go each, all end soon: as many as may wait there are sent ahead.
+    set(&mut fleet, 0, |member| member.load = Load { sequences: 11, output_tokens: 80, ..Load::default() });
+    assert_eq!(choose(&fleet, &need(pool)), Some(0));
+    set(&mut fleet, 0, |member| member.load = Load { sequences: 12, output_tokens: 80, ..Load::default() });
+    assert_eq!(choose(&fleet, &need(pool)), None);
+}
+
+#[test]
+fn a_replica_with_a_backlog_beyond_the_look_ahead_gets_nothing() {
+    let (mut fleet, pool) = fleet(1);
+    // 50 us per token: 4,000 tokens are 202 ms, 5,000 are 252 ms.
+    let waiting = |tokens| Load { sequences: 1, unstarted_sequences: 1, unstarted_tokens: tokens, output_tokens: 1 };
+    set(&mut fleet, 0, |member| member.load = waiting(4_000));
+    assert_eq!(choose(&fleet, &need(pool)), Some(0));
+    set(&mut fleet, 0, |member| member.load = waiting(5_000));
+    assert_eq!(choose(&fleet, &need(pool)), None);
+}
+
+#[test]
+fn a_reported_backlog_counts_and_wears_off_with_time() {
+    let (mut fleet, pool) = fleet(1);
+    let report = Report {
+        state: ReplicaState::Ready,
+        running: 0,
+        waiting: 3,
+        queued_tokens: 9,
+        predicted_backlog_ns: 300_000_000,
+        free_blocks: 1,
+        steps: 1,
+        preemptions: 0,
+        prefix_queries: 0,
+        prefix_hits: 0,
+        worker_restarts: 0,
+        worker_pid: None,
+    };
+    set(&mut fleet, 0, |member| member.report = Some((Time(1_000), report)));
+    assert_eq!(choose(&fleet, &need(pool)), None);
+    assert_eq!(choose(&fleet, &Need { now: Time(60_000), ..need(pool) }), Some(0));
+}
+
+#[test]
+fn a_replica_that_refused_is_left_alone_until_its_time() {
+    let (mut fleet, pool) = fleet(1);
+    set(&mut fleet, 0, |member| member.refused_until = Some(Time(2_000)));
+    assert_eq!(choose(&fleet, &Need { now: Time(1_999), ..need(pool) }), None);
+    assert_eq!(choose(&fleet, &Need { now: Time(2_000), ..need(pool) }), Some(0));
+}
+
+#[test]
+fn frames_of_another_incarnation_do_not_pass_the_fence() {
+    let (mut fleet, _) = fleet(1);
+    set(&mut fleet, 0, |member| {
+        assert_eq!(member.fence(NodeId(1), Epoch(1)), Some(false));
+        assert_eq!(member.fence(NodeId(2), Epoch(1)), None);
+        assert_eq!(member.fence(NodeId(1), Epoch(3)), Some(true));
+        assert_eq!(member.fence(NodeId(1), Epoch(2)), None);
+        assert_eq!(member.fence(NodeId(1), Epoch(3)), Some(false));
+    });
+    fleet.leave(ReplicaId(0));
+    set(&mut fleet, 0, |member| assert_eq!(member.fence(NodeId(1), Epoch(3)), None));
+}
+
+#[test]
+fn the_table_is_bounded_and_a_newcomer_takes_the_place_of_one_that_is_down() {
+    let mut fleet = Fleet::new(2);
+    fleet.join(ReplicaId(0), offer("a")).expect("there is room");
+    fleet.join(ReplicaId(1), offer("a")).expect("there is room");
+    assert_eq!(fleet.join(ReplicaId(2), offer("a")), Err(FleetFull { max_replicas: 2 }));
+    fleet.leave(ReplicaId(0));
+    assert!(fleet.join(ReplicaId(2), offer("a")).is_ok());
+    assert!(fleet.get(ReplicaId(0)).is_none());
+    assert_eq!(fleet.members().count(), 2);
+}
+
+#[test]
+fn a_new_revision_serves_the_name_as_soon_as_it_is_ready() {
+    let mut fleet = Fleet::new(4);
+    let old = fleet.join(ReplicaId(0), offer("a")).expect("there is room");
+    assert_eq!(fleet.serving("a"), Some(old));
+    assert_eq!(fleet.serving("b"), None);
+    let mut next = offer("a");
+    next.model.revision = "next".into();
+    next.state = ReplicaState::Starting;
+    let new = fleet.join(ReplicaId(1), next).expect("there is room");
+    assert_eq!(fleet.serving("a"), Some(old));
+    fleet.get_mut(ReplicaId(1)).expect("it joined").state = ReplicaState::Ready;
+    assert_eq!(fleet.serving("a"), Some(new));
+    fleet.leave(ReplicaId(1));
+    assert_eq!(fleet.serving("a"), Some(old));
+}
+
+#[test]
+fn an_adapter_is_served_under_its_own_name() {
+    let mut fleet = Fleet::new(4);
+    let mut adapted = offer("a");
+    adapted.model.adapter = Some("a-medical".into());
+    let pool = fleet.join(ReplicaId(0), adapted).expect("there is room");
+    assert_eq!(fleet.serving("a-medical"), Some(pool));
+    assert_eq!(fleet.serving("a"), None);
+}
+
+proptest! {
+    /// Whatever the loads: the choice fits, nobody that fits has less to do, and nothing overflows.
+    #[test]
+    fn the_choice_is_the_least_loaded_that_fits(
+        loads in prop::collection::vec((0_u32..20, 0_u64..1 << 40, 0_u64..1 << 40, any::<u64>()), 1..20),
+        total_tokens in 0_u64..2_000,
+        now in any::<u64>(),
+    ) {
+        let (mut fleet, pool) = fleet(loads.len() as u32);
+        for (id, (sequences, unstarted_tokens, output_tokens, until)) in loads.into_iter().enumerate() {
+            set(&mut fleet, id as u32, |member| {
+                member.load = Load { sequences, unstarted_sequences: sequences, unstarted_tokens, output_tokens };
+                member.refused_until = Some(Time(until));
+            });
+        }
+        let need = Need { pool, total_tokens, look_ahead: Duration(u64::MAX / 3), now: Time(now) };
+        let chosen = LeastWork.choose(&fleet, &need);
+        let fitting = fleet.members().filter(|member| need.fits(member));
+        let best = fitting.map(|member| (member.remaining_ns(need.now), member.id)).min();
+        prop_assert_eq!(chosen, best.map(|(_, id)| id));
+    }
+}
