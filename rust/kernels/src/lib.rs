@@ -1,0 +1,27 @@
+//! CPU kernels of the worker. This file is the map; every noun has a file.
+//!
+//! - [`dispatch`]: instruction level, detected once, forceable downward
+//! - [`pool`]: persistent threads that share one loop at a time
+//! - [`element`]: f32 and bf16
+//! - [`kv_region`]: geometry of the paged KV region, validated slots
+//! - [`paged_attention`]: causal attention over paged KV for mixed batches
+//! - [`rope_cache`]: query/key norms, rotary embedding and KV write in one pass
+//! - [`norm`], [`activation`], [`embedding`]: the row-wise parts of a layer
+//! - [`reference`](mod@reference): the same results in plain scalar Rust, for tests
+//! - [`error`]: why a call was refused
+
+pub mod activation;
+pub mod dispatch;
+pub mod element;
+pub mod embedding;
+pub mod error;
+pub mod kv_region;
+pub mod norm;
+pub mod paged_attention;
+pub mod pool;
+pub mod reference;
+pub mod rope_cache;
+mod rows;
+mod scratch;
+mod shared_output;
+mod simd;

@@ -1,0 +1,455 @@
+//! Runs one attention task: walks its KV tiles, keeps the state of its query vectors, writes output or partial results.
+//! A query vector is one (row, head of the group) pair; vectors of a row are neighbours. All working memory is this
+//! thread's scratch. O(vectors x tokens x head_dim). Knows the plan, but not how tasks were divided.
+#![expect(unsafe_code, reason = "kernels on scratch memory and disjoint parts of the output")]
+
+use super::micro::{self, Accumulate};
+use super::pack::{TileRows, pack_query};
+use super::plan::{AttentionPlan, Task, TaskPart};
+use super::softmax::{RowState, SplitResult, merge_split, tile_softmax};
+use super::{Partials, SPLIT_TOKENS, TILE_TOKENS};
+use crate::dispatch::Kernel;
+use crate::element::Element;
+use crate::scratch::{Scratch, line_rounded};
+use crate::shared_output::SharedOutput;
+use crate::simd::{Simd, store_element, store_element_partial};
+use core::ops::Range;
+
+/// What all tasks of a layer share.
+pub(super) struct TaskInput<'a, T> {
+    pub(super) plan: &'a AttentionPlan,
+    pub(super) layer: usize,
+    pub(super) query: &'a [T],
+    pub(super) kv_region: &'a [T],
+    pub(super) output: &'a SharedOutput<'a, T>,
+    pub(super) partials: Partials,
+}
+
+// SAFETY: the partial results are the only raw pointer, and every task writes only its own part of them.
+unsafe impl<T: Element> Sync for TaskInput<'_, T> {}
+
+/// One task as a kernel.
+pub(super) struct TaskKernel<'a, T> {
+    pub(super) input: &'a TaskInput<'a, T>,
+    pub(super) task: &'a Task,
+    pub(super) scratch: &'a mut Scratch,
+}
+
+/// The layout of one vector's partial result: maximum and denominator in a line of their own, then the sums.
+#[derive(Clone, Copy)]
+pub(super) struct PartialLayout {
+    padded_dim: usize,
+}
+
+impl PartialLayout {
+    pub(super) const fn new(head_dim: usize) -> Self {
+        Self { padded_dim: line_rounded(head_dim) }
+    }
+
+    pub(super) const fn words(self) -> usize {
+        line_rounded(2) + self.padded_dim
+    }
+
+    /// # Safety
+    /// `base` holds more than `vector` results of [`Self::words`] words.
+    #[inline(always)]
+    unsafe fn result(self, base: *mut u32, vector: usize) -> SplitResult {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let start = base.add(vector * self.words()).cast::<f32>();
+            SplitResult { maximum: start, denominator: start.add(1), sums: start.add(line_rounded(2)) }
+        }
+    }
+}
+
+impl<T: Element> Kernel for TaskKernel<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let head_dim = self.input.plan.shape().region.head_dim;
+        let vectors = self.task.rows.len() * self.input.plan.group();
+        let layout = Layout::new::<S, T>(head_dim, vectors);
+        let scratch = self.scratch.words(layout.words);
+        let work = Work::new(simd, self.input, self.task, layout, scratch);
+        // SAFETY: the scratch is as long as the layout says, and borrowed by this kernel alone.
+        unsafe {
+            if S::BF16_DOT && T::IS_BF16 {
+                work.execute::<true>();
+            } else {
+                work.execute::<false>();
+            }
+        }
+    }
+}
+
+/// Offsets in words of the working arrays in the scratch, each at a cache line.
+#[derive(Clone, Copy)]
+struct Layout {
+    /// Words of a query vector: `head_dim`, or half of it for pairs.
+    units: usize,
+    /// `head_dim` rounded up to whole vectors.
+    padded_dim: usize,
+    queries: usize,
+    keys: usize,
+    values: usize,
+    widened: usize,
+    scores: usize,
+    factors: usize,
+    maxima: usize,
+    denominators: usize,
+    sums: usize,
+    totals: usize,
+    words: usize,
+}
+
+impl Layout {
+    fn new<S: Simd, T: Element>(head_dim: usize, vectors: usize) -> Self {
+        let pairs = S::BF16_DOT && T::IS_BF16;
+        let units = if pairs { head_dim / 2 } else { head_dim };
+        let padded_dim = head_dim.next_multiple_of(S::LANES);
+        let token_units = if pairs { TILE_TOKENS / 2 } else { TILE_TOKENS };
+        let mut words = 0;
+        let mut place = |length: usize| {
+            let offset = words;
+            words += line_rounded(length);
+            offset
+        };
+        Self {
+            units,
+            padded_dim,
+            // One vector of slack, because the last query is written in whole vectors.
+            queries: place(vectors * units + S::LANES),
+            keys: place(units * TILE_TOKENS),
+            values: place(token_units * padded_dim),
+            widened: place(if T::IS_BF16 && !pairs { S::LANES * head_dim + S::LANES } else { 0 }),
+            scores: place(vectors * TILE_TOKENS),
+            factors: place(vectors),
+            maxima: place(vectors),
+            denominators: place(vectors * S::LANES),
+            sums: place(vectors * padded_dim),
+            totals: place(vectors * PartialLayout::new(head_dim).words()),
+            words,
+        }
+    }
+}
+
+struct Work<'a, S, T> {
+    simd: S,
+    input: &'a TaskInput<'a, T>,
+    task: &'a Task,
+    layout: Layout,
+    scratch: *mut u32,
+    group: usize,
+    /// Softmax scale times log2(e).
+    scale: f32,
+}
+
+impl<'a, S: Simd, T: Element> Work<'a, S, T> {
+    #[inline(always)]
+    fn new(simd: S, input: &'a TaskInput<'a, T>, task: &'a Task, layout: Layout, scratch: *mut u32) -> Self {
+        let scale = input.plan.shape().softmax_scale * core::f32::consts::LOG2_E;
+        Self { simd, input, task, layout, scratch, group: input.plan.group(), scale }
+    }
+
+    #[inline(always)]
+    fn at(&self, offset: usize) -> *mut u32 {
+        // Offsets come from the layout that sized the scratch.
+        self.scratch.wrapping_add(offset)
+    }
+
+    /// Where a vector's query and output begin.
+    #[inline(always)]
+    fn query_offset(&self, vector: usize) -> usize {
+        let shape = self.input.plan.shape();
+        let row = self.input.plan.step_row(self.task.sequence, self.task.rows.start + vector / self.group);
+        let head = self.task.kv_head * self.group + vector % self.group;
+        (row * shape.query_heads + head) * shape.region.head_dim
+    }
+
+    #[inline(always)]
+    fn vectors(&self) -> usize {
+        self.task.rows.len() * self.group
+    }
+
+    /// # Safety
+    /// The scratch holds `layout.words` words for this call alone.
+    #[inline(always)]
+    unsafe fn execute<const PAIRS: bool>(&self) {
+        let partial_layout = PartialLayout::new(self.input.plan.shape().region.head_dim);
+        // SAFETY: the layout places every array; each task owns its part of partials and output.
+        unsafe {
+            for vector in 0..self.vectors() {
+                *partial_layout.result(self.at(self.layout.totals), vector).maximum = f32::NEG_INFINITY;
+            }
+            if let TaskPart::Merge { partial } = self.task.part {
+                for split in 0..self.task.splits.len() {
+                    self.merge(self.input.partials.0, partial + split * self.vectors());
+                }
+                self.write_output();
+                return;
+            }
+            self.pack_queries::<PAIRS>();
+            for (index, split) in self.task.splits.clone().enumerate() {
+                self.run_split::<PAIRS>(split);
+                match self.task.part {
+                    TaskPart::Some { partial } => {
+                        self.store_split(self.input.partials.0, partial + index * self.vectors());
+                    }
+                    _ => self.merge_current(),
+                }
+            }
+            if matches!(self.task.part, TaskPart::Whole) {
+                self.write_output();
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::execute`].
+    #[inline(always)]
+    unsafe fn pack_queries<const PAIRS: bool>(&self) {
+        let head_dim = self.input.plan.shape().region.head_dim;
+        for vector in 0..self.vectors() {
+            let source = &self.input.query[self.query_offset(vector)..][..head_dim];
+            let target = self.at(self.layout.queries + vector * self.layout.units);
+            // SAFETY: the queries have a vector of slack at their end.
+            unsafe { pack_query::<S, T, PAIRS>(self.simd, source.as_ptr(), target, head_dim) };
+        }
+    }
+
+    /// Computes one split of 256 tokens from scratch for all vectors of the tile.
+    ///
+    /// # Safety
+    /// As [`Self::execute`].
+    #[inline(always)]
+    unsafe fn run_split<const PAIRS: bool>(&self, split: usize) {
+        // SAFETY: the layout places every array.
+        unsafe {
+            for vector in 0..self.vectors() {
+                *self.at(self.layout.maxima + vector).cast::<f32>() = f32::NEG_INFINITY;
+            }
+            self.at(self.layout.denominators).write_bytes(0, self.vectors() * S::LANES);
+            self.at(self.layout.sums).write_bytes(0, self.vectors() * self.layout.padded_dim);
+            let mut next = self.tile_rows(split * SPLIT_TOKENS);
+            for tile in 0..SPLIT_TOKENS / TILE_TOKENS {
+                let start = split * SPLIT_TOKENS + tile * TILE_TOKENS;
+                let current = next;
+                // The next tile may lie in the next split; past the last one its range is empty.
+                next = self.tile_rows(start + TILE_TOKENS);
+                if !current.tokens.is_empty() {
+                    self.run_tile::<PAIRS>(start, &current, &next);
+                }
+            }
+        }
+    }
+
+    /// The tokens of a tile that some row of the task attends to, and where they lie.
+    #[inline(always)]
+    fn tile_rows(&self, start: usize) -> TileRows<T> {
+        let plan = self.input.plan;
+        let region = &plan.shape().region;
+        let sequence = self.task.sequence;
+        let from = plan.row_range(sequence, self.task.rows.start).start.max(start);
+        let to = plan.row_range(sequence, self.task.rows.end - 1).end.min(start + TILE_TOKENS);
+        let mut rows = TileRows {
+            keys: [core::ptr::null(); TILE_TOKENS],
+            to_value: region.key_to_value(),
+            head_dim: region.head_dim,
+            tokens: 0..0,
+        };
+        if from >= to {
+            return rows;
+        }
+        rows.tokens = from - start..to - start;
+        let mut position = from;
+        while position < to {
+            let block = plan.block(sequence, position);
+            let in_block = position % region.block_tokens;
+            let count = (region.block_tokens - in_block).min(to - position);
+            let offset = region.layer_offset(block, self.input.layer)
+                + self.task.kv_head * region.head_elements()
+                + in_block * region.head_dim;
+            // Key rows of a run, checked once; their values end `to_value` further.
+            let run = &self.input.kv_region[offset..][..rows.to_value + count * region.head_dim];
+            for token in 0..count {
+                rows.keys[position - start + token] = run.as_ptr().wrapping_add(token * region.head_dim);
+            }
+            position += count;
+        }
+        rows
+    }
+
+    /// # Safety
+    /// As [`Self::execute`].
+    #[inline(always)]
+    unsafe fn run_tile<const PAIRS: bool>(&self, start: usize, tile: &TileRows<T>, next: &TileRows<T>) {
+        let (simd, layout) = (self.simd, &self.layout);
+        let (active, full) = self.active_and_full(start);
+        let (first, vectors) = (active.start * self.group, active.len() * self.group);
+        // SAFETY: the layout places every array; `first + vectors` is at most the vectors of the task.
+        unsafe {
+            let (keys, values) = (self.at(layout.keys), self.at(layout.values));
+            tile.pack_keys::<S, PAIRS>(simd, keys, self.at(layout.widened).cast());
+            tile.pack_values::<S, PAIRS>(simd, values, layout.padded_dim);
+            next.prefetch(simd);
+            let scores = self.at(layout.scores + first * TILE_TOKENS).cast::<f32>();
+            let queries = self.at(layout.queries + first * layout.units);
+            micro::scores::<S, PAIRS>(simd, vectors, layout.units, queries, keys, scores, tile.tokens.clone());
+            for vector in first..first + vectors {
+                let tokens = self.tile_tokens(self.task.rows.start + vector / self.group, start);
+                let state = RowState {
+                    maximum: self.at(layout.maxima + vector).cast(),
+                    denominators: self.at(layout.denominators + vector * S::LANES).cast(),
+                    factor: self.at(layout.factors + vector).cast(),
+                };
+                let scores = self.at(layout.scores + vector * TILE_TOKENS).cast();
+                tile_softmax::<S, PAIRS>(simd, scores, tokens, self.scale, state);
+            }
+            self.accumulate::<PAIRS>(start, active, full);
+        }
+    }
+
+    /// Adds the tile's weighted values to the sums of the active rows.
+    ///
+    /// # Safety
+    /// As [`Self::execute`], after the weights of the active rows were made.
+    #[inline(always)]
+    unsafe fn accumulate<const PAIRS: bool>(&self, start: usize, active: Range<usize>, full: Range<usize>) {
+        let layout = &self.layout;
+        let operands = |vector: usize| Accumulate {
+            weights: self.at(layout.scores + vector * TILE_TOKENS),
+            values: self.at(layout.values),
+            sums: self.at(layout.sums + vector * layout.padded_dim).cast(),
+            factors: self.at(layout.factors + vector).cast(),
+            padded_dim: layout.padded_dim,
+        };
+        // SAFETY: the layout places every array; row numbers are within the task.
+        unsafe {
+            if !full.is_empty() {
+                let token_units = if PAIRS { TILE_TOKENS / 2 } else { TILE_TOKENS };
+                let vectors = full.len() * self.group;
+                operands(full.start * self.group).full_rows::<S, PAIRS>(self.simd, vectors, token_units);
+            }
+            for row in active.filter(|row| !full.contains(row)) {
+                let tokens = self.tile_tokens(self.task.rows.start + row, start);
+                for head in 0..self.group {
+                    operands(0).partial_row::<S, PAIRS>(self.simd, row * self.group + head, tokens.clone());
+                }
+            }
+        }
+    }
+
+    /// Rows of the task (counted from its first) that see some, and that see all, of the tile. Both are contiguous,
+    /// because the ends and starts of the rows' ranges ascend.
+    #[inline(always)]
+    fn active_and_full(&self, start: usize) -> (Range<usize>, Range<usize>) {
+        let (mut active, mut full) = (0..0, 0..0);
+        for row in 0..self.task.rows.len() {
+            let seen = self.tile_tokens(self.task.rows.start + row, start).len();
+            for (range, belongs) in [(&mut active, seen > 0), (&mut full, seen == TILE_TOKENS)] {
+                if belongs {
+                    *range = if range.is_empty() { row..row + 1 } else { range.start..row + 1 };
+                }
+            }
+        }
+        (active, full)
+    }
+
+    /// Tokens of a tile that a row of the sequence attends to.
+    #[inline(always)]
+    fn tile_tokens(&self, row: usize, start: usize) -> Range<usize> {
+        let range = self.input.plan.row_range(self.task.sequence, row);
+        let from = range.start.saturating_sub(start).min(TILE_TOKENS);
+        from..range.end.saturating_sub(start).min(TILE_TOKENS).max(from)
+    }
+
+    /// The finished state of the current split, its denominators summed into the first lane.
+    ///
+    /// # Safety
+    /// As [`Self::execute`], once per split.
+    #[inline(always)]
+    unsafe fn current(&self, vector: usize) -> SplitResult {
+        // SAFETY: the layout places every array.
+        unsafe {
+            let denominators = self.at(self.layout.denominators + vector * S::LANES).cast::<f32>();
+            *denominators = self.simd.reduce_add(self.simd.load(denominators));
+            SplitResult {
+                maximum: self.at(self.layout.maxima + vector).cast(),
+                denominator: denominators,
+                sums: self.at(self.layout.sums + vector * self.layout.padded_dim).cast(),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::execute`], once per split.
+    #[inline(always)]
+    unsafe fn merge_current(&self) {
+        let layout = PartialLayout::new(self.input.plan.shape().region.head_dim);
+        for vector in 0..self.vectors() {
+            // SAFETY: totals and state are different arrays of the layout.
+            unsafe {
+                let total = layout.result(self.at(self.layout.totals), vector);
+                merge_split(self.simd, total, self.current(vector), self.layout.padded_dim, self.scale);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::execute`]; `partials` holds `first + vectors` results.
+    #[inline(always)]
+    unsafe fn merge(&self, partials: *mut u32, first: usize) {
+        let layout = PartialLayout::new(self.input.plan.shape().region.head_dim);
+        for vector in 0..self.vectors() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let total = layout.result(self.at(self.layout.totals), vector);
+                let next = layout.result(partials, first + vector);
+                merge_split(self.simd, total, next, self.layout.padded_dim, self.scale);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Self::execute`], once per split; `partials` holds `first + vectors` results.
+    #[inline(always)]
+    unsafe fn store_split(&self, partials: *mut u32, first: usize) {
+        let layout = PartialLayout::new(self.input.plan.shape().region.head_dim);
+        for vector in 0..self.vectors() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let (target, source) = (layout.result(partials, first + vector), self.current(vector));
+                *target.maximum = *source.maximum;
+                *target.denominator = *source.denominator;
+                core::ptr::copy_nonoverlapping(source.sums, target.sums, self.layout.padded_dim);
+            }
+        }
+    }
+
+    /// Divides the totals by their denominators and writes them as elements.
+    ///
+    /// # Safety
+    /// As [`Self::execute`].
+    #[inline(always)]
+    unsafe fn write_output(&self) {
+        let head_dim = self.input.plan.shape().region.head_dim;
+        let layout = PartialLayout::new(head_dim);
+        for vector in 0..self.vectors() {
+            // SAFETY: each (row, head) belongs to one writing task; totals hold `padded_dim` sums.
+            unsafe {
+                let total = layout.result(self.at(self.layout.totals), vector);
+                let output = self.input.output.part(self.query_offset(vector), head_dim).as_mut_ptr();
+                let inverse = self.simd.splat(1.0 / *total.denominator);
+                for dim in (0..head_dim).step_by(S::LANES) {
+                    let value = self.simd.mul(self.simd.load(total.sums.add(dim)), inverse);
+                    if dim + S::LANES <= head_dim {
+                        store_element(self.simd, output.add(dim), value);
+                    } else {
+                        store_element_partial(self.simd, output.add(dim), value, head_dim - dim);
+                    }
+                }
+            }
+        }
+    }
+}
