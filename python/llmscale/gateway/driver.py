@@ -1,0 +1,142 @@
+"""Joins the front to the event loop.
+
+One `FrontDriver` per process watches the front's eventfd, drains it once per wake-up and hands each delivery to its
+choice in O(tokens), then wakes each touched reply once. It owns which request belongs to which reply and sees to it
+that a reply that ends, fails or is abandoned leaves nothing running. It knows nothing of HTTP, JSON or sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from llmscale.errors import LlmscaleError, Unavailable
+from llmscale.gateway.choice import Choice, failure
+from llmscale.gateway.front import Delivery, Front
+from llmscale.gateway.reply import Reply
+from llmscale.metrics import RequestMetrics
+
+_log = logging.getLogger("llmscale.gateway")
+
+
+class FrontDriver:
+    """All live requests of this process. Use from the event loop only."""
+
+    def __init__(self, front: Front, loop: asyncio.AbstractEventLoop) -> None:
+        self._front = front
+        self._loop = loop
+        self._live: dict[int, tuple[Choice, Reply, RequestMetrics]] = {}
+        self._replies: set[Reply] = set()
+        self._closed = False
+        loop.add_reader(front.fileno(), self._wake)
+
+    @property
+    def live_replies(self) -> int:
+        """HTTP requests that wait for tokens."""
+        return len(self._replies)
+
+    def start(self, *, streaming: bool) -> Reply:
+        """A reply without choices; `submit` adds them."""
+        return Reply(self._loop, streaming=streaming)
+
+    def submit(
+        self,
+        reply: Reply,
+        choice: Choice,
+        *,
+        metrics: RequestMetrics,
+        tenant: str,
+        prompt: Sequence[int],
+        sampling: Any,
+        priority: str,
+        timeout_us: int,
+    ) -> None:
+        """Starts one choice. When it is refused, the reply's other choices are cancelled and the error goes on."""
+        if self._closed:
+            raise Unavailable("this gateway is shutting down; retry on another one")
+        try:
+            choice.request = self._front.submit(
+                tenant, metrics.model, prompt, sampling, priority=priority, timeout_us=timeout_us, detached=False
+            )
+        except BaseException:
+            self.abandon(reply)
+            raise
+        choice.started_at = self._loop.time()
+        self._live[choice.request] = (choice, reply, metrics)
+        self._replies.add(reply)
+        reply.choices.append(choice)
+        reply.remaining += 1
+
+    def abandon(self, reply: Reply) -> None:
+        """Cancels what still runs of a reply. Safe to call at any time, also twice."""
+        for choice in reply.choices:
+            entry = self._live.pop(choice.request, None) if choice.request is not None else None
+            if entry is not None and choice.request is not None:
+                self._front.cancel(choice.request)
+                entry[2].finished(choice, "abort")
+        self._replies.discard(reply)
+
+    def client_gone(self, reply: Reply) -> None:
+        """The client closed its connection: nobody will read the answer."""
+        reply.gone = True
+        self.abandon(reply)
+        reply.notify()
+
+    def fail_all(self, error: LlmscaleError) -> None:
+        """Ends every live reply with an error, so that its client learns why."""
+        for reply in list(self._replies):
+            reply.error = error
+            self.abandon(reply)
+            reply.notify()
+
+    def refuse_new(self) -> None:
+        """No new request is started from now on."""
+        self._closed = True
+
+    def close(self) -> None:
+        """Stops watching the front and cancels everything."""
+        self._closed = True
+        self._loop.remove_reader(self._front.fileno())
+        for reply in list(self._replies):
+            self.client_gone(reply)
+
+    def _wake(self) -> None:
+        touched: list[Reply] = []
+        live = self._live
+        now = self._loop.time()
+        for delivery in self._front.take():
+            entry = live.get(delivery.request)
+            # A request that was cancelled here may still have deliveries under way.
+            if entry is not None:
+                choice, reply, metrics = entry
+                try:
+                    self._accept(choice, reply, metrics, delivery, now)
+                except Exception:  # noqa: BLE001 - logged and told to the client
+                    # One stream's fault must not stop the others that are served by this loop.
+                    _log.exception("a delivery could not be processed", extra={"request": delivery.request})
+                    reply.error = LlmscaleError("the gateway failed while it processed this request")
+                    self.abandon(reply)
+                touched.append(reply)
+        for reply in touched:
+            reply.notify()
+
+    def _accept(self, choice: Choice, reply: Reply, metrics: RequestMetrics, delivery: Delivery, now: float) -> None:
+        before = choice.output_tokens
+        keep = choice.accept(delivery)
+        metrics.tokens(choice, choice.output_tokens - before, now)
+        reason = choice.finish_reason
+        if reason is None:
+            return
+        del self._live[delivery.request]
+        reply.remaining -= 1
+        if delivery.finish_reason is None:
+            # The gateway matched a stop string: the sequence is still running.
+            self._front.cancel(delivery.request, at_token=keep)
+        metrics.finished(choice, reason)
+        if reason not in ("stop", "length"):
+            reply.error = failure(reason)
+            self.abandon(reply)
+        elif reply.remaining == 0:
+            self._replies.discard(reply)

@@ -1,0 +1,139 @@
+"""What the gateway needs of the core's front, as types.
+
+The real front is `llmscale._core.Front`; tests use a fake with the same shape. The protocols hold no behaviour, cost
+nothing at run time and know nothing of HTTP or of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+PRIORITIES = ("interactive", "standard", "batch", "background")
+
+
+class Delivery(Protocol):
+    """What is new of one request: tokens in order, and the end if it has ended."""
+
+    @property
+    def request(self) -> int: ...
+    @property
+    def index(self) -> int:
+        """Output position of the first token."""
+
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[tuple[float, list[tuple[int, float]]]] | None: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def output_tokens(self) -> int: ...
+    @property
+    def restarts(self) -> int: ...
+
+
+class ReplicaStatus(Protocol):
+    """One replica as the front sees it."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def state(self) -> str:
+        """ "starting", "ready", "recovering" or "down"."""
+
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def free_blocks(self) -> int: ...
+    @property
+    def total_blocks(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def worker_restarts(self) -> int: ...
+    @property
+    def prefix_queries(self) -> int: ...
+    @property
+    def prefix_hits(self) -> int: ...
+    @property
+    def preemptions(self) -> int: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def max_sequence_tokens(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def worker_pid(self) -> int: ...
+
+
+class FrontStatus(Protocol):
+    """The front's queue and its replicas."""
+
+    @property
+    def queued_requests(self) -> int: ...
+    @property
+    def queued_tokens(self) -> int: ...
+    @property
+    def live_requests(self) -> int: ...
+    @property
+    def replicas(self) -> Sequence[ReplicaStatus]: ...
+
+
+class SamplingFactory(Protocol):
+    """`_core.Sampling`: checks every field and raises `InvalidField`."""
+
+    def __call__(
+        self,
+        *,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        seed: int | None,
+        choice: int,
+        logprobs: int | None,
+        logit_bias: Sequence[tuple[int, float]],
+        max_tokens: int,
+        min_tokens: int,
+        stop_tokens: Sequence[int],
+        ignore_eos: bool,
+    ) -> Any: ...
+
+
+class Front(Protocol):
+    """Owns every request's life. Thread-safe, never blocks."""
+
+    def fileno(self) -> int:
+        """An eventfd that is readable when `take` has something."""
+
+    def submit(
+        self,
+        tenant: str,
+        model: str,
+        prompt: Sequence[int],
+        sampling: Any,
+        *,
+        priority: str = "standard",
+        timeout_us: int | None = None,
+        detached: bool = False,
+    ) -> int:
+        """Starts a request. Raises Overloaded, RequestTooLong, UnknownModel, Unavailable or InvalidField."""
+
+    def cancel(self, request: int, at_token: int | None = None) -> None:
+        """Ends a request; with `at_token`, only that many output tokens count."""
+
+    def take(self) -> Sequence[Delivery]:
+        """Everything that is new, at most one delivery per request."""
+
+    def status(self) -> FrontStatus: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,253 @@
+"""The two endpoints that generate text: /v1/completions and /v1/chat/completions.
+
+From the bytes of a body to a started reply: decode, check products of fields, render and tokenize, submit one request
+per sequence, then write the answer whole or as events. The costs are those of the parts. Knows nothing of sockets or of
+replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmscale.errors import InvalidField, RequestTooLong
+from llmscale.gateway import connection, openai
+from llmscale.gateway.answers import ChatFormat, CompletionFormat, Format
+from llmscale.gateway.body import read_body
+from llmscale.gateway.choice import Choice
+from llmscale.gateway.config import ServedModel
+from llmscale.gateway.http import Exchange
+from llmscale.gateway.reply import Reply
+from llmscale.gateway.services import Services
+from llmscale.gateway.stream import EventStream
+from llmscale.types import SamplingParams
+
+_DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A checked request, ready to start."""
+
+    model: ServedModel
+    tenant: str
+    prompts: list[list[int]]
+    params: SamplingParams
+    format: Format
+    priority: str
+    stream: bool
+
+
+async def completions(services: Services, exchange: Exchange, tenant: str) -> None:
+    """POST /v1/completions."""
+    body = await read_body(exchange.scope, exchange.receive, services.limits)
+    request = openai.decode_completion(body)
+    model = services.model(request.model)
+    prompts = openai.prompts_of(request.prompt)
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise InvalidField(f"best_of is {request.best_of}, it must equal n: answers are not ranked", field="best_of")
+    if request.echo and request.logprobs is not None:
+        raise InvalidField("echo with logprobs is not supported: prompts have no log probabilities here", field="echo")
+    params = _params(request, model, request.max_tokens or _DEFAULT_COMPLETION_TOKENS, request.logprobs)
+    _check_products(services, len(prompts), params)
+
+    def tokenize() -> list[list[int]]:
+        return [
+            model.tokenizer.encode(prompt, max_tokens=model.max_sequence_tokens)
+            if isinstance(prompt, str)
+            else _check_ids(prompt, model)
+            for prompt in prompts
+        ]
+
+    ids = await services.compute(tokenize, len(body))
+    form = CompletionFormat(
+        f"cmpl-{exchange.request_id}",
+        model.name,
+        tokenizer=model.tokenizer,
+        include_usage=_wants_usage(request),
+        logprobs=request.logprobs,
+        echoes=[_text_of(prompt, model) for prompt in prompts] if request.echo else None,
+    )
+    job = _Job(model, tenant, ids, params, form, request.priority or "standard", bool(request.stream))
+    await _answer(services, exchange, job)
+
+
+async def chat_completions(services: Services, exchange: Exchange, tenant: str) -> None:
+    """POST /v1/chat/completions."""
+    body = await read_body(exchange.scope, exchange.receive, services.limits)
+    request = openai.decode_chat(body)
+    model = services.model(request.model)
+    openai.check_chat(request, services.limits.max_messages)
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    params = _params(request, model, max_tokens, logprobs)
+    _check_products(services, 1, params)
+
+    def tokenize() -> list[int]:
+        return model.tokenizer.encode_chat(
+            openai.template_messages(request),
+            variables=request.chat_template_kwargs,
+            add_generation_prompt=request.add_generation_prompt is not False,
+            max_tokens=model.max_sequence_tokens,
+        )
+
+    ids = await services.compute(tokenize, len(body))
+    form = ChatFormat(
+        f"chatcmpl-{exchange.request_id}",
+        model.name,
+        tokenizer=model.tokenizer,
+        include_usage=_wants_usage(request),
+        logprobs=logprobs,
+    )
+    job = _Job(model, tenant, [ids], params, form, request.priority or "standard", bool(request.stream))
+    await _answer(services, exchange, job)
+
+
+async def _answer(services: Services, exchange: Exchange, job: _Job) -> None:
+    driver = services.driver
+    reply = driver.start(streaming=job.stream)
+    stop_watching: Callable[[], None] | None = None
+    try:
+        _submit(services, job, reply)
+        stop_watching = connection.watch(exchange.scope, exchange.receive, lambda: driver.client_gone(reply))
+        if job.stream:
+            await services.sweeper.run(EventStream(exchange, reply, job.format, services.limits), exchange)
+            return
+        await reply.wait()
+        if reply.gone:
+            return
+        if reply.error is not None:
+            raise reply.error
+        await exchange.respond(job.format.whole(reply))
+    finally:
+        if stop_watching is not None:
+            stop_watching()
+        driver.abandon(reply)
+
+
+def _submit(services: Services, job: _Job, reply: Reply) -> None:
+    metrics = services.metrics.of_model(job.model.name)
+    params = job.params
+    index = 0
+    for position, prompt in enumerate(job.prompts):
+        most = params.max_tokens
+        if most is None:
+            most = job.model.max_sequence_tokens - len(prompt)
+        if most < 1 or len(prompt) + most > job.model.max_sequence_tokens:
+            answer = max(most, 1)
+            raise RequestTooLong(
+                f"the request needs {len(prompt)} tokens for the prompt and {answer} for the answer,"
+                f" the limit is {job.model.max_sequence_tokens} (max_sequence_tokens);"
+                " shorten the prompt or lower max_tokens",
+                field="max_tokens" if params.max_tokens is not None else None,
+            )
+        reply.prompt_tokens += len(prompt)
+        for number in range(params.n):
+            sampling = services.sampling(
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                repetition_penalty=params.repetition_penalty,
+                presence_penalty=params.presence_penalty,
+                frequency_penalty=params.frequency_penalty,
+                seed=None if params.seed is None else params.seed % (1 << 64),
+                choice=number,
+                logprobs=params.logprobs,
+                logit_bias=params.logit_bias,
+                max_tokens=most,
+                min_tokens=min(params.min_tokens, most),
+                stop_tokens=params.stop_token_ids,
+                ignore_eos=params.ignore_eos,
+            )
+            services.driver.submit(
+                reply,
+                Choice(index, position, job.model.tokenizer, params),
+                metrics=metrics,
+                tenant=job.tenant,
+                prompt=prompt,
+                sampling=sampling,
+                priority=job.priority,
+                timeout_us=int(services.limits.max_request_seconds * 1e6),
+            )
+            index += 1
+        metrics.admitted(job.tenant, len(prompt))
+
+
+def _params(
+    request: openai.SamplingFields, model: ServedModel, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """The request's sampling, then what the model's author recommends, then OpenAI's defaults."""
+    author = model.tokenizer.generation_defaults
+    top_k = request.top_k if request.top_k is not None else author.top_k
+    bias = request.logit_bias
+    return SamplingParams(
+        n=request.n or 1,
+        temperature=_first(request.temperature, author.temperature, 1.0),
+        top_p=_first(request.top_p, author.top_p, 1.0),
+        top_k=max(top_k or 0, 0),
+        min_p=_first(request.min_p, author.min_p, 0.0),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=_first(request.repetition_penalty, author.repetition_penalty, 1.0),
+        seed=request.seed,
+        stop=request.stop,
+        stop_token_ids=request.stop_token_ids,
+        max_tokens=max_tokens,
+        min_tokens=request.min_tokens or 0,
+        logprobs=logprobs,
+        logit_bias=[(int(token), value) for token, value in bias.items()] if bias else None,
+        ignore_eos=bool(request.ignore_eos),
+        skip_special_tokens=request.skip_special_tokens is not False,
+        include_stop_str_in_output=bool(request.include_stop_str_in_output),
+    )
+
+
+def _first(given: float | None, recommended: float | None, otherwise: float) -> float:
+    if given is not None:
+        return given
+    return recommended if recommended is not None else otherwise
+
+
+def _wants_usage(request: openai.SamplingFields) -> bool:
+    if request.stream_options is None:
+        return False
+    if not request.stream:
+        raise InvalidField("stream_options needs stream to be true", field="stream_options")
+    return request.stream_options.include_usage
+
+
+def _check_products(services: Services, prompts: int, params: SamplingParams) -> None:
+    """Each field may be in bounds and their product still far too much."""
+    sequences = prompts * params.n
+    if sequences > services.limits.max_sequences:
+        raise InvalidField(
+            f"{prompts} prompts with n={params.n} make {sequences} sequences,"
+            f" the limit is {services.limits.max_sequences} (max_sequences); send fewer at once",
+            field="n" if params.n > 1 else "prompt",
+        )
+    tokens = sequences * (params.max_tokens or 0)
+    if tokens > services.limits.max_request_tokens:
+        raise InvalidField(
+            f"{sequences} sequences of {params.max_tokens} tokens make {tokens} tokens, the limit is"
+            f" {services.limits.max_request_tokens} (max_request_tokens); lower max_tokens or n",
+            field="max_tokens",
+        )
+
+
+def _check_ids(prompt: list[int], model: ServedModel) -> list[int]:
+    if not prompt:
+        raise InvalidField("prompt has no tokens, at least 1 is needed", field="prompt")
+    if len(prompt) > model.max_sequence_tokens:
+        raise RequestTooLong(
+            f"the prompt has {len(prompt)} tokens, the limit is {model.max_sequence_tokens} (max_sequence_tokens)",
+            field="prompt",
+        )
+    largest = max(prompt)
+    if largest >= model.vocabulary:
+        raise InvalidField(f"prompt has the token id {largest}, the vocabulary is {model.vocabulary}", field="prompt")
+    return prompt
+
+
+def _text_of(prompt: str | list[int], model: ServedModel) -> str:
+    return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt, skip_special_tokens=False)

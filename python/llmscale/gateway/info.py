@@ -1,0 +1,159 @@
+"""Everything that is not generation: models, health, the fleet's state, metrics, the OpenAPI document and the chat
+page.
+
+Each answer is O(its size); the page's files are read once when the process starts, so no request names a file. Knows
+nothing of prompts or of tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from llmscale.errors import Unavailable
+from llmscale.gateway.config import ServedModel
+from llmscale.gateway.http import Exchange, NotFound
+from llmscale.gateway.openai import ModelList, ModelObject
+from llmscale.gateway.openapi import document
+from llmscale.gateway.services import Services
+
+_json = msgspec.json.Encoder()
+_KINDS: Final = {
+    ".html": b"text/html; charset=utf-8",
+    ".js": b"text/javascript; charset=utf-8",
+    ".css": b"text/css; charset=utf-8",
+    ".svg": b"image/svg+xml",
+}
+_PAGE_HEADERS: Final = (
+    (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-cache"),
+)
+
+
+def _load_page() -> dict[str, tuple[bytes, bytes]]:
+    folder = Path(__file__).parent / "page"
+    return {
+        path.name: (_KINDS[path.suffix], path.read_bytes())
+        for path in sorted(folder.iterdir())
+        if path.suffix in _KINDS
+    }
+
+
+_page: Final = _load_page()
+
+
+class ReplicaHealth(msgspec.Struct, frozen=True):
+    """One replica in /fleet."""
+
+    node: str
+    model: str
+    state: str
+    running: int
+    waiting: int
+    free_blocks: int
+    total_blocks: int
+    steps: int
+    worker_pid: int
+    worker_restarts: int
+    preemptions: int
+
+
+class Fleet(msgspec.Struct, frozen=True):
+    """Response of /fleet: what the chat page shows of the machines behind it."""
+
+    state: str
+    queued_requests: int
+    live_requests: int
+    replicas: list[ReplicaHealth]
+
+
+def _model_object(model: ServedModel) -> ModelObject:
+    return ModelObject(model.name, "model", model.created, "llmscale", model.max_sequence_tokens)
+
+
+async def models(services: Services, exchange: Exchange, _tenant: str) -> None:
+    """GET /v1/models."""
+    listed = [_model_object(entry) for entry in services.models.values()]
+    await exchange.respond(_json.encode(ModelList("list", listed)))
+
+
+async def model(services: Services, exchange: Exchange, _tenant: str) -> None:
+    """GET /v1/models/{id}."""
+    await exchange.respond(_json.encode(_model_object(services.model(exchange.part))))
+
+
+async def fleet(services: Services, exchange: Exchange, _tenant: str) -> None:
+    """GET /fleet."""
+    status = services.front.status()
+    replicas = [
+        ReplicaHealth(
+            node=replica.node,
+            model=replica.model,
+            state=replica.state,
+            running=replica.running,
+            waiting=replica.waiting,
+            free_blocks=replica.free_blocks,
+            total_blocks=replica.total_blocks,
+            steps=replica.steps,
+            worker_pid=replica.worker_pid,
+            worker_restarts=replica.worker_restarts,
+            preemptions=replica.preemptions,
+        )
+        for replica in status.replicas
+    ]
+    answer = Fleet(_state(services), status.queued_requests, status.live_requests, replicas)
+    await exchange.respond(_json.encode(answer), headers=((b"cache-control", b"no-store"),))
+
+
+async def metrics(services: Services, exchange: Exchange, _tenant: str) -> None:
+    """GET /metrics."""
+    await exchange.respond(services.metrics.exposition(), kind=b"text/plain; version=0.0.4; charset=utf-8")
+
+
+async def openapi(_services: Services, exchange: Exchange, _tenant: str) -> None:
+    """GET /openapi.json."""
+    await exchange.respond(document())
+
+
+async def live(_services: Services, exchange: Exchange, _tenant: str) -> None:
+    """GET /health/live: the event loop answers."""
+    await exchange.respond(b'{"status":"live"}')
+
+
+async def ready(services: Services, exchange: Exchange, _tenant: str) -> None:
+    """GET /health/ready: a request sent now would be computed."""
+    state = _state(services)
+    if state not in ("ready", "recovering"):
+        raise Unavailable(f"not ready: {state}")
+    await exchange.respond(_json.encode({"status": state}))
+
+
+async def chat_page(_services: Services, exchange: Exchange, _tenant: str) -> None:
+    """GET /: the chat page."""
+    await _send_file(exchange, "index.html")
+
+
+async def page_file(_services: Services, exchange: Exchange, _tenant: str) -> None:
+    """GET /page/{file}."""
+    await _send_file(exchange, exchange.part)
+
+
+async def _send_file(exchange: Exchange, name: str) -> None:
+    entry = _page.get(name)
+    if entry is None:
+        raise NotFound("the page has no such file")
+    await exchange.respond(entry[1], kind=entry[0], headers=_PAGE_HEADERS)
+
+
+def _state(services: Services) -> str:
+    """The best state of any replica: one that makes progress is enough to serve."""
+    if services.draining:
+        return "draining"
+    states = {replica.state for replica in services.front.status().replicas}
+    for state in ("ready", "recovering", "starting"):
+        if state in states:
+            return state
+    return "down"

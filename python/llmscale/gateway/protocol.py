@@ -1,0 +1,162 @@
+"""uvicorn's HTTP/1.1 protocol with the bounds that it lacks: header size, header time, connections.
+
+A connection must bring a complete header within a time limit, counted from its opening or from the first byte after a
+response, and within a byte limit, whether the bytes come in one packet or one by one. O(1) per header line. It also
+lets a response watch and abort its connection. Knows nothing of routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from llmscale.errors import LlmscaleError, RequestError, Unavailable
+from llmscale.gateway.config import GatewayLimits
+from llmscale.gateway.connection import SCOPE_KEY
+from llmscale.gateway.http import error_body
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+
+class MalformedRequest(RequestError):
+    """Bytes that are not an HTTP/1.1 request, or that two parsers could read in two ways."""
+
+    code = "malformed_http"
+
+
+class HeaderTooLarge(RequestError):
+    """The request line and the header fields together exceed their limit."""
+
+    code = "header_too_large"
+    http_status = 431
+
+
+class HeaderTimeout(RequestError):
+    """The header was not complete in time."""
+
+    code = "header_timeout"
+    http_status = 408
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """One client connection. `limits` is set on a subclass per server, because uvicorn makes the instances."""
+
+    limits: ClassVar[GatewayLimits] = GatewayLimits()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._header_bytes = 0
+        self._header_fields = 0
+        self._in_header = True
+        self._is_lost = False
+        self._lost: Callable[[], None] | None = None
+
+    # What a response may do with its connection.
+
+    def on_lost(self, callback: Callable[[], None] | None) -> None:
+        """Sets who is told that the client has gone away; None stops it."""
+        if self._is_lost and callback is not None:
+            # The client left between its request's last byte and the start of the response's task.
+            self.loop.call_soon(callback)
+        else:
+            self._lost = callback
+
+    def abort(self) -> None:
+        """Drops the connection without flushing what the client does not read."""
+        self.transport.abort()
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            self._refuse(
+                Unavailable(f"this gateway has {self.limits.max_connections} open connections; retry in a moment")
+            )
+        else:
+            self._header_timer = self.loop.call_later(self.limits.max_header_seconds, self._header_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_header_timer()
+        self._is_lost = True
+        lost, self._lost = self._lost, None
+        super().connection_lost(exc)
+        if lost is not None:
+            lost()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_header:
+            self._header_bytes += len(data)
+        super().data_received(data)
+        if not (self._in_header or self.cycle is None or self.cycle.response_complete) or self.transport.is_closing():
+            return
+        if self._in_header and self._header_bytes > self.limits.max_header_bytes:
+            self._refuse(self._too_large())
+        elif self._header_timer is None:
+            # uvicorn stopped its idle timer at this byte. Without a timer of ours a header could stay incomplete
+            # forever.
+            self._header_timer = self.loop.call_later(self.limits.max_header_seconds, self._header_late)
+
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        self._in_header = True
+        self._header_fields = self._header_bytes = 0
+        super().on_message_begin()
+        self.scope[SCOPE_KEY] = self  # type: ignore[typeddict-unknown-key]
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._header_fields += 1
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_header = False
+        self._header_bytes = 0
+        self._stop_header_timer()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn calls this for every parser error, also for those that our callbacks raise."""
+        if self._header_bytes > self.limits.max_header_bytes or self._header_fields > self.limits.max_headers:
+            self._refuse(self._too_large())
+        else:
+            self._refuse(MalformedRequest("the bytes are not a valid HTTP/1.1 request"))
+
+    def _count(self, size: int) -> None:
+        self._header_bytes += size
+        if self._header_bytes > self.limits.max_header_bytes or self._header_fields > self.limits.max_headers:
+            raise self._too_large()
+
+    def _too_large(self) -> HeaderTooLarge:
+        return HeaderTooLarge(
+            f"the header exceeds {self.limits.max_header_bytes} bytes or {self.limits.max_headers} fields; send less"
+        )
+
+    def _header_late(self) -> None:
+        self._header_timer = None
+        if not self.transport.is_closing():
+            self._refuse(HeaderTimeout(f"the header was not complete within {self.limits.max_header_seconds:g} s"))
+
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _refuse(self, error: LlmscaleError) -> None:
+        """Answers without the application and closes."""
+        self._stop_header_timer()
+        body = error_body(error)
+        self.transport.write(
+            STATUS_LINE[error.http_status]
+            + b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+            + body
+        )
+        self.transport.close()

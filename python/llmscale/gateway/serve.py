@@ -1,0 +1,121 @@
+"""Runs a gateway: the server, its bounds, and its orderly end.
+
+On SIGTERM or SIGINT it stops listening, says "draining" at /health/ready, lets streams finish within a bound and then
+ends the rest with an error that tells the client to retry. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import uvicorn
+from llmscale.errors import Unavailable
+from llmscale.gateway.app import Gateway
+from llmscale.gateway.auth import load_keys
+from llmscale.gateway.config import GatewayConfig, ServedModel
+from llmscale.gateway.front import Front, SamplingFactory
+from llmscale.gateway.protocol import GuardedProtocol
+
+_log = logging.getLogger("llmscale.gateway")
+_BACKLOG: Final = 2_048
+# After the streams were ended with an error, their last bytes need a moment to leave.
+_LAST_WORDS_SECONDS: Final = 2
+
+
+def make_gateway(
+    config: GatewayConfig, front: Front, sampling: SamplingFactory, models: Sequence[ServedModel]
+) -> Gateway:
+    """The application of a configuration. Raises `ConfigError`."""
+    return Gateway(config, front, sampling, models, load_keys(config.api_keys, config.api_key_file))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which tells the gateway when it begins to end."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, on_started: Callable[[], None] | None) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._on_started is not None and not self.should_exit:
+            self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._gateway.services.drain(Unavailable("this gateway is shutting down; retry on another one or in a moment"))
+        await super().shutdown(sockets)
+
+
+def make_server(gateway: Gateway, on_started: Callable[[], None] | None = None) -> uvicorn.Server:
+    """A server for one gateway. `on_started` is called once it accepts connections."""
+    config = gateway.services.config
+
+    class Protocol(GuardedProtocol):
+        limits = config.limits
+
+    return _Server(
+        uvicorn.Config(
+            gateway,
+            host=config.host,
+            port=config.port,
+            loop="uvloop",
+            http=Protocol,
+            ws="none",
+            lifespan="on",
+            interface="asgi3",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=int(config.limits.max_idle_connection_seconds),
+            timeout_graceful_shutdown=int(config.limits.max_drain_seconds) + _LAST_WORDS_SECONDS,
+        ),
+        gateway,
+        on_started,
+    )
+
+
+def run(
+    config: GatewayConfig,
+    front: Front,
+    sampling: SamplingFactory,
+    models: Sequence[ServedModel],
+    *,
+    on_started: Callable[[int], None] | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT. `on_started` is called with the port once connections are accepted.
+
+    Raises `ConfigError` before it listens, and `OSError` when it cannot listen.
+    """
+    gateway = make_gateway(config, front, sampling, models)
+    if not gateway.services.keys.required:
+        _log.warning(
+            "no API key is set: everyone on this machine may use the model (listening on %s only)", config.host
+        )
+    listener = listen(config)
+    server = make_server(gateway, lambda: on_started(listener.getsockname()[1]) if on_started is not None else None)
+
+    with contextlib.closing(front), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(server.serve(sockets=[listener]))
+
+
+def listen(config: GatewayConfig) -> socket.socket:
+    """The listening socket of a configuration."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,111 @@
+"""Everything that the routes of one gateway share, made once when it starts.
+
+Plain wiring in O(models): front, driver, models, keys, metrics, limits and the thread for large prompts. Knows nothing
+of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from llmscale.errors import Overloaded, Unavailable, UnknownModel
+from llmscale.gateway.auth import ApiKeys
+from llmscale.gateway.config import GatewayConfig, ServedModel
+from llmscale.gateway.driver import FrontDriver
+from llmscale.gateway.front import Front, SamplingFactory
+from llmscale.gateway.stream import Sweeper
+from llmscale.metrics import GatewayMetrics, RequestMetrics
+
+T = TypeVar("T")
+
+
+class Services:
+    """The parts of a running gateway. `open` needs the running event loop; before that no request can be served."""
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        front: Front,
+        sampling: SamplingFactory,
+        models: Sequence[ServedModel],
+        keys: ApiKeys,
+        *,
+        routes: Sequence[str],
+    ) -> None:
+        self.config = config
+        self.limits = config.limits
+        self.front = front
+        self.sampling = sampling
+        self.models = {model.name: model for model in models}
+        self.keys = keys
+        per_model = [RequestMetrics(model.name, keys.tenants) for model in models]
+        self.metrics = GatewayMetrics(per_model, routes, front.status)
+        self._driver: FrontDriver | None = None
+        self._sweeper: Sweeper | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._large_prompts = 0
+        self.draining = False
+
+    def open(self) -> None:
+        """Joins the event loop."""
+        loop = asyncio.get_running_loop()
+        self._driver = FrontDriver(self.front, loop)
+        self._sweeper = Sweeper(self.metrics, loop)
+        # One thread: it exists to keep the event loop responsive, not to use a second core.
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmscale-prompts")
+
+    def close(self) -> None:
+        """Leaves the event loop; live requests are cancelled."""
+        if self._driver is not None:
+            self._driver.close()
+        if self._sweeper is not None:
+            self._sweeper.close()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def driver(self) -> FrontDriver:
+        """The live requests."""
+        if self._driver is None:
+            raise Unavailable("this gateway is starting; retry in a moment")
+        return self._driver
+
+    @property
+    def sweeper(self) -> Sweeper:
+        """The open streams."""
+        if self._sweeper is None:
+            raise Unavailable("this gateway is starting; retry in a moment")
+        return self._sweeper
+
+    def model(self, name: str) -> ServedModel:
+        """The served model of that name. Raises `UnknownModel`."""
+        model = self.models.get(name)
+        if model is None:
+            served = ", ".join(sorted(self.models))
+            raise UnknownModel(f"the model {name[:64]!r} is not served here; served are: {served}", field="model")
+        return model
+
+    async def compute(self, work: Callable[[], T], size_bytes: int) -> T:
+        """Runs work whose time grows with a text: small texts here, large ones on the thread, in order and bounded."""
+        if size_bytes <= self.limits.max_inline_bytes:
+            return work()
+        if self._executor is None or self._large_prompts >= self.limits.max_waiting_large_prompts:
+            raise Overloaded(
+                f"{self._large_prompts} large prompts wait to be tokenized, the limit is"
+                f" {self.limits.max_waiting_large_prompts}; retry in a second",
+                retry_after_seconds=1.0,
+            )
+        self._large_prompts += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        finally:
+            self._large_prompts -= 1
+
+    def drain(self, error: Unavailable) -> None:
+        """Stops taking requests. What runs may finish until `error` ends it, which the caller times."""
+        self.draining = True
+        self.driver.refuse_new()
+        asyncio.get_running_loop().call_later(self.limits.max_drain_seconds, self.driver.fail_all, error)

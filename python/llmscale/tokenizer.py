@@ -1,0 +1,432 @@
+"""Text to token ids and back: the only place that sees both.
+
+`Tokenizer` reads a model folder (tokenizer.json, tokenizer_config.json, generation_config.json, chat template), encodes
+prompts in time linear in their bytes, which are bounded before, and renders chats so that control ids come from the
+template alone: text from a request is never parsed for special tokens. `Detokenizer` turns one stream of ids into text
+in O(1) per token. Nothing here knows of HTTP, of engines or of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+from llmscale.chat_template import DEFAULT_LIMITS, ChatTemplate, TemplateLimits
+from llmscale.errors import InvalidTokenizer, PromptTemplateError, RequestTooLong
+from tokenizers.decoders import DecodeStream
+
+_MAX_TOKENIZER_FILE_BYTES: Final = 256 << 20
+_MAX_CONFIG_FILE_BYTES: Final = 8 << 20
+# A character has at most 4 bytes, so 4 byte tokens complete it; text that is still open after 8 tokens is not UTF-8.
+_MAX_OPEN_TOKENS: Final = 8
+_NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE_FALLBACK: Final = re.compile(r"<0x([0-9A-F]{2})>")
+TEMPLATE_VARIABLES: Final = frozenset({"enable_thinking", "thinking", "reasoning_effort", "documents", "date_string"})
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """The sampling that the model's author recommends in generation_config.json; None where it says nothing."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+
+
+def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
+    size = path.stat().st_size
+    if size > max_bytes:
+        raise InvalidTokenizer(f"{path.name} has {size} bytes, the limit is {max_bytes}")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidTokenizer(f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidTokenizer(f"{path.name} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _read_optional_json(path: Path) -> dict[str, Any]:
+    return _read_json(path, _MAX_CONFIG_FILE_BYTES) if path.is_file() else {}
+
+
+def _token_text(value: object) -> str | None:
+    """A token as tokenizer_config.json writes it: a text, or an object with its text."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+class Tokenizer:
+    """The tokenizer of one model folder. Thread-safe after construction.
+
+    `vocabulary` is the number of ids that the model has; a tokenizer with a larger id raises `InvalidTokenizer`.
+    """
+
+    def __init__(self, folder: Path, *, vocabulary: int | None = None, limits: TemplateLimits = DEFAULT_LIMITS) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise InvalidTokenizer(
+                f"{folder} has no tokenizer.json; convert the tokenizer with the transformers library"
+            )
+        definition = _read_json(path, _MAX_TOKENIZER_FILE_BYTES)
+        settings = _read_optional_json(folder / "tokenizer_config.json")
+        generation = _read_optional_json(folder / "generation_config.json")
+        self._tokenizer = _build(definition)
+        self._named = {name: text for name in _NAMED_TOKENS if (text := _token_text(settings.get(name)))}
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocabulary = 1 + max(ids.values(), default=-1)
+        if vocabulary is not None and self.vocabulary > vocabulary:
+            raise InvalidTokenizer(
+                f"the tokenizer has ids up to {self.vocabulary - 1}, the model's vocabulary is {vocabulary};"
+                " the files belong to different models"
+            )
+        self._longest_token_bytes = max((len(text.encode()) for text in ids), default=1)
+        self._byte_level = '"ByteLevel"' in json.dumps(definition.get("decoder"))
+        controls = _control_tokens(definition, settings, self._named)
+        self.control_ids = {text: ids[text] for text in controls if text in ids}
+        self._prefix, self._suffix = self._surrounding_ids()
+        self._encoder = _SafeEncoder(definition, self.control_ids, self._named.get("unk_token"))
+        self.eos_token_ids = self._end_ids(generation, ids)
+        self.generation_defaults = _generation_defaults(generation)
+        source = _chat_template_source(folder, settings)
+        self.chat_template = ChatTemplate(source, limits=limits) if source is not None else None
+
+    def max_prompt_bytes(self, max_sequence_tokens: int) -> int:
+        """A prompt of more bytes cannot fit into this many tokens, however it is split."""
+        return max_sequence_tokens * self._longest_token_bytes
+
+    def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
+        """The ids of a prompt, with the ids that the model wants around it. Special tokens in the text stay text.
+
+        Raises `RequestTooLong` before it tokenizes when the text cannot fit into `max_tokens`.
+        """
+        self._check_length(text, max_tokens)
+        ids = self._encoder.encode(text)
+        return [*self._prefix, *ids, *self._suffix] if self._prefix or self._suffix else ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        max_tokens: int | None = None,
+    ) -> list[int]:
+        """The ids of a conversation, rendered by the model's chat template.
+
+        `messages` are objects with `role` and `content`. `variables` are passed to the template; only the names in
+        `TEMPLATE_VARIABLES` are allowed. Raises `PromptTemplateError` or `RequestTooLong`.
+        """
+        if self.chat_template is None:
+            raise PromptTemplateError("this model has no chat template; use /v1/completions", field="messages")
+        for name in variables or ():
+            if name not in TEMPLATE_VARIABLES:
+                raise PromptTemplateError(
+                    f"chat_template_kwargs has {name!r}, allowed are {', '.join(sorted(TEMPLATE_VARIABLES))}",
+                    field="chat_template_kwargs",
+                )
+        protect = self._encoder.protect
+        text = self.chat_template.render(
+            {
+                **self._named,
+                "tools": None,
+                "documents": None,
+                **(protect(variables) if variables else {}),
+                "messages": protect(list(messages)),
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
+        self._check_length(text, max_tokens)
+        return self._encoder.encode_rendered(text)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence of ids."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """Starts the text of one stream."""
+        return Detokenizer(self._tokenizer, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one id stands for, which need not be whole characters. Unknown ids stand for nothing."""
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None:
+            return b""
+        if piece in self.control_ids:
+            return piece.encode()
+        if self._byte_level:
+            table = _BYTE_OF_CHARACTER
+            if all(character in table for character in piece):
+                return bytes(table[character] for character in piece)
+            return piece.encode()
+        if match := _BYTE_FALLBACK.fullmatch(piece):
+            return bytes([int(match[1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    def _check_length(self, text: str, max_tokens: int | None) -> None:
+        if max_tokens is None or len(text) <= max_tokens:
+            return
+        limit = self.max_prompt_bytes(max_tokens)
+        size = len(text.encode(errors="surrogatepass"))
+        if size > limit:
+            raise RequestTooLong(
+                f"the prompt has {size} bytes, which cannot fit into {max_tokens} tokens (max_sequence_tokens);"
+                " shorten the prompt",
+                field="messages" if self.chat_template else "prompt",
+            )
+
+    def _surrounding_ids(self) -> tuple[list[int], list[int]]:
+        bare = self._tokenizer.encode("a", add_special_tokens=False).ids
+        full = self._tokenizer.encode("a", add_special_tokens=True).ids
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start], full[start + len(bare) :]
+        raise InvalidTokenizer(
+            "the tokenizer's post-processor changes ids instead of adding some, which is not supported"
+        )
+
+    def _end_ids(self, generation: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[int, ...]:
+        """Ids that end a sequence: generation_config.json's, and the end-of-sequence token of the tokenizer."""
+        listed = generation.get("eos_token_id")
+        found = {value for value in (listed if isinstance(listed, list) else [listed]) if isinstance(value, int)}
+        if (text := self._named.get("eos_token")) and text in ids:
+            found.add(ids[text])
+        return tuple(sorted(found))
+
+
+class _SafeEncoder:
+    """Encodes text so that no control id can come from it.
+
+    It is a copy of the tokenizer in which every control token has a secret spelling, in the added tokens and in the
+    vocabulary. Hence text cannot spell one by any route (added tokens, `ignore_merges`, whole-word or Unigram matches),
+    and the template's own control tokens are respelled after rendering, so that the text around them is split as
+    always.
+    """
+
+    def __init__(self, definition: dict[str, Any], control_ids: Mapping[str, int], unknown: str | None) -> None:
+        secret = secrets.token_hex(12)
+        self._spelling = {text: f"<{secret}{token}>" for text, token in control_ids.items()}
+        self._tokenizer = _build(_respelled(definition, self._spelling))
+        self._control_ids = frozenset(token for text, token in control_ids.items() if text != unknown)
+        # A mark stands for the first character of a control token in a request's text while the template sees it.
+        self._mark = f"[{secret}"
+        self._marked = re.compile(re.escape(self._mark) + r"([0-9a-f]+)\]")
+        longest_first = sorted(control_ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._longest = len(longest_first[0]) if longest_first else 0
+        self._prefixes = {text[:end] for text in control_ids for end in range(1, len(text))}
+        self._suffixes = {text[start:] for text in control_ids for start in range(1, len(text))}
+        self._first_characters = {text[0] for text in control_ids}
+        self._last_characters = {text[-1] for text in control_ids}
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text from a request."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not self._control_ids.isdisjoint(ids):
+            raise AssertionError("a text was encoded to a control token")
+        return ids
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of a rendered template whose values were protected."""
+        expected = 0
+        if self._pattern is not None:
+            text, expected = self._pattern.subn(lambda match: self._spelling[match[0]], text)
+        if self._mark in text:
+            text = self._marked.sub(lambda match: chr(int(match[1], 16)), text)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if sum(map(self._control_ids.__contains__, ids)) > expected:
+            raise AssertionError("a message was encoded to a control token")
+        return ids
+
+    def protect(self, value: Any) -> Any:
+        """A copy of a JSON value in which no text spells, begins or ends a control token."""
+        if isinstance(value, str):
+            return self._protect_text(value)
+        if isinstance(value, Mapping):
+            return {self.protect(key): self.protect(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.protect(item) for item in value]
+        return value
+
+    def _protect_text(self, text: str) -> str:
+        if self._pattern is None or not text:
+            return text
+        # Again until nothing is left: in "aaa" the matches of "aa" overlap.
+        while self._pattern.search(text):
+            text = self._pattern.sub(lambda match: self._masked(match[0], 0), text)
+        # A template may put two texts next to each other, or trim them first: neither edge may begin or end a token.
+        end = len(text.rstrip())
+        for start in range(max(0, end - self._longest + 1), end):
+            if text[start] in self._first_characters and text[start:end] in self._prefixes:
+                text = self._masked(text, start)
+                break
+        begin = len(text) - len(text.lstrip())
+        for stop in range(begin + 1, min(len(text), begin + self._longest) + 1):
+            if text[stop - 1] in self._last_characters and text[begin:stop] in self._suffixes:
+                text = self._masked(text, begin)
+                break
+        return text
+
+    def _masked(self, text: str, position: int) -> str:
+        return f"{text[:position]}{self._mark}{ord(text[position]):x}]{text[position + 1 :]}"
+
+
+class Detokenizer:
+    """The text of one stream of ids, piece by piece; characters whose bytes are split over tokens come out whole."""
+
+    __slots__ = ("_context", "_open", "_skip", "_stream", "_tokenizer")
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        # None while bytes that are not UTF-8 pass through: the library would hold them back, and then repeat them.
+        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._context: list[int] = []
+        self._open: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Takes the next id and returns the text that is now certain, often one piece, sometimes nothing."""
+        if self._stream is None:
+            self._open.append(token)
+            return self._push_undecodable()
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception as error:
+            # The library raises a bare Exception when bytes that are not UTF-8 change the text before them.
+            if "nvalid prefix" not in str(error):
+                raise
+            self._stream = None
+            self._open.append(token)
+            return self._push_undecodable()
+        if text is None:
+            self._open.append(token)
+            if len(self._open) < _MAX_OPEN_TOKENS:
+                return ""
+            # Bytes that never become a character would be decoded again with every token, in quadratic time.
+            self._stream = None
+            return self._push_undecodable()
+        if self._open:
+            self._open.clear()
+        self._context = [token]
+        return text
+
+    def finish(self) -> str:
+        """Ends the stream: bytes that never became a character are shown as replacement characters."""
+        text, self._open = self._open_text(), []
+        return text
+
+    def _push_undecodable(self) -> str:
+        text = self._open_text()
+        broken = text.endswith("\ufffd")
+        if broken and len(self._open) < _MAX_OPEN_TOKENS:
+            return ""
+        self._context, self._open = [*self._context, *self._open][-_MAX_OPEN_TOKENS:], []
+        if not broken:
+            self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
+        return text
+
+    def _open_text(self) -> str:
+        """What the ids that were held back add to the text."""
+        if not self._open:
+            return ""
+        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
+        text = self._tokenizer.decode([*self._context, *self._open], skip_special_tokens=self._skip)
+        return text[len(before) :] if text.startswith(before) else text
+
+
+def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
+    try:
+        built = tokenizers.Tokenizer.from_str(json.dumps(definition))
+    except Exception as error:  # The library raises bare Exceptions for every malformed definition.
+        raise InvalidTokenizer(f"tokenizer.json cannot be used: {error}") from error
+    # A folder may carry the truncation and padding of its training run; a prompt must never be cut silently.
+    built.no_truncation()
+    built.no_padding()
+    return built
+
+
+def _control_tokens(definition: Mapping[str, Any], settings: Mapping[str, Any], named: Mapping[str, str]) -> set[str]:
+    """Texts of the special tokens: those that steer the model and that no text from a request may spell."""
+    listed: list[object] = list(definition.get("added_tokens") or [])
+    decoder = settings.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        listed += decoder.values()
+    found = {
+        text for entry in listed if isinstance(entry, dict) and entry.get("special") and (text := _token_text(entry))
+    }
+    extra = settings.get("additional_special_tokens")
+    found.update(text for entry in (extra if isinstance(extra, list) else []) if (text := _token_text(entry)))
+    return found | set(named.values())
+
+
+def _respelled(definition: dict[str, Any], spelling: Mapping[str, str]) -> dict[str, Any]:
+    """The definition with other texts for some tokens, and without a post-processor, whose texts would not fit."""
+    model = dict(definition.get("model") or {})
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {spelling.get(text, text): token for text, token in vocabulary.items()}
+    elif isinstance(vocabulary, list):
+        model["vocab"] = [[spelling.get(text, text), score] for text, score in vocabulary]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
+    added = [
+        {**entry, "content": spelling[entry["content"]], "special": True, "normalized": False}
+        if entry.get("content") in spelling
+        else entry
+        for entry in definition.get("added_tokens") or []
+    ]
+    return {**definition, "model": model, "added_tokens": added, "post_processor": None}
+
+
+def _generation_defaults(generation: Mapping[str, Any]) -> GenerationDefaults:
+    def number(name: str) -> float | None:
+        value = generation.get(name)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+    top_k = number("top_k")
+    # Without do_sample the author means greedy decoding, whatever the other fields say.
+    return GenerationDefaults(
+        temperature=number("temperature"),
+        top_p=number("top_p"),
+        top_k=int(top_k) if top_k is not None else None,
+        min_p=number("min_p"),
+        repetition_penalty=number("repetition_penalty"),
+    )
+
+
+def _chat_template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        if path.stat().st_size > _MAX_CONFIG_FILE_BYTES:
+            raise InvalidTokenizer(
+                f"chat_template.jinja has {path.stat().st_size} bytes, the limit is {_MAX_CONFIG_FILE_BYTES}"
+            )
+        return path.read_text(encoding="utf-8")
+    value = settings.get("chat_template")
+    if isinstance(value, list):
+        named: Iterable[tuple[object, object]] = (
+            (e.get("name"), e.get("template")) for e in value if isinstance(e, dict)
+        )
+        value = dict(named).get("default")
+    return value if isinstance(value, str) else None
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The alphabet of byte-level BPE (GPT-2): printable Latin-1 characters stand for themselves, others follow
+    U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(value): value for value in printable}
+    shifted = [value for value in range(256) if value not in set(printable)]
+    return table | {chr(0x100 + position): value for position, value in enumerate(shifted)}
+
+
+_BYTE_OF_CHARACTER: Final = _byte_of_character()

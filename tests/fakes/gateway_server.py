@@ -1,0 +1,104 @@
+"""A whole gateway on an ephemeral port: the real server and sockets, a scripted front behind them.
+
+`serving` runs it in the test's own event loop, so a test can drive the front between two reads; `exchange` sends raw
+bytes and reads until the server closes. Knows nothing of what is tested.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import openai
+import uvicorn
+from llmscale.gateway.app import Gateway
+from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
+from llmscale.gateway.serve import listen, make_gateway, make_server
+from llmscale.tokenizer import Tokenizer
+
+from tests.fakes.fake_front import FakeFront, FakeSampling
+
+
+@dataclass(slots=True)
+class Serving:
+    """A running gateway and what is behind it."""
+
+    port: int
+    front: FakeFront
+    gateway: Gateway
+    server: uvicorn.Server
+    tokenizer: Tokenizer
+    _clients: list[openai.AsyncOpenAI] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, api_key: str = "none-needed") -> openai.AsyncOpenAI:
+        """OpenAI's own client, without retries: a test sees every refusal."""
+        client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=20)
+        self._clients.append(client)
+        return client
+
+    async def close_clients(self) -> None:
+        """Closes the connections that the clients keep open."""
+        for client in self._clients:
+            await client.close()
+
+    async def raw(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection."""
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def exchange(self, data: bytes, *, seconds: float = 10) -> bytes:
+        """Sends bytes and returns everything until the server closes."""
+        reader, writer = await self.raw()
+        async with asyncio.timeout(seconds):
+            writer.write(data)
+            with contextlib.suppress(ConnectionError):
+                await writer.drain()
+            received = b""
+            with contextlib.suppress(ConnectionError):
+                received = await reader.read()
+        writer.close()
+        return received
+
+
+async def until(condition: object, *, seconds: float = 5) -> None:
+    """Waits until a callable is true; fails after the deadline."""
+    assert callable(condition)
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - the condition belongs to code that knows no event of ours
+            await asyncio.sleep(0.002)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    tokenizer: Tokenizer,
+    front: FakeFront | None = None,
+    *,
+    limits: GatewayLimits | None = None,
+    api_keys: tuple[str, ...] = (),
+    model: str = "tiny",
+    max_sequence_tokens: int = 4_096,
+) -> AsyncIterator[Serving]:
+    """Runs a gateway until the block ends."""
+    front = front or FakeFront()
+    config = GatewayConfig(port=0, api_keys=api_keys, limits=limits or GatewayLimits(max_drain_seconds=1))
+    served = ServedModel(model, tokenizer, 512, max_sequence_tokens, created=1_700_000_000)
+    gateway = make_gateway(config, front, FakeSampling, [served])
+    started = asyncio.Event()
+    server = make_server(gateway, started.set)
+    listener = listen(config)
+    task = asyncio.ensure_future(server.serve(sockets=[listener]))
+    await started.wait()
+    running = Serving(listener.getsockname()[1], front, gateway, server, tokenizer)
+    try:
+        yield running
+    finally:
+        await running.close_clients()
+        server.should_exit = True
+        await task
+        front.close()

@@ -1,0 +1,88 @@
+"""OpenAI's own client works unchanged against the gateway."""
+
+from __future__ import annotations
+
+import openai
+import pytest
+from llmscale.errors import Overloaded, Unavailable
+from llmscale.tokenizer import Tokenizer
+
+from tests.fakes.fake_front import FakeFront
+from tests.fakes.gateway_server import serving
+
+QUESTION = [{"role": "user", "content": "hello world"}]
+
+
+def scripted(tokenizer: Tokenizer, text: str, *, end: bool = True) -> FakeFront:
+    """A front whose every answer is this text."""
+    ids = tokenizer.encode(text) + ([2] if end else [])
+    return FakeFront(tokens=lambda _prompt, _sampling: iter(ids))
+
+
+async def test_a_completion_has_the_models_text_and_its_usage(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer, scripted(tokenizer, " fine, thank you.")) as gateway:
+        answer = await gateway.client().completions.create(model="tiny", prompt="how are you?", max_tokens=50)
+    assert answer.choices[0].text == " fine, thank you."
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(tokenizer.encode("how are you?"))
+    assert answer.usage.completion_tokens == len(tokenizer.encode(" fine, thank you.")) + 1
+
+
+async def test_a_chat_answer_ends_with_length_at_max_tokens(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer, scripted(tokenizer, "one two three four")) as gateway:
+        answer = await gateway.client().chat.completions.create(
+            model="tiny", messages=QUESTION, max_completion_tokens=2
+        )
+        sampling = gateway.front.submitted[1].sampling
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.choices[0].message.role == "assistant"
+    assert sampling.max_tokens == 2
+
+
+async def test_a_chat_stream_adds_up_to_the_whole_answer_and_names_the_role_once(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer, scripted(tokenizer, "I am fine, thank you. né 😀")) as gateway:
+        stream = await gateway.client().chat.completions.create(
+            model="tiny", messages=QUESTION, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == "I am fine, thank you. né 😀"
+    assert [chunk.choices[0].delta.role for chunk in chunks if chunk.choices].count("assistant") == 1
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == len(tokenizer.encode("I am fine, thank you. né 😀")) + 1
+
+
+async def test_a_completion_stream_adds_up_to_the_whole_answer(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer, scripted(tokenizer, "the lazy dog")) as gateway:
+        stream = await gateway.client().completions.create(model="tiny", prompt="x", stream=True, max_tokens=50)
+        chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "the lazy dog"
+
+
+async def test_the_models_are_listed_with_their_longest_sequence(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer) as gateway:
+        listed = await gateway.client().models.list()
+        one = await gateway.client().models.retrieve("tiny")
+        with pytest.raises(openai.NotFoundError) as missing:
+            await gateway.client().models.retrieve("other/model")
+    assert [model.id for model in listed.data] == ["tiny"]
+    assert one.model_extra == {"max_model_len": 4096}
+    assert missing.value.code == "unknown_model"
+
+
+async def test_a_full_queue_is_a_429_with_the_seconds_until_there_is_room(tokenizer: Tokenizer) -> None:
+    front = FakeFront(refusal=Overloaded("the queue is full", retry_after_seconds=2.2))
+    async with serving(tokenizer, front) as gateway:
+        with pytest.raises(openai.RateLimitError) as refused:
+            await gateway.client().chat.completions.create(model="tiny", messages=QUESTION)
+    assert refused.value.code == "queue_full"
+    assert refused.value.response.headers["retry-after"] == "3"
+
+
+async def test_no_replica_is_a_503(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer, FakeFront(refusal=Unavailable("no replica"))) as gateway:
+        with pytest.raises(openai.InternalServerError) as refused:
+            await gateway.client().completions.create(model="tiny", prompt="x")
+    assert (refused.value.status_code, refused.value.code) == (503, "unavailable")
