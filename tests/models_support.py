@@ -24,72 +24,72 @@ VOCABULARY = 307
 def _llama(**changes: Any) -> Any:
     from transformers import LlamaConfig
 
-    values = dict(
-        hidden_size=72,
-        intermediate_size=104,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=24,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        rms_norm_eps=1e-5,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    values = {
+        "hidden_size": 72,
+        "intermediate_size": 104,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     return LlamaConfig(**(values | changes))
 
 
 def _mistral(**changes: Any) -> Any:
     from transformers import MistralConfig
 
-    values = dict(
-        hidden_size=72,
-        intermediate_size=104,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=16,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-        sliding_window=None,
-    )
+    values = {
+        "hidden_size": 72,
+        "intermediate_size": 104,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "sliding_window": None,
+    }
     return MistralConfig(**(values | changes))
 
 
 def _qwen2(**changes: Any) -> Any:
     from transformers import Qwen2Config
 
-    values = dict(
-        hidden_size=64,
-        intermediate_size=88,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        eos_token_id=2,
-    )
+    values = {
+        "hidden_size": 64,
+        "intermediate_size": 88,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+    }
     return Qwen2Config(**(values | changes))
 
 
 def _qwen3(**changes: Any) -> Any:
     from transformers import Qwen3Config
 
-    values = dict(
-        hidden_size=60,
-        intermediate_size=104,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=40,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=2,
-    )
+    values = {
+        "hidden_size": 60,
+        "intermediate_size": 104,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 40,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "eos_token_id": 2,
+    }
     return Qwen3Config(**(values | changes))
 
 
@@ -100,20 +100,24 @@ TINY_CONFIGS: dict[str, Callable[[], Any]] = {
     "llama_with_biases": lambda: _llama(attention_bias=True, mlp_bias=True),
     "llama3_scaled_rope_tied": lambda: _llama(
         tie_word_embeddings=True,
-        rope_parameters=dict(
-            rope_type="llama3",
-            rope_theta=5000.0,
-            factor=4.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=64,
-        ),
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
     ),
-    "llama_linear_rope": lambda: _llama(rope_parameters=dict(rope_type="linear", rope_theta=10_000.0, factor=2.5)),
-    "llama_dynamic_rope": lambda: _llama(rope_parameters=dict(rope_type="dynamic", rope_theta=10_000.0, factor=2.0)),
+    "llama_linear_rope": lambda: _llama(rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.5}),
+    "llama_dynamic_rope": lambda: _llama(
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    ),
     "mistral": _mistral,
+    "mistral_with_window": lambda: _mistral(sliding_window=37),
     "qwen2": _qwen2,
-    "qwen2_tied": lambda: _qwen2(tie_word_embeddings=True, rope_parameters=dict(rope_theta=1e6, rope_type="default")),
+    "qwen2_tied": lambda: _qwen2(tie_word_embeddings=True, rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
+    "qwen2_with_windowed_layers": lambda: _qwen2(use_sliding_window=True, sliding_window=50, max_window_layers=1),
     "qwen3": _qwen3,
     "qwen3_with_biases": lambda: _qwen3(attention_bias=True, tie_word_embeddings=False),
 }

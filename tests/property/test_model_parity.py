@@ -27,6 +27,8 @@ from tests.models_support import TINY_CONFIGS, VOCABULARY, RandomPlanner, write_
 MAX_RELATIVE_ERROR = 1e-4
 """Of the largest logit of the position; float32 sums of 100 terms in another order differ by about 1e-6."""
 NEAR_TIE = 1e-4
+MAX_BFLOAT16_ERROR = 0.05
+"""Root mean square over that of the logits. Measured 0.017 to 0.038; transformers in bfloat16 has 0.034 to 0.075."""
 LIMITS = StepLimits(max_step_tokens=96, max_sequences=96, max_sequence_tokens=320)
 
 
@@ -72,3 +74,71 @@ def test_logits_equal_those_of_transformers_at_every_position(name: str, tmp_pat
     planner.run_until_computed(sequences)
     for sequence, prompt in zip(sequences, prompts, strict=True):
         assert_close(torch.stack(sequence.logits), oracle_logits(model, prompt), MAX_RELATIVE_ERROR)
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_greedy_tokens_are_those_of_transformers_unless_two_logits_tie(name: str, tmp_path: Path) -> None:
+    """Our 200 tokens are fed to the oracle once: each must be its own choice there, given the ones before."""
+    model = write_tiny_model(name, tmp_path)
+    source = random.Random(11)
+    planner = planner_for(tmp_path, seed=3)
+    sequences = [planner.admit(random_prompt(source, tokens)) for tokens in (3, 38, 65)]
+    prompt_tokens = [len(sequence.tokens) for sequence in sequences]
+    planner.decode_greedily(sequences, tokens=200)
+    for sequence, prompt in zip(sequences, prompt_tokens, strict=True):
+        assert len(sequence.tokens) == prompt + 200
+        logits = oracle_logits(model, sequence.tokens)[prompt - 1 : -1]
+        best = logits.topk(2).values
+        clear = (best[:, 0] - best[:, 1]) > NEAR_TIE * best[:, 0].abs()
+        assert int(clear.sum()) > 190, "the model's logits are too flat for this test to mean anything"
+        chosen = torch.tensor(sequence.tokens[prompt:])
+        assert torch.equal(chosen[clear], logits.argmax(dim=-1)[clear])
+
+
+def test_greedy_tokens_are_those_of_generate_with_its_own_cache(tmp_path: Path) -> None:
+    model = write_tiny_model("llama3_scaled_rope_tied", tmp_path)
+    prompt = random_prompt(random.Random(5), 45)
+    prompt_tensor = torch.tensor([prompt])
+    theirs = model.generate(
+        prompt_tensor,
+        # Without a mask, prompt tokens that equal the padding id would be hidden.
+        attention_mask=torch.ones_like(prompt_tensor),
+        max_new_tokens=200,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    planner = planner_for(tmp_path, seed=5)
+    sequence = planner.admit(prompt)
+    planner.decode_greedily([sequence], tokens=200)
+    assert sequence.tokens == theirs[0].tolist()
+
+
+def test_blocks_of_a_finished_sequence_do_not_leak_into_the_next(tmp_path: Path) -> None:
+    model = write_tiny_model("qwen3", tmp_path)
+    source = random.Random(13)
+    planner = planner_for(tmp_path, seed=8)
+    for _ in range(4):
+        sequences = [planner.admit(random_prompt(source, source.randint(1, 250))) for _ in range(4)]
+        planner.run_until_computed(sequences)
+        for sequence in sequences:
+            assert_close(torch.stack(sequence.logits), oracle_logits(model, sequence.tokens), MAX_RELATIVE_ERROR)
+            planner.leave(sequence)
+
+
+@pytest.mark.parametrize("name", ["llama_grouped", "qwen2_tied", "qwen3"])
+def test_bfloat16_stays_within_its_rounding_of_float32(name: str, tmp_path: Path) -> None:
+    """Against the oracle in float32 on the same bfloat16 weights, so that only activations are rounded differently."""
+    model = write_tiny_model(name, tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    planner = planner_for(tmp_path, seed=2, dtype="bfloat16")
+    sequence = planner.admit(random_prompt(random.Random(17), 131))
+    planner.run_until_computed([sequence])
+    ours, exact = torch.stack(sequence.logits), oracle_logits(model, sequence.tokens)
+    error = (ours - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    theirs = oracle_logits(model.bfloat16(), sequence.tokens).float()
+    their_error = (theirs - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert float(error) <= MAX_BFLOAT16_ERROR
+    assert float(error) <= float(their_error)

@@ -25,12 +25,13 @@ class ActivationSizes:
 @dataclass(frozen=True, slots=True)
 class Activations:
     """Views of T rows. `residual` [T, H] is the stream, `normed` [T, H] the input of a part, `delta` [T, H] its output;
-    `qkv` [T, (Q + 2 K) D], `heads` [T, Q D], `gate_up` [T, 2 F], `inner` [T, F]."""
+    `qkv` [T, (Q + 2 K) D], `query` and `heads` [T, Q D], `gate_up` [T, 2 F], `inner` [T, F]."""
 
     residual: Tensor
     normed: Tensor
     delta: Tensor
     qkv: Tensor
+    query: Tensor
     heads: Tensor
     gate_up: Tensor
     inner: Tensor
@@ -51,6 +52,7 @@ class ActivationBuffers:
             normed=buffer(sizes.hidden),
             delta=buffer(sizes.hidden),
             qkv=buffer(sizes.qkv),
+            query=buffer(sizes.query),
             heads=buffer(sizes.query),
             gate_up=buffer(2 * sizes.inner),
             inner=buffer(sizes.inner),
@@ -67,6 +69,7 @@ class ActivationBuffers:
                 normed=full.normed[:rows],
                 delta=full.delta[:rows],
                 qkv=full.qkv[:rows],
+                query=full.query[:rows],
                 heads=full.heads[:rows],
                 gate_up=full.gate_up[:rows],
                 inner=full.inner[:rows],

@@ -1,8 +1,8 @@
 """Grouped-query attention over paged keys and values: the reference arithmetic and the module of the executor.
 
 The reference gathers each sequence's blocks and computes softmax(Q K^T) V in float32, one sequence after another; it
-exists to be right, and native operations are tested against it. Quadratic in the length of a chunk, linear in the length
-of the context for a decode. It does not know how blocks are chosen.
+exists to be right, and native operations are tested against it. Quadratic in the length of a chunk, linear in the
+length of the context for a decode. It does not know how blocks are chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from llmscale.layers.activations import Activations
 from llmscale.layers.linear import Linear
 from llmscale.layers.norm import rms_norm
-from llmscale.layers.ops import HeadNorms, Ops, StepRows
+from llmscale.layers.ops import AttentionConstants, KvLayer, Ops, StepRows
 from llmscale.layers.rotary import rotate
 from llmscale.models.spec import AttentionSpec
 
@@ -25,32 +25,24 @@ def split_heads(qkv: Tensor, attention: AttentionSpec) -> tuple[Tensor, Tensor, 
     return heads[:, :first_key], heads[:, first_key:first_value], heads[:, first_value:]
 
 
-def rotate_and_store(
-    qkv: Tensor,
-    attention: AttentionSpec,
-    norms: HeadNorms | None,
-    rope_table: Tensor,
-    rows: StepRows,
-    kv_layer: Tensor,
-) -> None:
-    """Reference of `Ops.rotate_and_store`; shapes are given there."""
-    query, key, value = split_heads(qkv, attention)
-    normed_query, normed_key = query, key
+def rotate_and_store(qkv: Tensor, attention: AttentionConstants, rows: StepRows, kv_layer: Tensor) -> Tensor:
+    """Reference of `Ops.rotate_and_store`: returns the rotated query heads [T, Q D]; kv_layer [B, 2, K, P, D]."""
+    query, key, value = split_heads(qkv, attention.spec)
+    norms, rope = attention.norms, attention.rope
     if norms is not None:
-        normed_query = rms_norm(query, norms.query, norms.epsilon)
-        normed_key = rms_norm(key, norms.key, norms.epsilon)
-    table_rows = rope_table.index_select(0, rows.positions)
-    query.copy_(rotate(normed_query, table_rows))
+        query = rms_norm(query, norms.query, norms.epsilon)
+        key = rms_norm(key, norms.key, norms.epsilon)
     slots = rows.slot_mapping.long()
     blocks, offsets = slots // kv_layer.shape[3], slots % kv_layer.shape[3]
     # Two index tensors around a slice select [T, K, D] in the order that the values have.
-    kv_layer[:, 0][blocks, :, offsets] = rotate(normed_key, table_rows)
+    kv_layer[:, 0][blocks, :, offsets] = rotate(key, rope, rows.positions)
     kv_layer[:, 1][blocks, :, offsets] = value
+    return rotate(query, rope, rows.positions).flatten(1)
 
 
-def attend(qkv: Tensor, attention: AttentionSpec, rows: StepRows, kv_layer: Tensor) -> Tensor:
-    """Reference of `Ops.attend`: returns [T, Q D] in the dtype of `qkv`."""
-    query = split_heads(qkv, attention)[0]
+def attend(query: Tensor, attention: AttentionSpec, rows: StepRows, kv_layer: Tensor) -> Tensor:
+    """Reference of `Ops.attend`: query and result [T, Q D], kv_layer [B, 2, K, P, D]."""
+    heads = query.view(-1, attention.query_heads, attention.head_dim).float()
     block_tokens = kv_layer.shape[3]
     starts, lengths = rows.query_start.tolist(), rows.sequence_lengths.tolist()
     outputs = []
@@ -60,8 +52,8 @@ def attend(qkv: Tensor, attention: AttentionSpec, rows: StepRows, kv_layer: Tens
         table = rows.block_tables[table_offset : table_offset + blocks].long()
         # [blocks, K, P, D] to [K, length, D]; slots past the length hold other sequences' old bytes.
         keys, values = (kv_layer[table, part].transpose(0, 1).flatten(1, 2)[:, :length].float() for part in (0, 1))
-        outputs.append(_attend_one(query[first:last].float(), keys, values, rows.positions[first:last], attention))
-    return torch.cat(outputs).flatten(1).to(qkv.dtype)
+        outputs.append(_attend_one(heads[first:last], keys, values, rows.positions[first:last], attention))
+    return torch.cat(outputs).flatten(1).to(query.dtype)
 
 
 def _attend_one(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, attention: AttentionSpec) -> Tensor:
@@ -82,20 +74,16 @@ def _attend_one(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, 
 class Attention:
     """Projection, norms and rotation, paged attention, projection back."""
 
-    __slots__ = ("_norms", "_output", "_qkv", "_rope_table", "_spec")
+    __slots__ = ("_constants", "_output", "_qkv")
 
-    def __init__(
-        self, spec: AttentionSpec, qkv: Linear, output: Linear, norms: HeadNorms | None, rope_table: Tensor
-    ) -> None:
-        self._spec = spec
+    def __init__(self, constants: AttentionConstants, qkv: Linear, output: Linear) -> None:
+        self._constants = constants
         self._qkv = qkv
         self._output = output
-        self._norms = norms
-        self._rope_table = rope_table
 
-    def __call__(self, ops: Ops, activations: Activations, rows: StepRows, kv_layer: Tensor) -> None:
-        """Reads `activations.normed` and writes `activations.delta`; kv_layer [B, 2, K, P, D]."""
+    def __call__(self, ops: Ops, activations: Activations, kv: KvLayer) -> None:
+        """Reads `activations.normed` and writes `activations.delta`, for the rows of the step that has begun."""
         self._qkv(activations.normed, activations.qkv)
-        ops.rotate_and_store(activations.qkv, self._spec, self._norms, self._rope_table, rows, kv_layer)
-        ops.attend(activations.qkv, self._spec, rows, kv_layer, activations.heads)
+        ops.rotate_and_store(activations.qkv, self._constants, kv, activations.query)
+        ops.attend(activations.query, self._constants, kv, activations.heads)
         self._output(activations.heads, activations.delta)

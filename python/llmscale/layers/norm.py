@@ -1,6 +1,7 @@
 """RMS norm (Zhang and Sennrich 2019, arXiv 1910.07467), alone and after the addition of a residual.
 
-Owns the reference arithmetic and the module of the executor. Linear in the elements. It does not know what is normalized.
+Owns the reference arithmetic and the module of the executor. Linear in the elements. It does not know what it is that
+it normalizes.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from llmscale.layers.ops import Ops
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + epsilon) * weight` over the last axis, in float32, rounded once to the dtype of `x`.
+    """`x / sqrt(mean(x^2) + epsilon) * weight` over the last axis, summed in float32.
 
-    transformers rounds bfloat16 a second time before the weight; that difference is below one unit in the last place.
+    As in transformers the normalized row is rounded to the dtype of `x` before the weight is applied.
     """
     wide = x.float()
     variance = wide.square().mean(-1, keepdim=True)
-    return (wide * torch.rsqrt(variance + epsilon) * weight.float()).to(x.dtype)
+    return weight * (wide * torch.rsqrt(variance + epsilon)).to(x.dtype)
 
 
 class RmsNorm:

@@ -1,8 +1,8 @@
-"""The elementwise and attention operations that a decoder needs, as one interface with interchangeable implementations.
+"""The elementwise and attention operations of a decoder, as one interface with interchangeable implementations.
 
-`ReferenceOps` (torch, the oracle) and native implementations do the same arithmetic: float32 inside, one rounding to the
+`ReferenceOps` (torch, the oracle) and native implementations do the same arithmetic: float32 inside, rounded to the
 dtype of the output. Every operation writes into memory that the caller owns, so that a step allocates nothing. Matrix
-products are not here; see `layers/linear.py`. It does not know models, steps of an engine, or who schedules.
+products are not here; see `layers/linear.py`. It does not know models, engines, or who schedules.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ class StepRows(Protocol):
 
     Rows of one sequence are consecutive, their positions ascend by one, and the last is the sequence's last KV token.
     """
-
-    @property
-    def sequences(self) -> int:
-        """S."""
 
     @property
     def positions(self) -> Tensor:
@@ -49,8 +45,18 @@ class StepRows(Protocol):
         """Flat block ids."""
 
 
+class RopeTable:
+    """Cosines and sines of the rotation by position, float32 `[positions, D / 2]` each, contiguous."""
+
+    __slots__ = ("cosines", "sines")
+
+    def __init__(self, cosines: Tensor, sines: Tensor) -> None:
+        self.cosines = cosines
+        self.sines = sines
+
+
 class HeadNorms:
-    """The weights `[head_dim]` of the RMS norms on query and key heads, and their epsilon."""
+    """The weights `[D]` of the RMS norms on query and key heads, and their epsilon."""
 
     __slots__ = ("epsilon", "key", "query")
 
@@ -60,11 +66,43 @@ class HeadNorms:
         self.epsilon = epsilon
 
 
-class Ops(Protocol):
-    """Shapes: T rows, H hidden size, Q query and K key-value heads of D elements, B blocks of P tokens.
+class AttentionConstants:
+    """What one attention layer holds for all steps: its spec, the norms on its heads if it has any, its rotation."""
 
-    `kv_layer` is one layer's view of the KV region, `[B, 2, K, P, D]` with keys first; the four inner axes are dense.
+    __slots__ = ("norms", "rope", "spec")
+
+    def __init__(self, spec: AttentionSpec, norms: HeadNorms | None, rope: RopeTable) -> None:
+        self.spec = spec
+        self.norms = norms
+        self.rope = rope
+
+
+class KvLayer:
+    """One layer of the KV region `[blocks, layers, 2, K, block_tokens, D]`."""
+
+    __slots__ = ("layer", "region")
+
+    def __init__(self, region: Tensor, layer: int) -> None:
+        self.region = region
+        self.layer = layer
+
+    def view(self) -> Tensor:
+        """[blocks, 2, K, block_tokens, D], dense but for the first axis."""
+        return self.region[:, self.layer]
+
+
+class Ops(Protocol):
+    """Shapes: T rows, H hidden size, V vocabulary, F inner size, Q query and K key-value heads of D elements.
+
+    The KV region holds keys first, in the dtype of the activations. All tensors are contiguous. An implementation runs
+    one step at a time.
     """
+
+    def begin_step(self, rows: StepRows) -> None:
+        """Takes the rows that `rotate_and_store` and `attend` work on until the next call.
+
+        What holds for all layers is checked and divided here once, not once per layer.
+        """
 
     def embed(self, token_ids: Tensor, table: Tensor, out: Tensor) -> None:
         """`out[t] = table[token_ids[t]]`: int32 [T], [V, H], [T, H]."""
@@ -75,23 +113,14 @@ class Ops(Protocol):
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, out: Tensor) -> None:
         """`residual += x`, rounded to its dtype; then `out = rms_norm(residual)`: [T, H] each."""
 
-    def rotate_and_store(
-        self,
-        qkv: Tensor,
-        attention: AttentionSpec,
-        norms: HeadNorms | None,
-        rope_table: Tensor,
-        rows: StepRows,
-        kv_layer: Tensor,
-    ) -> None:
-        """Normalizes and rotates query and key heads, and stores keys and values in the rows' slots.
+    def rotate_and_store(self, qkv: Tensor, attention: AttentionConstants, kv: KvLayer, query: Tensor) -> None:
+        """Normalizes and rotates query and key heads of qkv [T, (Q + 2 K) D].
 
-        qkv: [T, (Q + 2 K) D]; its query part is overwritten with the result, its key part may be. rope_table: float32
-        [positions, D], cosines in the first half of a row, sines in the second.
+        The query heads go to `query` [T, Q D], keys and values to the slots of their rows.
         """
 
-    def attend(self, qkv: Tensor, attention: AttentionSpec, rows: StepRows, kv_layer: Tensor, out: Tensor) -> None:
-        """Causal attention of the query part of `qkv` over each sequence's stored keys and values: out [T, Q D]."""
+    def attend(self, query: Tensor, attention: AttentionConstants, kv: KvLayer, out: Tensor) -> None:
+        """Causal attention over each sequence's keys and values, within the window if there is one: [T, Q D] both."""
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> None:
         """`out = silu(gate) * up`: [T, 2 F] with gate first, [T, F]."""

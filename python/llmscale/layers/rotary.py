@@ -1,9 +1,9 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of the halves kind, with linear and Llama 3 scaling.
 
 Owns the frequencies, the table of cosines and sines that every layer shares, and the reference rotation. The table is
-made once: one row per position up to the longest sequence that is served, 4 bytes times head_dim each. The frequencies
-are computed in float32 step by step as transformers does, because a difference of one rounding in a frequency grows with
-the position. It does not know heads of which layer it rotates.
+made once: one row per position up to the longest sequence that is served, 4 bytes times head_dim each. Frequencies are
+computed in float32 step by step as transformers does, because a difference of one rounding in a frequency grows with
+the position. It does not know which layer's heads it rotates.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from llmscale.layers.ops import RopeTable
 from llmscale.models.spec import RopeScaling, RopeSpec
 
 
@@ -41,17 +42,18 @@ def _llama3(frequencies: Tensor, rope: RopeSpec) -> Tensor:
     return torch.where(between, blended, stretched)
 
 
-def rope_table(rope: RopeSpec, head_dim: int, positions: int) -> Tensor:
-    """Float32 [positions, head_dim]: cosines in the first half of each row, sines in the second."""
+def rope_table(rope: RopeSpec, head_dim: int, positions: int, device: torch.device) -> RopeTable:
+    """The table for positions 0 to `positions` - 1, computed on the CPU so that it is the same on every device."""
     angles = torch.arange(positions, dtype=torch.int64).float()[:, None] * inverse_frequencies(rope, head_dim)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+    return RopeTable(angles.cos().to(device), angles.sin().to(device))
 
 
-def rotate(heads: Tensor, table_rows: Tensor) -> Tensor:
-    """Rotates element i with element i + D/2 of every head: heads [T, heads, D], table_rows float32 [T, D].
+def rotate(heads: Tensor, table: RopeTable, positions: Tensor) -> Tensor:
+    """Rotates element i with element i + D/2 of every head: heads [T, heads, D], int32 positions [T].
 
     Float32 inside, rounded once to the dtype of `heads`.
     """
-    cosines, sines = table_rows[:, None, :].chunk(2, dim=-1)
+    cosines = table.cosines.index_select(0, positions)[:, None]
+    sines = table.sines.index_select(0, positions)[:, None]
     first, second = heads.float().chunk(2, dim=-1)
     return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).to(heads.dtype)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llmscale.errors import InvalidCheckpoint, UnsupportedModel
 from llmscale.models.folder import ModelFolder
-from llmscale.models.safetensors_header import DTYPE_BITS, TensorEntry, read_header
+from llmscale.models.safetensors_header import TensorEntry, read_header
 from llmscale.models.spec import ModelSpec, TensorSpec
 
 SINGLE_NAME = "model.safetensors"
@@ -69,8 +69,8 @@ def open_checkpoint(folder: ModelFolder) -> Checkpoint:
 def match_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     """Proves that the checkpoint holds the spec's tensors in their shapes and loadable dtypes, and nothing else.
 
-    A tied table may be stored under the embedding's name, the head's, or both. Raises InvalidCheckpoint that names up to
-    twenty problems.
+    A tied table may be stored under the embedding's name, the head's, or both. Raises InvalidCheckpoint that names up
+    to twenty problems.
     """
     problems: list[str] = []
     expected: set[str] = set(spec.ignored_tensors)
@@ -146,11 +146,8 @@ def _no_weights(folder: ModelFolder) -> InvalidCheckpoint | UnsupportedModel:
     if pickles:
         return UnsupportedModel(
             f"{where}, only pickle files such as {pickles[0]!r}, which can run code when they are read and are never "
-            "opened. Convert them to safetensors on a machine that you can afford to lose, or use a safetensors revision."
+            "opened. Use a revision of the model that has safetensors, or convert the files in a sandbox."
         )
     if folder.names(".gguf"):
         return UnsupportedModel(f"{where}; GGUF files are not read. Use the safetensors folder of the same model.")
     return InvalidCheckpoint(f"{where}. Download the weights as well as the config.")
-
-
-assert set(WEIGHT_DTYPES) <= set(DTYPE_BITS)

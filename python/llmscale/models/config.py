@@ -21,12 +21,12 @@ MAX_HIDDEN_SIZE = 1 << 17
 MAX_INNER_SIZE = 1 << 20
 MAX_LAYERS = 1 << 10
 MAX_HEADS = 1 << 12
-MAX_HEAD_DIM = 1 << 10
+MAX_HEAD_DIM = 256
 MAX_VOCABULARY = 1 << 22
 MAX_POSITIONS = 1 << 24
 MAX_EOS_TOKENS = 64
 HEAD_DIM_MULTIPLE = 8
-"""Kernels read heads in vectors of eight elements."""
+"""Kernels read heads in vectors of eight elements, and hold one of up to 256 in registers."""
 
 
 class ConfigFields:
@@ -55,7 +55,7 @@ class ConfigFields:
             raise self._out_of_bounds(name, value, f"a number from {minimum:g} to {maximum:g}")
         return float(value)
 
-    def boolean(self, name: str, default: bool) -> bool:
+    def boolean(self, name: str, *, default: bool) -> bool:
         value = self._value(name, default)
         if not isinstance(value, bool):
             raise self._out_of_bounds(name, value, "true or false")
@@ -134,7 +134,7 @@ def read_config(folder: ModelFolder) -> ConfigFields:
     fields = ConfigFields(folder.json_object(CONFIG_NAME), CONFIG_NAME)
     if fields.present("auto_map"):
         raise UnsupportedModel(
-            f"{CONFIG_NAME} has an auto_map: the model wants to run Python code from its own folder, which is never done. "
+            f"{CONFIG_NAME} has an auto_map: the model wants to run Python code of its own, which is never done. "
             "If the weights fit a supported architecture as it is, remove auto_map from a copy of the folder."
         )
     for name in ("quantization_config", "compression_config"):
@@ -163,7 +163,7 @@ def read_generation_defaults(folder: ModelFolder, config: ConfigFields, vocabula
 
     return GenerationDefaults(
         eos_token_ids=fields.token_ids("eos_token_id", vocabulary) or fallback,
-        greedy=not fields.boolean("do_sample", False) if fields.present("do_sample") else None,
+        greedy=not fields.boolean("do_sample", default=False) if fields.present("do_sample") else None,
         temperature=number("temperature", 0.0, 100.0),
         top_p=number("top_p", 0.0, 1.0),
         top_k=fields.integer("top_k", 0, MAX_VOCABULARY) if fields.present("top_k") else None,
@@ -215,8 +215,8 @@ def read_rope(fields: ConfigFields) -> RopeConfig:
             RopeSpec(theta=theta), min(positions, original), f"{reason}; dynamic rope scaling is not extended beyond it"
         )
     raise UnsupportedModel(
-        f"{scaling.source}: rope type {kind!r} is not implemented. Implemented are default, linear, llama3, and dynamic "
-        "up to the original length."
+        f"{scaling.source}: rope type {kind!r} is not implemented. Implemented are default, linear, llama3, and "
+        "dynamic up to the original length."
     )
 
 

@@ -31,7 +31,8 @@ MAX_PARAMETERS = 1 << 42
 
 @dataclass(frozen=True, slots=True)
 class DecoderTraits:
-    """What differs between Llama-shaped architectures. `window_tokens` is the sliding window, if any layer has one."""
+    """What differs between Llama-shaped architectures. `windowed_layers` attend to the latest `window_tokens`
+    tokens only, the row's own included; the others, to all."""
 
     architecture: str
     qkv_bias: bool = False
@@ -40,6 +41,7 @@ class DecoderTraits:
     head_norms: bool = False
     default_head_dim: int | None = None
     window_tokens: int | None = None
+    windowed_layers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,9 @@ def decoder_spec(fields: ConfigFields, traits: DecoderTraits) -> ModelSpec:
     sizes = _sizes(fields, traits, rope.rope)
     layers = fields.integer("num_hidden_layers", 1, bounds.MAX_LAYERS)
     vocabulary = fields.integer("vocab_size", 2, bounds.MAX_VOCABULARY)
-    max_tokens, reason = rope.max_tokens, rope.reason
-    if traits.window_tokens is not None and traits.window_tokens < max_tokens:
-        # Up to the window's size windowed attention is full attention, so nothing is approximated.
-        max_tokens, reason = traits.window_tokens, f"sliding_window in {fields.source}; longer needs windowed attention"
     embedding = _weight("embedding", "model.embed_tokens.weight", (vocabulary, sizes.hidden), ShardAxis.VOCABULARY)
     head_name = "lm_head.weight"
-    if fields.boolean("tie_word_embeddings", False):
+    if fields.boolean("tie_word_embeddings", default=False):
         head = HeadSpec(embedding, tied_name=head_name)
     else:
         head = HeadSpec(_weight("head", head_name, (vocabulary, sizes.hidden), ShardAxis.VOCABULARY))
@@ -79,8 +77,8 @@ def decoder_spec(fields: ConfigFields, traits: DecoderTraits) -> ModelSpec:
         architecture=traits.architecture,
         hidden_size=sizes.hidden,
         vocabulary=vocabulary,
-        max_sequence_tokens=max_tokens,
-        max_sequence_reason=reason,
+        max_sequence_tokens=rope.max_tokens,
+        max_sequence_reason=rope.reason,
         embedding=embedding,
         blocks=tuple(_block(sizes, layer) for layer in range(layers)),
         norm=_norm("norm", "model.norm.weight", sizes.hidden, sizes.epsilon),
@@ -135,14 +133,15 @@ def _block(sizes: _Sizes, layer: int) -> BlockSpec:
     ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
     return BlockSpec(
         attention_norm=_norm(f"{ours}.attention_norm", f"{theirs}.input_layernorm.weight", sizes.hidden, sizes.epsilon),
-        attention=_attention(sizes, ours, f"{theirs}.self_attn"),
+        attention=_attention(sizes, layer),
         mlp_norm=_norm(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm.weight", sizes.hidden, sizes.epsilon),
         mlp=_mlp(sizes, ours, f"{theirs}.mlp"),
     )
 
 
-def _attention(sizes: _Sizes, ours: str, theirs: str) -> AttentionSpec:
+def _attention(sizes: _Sizes, layer: int) -> AttentionSpec:
     traits, head_dim = sizes.traits, sizes.head_dim
+    ours, theirs = f"blocks.{layer}", f"model.layers.{layer}.self_attn"
     query_size, kv_size = sizes.query_heads * head_dim, sizes.kv_heads * head_dim
     parts = (("q_proj", query_size), ("k_proj", kv_size), ("v_proj", kv_size))
     qkv = LinearSpec(
@@ -185,6 +184,8 @@ def _attention(sizes: _Sizes, ours: str, theirs: str) -> AttentionSpec:
         output=output,
         query_norm=norms[0],
         key_norm=norms[1],
+        # Windowed layers keep the blocks of the whole sequence for now: one layer group, one block table.
+        window_tokens=traits.window_tokens if layer in traits.windowed_layers else None,
     )
 
 

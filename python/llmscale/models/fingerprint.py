@@ -1,9 +1,9 @@
 """A fast fingerprint of a checkpoint, for peers to notice that they serve different weights.
 
 SHA-256 over every tensor's name, dtype and shape and over up to sixteen evenly spaced pages of its data, the first and
-the last among them; tensors up to 64 KiB are read whole. It is independent of how tensors are spread over files. It tells
-checkpoints apart that were trained differently, since training changes all of a tensor; it is no proof against someone
-who changes single weights on purpose. Reads at most 64 KiB per tensor, about 20 MB for a 7 B model.
+the last among them; tensors up to 64 KiB are read whole. It does not depend on how tensors are spread over files. It
+tells checkpoints apart that were trained differently, since training changes all of a tensor; it is no proof against
+someone who changes single weights on purpose. Reads at most 64 KiB per tensor, about 20 MB for a 7 B model.
 """
 
 from __future__ import annotations

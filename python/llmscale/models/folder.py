@@ -1,8 +1,8 @@
 """A model folder on disk, read within its own walls.
 
-Resolves plain file names to regular files inside the folder, or inside the `blobs` folder beside it when the folder is a
-snapshot of the Hugging Face cache, which consists of links to `../../blobs/`. Reads JSON under a size limit. Each call
-costs one path resolution. It does not know what the files mean.
+Resolves plain file names to regular files inside the folder, or inside the `blobs` folder beside it when the folder is
+a snapshot of the Hugging Face cache, which consists of links to `../../blobs/`. Reads JSON under a size limit. Each
+call costs one path resolution. It does not know what the files mean.
 """
 
 from __future__ import annotations

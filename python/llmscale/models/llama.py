@@ -13,13 +13,13 @@ from llmscale.models.spec import ModelSpec
 
 def spec(fields: ConfigFields) -> ModelSpec:
     """The spec for a Llama config. `attention_bias` covers all four projections of attention."""
-    attention_bias = fields.boolean("attention_bias", False)
+    attention_bias = fields.boolean("attention_bias", default=False)
     return decoder_spec(
         fields,
         DecoderTraits(
             architecture="LlamaForCausalLM",
             qkv_bias=attention_bias,
             output_bias=attention_bias,
-            mlp_bias=fields.boolean("mlp_bias", False),
+            mlp_bias=fields.boolean("mlp_bias", default=False),
         ),
     )

@@ -2,14 +2,14 @@
 
 Every tensor is copied once, from the mapped file into memory that the process owns, converted and fused on the way: a
 file that is changed or truncated while it is served cannot crash the worker. Costs one pass over the checkpoint, and
-memory for the weights in the compute dtype only. It is the only file of this package that imports torch. It does not know
-how weights are used.
+memory for the weights in the compute dtype only. It is the only file of this package that imports torch. It does not
+know how weights are used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,7 +55,7 @@ class LoadOptions:
     """
 
     dtype: str = "auto"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress | None = None
 
 
@@ -127,7 +127,8 @@ def _read(spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype, options: 
 def _place(placement: _Placement, source: Tensor, tensors: dict[str, Tensor]) -> None:
     target = tensors[placement.weight.name]
     rows = target.narrow(0, placement.first_row, source.shape[0])
-    assert rows.shape == source.shape, (placement.weight.name, rows.shape, source.shape)
+    if rows.shape != source.shape:
+        raise InvalidCheckpoint(f"The part of {placement.weight.name!r} changed while it was read. Load it again.")
     rows.copy_(source)
 
 

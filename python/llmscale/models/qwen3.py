@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from llmscale.models.config import ConfigFields
 from llmscale.models.decoder import DecoderTraits, decoder_spec
-from llmscale.models.qwen2 import window_tokens
+from llmscale.models.qwen2 import window_tokens, windowed_layers
 from llmscale.models.spec import ModelSpec
 
 
 def spec(fields: ConfigFields) -> ModelSpec:
     """The spec for a Qwen3 config."""
-    attention_bias = fields.boolean("attention_bias", False)
+    layers = windowed_layers(fields)
+    attention_bias = fields.boolean("attention_bias", default=False)
     return decoder_spec(
         fields,
         DecoderTraits(
@@ -23,6 +24,7 @@ def spec(fields: ConfigFields) -> ModelSpec:
             output_bias=attention_bias,
             head_norms=True,
             default_head_dim=128,
-            window_tokens=window_tokens(fields),
+            window_tokens=window_tokens(fields) if layers else None,
+            windowed_layers=layers,
         ),
     )

@@ -1,7 +1,7 @@
 """Which architectures there are: the name in config.json and the module that reads it, one line each.
 
-A new architecture is one file with a function `spec(fields) -> ModelSpec` and one line here. Modules are imported when a
-folder asks for them. It does not know what an architecture consists of.
+A new architecture is one file with a function `spec(fields) -> ModelSpec` and one line here. Modules are imported when
+a folder asks for them. It does not know what an architecture consists of.
 """
 
 from __future__ import annotations

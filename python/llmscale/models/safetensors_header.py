@@ -1,9 +1,9 @@
 """Reads and proves the header of one safetensors file before any library maps the file.
 
-Format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data, to which
-the offsets refer. A header is accepted only if its tensors cover the data exactly, without hole or overlap, each as long
-as its dtype and shape say, and the file ends where they end. Costs O(n log n) in the number of tensors. It does not know
-which tensors a model needs. Source: https://github.com/huggingface/safetensors#format
+Format: 8 bytes little-endian header length, a JSON object {name: {dtype, shape, data_offsets}}, then the data, to
+which the offsets refer. A header is accepted only if its tensors cover the data exactly, without hole or overlap, each
+as long as its dtype and shape say, and the file ends where they end. Costs O(n log n) in the number of tensors. It does
+not know which tensors a model needs. Source: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from llmscale.layers.embedding import Embedding
 from llmscale.layers.linear import Linear
 from llmscale.layers.mlp import GatedMlp
 from llmscale.layers.norm import RmsNorm
-from llmscale.layers.ops import HeadNorms, Ops
+from llmscale.layers.ops import AttentionConstants, HeadNorms, Ops, RopeTable
 from llmscale.layers.rotary import rope_table
 from llmscale.models.loader import Weights
 from llmscale.models.spec import AttentionSpec, BlockSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
@@ -59,7 +59,10 @@ class TorchExecutor:
         self._sampled = torch.zeros(limits.max_sequences, spec.hidden_size, dtype=weights.dtype, device=device)
 
     def forward(self, step: StepInputs) -> Tensor:
-        """Logits [R, vocabulary] in the weights' dtype, valid until the next call. Writes the step's keys and values."""
+        """Logits [R, vocabulary] in the weights' dtype, valid until the next call.
+
+        Writes the step's keys and values to the region. A sequence's rows must be complete up to its length.
+        """
         assert 0 < step.rows <= self._limits.max_step_tokens, (step.rows, self._limits.max_step_tokens)
         assert step.samples <= self._limits.max_sequences, (step.samples, self._limits.max_sequences)
         with torch.inference_mode():
@@ -73,6 +76,7 @@ class TorchExecutor:
     def _run_layers(self, step: StepInputs) -> Tensor:
         """The normed hidden states [T, H] after the last layer."""
         ops, rows = self._ops, self._buffers.rows(step.rows)
+        ops.begin_step(step)
         self._embedding(ops, step.token_ids, rows.residual)
         pending = False
         for block, kv_layer in zip(self._blocks, self._kv_layers, strict=True):
@@ -81,7 +85,7 @@ class TorchExecutor:
                 block.attention_norm.after_add(ops, rows.delta, rows.residual, rows.normed)
             else:
                 block.attention_norm(ops, rows.residual, rows.normed)
-            block.attention(ops, rows, step, kv_layer)
+            block.attention(ops, rows, kv_layer)
             block.mlp_norm.after_add(ops, rows.delta, rows.residual, rows.normed)
             block.mlp(ops, rows)
             pending = True
@@ -96,7 +100,7 @@ class _Builder:
         self._weights = weights
         self._max_sequence_tokens = max_sequence_tokens
         self._device = device
-        self._tables: dict[tuple[RopeSpec, int], Tensor] = {}
+        self._tables: dict[tuple[RopeSpec, int], RopeTable] = {}
 
     def block(self, spec: BlockSpec) -> Block:
         return Block(
@@ -118,8 +122,9 @@ class _Builder:
             )
         key = (spec.rope, spec.head_dim)
         if key not in self._tables:
-            self._tables[key] = rope_table(spec.rope, spec.head_dim, self._max_sequence_tokens).to(self._device)
-        return Attention(spec, self._linear(spec.qkv), self._linear(spec.output), norms, self._tables[key])
+            self._tables[key] = rope_table(spec.rope, spec.head_dim, self._max_sequence_tokens, self._device)
+        constants = AttentionConstants(spec, norms, self._tables[key])
+        return Attention(constants, self._linear(spec.qkv), self._linear(spec.output))
 
     def _linear(self, spec: LinearSpec) -> Linear:
         return Linear(self._weights[spec.weight], None if spec.bias is None else self._weights[spec.bias])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmscale.errors import ConfigError
+from llmscale.layers.ops import KvLayer
 from llmscale.models.spec import ModelSpec
 
 DEFAULT_BLOCK_TOKENS = 32
@@ -38,8 +39,8 @@ class KvLayout:
         needed = -(-max_sequence_tokens // self.block_tokens)
         if blocks < needed:
             raise ConfigError(
-                f"The KV budget of {budget_bytes:,} bytes holds {blocks:,} blocks of {self.block_tokens} tokens, but one "
-                f"sequence of max_sequence_tokens = {max_sequence_tokens:,} needs {needed:,} "
+                f"The KV budget of {budget_bytes:,} bytes holds {blocks:,} blocks of {self.block_tokens} tokens, but "
+                f"one sequence of max_sequence_tokens = {max_sequence_tokens:,} needs {needed:,} "
                 f"({needed * self.block_bytes:,} bytes). Raise the budget or lower max_sequence_tokens."
             )
         return blocks
@@ -66,6 +67,7 @@ class KvRegion:
         # torch.zeros would leave the pages to be mapped at first use; see the head of this file.
         self.tensor: Tensor = torch.empty(shape, dtype=layout.dtype, device=device).zero_()
 
-    def layer(self, layer: int) -> Tensor:
-        """One layer's view: [blocks, 2, kv_heads, block_tokens, head_dim], dense but for the first axis."""
-        return self.tensor[:, layer]
+    def layer(self, layer: int) -> KvLayer:
+        """One layer of the region, as operations take it."""
+        assert 0 <= layer < self.layout.layers, (layer, self.layout.layers)
+        return KvLayer(self.tensor, layer)

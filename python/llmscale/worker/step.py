@@ -1,7 +1,7 @@
 """What an executor gets for one step, and what it promises.
 
 `StepInputs` is a set of views into buffers that the worker's mirror fills in place; making one costs a few slices, no
-copy. Decodes come first with one row each, prefill chunks after them. It does not know how steps are planned or sampled.
+copy. Decodes come first with one row each, prefill chunks after them. It does not know who plans or samples.
 """
 
 from __future__ import annotations
