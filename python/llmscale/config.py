@@ -1,0 +1,49 @@
+"""Settings of a node, frozen and checked once. What a user may set has a default that needs no thought; what follows
+from the model is worked out in `node/plan.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmscale.errors import ConfigError
+
+DTYPES = ("auto", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """How a node serves one model."""
+
+    model: str
+    """A folder, a hub id in the local cache, or the name of an embedded model."""
+    listen: str
+    """Where fronts connect: tcp://HOST:PORT or ipc://PATH."""
+    served_name: str | None = None
+    """What clients call the model; None: as in `model`, a folder by its last part."""
+    dtype: str = "auto"
+    max_sequence_tokens: int | None = None
+    """None: what the model allows."""
+    max_sequences: int = 256
+    max_step_tokens: int = 512
+    kv_cache_bytes: int | None = None
+    """None: room for about 64k tokens, at most a quarter of the machine's memory."""
+    threads: int | None = None
+    """CPU threads of a worker; None: as many as the process may use."""
+    fleet: str = "llmscale"
+    max_fronts: int = 64
+    max_step_seconds: float = 120.0
+    key_file: Path | None = None
+    """The node's CURVE key pair; needed to listen beyond this machine."""
+    allow_list: Path | None = None
+    """Public keys of those who may connect."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}, it must be one of {', '.join(DTYPES)}")
+        for name in ("max_sequences", "max_step_tokens", "max_fronts", "max_step_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
+        if (self.key_file is None) != (self.allow_list is None):
+            raise ConfigError("key_file and allow_list belong together: set both, or neither to listen on loopback only")

@@ -1,0 +1,132 @@
+"""`python -m llmscale.node --model DIR`: one node on this host, until SIGTERM or SIGINT.
+
+Prints one line when fronts can connect and one when the first step has run. SIGTERM drains: waiting work goes back to
+its fronts, running work ends, then the process exits with code 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+
+from llmscale import logs
+from llmscale._core import Engine, end_with_parent
+from llmscale.config import DTYPES, NodeSettings
+from llmscale.errors import LlmscaleError
+from llmscale.node.plan import plan_replica
+from llmscale.node.supervisor import WorkerSupervisor
+
+_log = structlog.get_logger("llmscale.node")
+
+DRAIN_SECONDS = 30.0
+
+
+def main() -> int:
+    """Parses the command line and serves."""
+    arguments = _parser().parse_args()
+    logs.configure()
+    if arguments.parent is not None:
+        end_with_parent(arguments.parent)
+    try:
+        asyncio.run(_serve(_settings(arguments)))
+    except LlmscaleError as error:
+        _log.error("the node ends", reason=str(error), code=error.code)
+        return 1
+    return 0
+
+
+async def _serve(settings: NodeSettings) -> None:
+    plan = plan_replica(settings)
+    engine = Engine(
+        limits=plan.limits,
+        name=plan.name,
+        revision=plan.revision,
+        weights_digest=plan.weights_digest,
+        tokenizer_digest=plan.tokenizer_digest,
+        fleet=settings.fleet,
+        listen=settings.listen,
+        max_fronts=settings.max_fronts,
+        max_step_us=int(settings.max_step_seconds * 1e6),
+        key_file=None if settings.key_file is None else str(settings.key_file),
+        allow_list=None if settings.allow_list is None else str(settings.allow_list),
+    )
+    cache_mb = plan.limits.total_blocks * plan.block_bytes // (1 << 20)
+    _log.info("node listens", address=engine.address, model=plan.name, dtype=plan.dtype, kv_cache_mb=cache_mb)
+    supervisor = WorkerSupervisor(engine, plan, settings.threads)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    supervising = asyncio.create_task(supervisor.run())
+    announcing = asyncio.create_task(_announce(supervisor))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({supervising, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    announcing.cancel()
+    if not supervising.done():
+        await _drain(engine, supervisor)
+        await supervisor.stop()
+    engine.close()
+    stopping.cancel()
+    await supervising
+
+
+async def _announce(supervisor: WorkerSupervisor) -> None:
+    await supervisor.ready.wait()
+    _log.info("node is ready: a first step has run")
+
+
+async def _drain(engine: Engine, supervisor: WorkerSupervisor) -> None:
+    engine.drain()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(supervisor.drained.wait(), DRAIN_SECONDS)
+
+
+def _settings(arguments: argparse.Namespace) -> NodeSettings:
+    return NodeSettings(
+        model=arguments.model,
+        listen=arguments.listen,
+        served_name=arguments.served_name,
+        dtype=arguments.dtype,
+        max_sequence_tokens=arguments.max_model_len,
+        max_sequences=arguments.max_num_seqs,
+        max_step_tokens=arguments.max_num_batched_tokens,
+        kv_cache_bytes=arguments.kv_cache_bytes,
+        threads=arguments.threads,
+        fleet=arguments.fleet,
+        key_file=arguments.key_file,
+        allow_list=arguments.allow_list,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llmscale.node",
+        description="Serves one model on this host. Gateways and SDK clients connect to --listen over ZeroMQ.",
+        epilog="Without keys only this machine can connect. Example: python -m llmscale.node --model tiny-chat"
+        " --listen tcp://127.0.0.1:7000",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder, hub id in the local Hugging Face cache, or tiny-chat")
+    add("--listen", default="tcp://127.0.0.1:7000", help="tcp://HOST:PORT or ipc://PATH (default: %(default)s)")
+    add("--served-name", help="what clients call the model (default: as in --model)")
+    add("--dtype", choices=DTYPES, default="auto", help="number format (default: as the checkpoint)")
+    add("--max-model-len", type=int, help="longest sequence in tokens (default: what the model allows)")
+    add("--max-num-seqs", type=int, default=256, help="most sequences that run at once (default: %(default)s)")
+    add("--max-num-batched-tokens", type=int, default=512, help="most tokens per step (default: %(default)s)")
+    add("--kv-cache-bytes", type=int, help="memory for the KV cache (default: about 64k tokens)")
+    add("--threads", type=int, help="CPU threads of a worker (default: all that the process may use)")
+    add("--fleet", default="llmscale", help="only fronts of the same fleet are served (default: %(default)s)")
+    add("--key-file", type=Path, help="the node's CURVE key pair; needed to listen beyond this machine")
+    add("--allow-list", type=Path, help="public keys of those who may connect; belongs to --key-file")
+    add("--parent", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""From settings and a model folder to the sizes of a replica: how many KV blocks, how long a sequence, which ids end it.
+
+Reads the model's description and its checkpoint's headers, no weights and no torch. It does not start anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmscale._core import EngineLimits
+from llmscale.config import NodeSettings
+from llmscale.errors import ConfigError
+from llmscale.models.checkpoint import Checkpoint, match_tensors, open_checkpoint
+from llmscale.models.fingerprint import weights_fingerprint
+from llmscale.models.locate import locate_model, model_name
+from llmscale.models.registry import describe_model
+from llmscale.models.spec import ModelSpec
+
+BLOCK_TOKENS = 32
+# 64k tokens are 32 conversations of 2,048; beyond that the cache is there for reuse, and a quarter of the memory is a
+# share that leaves a laptop usable.
+DEFAULT_KV_TOKENS = 65_536
+MAX_MEMORY_SHARE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPlan:
+    """What a node serves and how large it is."""
+
+    folder: Path
+    name: str
+    dtype: str
+    """bfloat16 or float32: "auto" is decided."""
+    limits: EngineLimits
+    weights_digest: bytes
+    tokenizer_digest: bytes
+    revision: str
+    block_bytes: int
+
+
+def plan_replica(settings: NodeSettings) -> ReplicaPlan:
+    """Works the sizes out. Raises ModelError for a folder that cannot be served, ConfigError for sizes that do not fit."""
+    folder = locate_model(settings.model)
+    description = describe_model(folder)
+    spec = description.spec
+    checkpoint = open_checkpoint(description.folder)
+    match_tensors(spec, checkpoint)
+    dtype = _dtype(settings.dtype, checkpoint)
+    max_sequence_tokens = spec.sequence_limit(settings.max_sequence_tokens)
+    block_bytes = _block_bytes(spec, dtype)
+    fingerprint = weights_fingerprint(checkpoint)
+    limits = EngineLimits(
+        vocabulary=spec.vocabulary,
+        total_blocks=_total_blocks(settings, block_bytes, max_sequence_tokens),
+        block_tokens=BLOCK_TOKENS,
+        max_sequence_tokens=max_sequence_tokens,
+        max_sequences=settings.max_sequences,
+        max_step_tokens=max(settings.max_step_tokens, settings.max_sequences),
+        eos_tokens=list(description.defaults.eos_token_ids),
+    )
+    return ReplicaPlan(
+        folder=folder,
+        name=settings.served_name or model_name(settings.model, folder),
+        dtype=dtype,
+        limits=limits,
+        weights_digest=hashlib.sha256(fingerprint.encode()).digest(),
+        tokenizer_digest=_tokenizer_digest(folder),
+        revision=fingerprint.rpartition(":")[2][:16],
+        block_bytes=block_bytes,
+    )
+
+
+def _dtype(requested: str, checkpoint: Checkpoint) -> str:
+    if requested != "auto":
+        return requested
+    totals = checkpoint.dtype_bytes
+    largest = max(sorted(totals), key=lambda name: totals[name])
+    return "bfloat16" if largest == "BF16" else "float32"
+
+
+def _block_bytes(spec: ModelSpec, dtype: str) -> int:
+    size = 2 if dtype == "bfloat16" else 4
+    return sum(2 * block.attention.kv_size * BLOCK_TOKENS * size for block in spec.blocks)
+
+
+def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens: int) -> int:
+    needed = -(-max_sequence_tokens // BLOCK_TOKENS)
+    if settings.kv_cache_bytes is not None:
+        blocks = settings.kv_cache_bytes // block_bytes
+        if blocks < needed:
+            raise ConfigError(
+                f"kv_cache_bytes is {settings.kv_cache_bytes:,}, which holds {blocks:,} blocks; one sequence of"
+                f" {max_sequence_tokens:,} tokens needs {needed:,} ({needed * block_bytes:,} bytes); raise it or lower"
+                " max_sequence_tokens"
+            )
+        return blocks
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MAX_MEMORY_SHARE
+    return max(needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, memory // block_bytes))
+
+
+def _tokenizer_digest(folder: Path) -> bytes:
+    digest = hashlib.sha256()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        file = folder / name
+        content = file.read_bytes() if file.is_file() else b""
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.digest()

@@ -1,0 +1,84 @@
+"""The worker's loop: receive, execute, sample, reply; the last two are one call of the core. Errors of the model end the
+process with a last word to the engine: its sequences are computed again elsewhere, and a request that did it twice ends.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import structlog
+
+from llmscale._core import WorkerOrder, WorkerSession
+from llmscale.errors import LlmscaleError, ModelError
+from llmscale.worker.model_runner import ModelRunner, StepBuffers
+
+_log = structlog.get_logger("llmscale.worker")
+
+WAIT_US = 1_000_000
+
+
+class WorkerLoop:
+    """Runs one session to its end."""
+
+    def __init__(self, session: WorkerSession, threads: int | None) -> None:
+        self._session = session
+        self._threads = threads
+        self._runner: ModelRunner | None = None
+        self._buffers: StepBuffers | None = None
+
+    def run(self) -> None:
+        """Returns when the engine says stop. Any error is told to the engine and raised."""
+        try:
+            while True:
+                order = self._session.receive(WAIT_US)
+                if order is None:
+                    continue
+                if order.kind == "stop":
+                    return
+                if order.kind == "configure":
+                    self._configure(order)
+                else:
+                    self._step(order)
+        except BaseException as error:
+            self._session.failed(_failure_code(error), f"{type(error).__name__}: {error}")
+            raise
+
+    def _configure(self, order: WorkerOrder) -> None:
+        started = time.perf_counter_ns()
+        runner = ModelRunner(
+            Path(order.model_folder), order.dtype, order.limits, threads=self._threads, progress=_LoadingProgress()
+        )
+        self._session.ready(runner.layers, runner.numerics, time.perf_counter_ns() - started)
+        self._runner = runner
+        self._buffers = StepBuffers(self._session)
+
+    def _step(self, order: WorkerOrder) -> None:
+        assert self._runner is not None, "a step before the configuration"
+        assert self._buffers is not None, "a step before the configuration"
+        started = time.perf_counter_ns()
+        logits = self._runner.forward(self._buffers.inputs(order.counts))
+        self._session.sample(self._runner.kernels, logits, self._runner.dtype, started)
+
+
+class _LoadingProgress:
+    """Logs a large model's loading every few seconds."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + 2.0
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + 2.0
+            _log.info("loading weights", done_mb=done_bytes >> 20, total_mb=total_bytes >> 20)
+
+
+def _failure_code(error: BaseException) -> str:
+    if isinstance(error, ModelError):
+        return "model"
+    if isinstance(error, MemoryError):
+        return "memory"
+    if isinstance(error, LlmscaleError):
+        return "configuration"
+    return "step"

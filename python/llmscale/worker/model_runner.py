@@ -1,0 +1,104 @@
+"""What a worker runs: a model's executor with its KV region and kernels, and the step buffers of a mirror as tensors.
+
+Built once per process. A step costs eight slices and one forward pass; nothing runs per token or per sequence in Python.
+It does not know where steps come from or who samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmscale import env
+from llmscale._core import CpuKernels, EngineLimits, Int32Buffer, StepCounts
+from llmscale.layers.native import NativeOps
+from llmscale.models.loader import LoadOptions, Progress, load_weights
+from llmscale.models.registry import describe_model
+from llmscale.worker.executor_torch import TorchExecutor
+from llmscale.worker.kv_region import KvRegion, kv_layout
+from llmscale.worker.step import StepInputs, StepLimits
+
+
+class StepSource(Protocol):
+    """Whoever owns a mirror: a worker's session or a local replica."""
+
+    def buffer(self, name: str) -> Int32Buffer:
+        """One of the mirror's buffers."""
+
+
+class StepBuffers:
+    """The mirror's buffers, wrapped once."""
+
+    def __init__(self, source: StepSource) -> None:
+        def wrap(name: str) -> Tensor:
+            return torch.frombuffer(source.buffer(name), dtype=torch.int32)
+
+        self._token_ids = wrap("token_ids")
+        self._positions = wrap("positions")
+        self._slot_mapping = wrap("slot_mapping")
+        self._query_start = wrap("query_start")
+        self._sequence_lengths = wrap("sequence_lengths")
+        self._table_offsets = wrap("table_offsets")
+        self._block_tables = wrap("block_tables")
+        self._sample_rows = wrap("sample_rows")
+
+    def inputs(self, counts: StepCounts) -> StepInputs:
+        """Views of what the current step uses."""
+        rows, sequences, samples = counts.rows, counts.sequences, counts.samples
+        return StepInputs(
+            rows=rows,
+            sequences=sequences,
+            samples=samples,
+            token_ids=self._token_ids[:rows],
+            positions=self._positions[:rows],
+            slot_mapping=self._slot_mapping[:rows],
+            query_start=self._query_start[: sequences + 1],
+            sequence_lengths=self._sequence_lengths[:sequences],
+            table_offsets=self._table_offsets[:sequences],
+            block_tables=self._block_tables,
+            sample_rows=self._sample_rows[:samples],
+        )
+
+
+class ModelRunner:
+    """A loaded model on the CPU."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        limits: EngineLimits,
+        *,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Loads the weights and makes the KV region. Raises ModelError and ConfigError."""
+        description = describe_model(folder)
+        weights = load_weights(description.folder, description.spec, LoadOptions(dtype=dtype, progress=progress))
+        self.dtype = "bfloat16" if weights.dtype is torch.bfloat16 else "float32"
+        self.kernels = CpuKernels(self.dtype, threads=threads, level=env.CPU_LEVEL.read())
+        torch.set_num_threads(self.kernels.threads)
+        layout = kv_layout(description.spec, weights.dtype, limits.block_tokens)
+        self.region = KvRegion(layout, limits.total_blocks)
+        step_limits = StepLimits(
+            max_step_tokens=limits.max_step_tokens,
+            max_sequences=limits.max_sequences,
+            max_sequence_tokens=limits.max_sequence_tokens,
+        )
+        self._executor = TorchExecutor(
+            description.spec, weights, self.region, NativeOps(self.kernels), step_limits
+        )
+        self.layers = len(description.spec.blocks)
+        self.numerics = f"torch-{torch.__version__}/cpu-{self.kernels.level}/{self.dtype}/tp1"
+
+    def forward(self, step: StepInputs) -> tuple[int, int]:
+        """Runs one step. Returns address and number of elements of the logits, valid until the next call."""
+        logits = self._executor.forward(step)
+        return logits.data_ptr(), logits.numel()
+
+
+Factory = Callable[..., ModelRunner]

@@ -1,0 +1,236 @@
+//! A node's thread: owns the sockets to fronts and to the worker, and drives one replica. The loop is four verbs; each
+//! lives in a file below. Commands come in through a channel, reports go out through a noticeboard; nothing here blocks
+//! but the one wait for sockets.
+
+mod deliver;
+mod receive;
+mod step;
+
+use crate::clock::Clock;
+use crate::fronts::Fronts;
+use crate::report::{FIRST_STATE, NodeEvent, NodeReport, Noticeboard};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use llmscale_cost::{CostModel, StepShape};
+use llmscale_net::link::WorkerLink;
+use llmscale_net::{Address, Context, EndpointOptions, NetError, Poller, ServerEndpoint, ServerKeys, Waker};
+use llmscale_scheduler::{Actions, FirstComeFirstServed, Replica};
+use llmscale_types::{Duration, EngineLimits, Epoch, LimitError, NodeId, StepId, StepResult, Time};
+use llmscale_wire::{CodecLimits, Configure, ModelIdentity, NodeState};
+use std::collections::VecDeque;
+use std::thread::JoinHandle;
+
+/// What a node is.
+#[derive(Clone, Debug)]
+pub struct NodeConfig {
+    /// Sizes and bounds of its replica.
+    pub limits: EngineLimits,
+    /// What it serves.
+    pub model: ModelIdentity,
+    /// The fleet it belongs to.
+    pub fleet: String,
+    /// Its incarnation: drawn anew by every process.
+    pub node: NodeId,
+    /// Keys the prefix hashes.
+    pub secret: [u8; 32],
+    /// Most fronts that are served at once.
+    pub max_fronts: u32,
+    /// A front that is silent for this long is gone.
+    pub max_front_silence: Duration,
+    /// How often fronts are told how the node is doing.
+    pub status_interval: Duration,
+    /// A worker whose step takes longer is hung.
+    pub max_step: Duration,
+}
+
+/// Why a node does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// A size is out of bounds.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
+    /// The sockets cannot be had.
+    #[error(transparent)]
+    Net(#[from] NetError),
+    /// The thread cannot be had.
+    #[error("starting the engine's thread: {0}")]
+    Thread(std::io::Error),
+}
+
+/// An order to a running node.
+pub enum Command {
+    /// A worker process was started at the other end of this link.
+    WorkerStarted {
+        /// Its incarnation; larger than any before.
+        epoch: Epoch,
+        /// The way to it.
+        link: Box<dyn WorkerLink>,
+        /// What it is told first.
+        configure: Box<Configure>,
+    },
+    /// The worker process of this incarnation is dead.
+    WorkerDied(Epoch),
+    /// Hand waiting work back, finish what runs, then report.
+    Drain,
+    /// End the thread now.
+    Stop,
+}
+
+/// Most commands that wait; there are never more than a few.
+const MAX_COMMANDS: usize = 256;
+
+/// The process's side of a node's thread.
+pub struct NodeHandle {
+    address: Address,
+    commands: Sender<Command>,
+    waker: Waker,
+    board: Noticeboard,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl NodeHandle {
+    /// Binds, starts the thread and returns. The node is ready when a worker has run its first step.
+    pub fn start(
+        config: NodeConfig,
+        context: &Context,
+        address: &Address,
+        keys: Option<&ServerKeys>,
+        options: &EndpointOptions,
+    ) -> Result<Self, NodeError> {
+        let replica = Replica::new(config.limits.clone(), config.secret, Box::new(FirstComeFirstServed))?;
+        let server = ServerEndpoint::bind(context, address, keys, options)?;
+        let address = server.address().clone();
+        let poller = Poller::new()?;
+        let waker = poller.waker();
+        let board = Noticeboard::new(Waker::new().map_err(NodeError::Thread)?);
+        let (commands, orders) = bounded(MAX_COMMANDS);
+        let node = Node::new(config, replica, server, poller, orders, board.clone());
+        let thread = std::thread::Builder::new().name("llmscale-engine".into()).spawn(move || node.run());
+        Ok(Self { address, commands, waker, board, thread: Some(thread.map_err(NodeError::Thread)?) })
+    }
+
+    /// Where fronts connect.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Gives an order. Returns false if the thread has ended.
+    pub fn order(&self, command: Command) -> bool {
+        let sent = self.commands.send(command).is_ok();
+        self.waker.wake();
+        sent
+    }
+
+    /// The latest report, once there is one.
+    pub fn report(&self) -> Option<NodeReport> {
+        self.board.report()
+    }
+
+    /// Events since the last call.
+    pub fn take_events(&self) -> Vec<NodeEvent> {
+        self.board.take_events()
+    }
+
+    /// Readable when `take_events` has something.
+    pub fn event_waker(&self) -> &Waker {
+        self.board.waker()
+    }
+
+    /// Whether the thread still runs.
+    pub fn is_alive(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+}
+
+impl Drop for NodeHandle {
+    fn drop(&mut self) {
+        self.order(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let outcome = thread.join();
+            assert!(outcome.is_ok() || std::thread::panicking(), "the engine's thread panicked");
+        }
+    }
+}
+
+/// The worker's connection.
+struct Worker {
+    epoch: Epoch,
+    link: Box<dyn WorkerLink>,
+    /// Its process, once it has loaded the model.
+    pid: Option<u32>,
+    /// It failed and is ignored until it is dead.
+    failed: bool,
+}
+
+/// A step that the worker has been sent, with what it should cost.
+struct Sent {
+    step: StepId,
+    shape: StepShape,
+    at: Time,
+}
+
+/// The thread's state. Each field has one writer: the file of the verb that names it.
+struct Node {
+    config: NodeConfig,
+    clock: Clock,
+    codec: CodecLimits,
+    replica: Replica,
+    cost: CostModel,
+    out: Actions,
+    server: ServerEndpoint,
+    poller: Poller,
+    commands: Receiver<Command>,
+    fronts: Fronts,
+    worker: Option<Worker>,
+    worker_restarts: u32,
+    results: Vec<StepResult>,
+    sent: VecDeque<Sent>,
+    state: NodeState,
+    has_run: bool,
+    told_drained: bool,
+    next_status: Time,
+    dropped_frames: u64,
+    board: Noticeboard,
+}
+
+impl Node {
+    fn new(
+        config: NodeConfig,
+        replica: Replica,
+        server: ServerEndpoint,
+        poller: Poller,
+        commands: Receiver<Command>,
+        board: Noticeboard,
+    ) -> Self {
+        Self {
+            clock: Clock::new(),
+            codec: CodecLimits::default(),
+            cost: CostModel::new(),
+            out: Actions::default(),
+            fronts: Fronts::new(config.max_fronts, config.max_front_silence),
+            worker: None,
+            worker_restarts: 0,
+            results: Vec::new(),
+            sent: VecDeque::new(),
+            state: FIRST_STATE,
+            has_run: false,
+            told_drained: false,
+            next_status: Time(0),
+            dropped_frames: 0,
+            config,
+            replica,
+            server,
+            poller,
+            commands,
+            board,
+        }
+    }
+
+    /// The whole engine: what arrived, what it completes, what runs next, who is told.
+    fn run(mut self) {
+        while self.receive() {
+            self.complete();
+            self.execute();
+            self.deliver();
+        }
+    }
+}

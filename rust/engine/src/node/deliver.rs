@@ -1,0 +1,106 @@
+//! The fourth verb: one frame of outputs per front, attempts handed back, and every so often how the node is doing.
+
+use super::Node;
+use crate::fronts::PROBE;
+use crate::report::{NodeEvent, NodeReport};
+use llmscale_scheduler::{Event, GiveBack};
+use llmscale_types::{FinishReason, FrontId};
+use llmscale_wire::{self as wire, FromNode, NodeOutputs, NodeState, Status};
+
+impl Node {
+    pub(super) fn deliver(&mut self) {
+        self.deliver_outputs();
+        self.deliver_returns();
+        self.deliver_status();
+        self.out.clear();
+    }
+
+    fn deliver_outputs(&mut self) {
+        for index in 0..self.out.outputs.len() {
+            if self.out.outputs[index].is_empty() {
+                continue;
+            }
+            let front = FrontId(index as u32);
+            let outputs = std::mem::take(&mut self.out.outputs[index]);
+            if front == PROBE {
+                let ran = outputs.finished.iter().any(|finished| finished.reason == FinishReason::Length);
+                if ran && !self.has_run {
+                    self.has_run = true;
+                    self.state = NodeState::Ready;
+                    self.board.notify(NodeEvent::Ready);
+                    self.next_status = self.clock.now();
+                }
+                continue;
+            }
+            let frame = FromNode::Outputs(NodeOutputs { node: self.config.node, epoch: self.epoch(), outputs });
+            if !self.fronts.send(&mut self.server, front, &frame, &self.codec) {
+                // It is gone, or so far behind that it can never catch up: it will start over and be told everything.
+                self.dropped_frames += 1;
+                let _ = self.replica.on_event(self.clock.now(), Event::FrontGone(front), &mut self.out);
+            }
+        }
+    }
+
+    fn deliver_returns(&mut self) {
+        for (key, reason) in std::mem::take(&mut self.out.give_back) {
+            let refusal = match reason {
+                GiveBack::Recalled => None,
+                GiveBack::Refused(refusal) => Some(refusal),
+            };
+            let give_back = wire::GiveBack {
+                node: self.config.node,
+                epoch: self.epoch(),
+                request: key.request,
+                attempt: key.attempt,
+                refusal,
+            };
+            self.tell(key.front, &FromNode::GiveBack(give_back));
+        }
+    }
+
+    fn deliver_status(&mut self) {
+        let now = self.clock.now();
+        if now < self.next_status {
+            return;
+        }
+        self.next_status = now + self.config.status_interval;
+        let status = self.status();
+        for front in self.fronts.all() {
+            self.tell(front, &FromNode::Status(status));
+        }
+        let counters = self.replica.counters();
+        self.board.publish(NodeReport {
+            status,
+            emitted_tokens: counters.emitted_tokens,
+            prefill_tokens: counters.prefill_tokens,
+            poisoned: counters.poisoned,
+            dropped_frames: self.dropped_frames + counters.stale_results,
+            fronts: self.fronts.len(),
+        });
+        if self.state == NodeState::Draining && self.replica.is_idle() && !self.told_drained {
+            self.told_drained = true;
+            self.board.notify(NodeEvent::Drained);
+        }
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let (load, counters, cache) = (self.replica.load(), self.replica.counters(), self.replica.cache_counters());
+        let backlog = (load.waiting_tokens + load.prefill_backlog_tokens).min(u64::from(u32::MAX)) as u32;
+        Status {
+            node: self.config.node,
+            epoch: self.epoch(),
+            state: self.state,
+            running: load.running,
+            waiting: load.waiting,
+            queued_tokens: load.waiting_tokens,
+            predicted_backlog_ns: if backlog == 0 { 0 } else { self.cost.predict_prefill(backlog) },
+            free_blocks: load.free_blocks,
+            steps: counters.steps,
+            preemptions: counters.preemptions,
+            prefix_queries: cache.queried_tokens,
+            prefix_hits: cache.hit_tokens,
+            worker_restarts: self.worker_restarts,
+            worker_pid: self.worker.as_ref().and_then(|worker| worker.pid),
+        }
+    }
+}

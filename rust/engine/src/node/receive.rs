@@ -1,0 +1,298 @@
+//! The first verb: waits for sockets, orders and time, and turns what arrived into events. Each source is drained up to a
+//! bound per round, so that a flood from one peer delays nobody for longer than that.
+
+use super::{Command, Node, Worker};
+use crate::fronts::{PROBE, send_frame};
+use crate::report::NodeEvent;
+use llmscale_net::{PeerId, ReceiveError};
+use llmscale_scheduler::Event;
+use llmscale_types::{
+    Attempt, Class, Epoch, FrontId, RequestId, Sampling, SequenceKey, Submission, Time,
+};
+use llmscale_wire::{
+    FromNode, FromWorker, Hello, ModelRef, NodeLimits, NodeState, Pong, RejectCode, Rejected, ToNode, ToWorker, VERSIONS,
+    Welcome, decode, encode,
+};
+
+/// Frames taken from one source per round.
+const MAX_FRAMES_PER_ROUND: usize = 256;
+
+impl Node {
+    /// Returns false when the thread is to end.
+    pub(super) fn receive(&mut self) -> bool {
+        self.wait();
+        while let Ok(command) = self.commands.try_recv() {
+            if !self.obey(command) {
+                return false;
+            }
+        }
+        self.read_fronts();
+        self.read_worker();
+        self.watch_time();
+        true
+    }
+
+    /// Sleeps until something arrives; while a step could be planned or housekeeping is left, it only looks.
+    fn wait(&mut self) {
+        let busy = self.replica.housekeeping(8);
+        let now = self.clock.now();
+        let deadline = self.replica.next_deadline().unwrap_or(self.next_status).min(self.next_status);
+        let patience = if busy { 0 } else { deadline.since(now).0 };
+        let mut handles = vec![self.server.poll_handle()];
+        handles.extend(self.worker.as_ref().and_then(|worker| worker.link.poll_handle()));
+        if let Err(error) = self.poller.wait(&handles, Some(patience)) {
+            panic!("waiting for sockets failed: {error}");
+        }
+    }
+
+    fn event(&mut self, event: Event) -> bool {
+        self.replica.on_event(self.clock.now(), event, &mut self.out)
+    }
+
+    fn obey(&mut self, command: Command) -> bool {
+        match command {
+            Command::Stop => {
+                self.say_goodbye();
+                return false;
+            }
+            Command::Drain => {
+                self.state = NodeState::Draining;
+                self.event(Event::Drain);
+                self.next_status = self.clock.now();
+            }
+            Command::WorkerStarted { epoch, link, configure } => {
+                self.worker = Some(Worker { epoch, link, pid: None, failed: false });
+                let order = encode(&ToWorker::Configure(*configure), &self.codec);
+                self.send_to_worker(order.expect("a configuration is within the codec's limits"));
+            }
+            Command::WorkerDied(epoch) => self.bury_worker(epoch),
+        }
+        true
+    }
+
+    fn say_goodbye(&mut self) {
+        if let Some(worker) = &mut self.worker
+            && let Ok(frame) = encode(&ToWorker::Stop, &self.codec)
+            && worker.link.send(frame).is_err()
+        {
+            self.dropped_frames += 1;
+        }
+    }
+
+    fn bury_worker(&mut self, epoch: Epoch) {
+        if self.worker.as_ref().is_none_or(|worker| worker.epoch != epoch) {
+            return;
+        }
+        self.worker = None;
+        self.sent.clear();
+        self.results.clear();
+        self.worker_restarts += 1;
+        if self.state == NodeState::Ready {
+            self.state = NodeState::Recovering;
+        }
+        self.event(Event::WorkerDown);
+        self.next_status = self.clock.now();
+    }
+
+    fn read_fronts(&mut self) {
+        for _ in 0..MAX_FRAMES_PER_ROUND {
+            match self.server.receive() {
+                Ok(None) => return,
+                Ok(Some(received)) => match decode::<ToNode>(&received.message.payload, &self.codec) {
+                    Ok(message) => self.answer(received.peer, message),
+                    Err(error) => self.reject(received.peer, RejectCode::Malformed, &error.to_string()),
+                },
+                Err(ReceiveError::System(error)) => panic!("reading from fronts failed: {error}"),
+                Err(_) => self.dropped_frames += 1,
+            }
+        }
+    }
+
+    fn answer(&mut self, peer: PeerId, message: ToNode) {
+        let now = self.clock.now();
+        if let ToNode::Hello(hello) = message {
+            self.greet(peer, &hello, now);
+            return;
+        }
+        let Some(front) = self.fronts.heard(peer, now) else {
+            self.reject(peer, RejectCode::NotGreeted, "the first frame of a connection is a Hello");
+            return;
+        };
+        let key = |request, attempt| SequenceKey { front, request, attempt };
+        match message {
+            ToNode::Hello(_) => unreachable!("answered above"),
+            ToNode::Submit(submit) => {
+                self.event(Event::Submit(Box::new(submit.arrive(front, now))));
+            }
+            ToNode::Abort(abort) => {
+                self.event(Event::Abort(key(abort.request, abort.attempt)));
+            }
+            ToNode::Recall(recall) => {
+                self.event(Event::Recall(key(recall.request, recall.attempt)));
+            }
+            ToNode::Ping(ping) => {
+                let pong = Pong { node: self.config.node, epoch: self.epoch(), nonce: ping.nonce };
+                self.tell(front, &FromNode::Pong(pong));
+            }
+            ToNode::Goodbye => self.drop_front(peer),
+        }
+    }
+
+    fn greet(&mut self, peer: PeerId, hello: &Hello, now: Time) {
+        let Some(version) = hello.versions.newest_common(VERSIONS) else {
+            return self.reject(peer, RejectCode::UnsupportedVersion, "no common protocol version");
+        };
+        if hello.fleet != self.config.fleet {
+            let text = format!("this node belongs to fleet {:?}, not {:?}", self.config.fleet, hello.fleet);
+            return self.reject(peer, RejectCode::WrongFleet, &text);
+        }
+        if hello.model.as_ref().is_some_and(|wanted| !self.serves(wanted)) {
+            let text = format!("this node serves {:?}", self.config.model.name);
+            return self.reject(peer, RejectCode::WrongModel, &text);
+        }
+        let Some(front) = self.fronts.greet(peer, now) else {
+            let text = format!("this node serves {} fronts at most (max_fronts)", self.config.max_fronts);
+            return self.reject(peer, RejectCode::TooManyFronts, &text);
+        };
+        let limits = &self.config.limits;
+        let welcome = Welcome {
+            version,
+            node: self.config.node,
+            epoch: self.epoch(),
+            model: self.config.model.clone(),
+            limits: NodeLimits {
+                vocabulary: limits.vocabulary,
+                max_sequence_tokens: limits.max_sequence_tokens,
+                max_sequences: limits.max_sequences,
+                max_waiting_sequences: limits.max_waiting_sequences,
+                total_blocks: limits.total_blocks,
+                block_tokens: limits.block_tokens,
+                eos_tokens: limits.eos_tokens.clone(),
+            },
+        };
+        self.tell(front, &FromNode::Welcome(welcome));
+        let status = self.status();
+        self.tell(front, &FromNode::Status(status));
+    }
+
+    fn serves(&self, wanted: &ModelRef) -> bool {
+        let model = &self.config.model;
+        wanted.name == model.name
+            && wanted.revision.as_ref().is_none_or(|revision| *revision == model.revision)
+            && wanted.adapter == model.adapter
+    }
+
+    fn reject(&mut self, peer: PeerId, code: RejectCode, text: &str) {
+        self.dropped_frames += 1;
+        let message = self.codec.bounded_text(text).to_owned();
+        let rejected = FromNode::Rejected(Rejected { code, message, versions: VERSIONS });
+        if let Ok(frame) = encode(&rejected, &self.codec)
+            && !send_frame(&mut self.server, peer, frame)
+        {
+            self.dropped_frames += 1;
+        }
+        if code == RejectCode::Malformed {
+            self.server.ignore(peer);
+            self.drop_front(peer);
+        }
+    }
+
+    fn drop_front(&mut self, peer: PeerId) {
+        if let Some(front) = self.fronts.leave(peer) {
+            self.event(Event::FrontGone(front));
+        }
+    }
+
+    fn read_worker(&mut self) {
+        for _ in 0..MAX_FRAMES_PER_ROUND {
+            let Some(worker) = &mut self.worker else { return };
+            let epoch = worker.epoch;
+            match worker.link.receive() {
+                Ok(None) => return,
+                Ok(Some(_)) if worker.failed => {}
+                Ok(Some(frame)) => match decode::<FromWorker>(&frame, &self.codec) {
+                    Ok(message) => self.hear_worker(epoch, message),
+                    Err(error) => self.fail_worker(epoch, format!("it sent a frame that cannot be read: {error}")),
+                },
+                Err(error) => return self.fail_worker(epoch, format!("its link broke: {error}")),
+            }
+        }
+    }
+
+    fn hear_worker(&mut self, epoch: Epoch, message: FromWorker) {
+        match message {
+            FromWorker::Ready(ready) => self.worker_ready(epoch, ready.pid, ready.loading_ns, ready.total_blocks),
+            FromWorker::Result(result) => self.results.push(result),
+            FromWorker::NeedSnapshot(gap) => {
+                self.fail_worker(epoch, format!("it lost the order of steps at step {}", gap.step));
+            }
+            FromWorker::Failed(failed) => self.fail_worker(epoch, failed.message),
+        }
+    }
+
+    fn worker_ready(&mut self, epoch: Epoch, pid: u32, loading_ns: u64, total_blocks: u32) {
+        if total_blocks != self.config.limits.total_blocks {
+            let planned = self.config.limits.total_blocks;
+            return self.fail_worker(epoch, format!("it has {total_blocks} blocks, {planned} were planned"));
+        }
+        if let Some(worker) = &mut self.worker {
+            worker.pid = Some(pid);
+        }
+        self.event(Event::WorkerUp(epoch));
+        self.board.notify(NodeEvent::WorkerReady { epoch, pid, loading_ns });
+        if !self.has_run {
+            self.event(Event::Submit(Box::new(probe(epoch))));
+        } else if self.state == NodeState::Recovering {
+            self.state = NodeState::Ready;
+        }
+        self.next_status = self.clock.now();
+    }
+
+    /// The worker is of no use any more. Its process is ended by whoever started it, who then reports its death.
+    pub(super) fn fail_worker(&mut self, epoch: Epoch, message: String) {
+        if let Some(worker) = &mut self.worker
+            && !worker.failed
+        {
+            worker.failed = true;
+            self.board.notify(NodeEvent::WorkerFailed { epoch, message });
+        }
+    }
+
+    fn watch_time(&mut self) {
+        let now = self.clock.now();
+        self.event(Event::Tick);
+        if let (Some(sent), Some(worker)) = (self.sent.front(), &self.worker)
+            && now.since(sent.at) > self.config.max_step
+        {
+            let (epoch, step) = (worker.epoch, sent.step);
+            let limit = self.config.max_step.0 / 1_000;
+            self.fail_worker(epoch, format!("step {step} takes longer than {limit} ms (max_step)"));
+        }
+        for front in self.fronts.silent(now) {
+            self.event(Event::FrontGone(front));
+        }
+    }
+
+    pub(super) fn epoch(&self) -> Epoch {
+        self.worker.as_ref().map_or(Epoch(0), |worker| worker.epoch)
+    }
+
+    pub(super) fn tell(&mut self, front: FrontId, message: &FromNode) {
+        if !self.fronts.send(&mut self.server, front, message, &self.codec) {
+            self.dropped_frames += 1;
+        }
+    }
+}
+
+/// The node's own first request: one token in, one token out, so that "ready" means that a step has run.
+fn probe(epoch: Epoch) -> Submission {
+    Submission {
+        key: SequenceKey { front: PROBE, request: RequestId(epoch.0), attempt: Attempt(1) },
+        namespace: [0; 32],
+        class: Class::Interactive,
+        context: vec![0],
+        prompt_tokens: 1,
+        sampling: Sampling { temperature: 0.0, max_tokens: 1, ignore_eos: true, ..Sampling::default() },
+        deadline: None,
+    }
+}

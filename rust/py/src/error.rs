@@ -1,0 +1,57 @@
+//! Core errors to the exception tree of `llmscale.errors`: one exhaustive match per error type, no catch-all.
+
+use llmscale_kernels::error::KernelError;
+use llmscale_types::{LimitError, Refusal};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+/// Makes an exception of the named class of `llmscale.errors`.
+fn exception(class: &str, message: String, keywords: &[(&str, f64)]) -> PyErr {
+    Python::attach(|py| {
+        let made = (|| {
+            let class = py.import("llmscale.errors")?.getattr(class)?;
+            let named = PyDict::new(py);
+            for (name, value) in keywords {
+                named.set_item(name, value)?;
+            }
+            class.call((message,), Some(&named))
+        })();
+        // An import that fails is an error of the installation and is shown as such.
+        made.map_or_else(|error| error, PyErr::from_value)
+    })
+}
+
+/// A field outside its bounds.
+pub(crate) fn limit(error: &LimitError) -> PyErr {
+    exception("InvalidField", error.to_string(), &[])
+}
+
+/// A setting outside its bounds.
+pub(crate) fn config(message: String) -> PyErr {
+    exception("ConfigError", message, &[])
+}
+
+/// A worker that cannot go on.
+pub(crate) fn worker(message: String) -> PyErr {
+    exception("WorkerError", message, &[])
+}
+
+/// A request that is not taken.
+pub(crate) fn refusal(refusal: &Refusal) -> PyErr {
+    let message = refusal.to_string();
+    match refusal {
+        Refusal::QueueFull { retry_after, .. } => {
+            exception("Overloaded", message, &[("retry_after_seconds", retry_after.0 as f64 / 1e6)])
+        }
+        Refusal::TooLong { .. } => exception("RequestTooLong", message, &[]),
+        Refusal::EmptyPrompt | Refusal::UnknownToken { .. } | Refusal::BadSampling => {
+            exception("InvalidField", message, &[])
+        }
+        Refusal::Duplicate | Refusal::Draining => exception("Unavailable", message, &[]),
+    }
+}
+
+/// A kernel that was called with buffers that do not fit: a bug of the executor.
+pub(crate) fn kernel(error: &KernelError) -> PyErr {
+    worker(error.to_string())
+}

@@ -1,0 +1,230 @@
+//! The door for offline use: a replica and its mirror in the caller's process, driven step by step by the caller. The
+//! shortest path through the system: submit, plan, run the model, sample, take what came out.
+
+use crate::detach::detached;
+use crate::error;
+use crate::kernels::{CpuKernels, Memory};
+use crate::limits::PyEngineLimits;
+use crate::request::{Delivery, class, logprob_row, namespace};
+use crate::sample::sample_step;
+use crate::sampling::{PySampling, random_bytes};
+use crate::step::{PyStepCounts, buffer};
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
+use llmscale_types::{
+    Attempt, Epoch, FinishReason, FrontId, Outputs, RequestId, SequenceKey, Submission, Time,
+};
+use pyo3::prelude::*;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+const EPOCH: Epoch = Epoch(1);
+const FRONT: FrontId = FrontId(0);
+
+/// A replica in this process. One thread drives it; others may submit and cancel.
+#[pyclass(frozen, name = "LocalReplica", module = "llmscale._core")]
+pub(crate) struct LocalReplica {
+    inner: Mutex<Local>,
+    secret: [u8; 32],
+    started: Instant,
+}
+
+struct Local {
+    replica: Replica,
+    mirror: Mirror,
+    out: Actions,
+    next_request: RequestId,
+    /// A step is planned and its samples are awaited.
+    step_open: bool,
+    deliveries: BTreeMap<RequestId, Delivery>,
+}
+
+impl LocalReplica {
+    fn lock(&self) -> MutexGuard<'_, Local> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Time {
+        Time(self.started.elapsed().as_micros() as u64)
+    }
+}
+
+#[pymethods]
+impl LocalReplica {
+    #[new]
+    fn new(limits: &PyEngineLimits) -> PyResult<Self> {
+        let mut secret = [0; 32];
+        random_bytes(&mut secret)?;
+        let mut limits = limits.0.clone();
+        // The caller runs the model between plan and sample, so a second step could not start earlier anyway.
+        limits.max_steps_in_flight = 1;
+        let mut replica = Replica::new(limits.clone(), secret, Box::new(FirstComeFirstServed))
+            .map_err(|error| error::limit(&error))?;
+        let mut out = Actions::default();
+        let _ = replica.on_event(Time(0), Event::WorkerUp(EPOCH), &mut out);
+        let inner = Local {
+            replica,
+            mirror: Mirror::new(&limits, EPOCH),
+            out,
+            next_request: RequestId(1),
+            step_open: false,
+            deliveries: BTreeMap::new(),
+        };
+        Ok(Self { inner: Mutex::new(inner), secret, started: Instant::now() })
+    }
+
+    /// Queues a request and returns its number. Raises the refusal if it cannot run here.
+    #[pyo3(signature = (prompt, sampling, *, tenant = "local", priority = "standard", timeout_us = None))]
+    fn submit(
+        &self,
+        prompt: Vec<u32>,
+        sampling: &PySampling,
+        tenant: &str,
+        priority: &str,
+        timeout_us: Option<u64>,
+    ) -> PyResult<u64> {
+        let class = class(priority)?;
+        let now = self.now();
+        let mut local = self.lock();
+        let request = local.next_request;
+        let submission = Submission {
+            key: SequenceKey { front: FRONT, request, attempt: Attempt(1) },
+            namespace: namespace(&self.secret, &[tenant]),
+            class,
+            prompt_tokens: prompt.len() as u32,
+            context: prompt,
+            sampling: sampling.0.clone(),
+            deadline: timeout_us.map(|span| Time(now.0.saturating_add(span))),
+        };
+        let _ = local.event(now, Event::Submit(Box::new(submission)));
+        if let Some((_, GiveBack::Refused(refusal))) = local.out.give_back.pop() {
+            return Err(error::refusal(&refusal));
+        }
+        local.next_request = request.next();
+        local.collect();
+        Ok(request.0)
+    }
+
+    /// Ends a request; its delivery says "aborted". One that has ended already stays as it is.
+    fn cancel(&self, request: u64) {
+        let mut local = self.lock();
+        let key = SequenceKey { front: FRONT, request: RequestId(request), attempt: Attempt(1) };
+        let _ = local.event(self.now(), Event::Abort(key));
+        local.collect();
+    }
+
+    /// Plans the next step and fills the buffers; `None` if there is nothing to compute.
+    fn plan(&self) -> PyResult<Option<PyStepCounts>> {
+        let mut local = self.lock();
+        let now = self.now();
+        let _ = local.event(now, Event::Tick);
+        let Local { replica, mirror, out, step_open, .. } = &mut *local;
+        if *step_open {
+            return Err(error::worker("the step before has not been sampled; call sample first".to_owned()));
+        }
+        let planned = replica.plan(out);
+        let delta = out.execute.take();
+        let counts = delta.map(|delta| mirror.expand(&delta)).transpose();
+        let counts = counts.map_err(|gap| error::worker(gap.to_string()))?;
+        *step_open = planned;
+        local.collect();
+        Ok(counts.map(PyStepCounts::from))
+    }
+
+    /// One of the step's buffers, valid as long as this object lives.
+    fn buffer(slf: Bound<'_, Self>, name: &str) -> PyResult<crate::buffer::Int32Buffer> {
+        let owner = slf.clone().into_any().unbind();
+        let local = slf.get().lock();
+        buffer(&local.mirror, owner, name)
+    }
+
+    /// Draws a token for every sampling row of the step from `logits`, (address, elements) of a contiguous tensor
+    /// `[samples, vocabulary]` of `dtype`, and completes the step.
+    fn sample(&self, py: Python<'_>, kernels: &CpuKernels, logits: Memory, dtype: &str) -> PyResult<()> {
+        let dtype = crate::kernels::Dtype::parse(dtype)?;
+        let mut local = self.lock();
+        let now = self.now();
+        let local = &mut *local;
+        if !std::mem::take(&mut local.step_open) {
+            return Err(error::worker("there is no step to sample; call plan first".to_owned()));
+        }
+        let mirror = &mut local.mirror;
+        let vocabulary = local.replica.limits().vocabulary;
+        let result = detached(py, || sample_step(kernels, mirror, logits, dtype, vocabulary, 0))?;
+        if !local.event(now, Event::StepDone(result)) {
+            return Err(error::worker("the samples do not fit the step".to_owned()));
+        }
+        local.replica.housekeeping(16);
+        local.collect();
+        Ok(())
+    }
+
+    /// What came out since the last call, at most one delivery per request.
+    fn take(&self) -> Vec<Delivery> {
+        std::mem::take(&mut self.lock().deliveries).into_values().collect()
+    }
+
+    /// Whether nothing waits or runs.
+    fn is_idle(&self) -> bool {
+        self.lock().replica.is_idle()
+    }
+
+    /// Walks the whole state and panics if an invariant does not hold.
+    fn check(&self) {
+        self.lock().replica.check();
+    }
+
+    /// (running, waiting, free blocks, total blocks, preemptions, cached prompt tokens).
+    fn load(&self) -> (u32, u32, u32, u32, u64, u64) {
+        let local = self.lock();
+        let (load, counters) = (local.replica.load(), local.replica.counters());
+        let hits = local.replica.cache_counters().hit_tokens;
+        (load.running, load.waiting, load.free_blocks, load.total_blocks, counters.preemptions, hits)
+    }
+}
+
+impl Local {
+    fn event(&mut self, now: Time, event: Event) -> bool {
+        self.replica.on_event(now, event, &mut self.out)
+    }
+
+    /// Moves outputs into deliveries.
+    fn collect(&mut self) {
+        for outputs in &mut self.out.outputs {
+            deliver(outputs, &mut self.deliveries);
+        }
+        self.out.clear();
+    }
+}
+
+/// Appends the rows of a frame to the deliveries of their requests.
+fn deliver(outputs: &Outputs, deliveries: &mut BTreeMap<RequestId, Delivery>) {
+    let mut logprobs = outputs.logprobs.iter().peekable();
+    for (row, &request) in outputs.requests.iter().enumerate() {
+        let delivery = deliveries.entry(request).or_insert_with(|| empty(request, outputs.indexes[row]));
+        delivery.tokens.push(outputs.tokens[row]);
+        if let Some((_, values)) = logprobs.next_if(|(named, _)| *named as usize == row) {
+            delivery.logprobs.get_or_insert_default().push(logprob_row(values));
+        }
+    }
+    for finished in &outputs.finished {
+        let first = finished.output_tokens;
+        let delivery = deliveries.entry(finished.request).or_insert_with(|| empty(finished.request, first));
+        delivery.finish_reason = Some(FinishReason::label(finished.reason));
+        delivery.cached_tokens = finished.cached_tokens;
+        delivery.output_tokens = finished.output_tokens;
+    }
+}
+
+fn empty(request: RequestId, index: u32) -> Delivery {
+    Delivery {
+        request: request.0,
+        index,
+        tokens: Vec::new(),
+        logprobs: None,
+        finish_reason: None,
+        cached_tokens: 0,
+        output_tokens: 0,
+        restarts: 0,
+    }
+}

@@ -1,0 +1,66 @@
+//! What the doors for requests share: classes by name, namespaces of cache keys, deliveries to Python.
+
+use crate::error;
+use llmscale_types::{Class, TokenLogprobs};
+use pyo3::prelude::*;
+
+/// Log probability of the chosen token, and the best tokens with theirs.
+pub(crate) type LogprobRow = (f32, Vec<(u32, f32)>);
+
+/// The class of a name.
+pub(crate) fn class(name: &str) -> PyResult<Class> {
+    match name {
+        "interactive" => Ok(Class::Interactive),
+        "standard" => Ok(Class::Standard),
+        "batch" => Ok(Class::Batch),
+        "background" => Ok(Class::Background),
+        other => Err(error::config(format!(
+            "priority is {other:?}, it must be interactive, standard, batch or background"
+        ))),
+    }
+}
+
+/// Separates what may share KV blocks: keyed over tenant, model, revision and adapter, each with its length, so that no
+/// two different lists of names give the same bytes.
+pub(crate) fn namespace(secret: &[u8; 32], names: &[&str]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_keyed(secret);
+    for name in names {
+        hasher.update(&(name.len() as u64).to_le_bytes());
+        hasher.update(name.as_bytes());
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// The wire's row as Python sees it.
+pub(crate) fn logprob_row(row: &TokenLogprobs) -> LogprobRow {
+    (row.chosen, row.top.clone())
+}
+
+/// Tokens of one request since the last call, and its end if it has ended.
+#[pyclass(frozen, name = "Delivery", module = "llmscale._core")]
+pub(crate) struct Delivery {
+    /// The request.
+    #[pyo3(get)]
+    pub(crate) request: u64,
+    /// Position of the first of these tokens in the output.
+    #[pyo3(get)]
+    pub(crate) index: u32,
+    /// The tokens.
+    #[pyo3(get)]
+    pub(crate) tokens: Vec<u32>,
+    /// One row per token, for requests that asked.
+    #[pyo3(get)]
+    pub(crate) logprobs: Option<Vec<LogprobRow>>,
+    /// Why it ended; `None` while it goes on.
+    #[pyo3(get)]
+    pub(crate) finish_reason: Option<&'static str>,
+    /// Prompt tokens found in the prefix cache; known at the end.
+    #[pyo3(get)]
+    pub(crate) cached_tokens: u32,
+    /// Output tokens in all; known at the end.
+    #[pyo3(get)]
+    pub(crate) output_tokens: u32,
+    /// Attempts and worker restarts that the stream has survived.
+    #[pyo3(get)]
+    pub(crate) restarts: u32,
+}
