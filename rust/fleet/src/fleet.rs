@@ -30,13 +30,13 @@ impl Fleet {
     pub fn join(&mut self, id: ReplicaId, offer: Offer) -> Result<PoolId, FleetFull> {
         let full = FleetFull { max_replicas: self.max_replicas };
         if !self.members.contains_key(&id) && self.members.len() >= self.max_replicas as usize {
-            let gone = self.members.values().find(|member| member.state == ReplicaState::Down).map(|member| member.id);
+            let gone = self.members.values().find(|member| member.state.is_none()).map(|member| member.id);
             self.members.remove(&gone.ok_or(full)?);
         }
         let pool = self.pool_of(&offer.model).ok_or(full)?;
         match self.members.get_mut(&id) {
             Some(member) => {
-                assert_eq!(member.state, ReplicaState::Down, "the last incarnation has left");
+                assert_eq!(member.state, None, "the last incarnation has left");
                 member.rejoin(pool, offer);
             }
             None => drop(self.members.insert(id, Member::new(id, pool, offer))),
@@ -48,7 +48,7 @@ impl Fleet {
     pub fn leave(&mut self, id: ReplicaId) {
         if let Some(member) = self.members.get_mut(&id) {
             assert_eq!(member.load, Load::default(), "attempts are taken back first");
-            member.state = ReplicaState::Down;
+            member.state = None;
             member.report = None;
             member.refused_until = None;
             member.pause();
@@ -111,9 +111,9 @@ impl Fleet {
     fn best_state(&self, pool: PoolId) -> u8 {
         self.pool_members(pool)
             .map(|member| match member.state {
-                ReplicaState::Ready => 2,
-                ReplicaState::Down => 0,
-                ReplicaState::Starting | ReplicaState::Recovering | ReplicaState::Draining => 1,
+                Some(ReplicaState::Ready) => 2,
+                Some(ReplicaState::Starting | ReplicaState::Recovering | ReplicaState::Draining) => 1,
+                None => 0,
             })
             .max()
             .unwrap_or(0)

@@ -4,6 +4,7 @@
 
 use llmscale_cost::{CostModel, StepShape};
 use llmscale_types::{Duration, Epoch, NodeId, ReplicaId, StepId, Time, Token};
+use std::sync::Arc;
 
 /// Replicas whose streams can continue on each other, as the fleet numbers them.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -67,7 +68,7 @@ pub struct Offer {
     pub state: ReplicaState,
 }
 
-/// What a replica can do.
+/// What a connected replica can do.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum ReplicaState {
     /// It loads its model.
@@ -78,8 +79,6 @@ pub enum ReplicaState {
     Recovering,
     /// It hands its work back and will go.
     Draining,
-    /// There is no connection.
-    Down,
 }
 
 impl ReplicaState {
@@ -90,7 +89,6 @@ impl ReplicaState {
             Self::Ready => "ready",
             Self::Recovering => "recovering",
             Self::Draining => "draining",
-            Self::Down => "down",
         }
     }
 }
@@ -146,12 +144,12 @@ pub struct Member {
     pub node: NodeId,
     /// The newest incarnation of its workers that a frame named.
     pub epoch: Epoch,
-    /// What it can do.
-    pub state: ReplicaState,
+    /// What it can do; `None` while it is not connected.
+    pub state: Option<ReplicaState>,
     /// Which replicas it is interchangeable with.
     pub pool: PoolId,
     /// How it computes.
-    pub numerics: String,
+    pub numerics: Arc<str>,
     /// Its bounds.
     pub limits: ReplicaLimits,
     /// What it last said, and when.
@@ -170,9 +168,9 @@ impl Member {
             id,
             node: offer.node,
             epoch: offer.epoch,
-            state: offer.state,
+            state: Some(offer.state),
             pool,
-            numerics: offer.numerics,
+            numerics: offer.numerics.into(),
             limits: offer.limits,
             report: None,
             load: Load::default(),
@@ -192,7 +190,7 @@ impl Member {
     /// Whether a frame comes from this incarnation. Workers may have been replaced since the last frame: that raises the
     /// epoch, and frames of the older one are refused from then on. `None` refuses; else, whether the epoch rose.
     pub fn fence(&mut self, node: NodeId, epoch: Epoch) -> Option<bool> {
-        if self.state == ReplicaState::Down || node != self.node || epoch < self.epoch {
+        if self.state.is_none() || node != self.node || epoch < self.epoch {
             return None;
         }
         let rose = epoch > self.epoch;
@@ -226,11 +224,11 @@ impl Member {
 
     /// Whether this front may send it anything at all now.
     pub fn takes_work(&self, now: Time) -> bool {
-        self.state == ReplicaState::Ready && self.refused_until.is_none_or(|until| now >= until)
+        self.state == Some(ReplicaState::Ready) && self.refused_until.is_none_or(|until| now >= until)
     }
 
     /// Predicted time to compute this many prompt tokens.
-    fn prefill_ns(&self, tokens: u64) -> u64 {
+    pub fn prefill_ns(&self, tokens: u64) -> u64 {
         if tokens == 0 { 0 } else { self.cost.predict_prefill(u32::try_from(tokens).unwrap_or(u32::MAX)) }
     }
 

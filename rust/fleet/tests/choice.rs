@@ -88,11 +88,12 @@ fn only_ready_replicas_of_the_pool_are_chosen() {
     let (mut fleet, pool) = fleet(1);
     let other = fleet.join(ReplicaId(7), offer("b")).expect("there is room");
     assert_eq!(choose(&fleet, &need(other)), Some(7));
-    for state in [ReplicaState::Starting, ReplicaState::Recovering, ReplicaState::Draining, ReplicaState::Down] {
+    let idle = [ReplicaState::Starting, ReplicaState::Recovering, ReplicaState::Draining].map(Some);
+    for state in idle.into_iter().chain([None]) {
         set(&mut fleet, 0, |member| member.state = state);
         assert_eq!(choose(&fleet, &need(pool)), None);
     }
-    set(&mut fleet, 0, |member| member.state = ReplicaState::Ready);
+    set(&mut fleet, 0, |member| member.state = Some(ReplicaState::Ready));
     assert_eq!(choose(&fleet, &need(pool)), Some(0));
 }
 
@@ -199,7 +200,7 @@ fn a_new_revision_serves_the_name_as_soon_as_it_is_ready() {
     next.state = ReplicaState::Starting;
     let new = fleet.join(ReplicaId(1), next).expect("there is room");
     assert_eq!(fleet.serving("a"), Some(old));
-    fleet.get_mut(ReplicaId(1)).expect("it joined").state = ReplicaState::Ready;
+    fleet.get_mut(ReplicaId(1)).expect("it joined").state = Some(ReplicaState::Ready);
     assert_eq!(fleet.serving("a"), Some(new));
     fleet.leave(ReplicaId(1));
     assert_eq!(fleet.serving("a"), Some(old));

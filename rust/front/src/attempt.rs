@@ -1,0 +1,247 @@
+//! How requests meet replicas: placed from the queue, sent as attempts, taken back, lost, ended. Every path that takes a
+//! request off a replica goes through `release`, every path that ends one through `finish`, so the books cannot disagree.
+//! O(log n) per change, O(replicas) per placement.
+
+use crate::event::{EndReason, FrontAction, ToReplica};
+use crate::front::Front;
+use crate::order::{Head, most_urgent};
+use crate::request::{Place, Reader, Sent};
+use crate::timers::Due;
+use llmscale_fleet::{Need, PoolId};
+use llmscale_types::{Duration, FinishReason, ReplicaId, RequestId, Time};
+use std::sync::Arc;
+
+/// How often the predicted time to start may pass before silence counts as loss.
+const PATIENCE: u64 = 8;
+
+/// Why an attempt is over though the request is not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Loss {
+    /// The replica died, lost a token or fell silent: counts towards `max_attempts`.
+    Fault,
+    /// It was not admitted, or moves by our own wish.
+    NoFault,
+}
+
+impl Front {
+    /// Sends what waits in a pool to whoever can start it soon, most urgent first.
+    pub(crate) fn place_waiting(&mut self, now: Time, pool: PoolId, out: &mut Vec<FrontAction>) {
+        while let Some(id) = self.next_waiting(now, pool) {
+            let need = self.need(now, id);
+            let Some(replica) = self.policy.choose(&self.fleet, &need) else {
+                return;
+            };
+            self.send(now, id, replica, out);
+        }
+    }
+
+    fn next_waiting(&self, now: Time, pool: PoolId) -> Option<RequestId> {
+        let heads = self.queue(pool).heads();
+        let heads = heads.map(|(class, request)| Head { class, request, arrived: self.requests[&request].arrived });
+        most_urgent(heads, now, self.options.promote_after).map(|head| head.request)
+    }
+
+    pub(crate) fn need(&self, now: Time, id: RequestId) -> Need {
+        let request = &self.requests[&id];
+        let look_ahead = self.options.limits.look_ahead;
+        Need { pool: request.pool, total_tokens: request.max_total_tokens(), look_ahead, now }
+    }
+
+    /// Puts a request in its place of the queue, by its age.
+    pub(crate) fn enqueue(&mut self, id: RequestId) {
+        let usual = self.usual_output;
+        let request = self.request_mut(id);
+        request.place = Place::Queued;
+        request.expected_tokens = usual.expect(request.remaining_tokens());
+        let (pool, class) = (request.pool, request.class);
+        let (context, output) = (u64::from(request.context_tokens()), u64::from(request.expected_tokens));
+        self.queue_mut(pool).insert(class, id, context, output);
+        self.arm(id);
+    }
+
+    /// Takes a request out of the queue.
+    pub(crate) fn dequeue(&mut self, id: RequestId) {
+        let request = &self.requests[&id];
+        let (pool, class) = (request.pool, request.class);
+        let (context, output) = (u64::from(request.context_tokens()), u64::from(request.expected_tokens));
+        self.queue_mut(pool).remove(class, id, context, output);
+    }
+
+    fn send(&mut self, now: Time, id: RequestId, replica: ReplicaId, out: &mut Vec<FrontAction>) {
+        self.dequeue(id);
+        let request = self.requests.get_mut(&id).expect("it was in the queue");
+        let member = self.fleet.get_mut(replica).expect("it was chosen from the fleet");
+        request.attempt = request.attempt.next();
+        if request.output_tokens() > 0 && request.numerics.as_ref().is_some_and(|last| *last != member.numerics) {
+            self.counters.numerics_changes += 1;
+        }
+        request.numerics = Some(Arc::clone(&member.numerics));
+        let context_tokens = request.context_tokens();
+        member.load.sequences += 1;
+        member.load.unstarted_sequences += 1;
+        member.load.unstarted_tokens += u64::from(context_tokens);
+        member.load.output_tokens += u64::from(request.expected_tokens);
+        let predicted = Duration::from_nanos(member.backlog_ns(now).saturating_mul(PATIENCE));
+        let patience = self.options.max_silence + predicted;
+        let sent = Sent { replica, context_tokens, started: false, recalled: false, heard: now, patience };
+        request.place = Place::Sent(sent);
+        let submission = Box::new(request.submission(id));
+        let new = self.sent.entry(replica).or_default().insert(id);
+        assert!(new, "request {id} is on replica {replica} twice");
+        self.counters.attempts += 1;
+        self.arm(id);
+        out.push(FrontAction::Send { replica, message: ToReplica::Submit(submission) });
+    }
+
+    /// Takes an attempt off the books of its replica. The caller gives the request its next place.
+    pub(crate) fn release(&mut self, id: RequestId) -> Sent {
+        let request = self.requests.get_mut(&id).expect("its place names it, so it lives");
+        let Place::Sent(sent) = std::mem::replace(&mut request.place, Place::Queued) else {
+            panic!("request {id} is not on a replica");
+        };
+        let member = self.fleet.get_mut(sent.replica).expect("attempts are released before their replica is forgotten");
+        member.load.sequences -= 1;
+        member.load.output_tokens -= u64::from(request.expected_tokens);
+        if !sent.started {
+            member.load.unstarted_sequences -= 1;
+            member.load.unstarted_tokens -= u64::from(sent.context_tokens);
+        }
+        if member.load.sequences == member.load.unstarted_sequences {
+            member.pause();
+        }
+        let known = self.sent.get_mut(&sent.replica).is_some_and(|there| there.remove(&id));
+        assert!(known, "request {id} is not on replica {}", sent.replica);
+        sent
+    }
+
+    /// Tells a replica to stop an attempt.
+    pub(crate) fn abort(
+        &mut self,
+        id: RequestId,
+        replica: ReplicaId,
+        at_token: Option<u32>,
+        out: &mut Vec<FrontAction>,
+    ) {
+        let attempt = self.requests[&id].attempt;
+        out.push(FrontAction::Send { replica, message: ToReplica::Abort { request: id, attempt, at_token } });
+    }
+
+    /// An attempt is over and the request goes on: elsewhere, later, or not at all after too many.
+    pub(crate) fn lose(&mut self, id: RequestId, loss: Loss, out: &mut Vec<FrontAction>) {
+        let sent = self.release(id);
+        let eos_tokens = &self.fleet.get(sent.replica).expect("it was just released there").limits.eos_tokens;
+        let request = self.requests.get_mut(&id).expect("it was just released");
+        let complete = request.complete(eos_tokens);
+        if loss == Loss::Fault {
+            request.lost += 1;
+            self.counters.lost_attempts += 1;
+        }
+        if loss == Loss::Fault || sent.started {
+            request.restarts += 1;
+        }
+        let lost = request.lost;
+        if let Some(reason) = complete {
+            self.conclude(id, EndReason::Finished(reason), out);
+        } else if lost >= self.options.limits.max_attempts {
+            self.conclude(id, EndReason::Unavailable, out);
+        } else {
+            self.enqueue(id);
+        }
+    }
+
+    /// Takes a request from wherever it is, in order to end it.
+    pub(crate) fn withdraw(&mut self, id: RequestId, at_token: Option<u32>, out: &mut Vec<FrontAction>) {
+        match self.requests[&id].place {
+            Place::Queued => self.dequeue(id),
+            Place::Sent(sent) => {
+                self.abort(id, sent.replica, at_token, out);
+                self.release(id);
+            }
+            Place::Held(_) => {}
+        }
+    }
+
+    /// Ends a request that is nowhere any more; if its reader is away, once that one is back or the time is over.
+    pub(crate) fn conclude(&mut self, id: RequestId, reason: EndReason, out: &mut Vec<FrontAction>) {
+        let request = self.request_mut(id);
+        match request.reader {
+            Reader::Attached => self.finish(id, reason, None, out),
+            Reader::Detached(_) => {
+                request.place = Place::Held(reason);
+                self.arm(id);
+            }
+        }
+    }
+
+    /// The terminal event. The request is forgotten.
+    pub(crate) fn finish(
+        &mut self,
+        id: RequestId,
+        reason: EndReason,
+        at_token: Option<u32>,
+        out: &mut Vec<FrontAction>,
+    ) {
+        let request = self.requests.remove(&id).expect("a request ends once");
+        if let Some(at) = request.timer {
+            self.timers.clear(at, Due::Request(id));
+        }
+        if matches!(reason, EndReason::Finished(FinishReason::Stop | FinishReason::Length)) {
+            self.usual_output.observe(request.output_tokens());
+        }
+        self.counters.finished += 1;
+        let output_tokens = at_token.unwrap_or(u32::MAX).min(request.output_tokens());
+        let usage = request.usage(output_tokens);
+        out.push(FrontAction::Finish { request: id, reason, usage, restarts: request.restarts });
+    }
+
+    /// Something is due.
+    pub(crate) fn fall_due(&mut self, now: Time, due: Due, out: &mut Vec<FrontAction>) {
+        match due {
+            Due::Request(id) => self.request_due(now, id, out),
+            Due::Replica(replica) => {
+                if let Some(member) = self.fleet.get_mut(replica) {
+                    member.refused_until = None;
+                }
+            }
+            Due::Pool(pool) => self.give_up_pool(pool, out),
+        }
+    }
+
+    fn request_due(&mut self, now: Time, id: RequestId, out: &mut Vec<FrontAction>) {
+        let request = self.request_mut(id);
+        request.timer = None;
+        let away_too_long = matches!(request.reader, Reader::Detached(until) if until <= now);
+        let expired = request.deadline.is_some_and(|deadline| deadline <= now);
+        match request.place {
+            Place::Held(reason) if away_too_long => self.finish(id, reason, None, out),
+            Place::Queued | Place::Sent(_) if expired => {
+                self.counters.expired += 1;
+                self.withdraw(id, None, out);
+                self.conclude(id, EndReason::Finished(FinishReason::Deadline), out);
+                // A reader who is away for too long will not be told.
+                if away_too_long {
+                    self.finish(id, EndReason::Finished(FinishReason::Deadline), None, out);
+                }
+            }
+            Place::Queued | Place::Sent(_) if away_too_long => {
+                self.withdraw(id, None, out);
+                self.finish(id, EndReason::Finished(FinishReason::Aborted), None, out);
+            }
+            Place::Sent(sent) if sent.heard + sent.patience <= now => self.fell_silent(now, id, sent, out),
+            Place::Held(_) | Place::Queued | Place::Sent(_) => self.arm(id),
+        }
+    }
+
+    /// A replica that is not ready is silent for a reason; a ready one has lost the attempt.
+    fn fell_silent(&mut self, now: Time, id: RequestId, sent: Sent, out: &mut Vec<FrontAction>) {
+        let ready = self.fleet.get(sent.replica).is_some_and(|member| member.takes_work(now));
+        if ready {
+            self.counters.silences += 1;
+            self.abort(id, sent.replica, None, out);
+            self.lose(id, Loss::Fault, out);
+        } else {
+            self.request_mut(id).place = Place::Sent(Sent { heard: now, ..sent });
+            self.arm(id);
+        }
+    }
+}

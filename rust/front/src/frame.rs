@@ -1,0 +1,239 @@
+//! What nodes say. Every frame passes two fences: the connection's incarnation (node and worker epoch), then per row the
+//! attempt and the position, which must be the next. What is old is dropped and counted; a gap ends the attempt, and the
+//! request goes on from its record. O(rows), no allocation per row besides the growing record.
+
+use crate::attempt::Loss;
+use crate::delivery::Deliveries;
+use crate::event::{EndReason, FrontAction, ReplicaFrame};
+use crate::front::Front;
+use crate::request::{Place, Reader};
+use crate::timers::Due;
+use llmscale_cost::StepShape;
+use llmscale_fleet::ReplicaState;
+use llmscale_types::{
+    Attempt, Duration, Epoch, FinishReason, Finished, NodeId, Outputs, Refusal, ReplicaId, RequestId, Time,
+};
+use std::cmp::Ordering;
+
+/// A replica that is full is left alone at least this long, or a refused request would bounce without end.
+const LEAST_REFUSED: Duration = Duration::from_millis(10);
+
+/// What a frame asks for besides taking its tokens.
+#[derive(Default)]
+struct Findings {
+    gaps: Vec<(RequestId, Attempt)>,
+    overruns: Vec<RequestId>,
+    shape: StepShape,
+}
+
+impl Front {
+    pub(crate) fn frame(
+        &mut self,
+        now: Time,
+        replica: ReplicaId,
+        node: NodeId,
+        epoch: Epoch,
+        frame: ReplicaFrame,
+        out: &mut Vec<FrontAction>,
+    ) {
+        let Some(rose) = self.fleet.get_mut(replica).and_then(|member| member.fence(node, epoch)) else {
+            self.counters.stale_frames += 1;
+            return;
+        };
+        if rose {
+            self.worker_restarted(replica);
+        }
+        match frame {
+            ReplicaFrame::Outputs(outputs) => self.outputs(now, replica, outputs, out),
+            ReplicaFrame::GiveBack { request, attempt, refusal } => {
+                self.given_back(now, replica, request, attempt, refusal, out);
+            }
+            ReplicaFrame::Status(report) => self.reported(now, replica, report, out),
+            ReplicaFrame::Pong => {}
+        }
+    }
+
+    /// The node kept its sequences over a worker's death; streams that had begun survived one more restart.
+    fn worker_restarted(&mut self, replica: ReplicaId) {
+        for id in self.sent.get(&replica).into_iter().flatten() {
+            let request = self.requests.get_mut(id).expect("its replica names it, so it lives");
+            if matches!(request.place, Place::Sent(sent) if sent.started) {
+                request.restarts += 1;
+            }
+        }
+    }
+
+    fn outputs(&mut self, now: Time, replica: ReplicaId, mut outputs: Outputs, out: &mut Vec<FrontAction>) {
+        let step = outputs.step;
+        let finished = std::mem::take(&mut outputs.finished);
+        let mut findings = Findings::default();
+        let deliveries = self.take_rows(now, replica, outputs, &mut findings);
+        if !deliveries.is_empty() {
+            out.push(FrontAction::Deliver(deliveries));
+        }
+        // A frame of ends alone need not belong to a step.
+        if findings.shape != StepShape::default() {
+            self.fleet.get_mut(replica).expect("the fence has passed").observe(step, now, findings.shape);
+        }
+        for (id, attempt) in findings.gaps {
+            self.gap(id, attempt, out);
+        }
+        for end in finished {
+            self.finished(replica, end, out);
+        }
+        for id in findings.overruns {
+            self.overrun(id, out);
+        }
+    }
+
+    /// Takes the tokens that are next into their records, and batches those that have a reader.
+    fn take_rows(&mut self, now: Time, replica: ReplicaId, outputs: Outputs, findings: &mut Findings) -> Deliveries {
+        let member = self.fleet.get_mut(replica).expect("the fence has passed");
+        let mut deliveries = Deliveries::with_capacity(outputs.tokens.len());
+        let mut all_logprobs = outputs.logprobs.into_iter().peekable();
+        let keys = outputs.requests.into_iter().zip(outputs.attempts);
+        let values = outputs.indexes.into_iter().zip(outputs.tokens);
+        for (row, ((id, attempt), (index, token))) in keys.zip(values).enumerate() {
+            let logprobs = all_logprobs.next_if(|(at, _)| *at as usize == row).map(|(_, logprobs)| logprobs);
+            let Some(request) = self.requests.get_mut(&id) else {
+                self.counters.late += 1;
+                continue;
+            };
+            let here = matches!(request.place, Place::Sent(sent) if sent.replica == replica);
+            if !here || request.attempt != attempt {
+                self.counters.stale_rows += 1;
+                continue;
+            }
+            match index.cmp(&request.output_tokens()) {
+                Ordering::Less => {
+                    self.counters.duplicate_tokens += 1;
+                    continue;
+                }
+                Ordering::Greater => {
+                    findings.gaps.push((id, attempt));
+                    continue;
+                }
+                Ordering::Equal if request.remaining_tokens() == 0 => {
+                    self.counters.surplus_tokens += 1;
+                    continue;
+                }
+                Ordering::Equal => {}
+            }
+            let Place::Sent(sent) = &mut request.place else { unreachable!("it was just found here") };
+            sent.heard = now;
+            if sent.started {
+                findings.shape.decodes += 1;
+            } else {
+                sent.started = true;
+                sent.recalled = false;
+                findings.shape.prefill_tokens = findings.shape.prefill_tokens.saturating_add(sent.context_tokens);
+                member.load.unstarted_sequences -= 1;
+                member.load.unstarted_tokens -= u64::from(sent.context_tokens);
+            }
+            if request.expected_tokens > 0 {
+                request.expected_tokens -= 1;
+                member.load.output_tokens -= 1;
+            }
+            request.push(token, logprobs.as_ref());
+            findings.shape.context_tokens += u64::from(request.context_tokens());
+            self.counters.tokens += 1;
+            if request.reader == Reader::Attached {
+                deliveries.push(id, index, token, logprobs);
+            }
+            if request.unread_tokens() > self.options.limits.max_unread_tokens {
+                findings.overruns.push(id);
+            }
+        }
+        deliveries
+    }
+
+    /// A token is missing: the attempt cannot be trusted any more, the record can. A frame may show the same gap in
+    /// several rows.
+    fn gap(&mut self, id: RequestId, attempt: Attempt, out: &mut Vec<FrontAction>) {
+        let Some(request) = self.requests.get(&id) else {
+            return;
+        };
+        if let Place::Sent(sent) = request.place
+            && request.attempt == attempt
+        {
+            self.counters.gaps += 1;
+            self.abort(id, sent.replica, None, out);
+            self.lose(id, Loss::Fault, out);
+        }
+    }
+
+    /// An attempt came to its end.
+    fn finished(&mut self, replica: ReplicaId, end: Finished, out: &mut Vec<FrontAction>) {
+        let Some(request) = self.requests.get_mut(&end.request) else {
+            self.counters.late += 1;
+            return;
+        };
+        let here = matches!(request.place, Place::Sent(sent) if sent.replica == replica);
+        if !here || request.attempt != end.attempt {
+            self.counters.stale_rows += 1;
+            return;
+        }
+        if request.output_tokens() != end.output_tokens {
+            self.gap(end.request, end.attempt, out);
+            return;
+        }
+        request.cached_tokens = end.cached_tokens.min(request.usage(0).prompt_tokens);
+        self.release(end.request);
+        self.conclude(end.request, EndReason::Finished(end.reason), out);
+    }
+
+    /// The reader has left more unread than may be kept.
+    fn overrun(&mut self, id: RequestId, out: &mut Vec<FrontAction>) {
+        if self.requests.contains_key(&id) {
+            self.counters.slow_readers += 1;
+            self.withdraw(id, None, out);
+            self.finish(id, EndReason::Finished(FinishReason::Aborted), None, out);
+        }
+    }
+
+    /// An attempt comes back unfinished.
+    fn given_back(
+        &mut self,
+        now: Time,
+        replica: ReplicaId,
+        id: RequestId,
+        attempt: Attempt,
+        refusal: Option<Refusal>,
+        out: &mut Vec<FrontAction>,
+    ) {
+        let Some(request) = self.requests.get(&id) else {
+            self.counters.late += 1;
+            return;
+        };
+        let here = matches!(request.place, Place::Sent(sent) if sent.replica == replica);
+        if !here || request.attempt != attempt {
+            self.counters.stale_rows += 1;
+            return;
+        }
+        let member = self.fleet.get_mut(replica).expect("the fence has passed");
+        match refusal {
+            None => {}
+            Some(Refusal::Draining) => member.state = Some(ReplicaState::Draining),
+            Some(Refusal::QueueFull { retry_after, .. }) => {
+                let until = now + retry_after.max(LEAST_REFUSED);
+                if let Some(last) = member.refused_until.replace(until) {
+                    self.timers.clear(last, Due::Replica(replica));
+                }
+                self.timers.set(until, Due::Replica(replica));
+            }
+            Some(Refusal::Duplicate) => {
+                self.lose(id, Loss::Fault, out);
+                return;
+            }
+            Some(
+                Refusal::TooLong { .. } | Refusal::EmptyPrompt | Refusal::UnknownToken { .. } | Refusal::BadSampling,
+            ) => {
+                self.release(id);
+                self.conclude(id, EndReason::Refused(refusal.expect("it was just matched")), out);
+                return;
+            }
+        }
+        self.counters.given_back += 1;
+        self.lose(id, Loss::NoFault, out);
+    }
+}

@@ -1,0 +1,119 @@
+//! The front itself: its tables and the one door for events. Each event is applied by the file that names its subject,
+//! then what is due is done, what waits is placed, and the next wake-up is announced.
+
+use crate::counters::FrontCounters;
+use crate::event::{FrontAction, FrontEvent};
+use crate::options::FrontOptions;
+use crate::queue::Queue;
+use crate::request::Request;
+use crate::timers::Timers;
+use crate::usual_output::UsualOutput;
+use llmscale_fleet::{Fleet, LeastWork, Policy, PoolId};
+use llmscale_types::{LimitError, ReplicaId, RequestId, Time};
+use rustc_hash::FxHashMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Owns every request's life.
+#[derive(Debug)]
+pub struct Front {
+    pub(crate) options: FrontOptions,
+    pub(crate) policy: Box<dyn Policy>,
+    pub(crate) fleet: Fleet,
+    /// For look-ups only; nothing is decided by its order.
+    pub(crate) requests: FxHashMap<RequestId, Request>,
+    /// By pool number.
+    pub(crate) queues: Vec<Queue>,
+    /// Who is where.
+    pub(crate) sent: BTreeMap<ReplicaId, BTreeSet<RequestId>>,
+    pub(crate) timers: Timers,
+    pub(crate) last_request: RequestId,
+    pub(crate) usual_output: UsualOutput,
+    pub(crate) counters: FrontCounters,
+}
+
+impl Front {
+    /// An empty front that places requests by least work.
+    pub fn new(options: FrontOptions) -> Result<Self, LimitError> {
+        Self::with_policy(options, Box::new(LeastWork))
+    }
+
+    /// An empty front.
+    pub fn with_policy(options: FrontOptions, policy: Box<dyn Policy>) -> Result<Self, LimitError> {
+        options.check()?;
+        Ok(Self {
+            fleet: Fleet::new(options.max_replicas),
+            policy,
+            requests: FxHashMap::default(),
+            queues: Vec::new(),
+            sent: BTreeMap::new(),
+            timers: Timers::default(),
+            last_request: RequestId(0),
+            usual_output: UsualOutput::new(),
+            counters: FrontCounters::default(),
+            options,
+        })
+    }
+
+    /// Applies one event and appends what is to be done. `now` never goes back.
+    pub fn on_event(&mut self, now: Time, event: FrontEvent, out: &mut Vec<FrontAction>) {
+        match event {
+            FrontEvent::Cancel { request, at_token } => self.cancel(request, at_token, out),
+            FrontEvent::ClientGone { request } => self.cancel(request, None, out),
+            FrontEvent::Detach { request } => self.detach(now, request, out),
+            FrontEvent::Attach { request, from_index } => self.attach(request, from_index, out),
+            FrontEvent::Read { request, up_to_index } => self.read(request, up_to_index),
+            FrontEvent::Frame { replica, node, epoch, frame } => self.frame(now, replica, node, epoch, frame, out),
+            FrontEvent::ReplicaUp { replica, offer } => self.replica_up(now, replica, *offer, out),
+            FrontEvent::ReplicaDown { replica } => self.replica_down(now, replica, out),
+            FrontEvent::Tick => self.relieve(now, out),
+        }
+        self.settle(now, out);
+    }
+
+    /// After every event: what is due, what can be placed, when to wake.
+    pub(crate) fn settle(&mut self, now: Time, out: &mut Vec<FrontAction>) {
+        while let Some(due) = self.timers.pop(now) {
+            self.fall_due(now, due, out);
+        }
+        for pool in 0..self.queues.len() {
+            self.place_waiting(now, PoolId(pool as u32), out);
+        }
+        if let Some(at) = self.timers.announce() {
+            out.push(FrontAction::WakeAt(at));
+        }
+    }
+
+    pub(crate) fn queue(&self, pool: PoolId) -> &Queue {
+        &self.queues[pool.0 as usize]
+    }
+
+    pub(crate) fn queue_mut(&mut self, pool: PoolId) -> &mut Queue {
+        &mut self.queues[pool.0 as usize]
+    }
+
+    /// A request that is known to live.
+    pub(crate) fn request_mut(&mut self, request: RequestId) -> &mut Request {
+        self.requests.get_mut(&request).expect("its place names it, so it lives")
+    }
+
+    /// Moves the request's entry among the timers to where it belongs.
+    pub(crate) fn arm(&mut self, id: RequestId) {
+        let request = self.requests.get_mut(&id).expect("its place names it, so it lives");
+        let next = request.next_due();
+        if request.timer == next {
+            return;
+        }
+        let last = std::mem::replace(&mut request.timer, next);
+        if let Some(at) = last {
+            self.timers.clear(at, crate::timers::Due::Request(id));
+        }
+        if let Some(at) = next {
+            self.timers.set(at, crate::timers::Due::Request(id));
+        }
+    }
+
+    /// Counts since the start.
+    pub fn counters(&self) -> &FrontCounters {
+        &self.counters
+    }
+}

@@ -1,0 +1,30 @@
+//! The front as a pure state machine: events in, actions out, no clock, socket, thread or randomness. It owns every
+//! request from submission to its one terminal event: where it waits, which replica tries it, what its reader has seen,
+//! and how it goes on elsewhere when that replica dies. An event costs O(log requests) plus O(replicas) per request that
+//! is placed; a frame of N tokens costs O(N). Knows nothing of text, HTTP or sockets.
+
+mod attempt;
+mod check;
+mod counters;
+mod delivery;
+mod event;
+mod frame;
+mod front;
+mod membership;
+mod options;
+mod order;
+mod queue;
+mod reader;
+mod request;
+mod status;
+mod submit;
+mod timers;
+mod usual_output;
+
+pub use counters::FrontCounters;
+pub use delivery::{Deliveries, Delivery};
+pub use event::{EndReason, FrontAction, FrontEvent, NewRequest, ReplicaFrame, SubmitError, ToReplica, Usage};
+pub use front::Front;
+pub use llmscale_fleet::{ModelKey, Offer, PoolId, ReplicaLimits, ReplicaState, Report};
+pub use options::FrontOptions;
+pub use status::{FrontStatus, ReplicaStatus};

@@ -1,0 +1,175 @@
+//! Replicas come, go, report, drain and recover, and their requests move with as little loss as each case allows: a dead
+//! one loses attempts but no token, a draining one is left as soon as somebody else has room, a recovering one keeps its
+//! streams and gives back what it had not begun. O(requests on the replica) per change of state.
+
+use crate::attempt::Loss;
+use crate::event::{EndReason, FrontAction, ToReplica};
+use crate::front::Front;
+use crate::queue::Queue;
+use crate::request::Place;
+use crate::timers::Due;
+use llmscale_fleet::{Need, Offer, PoolId, ReplicaState, Report};
+use llmscale_types::{ReplicaId, RequestId, Time};
+
+impl Front {
+    pub(crate) fn replica_up(&mut self, now: Time, replica: ReplicaId, offer: Offer, out: &mut Vec<FrontAction>) {
+        // A connection that comes up twice went down unseen, and the node has dropped what it ran for it.
+        self.replica_down(now, replica, out);
+        let Ok(pool) = self.fleet.join(replica, offer) else {
+            self.counters.refused_replicas += 1;
+            return;
+        };
+        self.queues.resize_with(self.fleet.pool_count() as usize, Queue::default);
+        if let Some(since) = self.queue_mut(pool).alone_since.take() {
+            self.timers.clear(since + self.options.max_without_replica, Due::Pool(pool));
+        }
+        for other in (0..self.fleet.pool_count()).map(PoolId).filter(|&other| other != pool) {
+            self.rebind(other);
+        }
+        self.leave_draining(now, out);
+    }
+
+    pub(crate) fn replica_down(&mut self, now: Time, replica: ReplicaId, out: &mut Vec<FrontAction>) {
+        let Some(member) = self.fleet.get_mut(replica).filter(|member| member.state.is_some()) else {
+            return;
+        };
+        let pool = member.pool;
+        if let Some(until) = member.refused_until {
+            self.timers.clear(until, Due::Replica(replica));
+        }
+        for id in self.attempts_on(replica) {
+            self.lose(id, Loss::Fault, out);
+        }
+        self.sent.remove(&replica);
+        self.fleet.leave(replica);
+        if !self.fleet.is_alive(pool) && self.queue(pool).alone_since.is_none() {
+            self.queue_mut(pool).alone_since = Some(now);
+            self.timers.set(now + self.options.max_without_replica, Due::Pool(pool));
+            self.rebind(pool);
+        }
+    }
+
+    /// Nobody came back in time: what waits for this pool ends, and nothing new is taken for it.
+    pub(crate) fn give_up_pool(&mut self, pool: PoolId, out: &mut Vec<FrontAction>) {
+        self.queue_mut(pool).alone_since = None;
+        let waiting: Vec<RequestId> = self.queue(pool).all().collect();
+        for id in waiting {
+            self.dequeue(id);
+            self.conclude(id, EndReason::Unavailable, out);
+        }
+    }
+
+    /// Requests of a dead pool that have no token yet go to the pool that serves the name now, if it reads the same ids:
+    /// a new revision takes over from an old one.
+    fn rebind(&mut self, pool: PoolId) {
+        if self.fleet.is_alive(pool) || self.queue(pool).is_empty() {
+            return;
+        }
+        let model = self.fleet.model(pool);
+        let Some(heir) = self.fleet.serving(model.served_name()) else {
+            return;
+        };
+        if heir == pool
+            || !self.fleet.is_alive(heir)
+            || self.fleet.model(heir).tokenizer_digest != model.tokenizer_digest
+        {
+            return;
+        }
+        let longest = self.fleet.pool_members(heir).map(|member| member.limits.max_sequence_tokens).max();
+        let waiting: Vec<RequestId> = self.queue(pool).all().collect();
+        for id in waiting {
+            let request = &self.requests[&id];
+            if request.output_tokens() == 0 && request.max_total_tokens() <= u64::from(longest.unwrap_or(0)) {
+                self.dequeue(id);
+                self.request_mut(id).pool = heir;
+                self.enqueue(id);
+            }
+        }
+    }
+
+    pub(crate) fn reported(&mut self, now: Time, replica: ReplicaId, report: Report, out: &mut Vec<FrontAction>) {
+        let member = self.fleet.get_mut(replica).expect("the fence has passed");
+        member.report = Some((now, report));
+        member.state = Some(report.state);
+        self.relieve(now, out);
+    }
+
+    /// Moves work off replicas that cannot do it soon, as far as others can.
+    pub(crate) fn relieve(&mut self, now: Time, out: &mut Vec<FrontAction>) {
+        self.leave_draining(now, out);
+        self.recall_stranded(now, out);
+    }
+
+    /// Streams on draining replicas go on wherever there is room now; without room they stay until the node goes.
+    fn leave_draining(&mut self, now: Time, out: &mut Vec<FrontAction>) {
+        for replica in self.replicas_in(ReplicaState::Draining) {
+            for id in self.attempts_on(replica) {
+                // What has not begun is given back by the node itself.
+                if !self.has_started(id) || self.policy.choose(&self.fleet, &self.need(now, id)).is_none() {
+                    continue;
+                }
+                self.counters.moved += 1;
+                self.abort(id, replica, None, out);
+                let pool = self.requests[&id].pool;
+                self.lose(id, Loss::NoFault, out);
+                self.place_waiting(now, pool, out);
+            }
+        }
+    }
+
+    /// Asks back what has not begun on a replica that cannot begin it soon, when another one could.
+    fn recall_stranded(&mut self, now: Time, out: &mut Vec<FrontAction>) {
+        for replica in self.replicas_in(ReplicaState::Recovering) {
+            for id in self.attempts_on(replica) {
+                if self.policy.choose(&self.fleet, &self.need(now, id)).is_some() {
+                    self.recall(id, out);
+                }
+            }
+        }
+        for replica in self.replicas_in(ReplicaState::Ready) {
+            let member = self.fleet.get(replica).expect("it was just listed");
+            let late = member.backlog_ns(now) / 2_000 > self.options.limits.look_ahead.0;
+            if !late || !self.queue(member.pool).is_empty() {
+                continue;
+            }
+            let mut unstarted = self.sent.get(&replica).into_iter().flatten().rev();
+            let Some(&id) = unstarted.find(|&&id| !self.has_started(id)) else { continue };
+            let need = self.need(now, id);
+            if self.idle_elsewhere(replica, &need) {
+                self.recall(id, out);
+            }
+        }
+    }
+
+    fn has_started(&self, id: RequestId) -> bool {
+        matches!(self.requests[&id].place, Place::Sent(sent) if sent.started)
+    }
+
+    /// Whether another replica has nothing to begin and could begin this.
+    fn idle_elsewhere(&self, replica: ReplicaId, need: &Need) -> bool {
+        self.fleet
+            .pool_members(need.pool)
+            .any(|member| member.id != replica && member.load.unstarted_sequences == 0 && need.fits(member))
+    }
+
+    fn recall(&mut self, id: RequestId, out: &mut Vec<FrontAction>) {
+        let request = self.request_mut(id);
+        let attempt = request.attempt;
+        let Place::Sent(sent) = &mut request.place else { panic!("request {id} is not on a replica") };
+        if !sent.started && !sent.recalled {
+            sent.recalled = true;
+            let replica = sent.replica;
+            self.counters.recalls += 1;
+            out.push(FrontAction::Send { replica, message: ToReplica::Recall { request: id, attempt } });
+        }
+    }
+
+    fn replicas_in(&self, state: ReplicaState) -> Vec<ReplicaId> {
+        self.fleet.members().filter(|member| member.state == Some(state)).map(|member| member.id).collect()
+    }
+
+    /// Oldest first.
+    fn attempts_on(&self, replica: ReplicaId) -> Vec<RequestId> {
+        self.sent.get(&replica).into_iter().flatten().copied().collect()
+    }
+}

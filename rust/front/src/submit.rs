@@ -1,0 +1,122 @@
+//! How a request comes in: checked against the model's and the front's bounds in that order, and either refused with what
+//! to do about it, or queued. O(prompt) for the check of its ids, O(log n) for the rest.
+
+use crate::event::{FrontAction, NewRequest, SubmitError};
+use crate::front::Front;
+use crate::request::Request;
+use llmscale_fleet::{Member, PoolId};
+use llmscale_types::error::QueueUnit;
+use llmscale_types::{Duration, Refusal, RequestId, Time};
+
+/// What a refused client is told to wait when no replica is ready and nothing can be predicted.
+const RETRY_WITHOUT_REPLICA: Duration = Duration::from_millis(5_000);
+/// The least that a refused client is told to wait.
+const LEAST_RETRY: Duration = Duration::from_millis(1);
+
+impl Front {
+    /// Takes a request, or says why not. Its actions follow as for any event.
+    pub fn submit(&mut self, now: Time, new: NewRequest, out: &mut Vec<FrontAction>) -> Result<RequestId, SubmitError> {
+        let pool = match self.admissible(now, &new) {
+            Ok(pool) => pool,
+            Err(error) => {
+                self.counters.refused += 1;
+                return Err(error);
+            }
+        };
+        self.last_request = self.last_request.next();
+        let id = self.last_request;
+        let expected_tokens = self.usual_output.expect(new.sampling.max_tokens);
+        self.requests.insert(id, Request::new(new, pool, now, expected_tokens, &self.options));
+        self.counters.submitted += 1;
+        self.enqueue(id);
+        self.settle(now, out);
+        Ok(id)
+    }
+
+    fn admissible(&self, now: Time, new: &NewRequest) -> Result<PoolId, SubmitError> {
+        let pool = self.pool_for(&new.model)?;
+        self.fits_model(pool, new)?;
+        self.fits_bounds(now, pool, new.prompt.len() as u64)?;
+        Ok(pool)
+    }
+
+    fn pool_for(&self, model: &str) -> Result<PoolId, SubmitError> {
+        let unavailable = || SubmitError::Unavailable { model: model.to_owned() };
+        if self.fleet.pool_count() == 0 {
+            return Err(unavailable());
+        }
+        let pool = self.fleet.serving(model);
+        let pool = pool.ok_or_else(|| SubmitError::UnknownModel { model: model.to_owned() })?;
+        // Its replicas have been gone for longer than a request would wait for them.
+        let given_up = !self.fleet.is_alive(pool) && self.queue(pool).alone_since.is_none();
+        if given_up { Err(unavailable()) } else { Ok(pool) }
+    }
+
+    /// The bounds of the widest replica, as requests may wait for any.
+    fn fits_model(&self, pool: PoolId, new: &NewRequest) -> Result<(), SubmitError> {
+        let widest = |bound: fn(&Member) -> u32| self.fleet.pool_members(pool).map(bound).max().unwrap_or(0);
+        let vocabulary = widest(|member| member.limits.vocabulary);
+        if new.prompt.is_empty() {
+            return Err(Refusal::EmptyPrompt.into());
+        }
+        if let Some(&given) = new.prompt.iter().find(|&&token| token >= vocabulary) {
+            return Err(Refusal::UnknownToken { given: u64::from(given), limit: u64::from(vocabulary) }.into());
+        }
+        new.sampling.check(vocabulary)?;
+        let needed = new.prompt.len() as u64 + u64::from(new.sampling.max_tokens);
+        let limit = u64::from(widest(|member| member.limits.max_sequence_tokens));
+        if needed > limit {
+            return Err(Refusal::TooLong { needed, limit }.into());
+        }
+        Ok(())
+    }
+
+    fn fits_bounds(&self, now: Time, pool: PoolId, prompt_tokens: u64) -> Result<(), Refusal> {
+        let limits = &self.options.limits;
+        let full = |queued: u64, limit: u64, unit| Refusal::QueueFull {
+            queued,
+            limit,
+            unit,
+            retry_after: self.retry_after(now, pool),
+        };
+        let live = self.requests.len() as u64;
+        if live >= u64::from(limits.max_live_requests) {
+            return Err(full(live, u64::from(limits.max_live_requests), QueueUnit::LiveRequests));
+        }
+        let queued = self.queued_requests();
+        if queued >= u64::from(limits.max_queued_requests) {
+            return Err(full(queued, u64::from(limits.max_queued_requests), QueueUnit::Requests));
+        }
+        // A prompt longer than the bound waits alone, or it could never run.
+        let tokens = self.queued_tokens();
+        if queued > 0 && tokens + prompt_tokens > limits.max_queued_tokens {
+            return Err(full(tokens, limits.max_queued_tokens, QueueUnit::Tokens));
+        }
+        Ok(())
+    }
+
+    /// Requests that wait, all pools together.
+    pub(crate) fn queued_requests(&self) -> u64 {
+        self.queues.iter().map(|queue| queue.len() as u64).sum()
+    }
+
+    /// Context tokens that wait, all pools together.
+    pub(crate) fn queued_tokens(&self) -> u64 {
+        self.queues.iter().map(|queue| queue.context_tokens).sum()
+    }
+
+    /// Predicted time until the pool's ready replicas have taken what waits now, or at least the next of what they run.
+    fn retry_after(&self, now: Time, pool: PoolId) -> Duration {
+        let ready = || self.fleet.pool_members(pool).filter(|member| member.takes_work(now));
+        let replicas = ready().count() as u64;
+        let Some(first) = ready().next() else {
+            return RETRY_WITHOUT_REPLICA;
+        };
+        let queue = self.queue(pool);
+        let prefill = first.prefill_ns(queue.context_tokens);
+        let decode = first.decode_ns(queue.output_tokens, first.limits.max_sequences);
+        let running = ready().map(|member| member.backlog_ns(now)).min().unwrap_or(0);
+        let waiting = prefill.saturating_add(decode) / replicas;
+        Duration::from_nanos(waiting.saturating_add(running)).max(LEAST_RETRY)
+    }
+}
