@@ -6,15 +6,19 @@ and biases too, since weights of one or zero hide a part that is left out.
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from llmscale.models.registry import describe_model
+from llmscale.models.spec import ModelSpec
 from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import Executor, StepInputs, StepLimits
 
@@ -143,6 +147,51 @@ def write_tiny_model(name: str, folder: Path, seed: int = 0) -> Any:
                 parameter.copy_(noise * 2.0 / parameter.shape[-1] ** 0.5)
     model.save_pretrained(folder)
     return model
+
+
+# A config as transformers 4 writes it; tests change single fields.
+LLAMA_CONFIG: Mapping[str, object] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "vocab_size": 53,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+
+def write_config(folder: Path, **changes: object) -> None:
+    """Writes config.json: `LLAMA_CONFIG` with the changes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**LLAMA_CONFIG, **changes}))
+
+
+def random_tensors(spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    """A random tensor for every checkpoint name of the spec."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        part.name: torch.randn(part.shape, generator=generator).to(dtype)
+        for weight in spec.weights()
+        for part in weight.parts
+    }
+
+
+def write_random_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **changes: object) -> dict[str, Tensor]:
+    """Writes config.json and model.safetensors without transformers; returns the tensors."""
+    write_config(folder, **changes)
+    tensors = random_tensors(describe_model(folder).spec, dtype)
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
 
 
 @dataclass(slots=True)

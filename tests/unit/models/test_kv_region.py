@@ -1,0 +1,40 @@
+"""The KV region: shape, budget, and memory that is there from the start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmscale.errors import ConfigError
+from llmscale.models.registry import describe_model
+from llmscale.worker.kv_region import KvRegion, kv_layout
+from tests.models_support import write_config
+
+
+def test_a_block_is_one_contiguous_piece_of_all_layers(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    layout = kv_layout(describe_model(tmp_path).spec, torch.bfloat16)
+    region = KvRegion(layout, blocks=5)
+    assert tuple(region.tensor.shape) == (5, 2, 2, 1, 32, 8)
+    assert region.tensor.is_contiguous()
+    assert region.tensor[0].nbytes == layout.block_bytes == 2 * 2 * 1 * 32 * 8 * 2
+    assert int(region.tensor.count_nonzero()) == 0
+
+
+def test_a_layer_sees_its_part_of_every_block(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    region = KvRegion(kv_layout(describe_model(tmp_path).spec, torch.float32), blocks=3)
+    region.layer(1).view().fill_(1.0)
+    assert int(region.tensor[:, 0].count_nonzero()) == 0
+    assert bool((region.tensor[:, 1] == 1).all())
+
+
+def test_a_budget_is_filled_and_must_hold_the_longest_sequence(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    layout = kv_layout(describe_model(tmp_path).spec, torch.float32, block_tokens=16)
+    assert layout.blocks_within(10 * layout.block_bytes + layout.block_bytes - 1, max_sequence_tokens=128) == 10
+    assert layout.blocks_within(8 * layout.block_bytes, max_sequence_tokens=128) == 8
+    with pytest.raises(ConfigError, match=r"holds 7 blocks of 16 tokens.*128 needs 8 \(16,384 bytes\)"):
+        layout.blocks_within(8 * layout.block_bytes - 1, max_sequence_tokens=128)
