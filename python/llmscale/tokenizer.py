@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import tokenizers
-from llmscale.chat_template import DEFAULT_LIMITS, ChatTemplate, TemplateLimits
+from llmscale.chat_template import ChatTemplate
+from llmscale.detokenizer import Detokenizer
 from llmscale.errors import InvalidTokenizer, PromptTemplateError, RequestTooLong
-from tokenizers.decoders import DecodeStream
+from llmscale.template_budget import DEFAULT_LIMITS, TemplateLimits
 
 _MAX_TOKENIZER_FILE_BYTES: Final = 256 << 20
 _MAX_CONFIG_FILE_BYTES: Final = 8 << 20
-# A character has at most 4 bytes, so 4 byte tokens complete it; text that is still open after 8 tokens is not UTF-8.
-_MAX_OPEN_TOKENS: Final = 8
 _NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_FALLBACK: Final = re.compile(r"<0x([0-9A-F]{2})>")
 TEMPLATE_VARIABLES: Final = frozenset({"enable_thinking", "thinking", "reasoning_effort", "documents", "date_string"})
@@ -280,69 +279,6 @@ class _SafeEncoder:
         return f"{text[:position]}{self._mark}{ord(text[position]):x}]{text[position + 1 :]}"
 
 
-class Detokenizer:
-    """The text of one stream of ids, piece by piece; characters whose bytes are split over tokens come out whole."""
-
-    __slots__ = ("_context", "_open", "_skip", "_stream", "_tokenizer")
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        # None while bytes that are not UTF-8 pass through: the library would hold them back, and then repeat them.
-        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._context: list[int] = []
-        self._open: list[int] = []
-
-    def push(self, token: int) -> str:
-        """Takes the next id and returns the text that is now certain, often one piece, sometimes nothing."""
-        if self._stream is None:
-            self._open.append(token)
-            return self._push_undecodable()
-        try:
-            text = self._stream.step(self._tokenizer, token)
-        except Exception as error:
-            # The library raises a bare Exception when bytes that are not UTF-8 change the text before them.
-            if "nvalid prefix" not in str(error):
-                raise
-            self._stream = None
-            self._open.append(token)
-            return self._push_undecodable()
-        if text is None:
-            self._open.append(token)
-            if len(self._open) < _MAX_OPEN_TOKENS:
-                return ""
-            # Bytes that never become a character would be decoded again with every token, in quadratic time.
-            self._stream = None
-            return self._push_undecodable()
-        if self._open:
-            self._open.clear()
-        self._context = [token]
-        return text
-
-    def finish(self) -> str:
-        """Ends the stream: bytes that never became a character are shown as replacement characters."""
-        text, self._open = self._open_text(), []
-        return text
-
-    def _push_undecodable(self) -> str:
-        text = self._open_text()
-        broken = text.endswith("\ufffd")
-        if broken and len(self._open) < _MAX_OPEN_TOKENS:
-            return ""
-        self._context, self._open = [*self._context, *self._open][-_MAX_OPEN_TOKENS:], []
-        if not broken:
-            self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
-        return text
-
-    def _open_text(self) -> str:
-        """What the ids that were held back add to the text."""
-        if not self._open:
-            return ""
-        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
-        text = self._tokenizer.decode([*self._context, *self._open], skip_special_tokens=self._skip)
-        return text[len(before) :] if text.startswith(before) else text
-
-
 def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         built = tokenizers.Tokenizer.from_str(json.dumps(definition))
@@ -393,7 +329,6 @@ def _generation_defaults(generation: Mapping[str, Any]) -> GenerationDefaults:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     top_k = number("top_k")
-    # Without do_sample the author means greedy decoding, whatever the other fields say.
     return GenerationDefaults(
         temperature=number("temperature"),
         top_p=number("top_p"),

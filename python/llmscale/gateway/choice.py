@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from llmscale import errors
+from llmscale.detokenizer import Detokenizer
 from llmscale.gateway.front import Delivery
 from llmscale.stop_strings import StopMatcher
-from llmscale.tokenizer import Detokenizer, Tokenizer
+from llmscale.tokenizer import Tokenizer
 from llmscale.types import SamplingParams
 
 TokenLogprobs = tuple[int, float, list[tuple[int, float]]]

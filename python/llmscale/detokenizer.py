@@ -1,0 +1,82 @@
+"""Ids to text, one stream at a time.
+
+`Detokenizer` gives the text that an id makes certain in O(1) per id, also when a character's bytes are split over
+several ids, and in bounded time for bytes that never become a character. It does not know where the ids come from or
+who reads the text.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+# A character has at most 4 bytes, so 4 byte tokens complete it; text that is still open after 8 tokens is not UTF-8.
+_MAX_OPEN_TOKENS: Final = 8
+
+
+class Detokenizer:
+    """The text of one stream of ids, piece by piece; characters whose bytes are split over tokens come out whole."""
+
+    __slots__ = ("_context", "_open", "_skip", "_stream", "_tokenizer")
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        # None while bytes that are not UTF-8 pass through: the library would hold them back, and then repeat them.
+        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._context: list[int] = []
+        self._open: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Takes the next id and returns the text that is now certain, often one piece, sometimes nothing."""
+        if self._stream is None:
+            self._open.append(token)
+            return self._push_undecodable()
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except Exception as error:
+            # The library raises a bare Exception when bytes that are not UTF-8 change the text before them.
+            if "nvalid prefix" not in str(error):
+                raise
+            self._stream = None
+            self._open.append(token)
+            return self._push_undecodable()
+        if text is None:
+            self._open.append(token)
+            if len(self._open) < _MAX_OPEN_TOKENS:
+                return ""
+            # Bytes that never become a character would be decoded again with every token, in quadratic time.
+            self._stream = None
+            return self._push_undecodable()
+        if self._open:
+            self._open.clear()
+        self._context = [token]
+        return text
+
+    def finish(self) -> str:
+        """Ends the stream: bytes that never became a character are shown as replacement characters."""
+        text, self._open = self._open_text(), []
+        return text
+
+    def _push_undecodable(self) -> str:
+        text = self._open_text()
+        broken = text.endswith("\ufffd")
+        if broken and len(self._open) < _MAX_OPEN_TOKENS:
+            return ""
+        self._context, self._open = [*self._context, *self._open][-_MAX_OPEN_TOKENS:], []
+        if not broken:
+            self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
+        return text
+
+    def _open_text(self) -> str:
+        """What the ids that were held back add to the text."""
+        if not self._open:
+            return ""
+        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
+        text = self._tokenizer.decode([*self._context, *self._open], skip_special_tokens=self._skip)
+        if text.startswith(before):
+            return text[len(before) :]
+        # Byte fallback: one bad byte turns the good ones before it, which were shown already, into replacements too.
+        return self._tokenizer.decode(self._open, skip_special_tokens=self._skip)
