@@ -60,6 +60,17 @@ pub enum ReceiveError {
     System(io::Error),
 }
 
+impl ReceiveError {
+    /// The peer that it is about, if there is one to name.
+    pub const fn peer(&self) -> Option<PeerId> {
+        match self {
+            Self::TooLarge { peer, .. } | Self::TooManyParts { peer, .. } => *peer,
+            Self::Unauthenticated { peer } => Some(*peer),
+            Self::ChosenIdentity | Self::System(_) => None,
+        }
+    }
+}
+
 /// Checks the parts against the limits and copies them out.
 pub(crate) fn into_message(
     parts: &[zmq::Message],

@@ -21,7 +21,7 @@ use crate::poller::PollHandle;
 use crate::principal::{Principal, Roles};
 use crate::receive::{ReceiveError, Received, into_message};
 use crate::send::{SendError, check_limits, note_outcome};
-use crate::socket::Socket;
+use crate::socket::{Socket, Unsent};
 use crate::wake::Waker;
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::VecDeque;
@@ -156,6 +156,12 @@ impl ServerEndpoint {
         {
             self.ignored.remove(&oldest);
         }
+    }
+
+    /// Whether this socket has heard of the end of a peer's connection; whatever the peer sent can be received by then.
+    /// Only for a peer whose connection has ended: an empty message goes to one that is still there.
+    pub(crate) fn is_gone(&self, peer: PeerId) -> bool {
+        matches!(self.socket.send_to(&peer.routing_id(), Message::default()), Err(Unsent::Away(_)))
     }
 
     /// What passed so far.

@@ -130,7 +130,13 @@ impl Socket {
     /// Sends to the peer with this routing id.
     pub(crate) fn send_to(&self, routing_id: &[u8], message: Message) -> Result<(), Unsent> {
         // The identity alone is refused when the peer is away or full, so the message is still whole.
-        match retry(|| self.inner.send(routing_id, zmq::DONTWAIT | zmq::SNDMORE)) {
+        let address = || retry(|| self.inner.send(routing_id, zmq::DONTWAIT | zmq::SNDMORE));
+        let outcome = address().or_else(|error| {
+            // libzmq looks for news of its queues only once per million cycles or so, and says full until then; asking
+            // for events makes it look. Found as refusals of a queue of 8 with one message in flight.
+            if error == zmq::Error::EAGAIN { self.inner.get_events().and_then(|_| address()) } else { Err(error) }
+        });
+        match outcome {
             Ok(()) => self.send_parts(message).map_err(Unsent::System),
             Err(zmq::Error::EAGAIN) => Err(Unsent::Full(message)),
             Err(zmq::Error::EHOSTUNREACH) => Err(Unsent::Away(message)),

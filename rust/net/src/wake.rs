@@ -22,7 +22,7 @@ pub struct Waker(Arc<Shared>);
 
 impl Waker {
     /// A new wake-up, not pending.
-    pub(crate) fn new() -> io::Result<Self> {
+    pub fn new() -> io::Result<Self> {
         // SAFETY: eventfd takes no pointer; its result is checked before use.
         let descriptor = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         if descriptor < 0 {
@@ -43,12 +43,12 @@ impl Waker {
     }
 
     /// The descriptor that is readable while a wake-up is pending.
-    pub(crate) fn descriptor(&self) -> RawFd {
+    pub fn descriptor(&self) -> RawFd {
         self.0.descriptor.as_raw_fd()
     }
 
     /// Takes a pending wake-up; what was done before it is visible to the caller afterwards.
-    pub(crate) fn take(&self) -> bool {
+    pub fn take(&self) -> bool {
         let mut count = [0; 8];
         if (&self.0.descriptor).read(&mut count).is_err() {
             // Nothing was written, or its write is still on the way and will make the descriptor readable.

@@ -124,7 +124,11 @@ pub(crate) fn ready(properties: &[(&str, &[u8])]) -> Vec<u8> {
 
 /// A TCP connection to a server, below any library.
 pub(crate) fn raw_peer(server: &ServerEndpoint) -> TcpStream {
-    let stream = TcpStream::connect(("127.0.0.1", port_of(server.address()))).expect("the server listens");
+    raw_peer_at(server.address())
+}
+
+pub(crate) fn raw_peer_at(address: &Address) -> TcpStream {
+    let stream = TcpStream::connect(("127.0.0.1", port_of(address))).expect("the server listens");
     stream.set_read_timeout(Some(DEADLINE)).expect("a time-out");
     stream.set_write_timeout(Some(DEADLINE)).expect("a time-out");
     stream
@@ -132,7 +136,14 @@ pub(crate) fn raw_peer(server: &ServerEndpoint) -> TcpStream {
 
 /// A plain peer after its handshake, with properties of its own choice.
 pub(crate) fn shaken_peer(server: &ServerEndpoint, properties: &[(&str, &[u8])]) -> TcpStream {
-    let mut stream = raw_peer(server);
+    shake_hands(raw_peer(server), properties)
+}
+
+pub(crate) fn shaken_peer_at(address: &Address) -> TcpStream {
+    shake_hands(raw_peer_at(address), &[])
+}
+
+fn shake_hands(mut stream: TcpStream, properties: &[(&str, &[u8])]) -> TcpStream {
     let mut all: Vec<(&str, &[u8])> = vec![("Socket-Type", b"DEALER")];
     all.extend(properties);
     stream.write_all(&greeting("NULL")).expect("a greeting");
