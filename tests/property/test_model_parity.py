@@ -2,20 +2,23 @@
 
 Goal: an executor computes exactly the model that the checkpoint's authors mean, however the engine cuts and mixes the
 work. Method: the same weights in transformers (eager attention, float32) and in `TorchExecutor`; logits of every
-position are compared, then 200 greedy tokens.
+position are compared, then 200 greedy tokens. Both implementations of the operations run every test.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from llmscale._core import CpuKernels
 from torch import Tensor
 
+from llmscale.layers.native import NativeOps
+from llmscale.layers.ops import Ops
 from llmscale.layers.reference import ReferenceOps
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.registry import describe_model
@@ -41,11 +44,23 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def planner_for(folder: Path, seed: int, dtype: str = "float32") -> RandomPlanner:
+OPS: dict[str, Callable[[str], Ops]] = {
+    "reference": lambda _dtype: ReferenceOps(),
+    "native": lambda dtype: NativeOps(CpuKernels(dtype, threads=2)),
+}
+
+
+@pytest.fixture(params=OPS)
+def ops(request: pytest.FixtureRequest) -> Callable[[str], Ops]:
+    """Operations for a dtype: torch's and the native kernels'."""
+    return OPS[request.param]
+
+
+def planner_for(folder: Path, seed: int, ops: Callable[[str], Ops], dtype: str = "float32") -> RandomPlanner:
     model = describe_model(folder)
     weights = load_weights(model.folder, model.spec, LoadOptions(dtype=dtype))
     region = KvRegion(kv_layout(model.spec, weights.dtype), blocks=48)
-    return RandomPlanner(TorchExecutor(model.spec, weights, region, ReferenceOps(), LIMITS), region, LIMITS, seed)
+    return RandomPlanner(TorchExecutor(model.spec, weights, region, ops(dtype), LIMITS), region, LIMITS, seed)
 
 
 def random_prompt(source: random.Random, tokens: int) -> list[int]:
@@ -65,10 +80,12 @@ def assert_close(ours: Tensor, theirs: Tensor, bound: float) -> None:
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_logits_equal_those_of_transformers_at_every_position(name: str, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers_at_every_position(
+    name: str, ops: Callable[[str], Ops], tmp_path: Path
+) -> None:
     model = write_tiny_model(name, tmp_path)
     source = random.Random(7)
-    planner = planner_for(tmp_path, seed=1)
+    planner = planner_for(tmp_path, 1, ops)
     prompts = [random_prompt(source, tokens) for tokens in (1, 7, 33, 101, 131)]
     sequences = [planner.admit(prompt) for prompt in prompts]
     planner.run_until_computed(sequences)
@@ -77,11 +94,13 @@ def test_logits_equal_those_of_transformers_at_every_position(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_greedy_tokens_are_those_of_transformers_unless_two_logits_tie(name: str, tmp_path: Path) -> None:
+def test_greedy_tokens_are_those_of_transformers_unless_two_logits_tie(
+    name: str, ops: Callable[[str], Ops], tmp_path: Path
+) -> None:
     """Our 200 tokens are fed to the oracle once: each must be its own choice there, given the ones before."""
     model = write_tiny_model(name, tmp_path)
     source = random.Random(11)
-    planner = planner_for(tmp_path, seed=3)
+    planner = planner_for(tmp_path, 3, ops)
     sequences = [planner.admit(random_prompt(source, tokens)) for tokens in (3, 38, 65)]
     prompt_tokens = [len(sequence.tokens) for sequence in sequences]
     planner.decode_greedily(sequences, tokens=200)
@@ -95,7 +114,7 @@ def test_greedy_tokens_are_those_of_transformers_unless_two_logits_tie(name: str
         assert torch.equal(chosen[clear], logits.argmax(dim=-1)[clear])
 
 
-def test_greedy_tokens_are_those_of_generate_with_its_own_cache(tmp_path: Path) -> None:
+def test_greedy_tokens_are_those_of_generate_with_its_own_cache(ops: Callable[[str], Ops], tmp_path: Path) -> None:
     model = write_tiny_model("llama3_scaled_rope_tied", tmp_path)
     prompt = random_prompt(random.Random(5), 45)
     prompt_tensor = torch.tensor([prompt])
@@ -108,16 +127,16 @@ def test_greedy_tokens_are_those_of_generate_with_its_own_cache(tmp_path: Path) 
         eos_token_id=None,
         pad_token_id=0,
     )
-    planner = planner_for(tmp_path, seed=5)
+    planner = planner_for(tmp_path, 5, ops)
     sequence = planner.admit(prompt)
     planner.decode_greedily([sequence], tokens=200)
     assert sequence.tokens == theirs[0].tolist()
 
 
-def test_blocks_of_a_finished_sequence_do_not_leak_into_the_next(tmp_path: Path) -> None:
+def test_blocks_of_a_finished_sequence_do_not_leak_into_the_next(ops: Callable[[str], Ops], tmp_path: Path) -> None:
     model = write_tiny_model("qwen3", tmp_path)
     source = random.Random(13)
-    planner = planner_for(tmp_path, seed=8)
+    planner = planner_for(tmp_path, 8, ops)
     for _ in range(4):
         sequences = [planner.admit(random_prompt(source, source.randint(1, 250))) for _ in range(4)]
         planner.run_until_computed(sequences)
@@ -127,13 +146,13 @@ def test_blocks_of_a_finished_sequence_do_not_leak_into_the_next(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["llama_grouped", "qwen2_tied", "qwen3"])
-def test_bfloat16_stays_within_its_rounding_of_float32(name: str, tmp_path: Path) -> None:
+def test_bfloat16_stays_within_its_rounding_of_float32(name: str, ops: Callable[[str], Ops], tmp_path: Path) -> None:
     """Against the oracle in float32 on the same bfloat16 weights, so that only activations are rounded differently."""
     model = write_tiny_model(name, tmp_path)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
-    planner = planner_for(tmp_path, seed=2, dtype="bfloat16")
+    planner = planner_for(tmp_path, 2, ops, dtype="bfloat16")
     sequence = planner.admit(random_prompt(random.Random(17), 131))
     planner.run_until_computed([sequence])
     ours, exact = torch.stack(sequence.logits), oracle_logits(model, sequence.tokens)

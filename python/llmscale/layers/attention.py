@@ -81,9 +81,12 @@ class Attention:
         self._qkv = qkv
         self._output = output
 
-    def __call__(self, ops: Ops, activations: Activations, kv: KvLayer) -> None:
-        """Reads `activations.normed` and writes `activations.delta`, for the rows of the step that has begun."""
-        self._qkv(activations.normed, activations.qkv)
-        ops.rotate_and_store(activations.qkv, self._constants, kv, activations.query)
-        ops.attend(activations.query, self._constants, kv, activations.heads)
-        self._output(activations.heads, activations.delta)
+    def __call__(self, ops: Ops, activations: Activations, kv: KvLayer) -> Tensor:
+        """Reads `activations.normed` for the rows of the step that has begun.
+
+        Returns what is to be added to the stream, [T, H].
+        """
+        qkv = self._qkv(activations.normed, activations.qkv)
+        ops.rotate_and_store(qkv, self._constants, kv, activations.query)
+        ops.attend(activations.query, self._constants, kv, activations.heads.rows)
+        return self._output(activations.heads, activations.delta)

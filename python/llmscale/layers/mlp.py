@@ -29,8 +29,8 @@ class GatedMlp:
         self._gate_up = gate_up
         self._down = down
 
-    def __call__(self, ops: Ops, activations: Activations) -> None:
-        """Reads `activations.normed` and writes `activations.delta`."""
-        self._gate_up(activations.normed, activations.gate_up)
-        ops.silu_mul(activations.gate_up, activations.inner)
-        self._down(activations.inner, activations.delta)
+    def __call__(self, ops: Ops, activations: Activations) -> Tensor:
+        """Reads `activations.normed`; returns what is to be added to the stream, [T, H]."""
+        gate_up = self._gate_up(activations.normed, activations.gate_up)
+        ops.silu_mul(gate_up, activations.inner.rows)
+        return self._down(activations.inner, activations.delta)

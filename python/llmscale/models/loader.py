@@ -40,8 +40,13 @@ class Weights:
     def __getitem__(self, weight: WeightSpec) -> Tensor:
         return self._tensors[weight.name]
 
+    def take(self, weight: WeightSpec) -> Tensor:
+        """Hands a weight over: it is not held here afterwards, so that whoever converts it can free the original."""
+        return self._tensors.pop(weight.name)
+
     @property
     def total_bytes(self) -> int:
+        """Bytes of the weights that are held."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
 
 

@@ -12,16 +12,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmscale.layers.activations import ActivationBuffers, ActivationSizes
+from llmscale.layers.activations import ActivationBuffers, ActivationSizes, ProductInput, padded_rows
 from llmscale.layers.attention import Attention
 from llmscale.layers.embedding import Embedding
-from llmscale.layers.linear import Linear
+from llmscale.layers.linear import DenseLinear, Linear, TiledLinear, tiles_supported
 from llmscale.layers.mlp import GatedMlp
 from llmscale.layers.norm import RmsNorm
 from llmscale.layers.ops import AttentionConstants, HeadNorms, Ops, RopeTable
 from llmscale.layers.rotary import rope_table
 from llmscale.models.loader import Weights
-from llmscale.models.spec import AttentionSpec, BlockSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
+from llmscale.models.spec import AttentionSpec, BlockSpec, HeadSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
 from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
 
@@ -39,9 +39,13 @@ class Block:
 
 
 class TorchExecutor:
-    """A whole model on the device that holds its weights and KV region."""
+    """A whole model on the device that holds its weights and KV region.
+
+    `linear_kind` names how products are computed, "tiled" or "dense"; it is part of what makes tokens repeatable.
+    """
 
     def __init__(self, spec: ModelSpec, weights: Weights, kv_region: KvRegion, ops: Ops, limits: StepLimits) -> None:
+        """Takes the projections out of `weights` one by one, so that a model is not held twice while it is tiled."""
         assert kv_region.layout.dtype == weights.dtype, (kv_region.layout.dtype, weights.dtype)
         assert limits.max_sequence_tokens <= spec.max_sequence_tokens, (limits, spec.max_sequence_tokens)
         device = kv_region.tensor.device
@@ -53,10 +57,12 @@ class TorchExecutor:
         self._embedding = Embedding(weights[spec.embedding])
         self._blocks = [build.block(block) for block in spec.blocks]
         self._norm = build.norm(spec.norm)
-        self._head = Linear(weights[spec.head.weight])
+        self._head = build.head(spec.head)
+        self.linear_kind = "tiled" if build.tiled else "dense"
         self._buffers = ActivationBuffers(_widths(spec), limits.max_step_tokens, weights.dtype, device)
-        self._logits = torch.zeros(limits.max_sequences, spec.vocabulary, dtype=weights.dtype, device=device)
-        self._sampled = torch.zeros(limits.max_sequences, spec.hidden_size, dtype=weights.dtype, device=device)
+        max_samples = padded_rows(limits.max_sequences)
+        self._logits = torch.zeros(max_samples, spec.vocabulary, dtype=weights.dtype, device=device)
+        self._sampled = torch.zeros(max_samples, spec.hidden_size, dtype=weights.dtype, device=device)
 
     def forward(self, step: StepInputs) -> Tensor:
         """Logits [R, vocabulary] in the weights' dtype, valid until the next call.
@@ -67,30 +73,31 @@ class TorchExecutor:
         assert step.samples <= self._limits.max_sequences, (step.samples, self._limits.max_sequences)
         with torch.inference_mode():
             normed = self._run_layers(step)
-            sampled, logits = self._sampled[: step.samples], self._logits[: step.samples]
-            if step.samples > 0:
-                torch.index_select(normed, 0, step.sample_rows, out=sampled)
-                self._head(sampled, logits)
-            return logits
+            if step.samples == 0:
+                return self._logits[:0]
+            padded = padded_rows(step.samples)
+            sampled = ProductInput(self._sampled[: step.samples], self._sampled[:padded])
+            torch.index_select(normed, 0, step.sample_rows, out=sampled.rows)
+            return self._head(sampled, self._logits[:padded])
 
     def _run_layers(self, step: StepInputs) -> Tensor:
         """The normed hidden states [T, H] after the last layer."""
         ops, rows = self._ops, self._buffers.rows(step.rows)
         ops.begin_step(step)
         self._embedding(ops, step.token_ids, rows.residual)
-        pending = False
+        delta: Tensor | None = None
         for block, kv_layer in zip(self._blocks, self._kv_layers, strict=True):
             # The output of a part is added by the norm of the next one, in one pass over the stream.
-            if pending:
-                block.attention_norm.after_add(ops, rows.delta, rows.residual, rows.normed)
+            if delta is None:
+                block.attention_norm(ops, rows.residual, rows.normed.rows)
             else:
-                block.attention_norm(ops, rows.residual, rows.normed)
-            block.attention(ops, rows, kv_layer)
-            block.mlp_norm.after_add(ops, rows.delta, rows.residual, rows.normed)
-            block.mlp(ops, rows)
-            pending = True
-        self._norm.after_add(ops, rows.delta, rows.residual, rows.normed)
-        return rows.normed
+                block.attention_norm.after_add(ops, delta, rows.residual, rows.normed.rows)
+            delta = block.attention(ops, rows, kv_layer)
+            block.mlp_norm.after_add(ops, delta, rows.residual, rows.normed.rows)
+            delta = block.mlp(ops, rows)
+        assert delta is not None, "a model has at least one block"
+        self._norm.after_add(ops, delta, rows.residual, rows.normed.rows)
+        return rows.normed.rows
 
 
 class _Builder:
@@ -100,6 +107,7 @@ class _Builder:
         self._weights = weights
         self._max_sequence_tokens = max_sequence_tokens
         self._device = device
+        self.tiled = tiles_supported(device, weights.dtype)
         self._tables: dict[tuple[RopeSpec, int], RopeTable] = {}
 
     def block(self, spec: BlockSpec) -> Block:
@@ -126,8 +134,18 @@ class _Builder:
         constants = AttentionConstants(spec, norms, self._tables[key])
         return Attention(constants, self._linear(spec.qkv), self._linear(spec.output))
 
+    def head(self, spec: HeadSpec) -> Linear:
+        """A tied head has tiles of its own, at the price of one more table: a lookup needs rows, a product tiles."""
+        if spec.tied:
+            return self._product(self._weights[spec.weight], None)
+        return self._product(self._weights.take(spec.weight), None)
+
     def _linear(self, spec: LinearSpec) -> Linear:
-        return Linear(self._weights[spec.weight], None if spec.bias is None else self._weights[spec.bias])
+        bias = None if spec.bias is None else self._weights[spec.bias]
+        return self._product(self._weights.take(spec.weight), bias)
+
+    def _product(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return TiledLinear(weight, bias) if self.tiled else DenseLinear(weight, bias)
 
 
 def _widths(spec: ModelSpec) -> ActivationSizes:
