@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmscale._core import LocalReplica, Sampling
-from llmscale.choice import Choice, failure
+from llmscale.gateway.choice import Choice, failure
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
 from llmscale.node.plan import plan_replica

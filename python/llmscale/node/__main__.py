@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import structlog
@@ -42,6 +43,12 @@ def main() -> int:
 
 
 async def _serve(settings: NodeSettings) -> None:
+    # Only this user may enter: worker links are not authenticated beyond the folder's permissions.
+    with tempfile.TemporaryDirectory(prefix="llmscale-node-") as folder:
+        await _serve_in(settings, folder)
+
+
+async def _serve_in(settings: NodeSettings, folder: str) -> None:
     plan = plan_replica(settings)
     engine = Engine(
         limits=plan.limits,
@@ -51,6 +58,7 @@ async def _serve(settings: NodeSettings) -> None:
         tokenizer_digest=plan.tokenizer_digest,
         fleet=settings.fleet,
         listen=settings.listen,
+        link_folder=folder,
         max_fronts=settings.max_fronts,
         max_step_us=int(settings.max_step_seconds * 1e6),
         key_file=None if settings.key_file is None else str(settings.key_file),

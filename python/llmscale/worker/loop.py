@@ -56,9 +56,8 @@ class WorkerLoop:
     def _step(self, order: WorkerOrder) -> None:
         assert self._runner is not None, "a step before the configuration"
         assert self._buffers is not None, "a step before the configuration"
-        started = time.perf_counter_ns()
         logits = self._runner.forward(self._buffers.inputs(order.counts))
-        self._session.sample(self._runner.kernels, logits, self._runner.dtype, started)
+        self._session.sample(self._runner.kernels, logits, self._runner.dtype)
 
 
 class _LoadingProgress:

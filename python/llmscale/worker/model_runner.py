@@ -92,13 +92,15 @@ class ModelRunner:
         self._executor = TorchExecutor(
             description.spec, weights, self.region, NativeOps(self.kernels), step_limits
         )
+        self._logits: Tensor | None = None
         self.layers = len(description.spec.blocks)
         self.numerics = f"torch-{torch.__version__}/cpu-{self.kernels.level}/{self.dtype}/tp1"
 
     def forward(self, step: StepInputs) -> tuple[int, int]:
         """Runs one step. Returns address and number of elements of the logits, valid until the next call."""
-        logits = self._executor.forward(step)
-        return logits.data_ptr(), logits.numel()
+        # Held until the next step: the sampler reads it by address.
+        self._logits = self._executor.forward(step)
+        return self._logits.data_ptr(), self._logits.numel()
 
 
 Factory = Callable[..., ModelRunner]

@@ -1,10 +1,9 @@
 //! The fronts that are connected to a node: who greeted, under which number the replica knows them, when they were last
 //! heard. Number zero is the node's own probe. Knows frames and peers, nothing of requests.
 
-use crate::clock::Clock;
 use llmscale_net::{PeerId, SendError, ServerEndpoint};
 use llmscale_types::{Duration, FrontId, Time};
-use llmscale_wire::{CodecLimits, FromNode, WireError, encode};
+use llmscale_wire::{CodecLimits, FromNode, encode};
 use std::collections::BTreeMap;
 
 /// The node itself, when it runs a first step to see that everything works.
@@ -73,7 +72,13 @@ impl Fronts {
     }
 
     /// Sends to a front. Returns false if it is gone or does not read: its attempts are then dropped.
-    pub(crate) fn send(&self, server: &mut ServerEndpoint, front: FrontId, message: &FromNode, codec: &CodecLimits) -> bool {
+    pub(crate) fn send(
+        &self,
+        server: &mut ServerEndpoint,
+        front: FrontId,
+        message: &FromNode,
+        codec: &CodecLimits,
+    ) -> bool {
         let Some(&peer) = self.peers.get(&front) else { return false };
         match encode(message, codec) {
             Ok(frame) => send_frame(server, peer, frame),
@@ -90,11 +95,3 @@ pub(crate) fn send_frame(server: &mut ServerEndpoint, peer: PeerId, frame: Vec<u
         Err(error) => unreachable!("a frame within the codec's limits was refused: {error}"),
     }
 }
-
-/// What a reader of frames needs.
-pub(crate) fn now_of(clock: &Clock) -> Time {
-    clock.now()
-}
-
-/// A frame that could not be read, for counting.
-pub(crate) type BadFrame = WireError;

@@ -113,6 +113,11 @@ impl NodeHandle {
         &self.address
     }
 
+    /// What a worker's link wakes the engine with.
+    pub fn link_waker(&self) -> Waker {
+        self.waker.clone()
+    }
+
     /// Gives an order. Returns false if the thread has ended.
     pub fn order(&self, command: Command) -> bool {
         let sent = self.commands.send(command).is_ok();
@@ -155,6 +160,8 @@ impl Drop for NodeHandle {
 struct Worker {
     epoch: Epoch,
     link: Box<dyn WorkerLink>,
+    /// What it is told first, until it has attached.
+    configure: Option<Vec<u8>>,
     /// Its process, once it has loaded the model.
     pid: Option<u32>,
     /// It failed and is ignored until it is dead.
@@ -181,11 +188,14 @@ struct Node {
     commands: Receiver<Command>,
     fronts: Fronts,
     worker: Option<Worker>,
+    /// Incarnation of the latest worker, dead or alive: what frames to fronts carry, so that it never goes back.
+    epoch: Epoch,
     worker_restarts: u32,
     results: Vec<StepResult>,
     sent: VecDeque<Sent>,
     state: NodeState,
     has_run: bool,
+    knows_numerics: bool,
     told_drained: bool,
     next_status: Time,
     dropped_frames: u64,
@@ -208,11 +218,13 @@ impl Node {
             out: Actions::default(),
             fronts: Fronts::new(config.max_fronts, config.max_front_silence),
             worker: None,
+            epoch: Epoch(0),
             worker_restarts: 0,
             results: Vec::new(),
             sent: VecDeque::new(),
             state: FIRST_STATE,
             has_run: false,
+            knows_numerics: false,
             told_drained: false,
             next_status: Time(0),
             dropped_frames: 0,

@@ -55,3 +55,13 @@ pub(crate) fn refusal(refusal: &Refusal) -> PyErr {
 pub(crate) fn kernel(error: &KernelError) -> PyErr {
     worker(error.to_string())
 }
+
+/// Nothing can take the request now.
+pub(crate) fn unavailable(message: String) -> PyErr {
+    exception("Unavailable", message, &[])
+}
+
+/// The model is not served.
+pub(crate) fn unknown_model(message: String) -> PyErr {
+    exception("UnknownModel", message, &[])
+}

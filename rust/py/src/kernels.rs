@@ -63,7 +63,7 @@ pub(crate) struct CpuKernels {
 ///
 /// # Safety
 /// The memory holds `elements` initialized values of `T`, is aligned for it, and is not written during `'a`.
-unsafe fn view<'a, T>((address, elements): Memory) -> &'a [T] {
+pub(crate) unsafe fn view<'a, T>((address, elements): Memory) -> &'a [T] {
     if elements == 0 {
         return &[];
     }

@@ -4,9 +4,18 @@ pub mod measure;
 
 mod buffer;
 mod detach;
+mod engine;
 mod error;
+mod front;
 mod kernels;
+mod limits;
+mod local;
+mod process;
+mod request;
+mod sample;
 mod sampling;
+mod step;
+mod worker;
 
 use pyo3::prelude::*;
 
@@ -16,7 +25,23 @@ mod _core {
     #[pymodule_export]
     use crate::buffer::Int32Buffer;
     #[pymodule_export]
+    use crate::engine::{Engine, PyNodeEvent, PyNodeReport};
+    #[pymodule_export]
+    use crate::front::{PyFront, PyFrontStatus, PyReplicaStatus};
+    #[pymodule_export]
     use crate::kernels::CpuKernels;
     #[pymodule_export]
+    use crate::limits::PyEngineLimits;
+    #[pymodule_export]
+    use crate::local::LocalReplica;
+    #[pymodule_export]
+    use crate::process::end_with_parent;
+    #[pymodule_export]
+    use crate::request::Delivery;
+    #[pymodule_export]
     use crate::sampling::PySampling;
+    #[pymodule_export]
+    use crate::step::PyStepCounts;
+    #[pymodule_export]
+    use crate::worker::{PyWorkerSession, WorkerOrder};
 }

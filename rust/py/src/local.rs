@@ -10,9 +10,7 @@ use crate::sample::sample_step;
 use crate::sampling::{PySampling, random_bytes};
 use crate::step::{PyStepCounts, buffer};
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
-use llmscale_types::{
-    Attempt, Epoch, FinishReason, FrontId, Outputs, RequestId, SequenceKey, Submission, Time,
-};
+use llmscale_types::{Attempt, Epoch, FinishReason, FrontId, Outputs, RequestId, SequenceKey, Submission, Time};
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -149,8 +147,7 @@ impl LocalReplica {
             return Err(error::worker("there is no step to sample; call plan first".to_owned()));
         }
         let mirror = &mut local.mirror;
-        let vocabulary = local.replica.limits().vocabulary;
-        let result = detached(py, || sample_step(kernels, mirror, logits, dtype, vocabulary, 0))?;
+        let result = detached(py, || sample_step(kernels, mirror, logits, dtype))?;
         if !local.event(now, Event::StepDone(result)) {
             return Err(error::worker("the samples do not fit the step".to_owned()));
         }

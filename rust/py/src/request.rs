@@ -14,9 +14,9 @@ pub(crate) fn class(name: &str) -> PyResult<Class> {
         "standard" => Ok(Class::Standard),
         "batch" => Ok(Class::Batch),
         "background" => Ok(Class::Background),
-        other => Err(error::config(format!(
-            "priority is {other:?}, it must be interactive, standard, batch or background"
-        ))),
+        other => {
+            Err(error::config(format!("priority is {other:?}, it must be interactive, standard, batch or background")))
+        }
     }
 }
 
@@ -63,4 +63,19 @@ pub(crate) struct Delivery {
     /// Attempts and worker restarts that the stream has survived.
     #[pyo3(get)]
     pub(crate) restarts: u32,
+}
+
+/// A node's state by its name.
+pub(crate) fn state_name(state: llmscale_wire::NodeState) -> &'static str {
+    match state {
+        llmscale_wire::NodeState::Starting => "starting",
+        llmscale_wire::NodeState::Ready => "ready",
+        llmscale_wire::NodeState::Recovering => "recovering",
+        llmscale_wire::NodeState::Draining => "draining",
+    }
+}
+
+/// An address of an endpoint.
+pub(crate) fn parse_address(text: &str) -> PyResult<llmscale_net::Address> {
+    text.parse().map_err(|error: llmscale_net::AddressError| error::config(error.to_string()))
 }

@@ -225,6 +225,22 @@ impl Mirror {
         &self.rows[slot.index()].as_ref().expect("a sampling slot is occupied").sampling
     }
 
+    /// Ids that the row must not sample: the sequence's ends, while it is shorter than `min_tokens`.
+    pub fn suppressed(&self, sample: usize, slot: Slot) -> Vec<Token> {
+        let state = self.sampling(slot);
+        let output_tokens = self.sample_position(sample) - state.prompt_tokens;
+        if output_tokens >= state.sampling.min_tokens {
+            return Vec::new();
+        }
+        let eos: &[Token] = if state.sampling.ignore_eos { &[] } else { &self.limits.eos_tokens };
+        eos.iter().chain(&state.sampling.stop_tokens).copied().collect()
+    }
+
+    /// Size of the vocabulary.
+    pub fn vocabulary(&self) -> usize {
+        self.limits.vocabulary as usize
+    }
+
     /// The step whose rows are in the buffers.
     pub fn step(&self) -> (Epoch, StepId) {
         (self.epoch, self.step)

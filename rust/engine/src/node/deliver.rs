@@ -32,7 +32,7 @@ impl Node {
                 }
                 continue;
             }
-            let frame = FromNode::Outputs(NodeOutputs { node: self.config.node, epoch: self.epoch(), outputs });
+            let frame = FromNode::Outputs(NodeOutputs { node: self.config.node, epoch: self.epoch, outputs });
             if !self.fronts.send(&mut self.server, front, &frame, &self.codec) {
                 // It is gone, or so far behind that it can never catch up: it will start over and be told everything.
                 self.dropped_frames += 1;
@@ -49,7 +49,7 @@ impl Node {
             };
             let give_back = wire::GiveBack {
                 node: self.config.node,
-                epoch: self.epoch(),
+                epoch: self.epoch,
                 request: key.request,
                 attempt: key.attempt,
                 refusal,
@@ -88,7 +88,7 @@ impl Node {
         let backlog = (load.waiting_tokens + load.prefill_backlog_tokens).min(u64::from(u32::MAX)) as u32;
         Status {
             node: self.config.node,
-            epoch: self.epoch(),
+            epoch: self.epoch,
             state: self.state,
             running: load.running,
             waiting: load.waiting,

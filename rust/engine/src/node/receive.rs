@@ -4,14 +4,13 @@
 use super::{Command, Node, Worker};
 use crate::fronts::{PROBE, send_frame};
 use crate::report::NodeEvent;
+use llmscale_net::link::LinkError;
 use llmscale_net::{PeerId, ReceiveError};
 use llmscale_scheduler::Event;
-use llmscale_types::{
-    Attempt, Class, Epoch, FrontId, RequestId, Sampling, SequenceKey, Submission, Time,
-};
+use llmscale_types::{Attempt, Class, Epoch, FrontId, RequestId, Sampling, SequenceKey, Submission, Time};
 use llmscale_wire::{
-    FromNode, FromWorker, Hello, ModelRef, NodeLimits, NodeState, Pong, RejectCode, Rejected, ToNode, ToWorker, VERSIONS,
-    Welcome, decode, encode,
+    FromNode, FromWorker, Hello, ModelRef, NodeLimits, NodeState, Pong, Ready, RejectCode, Rejected, ToNode, ToWorker,
+    VERSIONS, Welcome, decode, encode,
 };
 
 /// Frames taken from one source per round.
@@ -61,9 +60,10 @@ impl Node {
                 self.next_status = self.clock.now();
             }
             Command::WorkerStarted { epoch, link, configure } => {
-                self.worker = Some(Worker { epoch, link, pid: None, failed: false });
+                self.epoch = epoch;
                 let order = encode(&ToWorker::Configure(*configure), &self.codec);
-                self.send_to_worker(order.expect("a configuration is within the codec's limits"));
+                let order = order.expect("a configuration is within the codec's limits");
+                self.worker = Some(Worker { epoch, link, configure: Some(order), pid: None, failed: false });
             }
             Command::WorkerDied(epoch) => self.bury_worker(epoch),
         }
@@ -131,7 +131,7 @@ impl Node {
                 self.event(Event::Recall(key(recall.request, recall.attempt)));
             }
             ToNode::Ping(ping) => {
-                let pong = Pong { node: self.config.node, epoch: self.epoch(), nonce: ping.nonce };
+                let pong = Pong { node: self.config.node, epoch: self.epoch, nonce: ping.nonce };
                 self.tell(front, &FromNode::Pong(pong));
             }
             ToNode::Goodbye => self.drop_front(peer),
@@ -150,6 +150,12 @@ impl Node {
             let text = format!("this node serves {:?}", self.config.model.name);
             return self.reject(peer, RejectCode::WrongModel, &text);
         }
+        if !self.knows_numerics {
+            // Which kernels run is known when the first worker is; fronts greet again until they are welcome.
+            return;
+        }
+        // A front that greets again has given up what it had here.
+        self.drop_front(peer);
         let Some(front) = self.fronts.greet(peer, now) else {
             let text = format!("this node serves {} fronts at most (max_fronts)", self.config.max_fronts);
             return self.reject(peer, RejectCode::TooManyFronts, &text);
@@ -158,7 +164,7 @@ impl Node {
         let welcome = Welcome {
             version,
             node: self.config.node,
-            epoch: self.epoch(),
+            epoch: self.epoch,
             model: self.config.model.clone(),
             limits: NodeLimits {
                 vocabulary: limits.vocabulary,
@@ -204,6 +210,10 @@ impl Node {
     }
 
     fn read_worker(&mut self) {
+        let attached = self.worker.as_mut().filter(|worker| worker.link.is_attached());
+        if let Some(order) = attached.and_then(|worker| worker.configure.take()) {
+            self.send_to_worker(order);
+        }
         for _ in 0..MAX_FRAMES_PER_ROUND {
             let Some(worker) = &mut self.worker else { return };
             let epoch = worker.epoch;
@@ -214,6 +224,8 @@ impl Node {
                     Ok(message) => self.hear_worker(epoch, message),
                     Err(error) => self.fail_worker(epoch, format!("it sent a frame that cannot be read: {error}")),
                 },
+                // A link that is down says so for ever; the process's death is reported by whoever started it.
+                Err(LinkError::Down) => return self.fail_worker(epoch, "its link is down".to_owned()),
                 Err(error) => return self.fail_worker(epoch, format!("its link broke: {error}")),
             }
         }
@@ -221,7 +233,7 @@ impl Node {
 
     fn hear_worker(&mut self, epoch: Epoch, message: FromWorker) {
         match message {
-            FromWorker::Ready(ready) => self.worker_ready(epoch, ready.pid, ready.loading_ns, ready.total_blocks),
+            FromWorker::Ready(ready) => self.worker_ready(epoch, ready),
             FromWorker::Result(result) => self.results.push(result),
             FromWorker::NeedSnapshot(gap) => {
                 self.fail_worker(epoch, format!("it lost the order of steps at step {}", gap.step));
@@ -230,11 +242,18 @@ impl Node {
         }
     }
 
-    fn worker_ready(&mut self, epoch: Epoch, pid: u32, loading_ns: u64, total_blocks: u32) {
+    fn worker_ready(&mut self, epoch: Epoch, ready: Ready) {
+        let Ready { pid, loading_ns, total_blocks, numerics, .. } = ready;
+        if self.knows_numerics && numerics != self.config.model.numerics {
+            let before = &self.config.model.numerics;
+            return self.fail_worker(epoch, format!("it computes as {numerics}, the ones before as {before}"));
+        }
         if total_blocks != self.config.limits.total_blocks {
             let planned = self.config.limits.total_blocks;
             return self.fail_worker(epoch, format!("it has {total_blocks} blocks, {planned} were planned"));
         }
+        self.config.model.numerics = numerics;
+        self.knows_numerics = true;
         if let Some(worker) = &mut self.worker {
             worker.pid = Some(pid);
         }
@@ -271,10 +290,6 @@ impl Node {
         for front in self.fronts.silent(now) {
             self.event(Event::FrontGone(front));
         }
-    }
-
-    pub(super) fn epoch(&self) -> Epoch {
-        self.worker.as_ref().map_or(Epoch(0), |worker| worker.epoch)
     }
 
     pub(super) fn tell(&mut self, front: FrontId, message: &FromNode) {

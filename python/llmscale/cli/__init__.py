@@ -1,0 +1,90 @@
+"""The command line: `llmscale --help`. Each command is one file; heavy modules are imported inside the commands, so that
+help and errors come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from llmscale.errors import LlmscaleError
+
+app = typer.Typer(
+    name="llmscale",
+    help="Serve large language models: fair, deterministic scheduling and streams that survive a killed process.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ModelArgument = Annotated[
+    str, typer.Argument(help="A model folder, a hub id in the local Hugging Face cache, or tiny-chat.")
+]
+
+
+@app.command()
+def serve(
+    model: ModelArgument = "tiny-chat",
+    host: Annotated[str, typer.Option(help="Address to listen on; anything but loopback needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    api_key: Annotated[list[str] | None, typer.Option(help="An API key that clients must send; may be repeated.")] = None,
+    api_key_file: Annotated[str | None, typer.Option(help="File of API keys with their tenants.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens per step.")] = 512,
+    kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the worker.")] = None,
+) -> None:
+    """Serve MODEL over OpenAI's HTTP API on this machine: a gateway, a node and a chat page."""
+    from llmscale.cli.serve import ServeOptions, run
+
+    run(
+        ServeOptions(
+            model=model,
+            host=host,
+            port=port,
+            api_keys=tuple(api_key or ()),
+            api_key_file=api_key_file,
+            served_model_name=served_model_name,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            kv_cache_bytes=kv_cache_bytes,
+            threads=threads,
+        )
+    )
+
+
+@app.command()
+def info(model: ModelArgument = "tiny-chat") -> None:
+    """Say what a model folder holds and how a node would serve it."""
+    from llmscale.cli.info import run
+
+    run(model)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to complete.")],
+    model: Annotated[str, typer.Option(help="A model folder, hub id or tiny-chat.")] = "tiny-chat",
+    max_tokens: Annotated[int, typer.Option(help="Most output tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+) -> None:
+    """Complete a text in this process, without a server."""
+    from llmscale.cli.generate import run
+
+    run(prompt, model, max_tokens, temperature)
+
+
+def main() -> None:
+    """Entry point. User errors are one line and exit code 1, never a traceback."""
+    try:
+        app()
+    except LlmscaleError as error:
+        sys.stderr.write(f"llmscale: {error}\n")
+        raise SystemExit(1) from None

@@ -1,0 +1,5 @@
+"""`python -m llmscale.cli`."""
+
+from llmscale.cli import main
+
+main()

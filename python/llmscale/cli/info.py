@@ -1,0 +1,34 @@
+"""`llmscale info`: what a model folder holds and how a node would serve it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from llmscale.config import NodeSettings
+from llmscale.models.registry import describe_model
+from llmscale.node.plan import plan_replica
+
+
+def run(model: str) -> None:
+    """Prints one table. Raises ModelError for a folder that cannot be served."""
+    plan = plan_replica(NodeSettings(model=model, listen=""))
+    spec = describe_model(plan.folder).spec
+    attention = spec.blocks[0].attention
+    table = Table(show_header=False, box=None)
+    rows = (
+        ("model", plan.name),
+        ("folder", str(plan.folder)),
+        ("architecture", spec.architecture),
+        ("parameters", f"{spec.parameters:,}"),
+        ("layers", str(len(spec.blocks))),
+        ("attention", f"{attention.query_heads} query heads, {attention.kv_heads} KV heads of {attention.head_dim}"),
+        ("vocabulary", f"{spec.vocabulary:,}"),
+        ("longest sequence", f"{plan.limits.max_sequence_tokens:,} tokens ({spec.max_sequence_reason})"),
+        ("number format", plan.dtype),
+        ("KV cache", f"{plan.limits.total_blocks:,} blocks of 32 tokens, {plan.limits.total_blocks * plan.block_bytes >> 20} MiB"),
+        ("revision", plan.revision),
+    )
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)

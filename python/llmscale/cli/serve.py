@@ -1,0 +1,179 @@
+"""`llmscale serve`: a gateway in this process, a node beside it, one command.
+
+The node runs as a child, so that a dead node is started again while the gateway keeps its requests; both end together.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from llmscale import logs
+from llmscale._core import Front, Sampling
+from llmscale.config import NodeSettings
+from llmscale.gateway.config import GatewayConfig, ServedModel
+from llmscale.gateway.serve import run as run_gateway
+from llmscale.node.plan import ReplicaPlan, plan_replica
+from llmscale.tokenizer import Tokenizer
+
+_log = structlog.get_logger("llmscale.serve")
+
+FIRST_BACKOFF_SECONDS = 0.2
+MAX_BACKOFF_SECONDS = 30.0
+STEADY_SECONDS = 60.0
+STOP_SECONDS = 35.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """What the command line says; names are those of its options."""
+
+    model: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    api_key_file: str | None = None
+    served_model_name: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 512
+    kv_cache_bytes: int | None = None
+    threads: int | None = None
+
+    def node_settings(self, listen: str) -> NodeSettings:
+        """The node's part."""
+        return NodeSettings(
+            model=self.model,
+            listen=listen,
+            served_name=self.served_model_name,
+            dtype=self.dtype,
+            max_sequence_tokens=self.max_model_len,
+            max_sequences=self.max_num_seqs,
+            max_step_tokens=self.max_num_batched_tokens,
+            kv_cache_bytes=self.kv_cache_bytes,
+            threads=self.threads,
+        )
+
+    def node_arguments(self, listen: str) -> list[str]:
+        """The node's command line."""
+        named = {
+            "--model": self.model,
+            "--listen": listen,
+            "--served-name": self.served_model_name,
+            "--dtype": self.dtype,
+            "--max-model-len": self.max_model_len,
+            "--max-num-seqs": self.max_num_seqs,
+            "--max-num-batched-tokens": self.max_num_batched_tokens,
+            "--kv-cache-bytes": self.kv_cache_bytes,
+            "--threads": self.threads,
+            "--parent": os.getpid(),
+        }
+        given = [(name, str(value)) for name, value in named.items() if value is not None]
+        return [sys.executable, "-m", "llmscale.node", *(word for pair in given for word in pair)]
+
+
+def run(options: ServeOptions) -> None:
+    """Serves until SIGTERM or SIGINT. Raises ModelError and ConfigError before anything is started."""
+    logs.configure()
+    config = GatewayConfig(
+        host=options.host,
+        port=options.port,
+        api_keys=options.api_keys,
+        api_key_file=None if options.api_key_file is None else Path(options.api_key_file),
+    )
+    with tempfile.TemporaryDirectory(prefix="llmscale-serve-") as folder:
+        listen = f"ipc://{folder}/node"
+        plan = plan_replica(options.node_settings(listen))
+        tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
+        model = ServedModel(
+            name=plan.name,
+            tokenizer=tokenizer,
+            vocabulary=plan.limits.vocabulary,
+            max_sequence_tokens=plan.limits.max_sequence_tokens,
+            created=int(time.time()),
+        )
+        front = Front([listen])
+        keeper = NodeKeeper(options.node_arguments(listen))
+        keeper.start()
+        try:
+            run_gateway(config, front, Sampling, [model], on_started=lambda port: _announce(front, plan, config, port))
+        finally:
+            keeper.stop()
+
+
+class NodeKeeper:
+    """Keeps the node process alive from a thread of its own.
+
+    The node asks the kernel to end it with the thread that started it, so every start happens in this one thread, which
+    lives as long as the command.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self._command = command
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="node-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Starts the node."""
+        self._thread.start()
+        self._started.wait()
+
+    def stop(self) -> None:
+        """Ends the node: it drains, then it must go."""
+        self._stopping.set()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        backoff = FIRST_BACKOFF_SECONDS
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            self._process = subprocess.Popen(self._command)  # noqa: S603  # our own interpreter and module
+            self._started.set()
+            code = self._process.wait()
+            if self._stopping.is_set():
+                return
+            if time.monotonic() - began > STEADY_SECONDS:
+                backoff = FIRST_BACKOFF_SECONDS
+            _log.warning("node ended, starting it again", code=code, in_seconds=backoff)
+            self._stopping.wait(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+
+def _announce(front: Front, plan: ReplicaPlan, config: GatewayConfig, port: int) -> None:
+    """Prints where to go, and then, from a thread, when the model is ready."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    base = f"http://{host}:{port}"
+    sys.stdout.write(f"llmscale listens on {base}/v1 and loads {plan.name} ...\n")
+    sys.stdout.flush()
+    threading.Thread(target=_announce_ready, args=(front, plan, base), name="announce", daemon=True).start()
+
+
+def _announce_ready(front: Front, plan: ReplicaPlan, base: str) -> None:
+    began = time.monotonic()
+    while not any(replica.state == "ready" for replica in front.status().replicas):
+        time.sleep(0.02)
+    body = f'{{"model": "{plan.name}", "messages": [{{"role": "user", "content": "What is 23 + 45?"}}]}}'
+    sys.stdout.write(
+        f"ready after {time.monotonic() - began:.1f} s\n\n"
+        f"  chat page   {base}/\n"
+        f"  try         curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\n"
+    )
+    sys.stdout.flush()

@@ -1,0 +1,244 @@
+//! The door for a node process: starts the engine's thread, links worker processes to it, reports how it is doing.
+
+use crate::error;
+use crate::limits::PyEngineLimits;
+use crate::request::parse_address;
+use crate::sampling::{random_bytes, random_seed};
+use llmscale_engine::{Command, NodeConfig, NodeEvent, NodeHandle, NodeReport};
+use llmscale_net::link::socket::SocketLink;
+use llmscale_net::{Address, AllowList, Context, EndpointOptions, KeyPair, Role, Roles, ServerKeys};
+use llmscale_types::{Duration, EngineLimits, Epoch, NodeId};
+use llmscale_wire::{Configure, Dtype, ModelIdentity};
+use pyo3::prelude::*;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// The engine of one replica, on a thread of its own.
+#[pyclass(frozen, name = "Engine", module = "llmscale._core")]
+pub(crate) struct Engine {
+    inner: Mutex<Inner>,
+    limits: EngineLimits,
+    folder: String,
+}
+
+struct Inner {
+    handle: Option<NodeHandle>,
+    context: Context,
+    epoch: Epoch,
+}
+
+/// Something that the supervisor of the workers has to know: "worker_ready", "worker_failed", "ready" or "drained".
+#[pyclass(frozen, get_all, name = "NodeEvent", module = "llmscale._core")]
+pub(crate) struct PyNodeEvent {
+    kind: &'static str,
+    epoch: u64,
+    pid: u32,
+    loading_ns: u64,
+    message: String,
+}
+
+/// How a node is doing.
+#[pyclass(frozen, get_all, name = "NodeReport", module = "llmscale._core")]
+pub(crate) struct PyNodeReport {
+    state: &'static str,
+    running: u32,
+    waiting: u32,
+    free_blocks: u32,
+    steps: u64,
+    worker_restarts: u32,
+    worker_pid: Option<u32>,
+    emitted_tokens: u64,
+    prefill_tokens: u64,
+    poisoned: u64,
+    dropped_frames: u64,
+    fronts: u32,
+}
+
+#[pymethods]
+impl Engine {
+    /// Binds and starts. `link_folder` is a folder that only this user can enter; worker links are made in it.
+    #[new]
+    #[pyo3(signature = (*, limits, name, revision, weights_digest, tokenizer_digest, fleet, listen, link_folder,
+        max_fronts = 64, max_step_us = 120_000_000, key_file = None, allow_list = None))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
+    fn new(
+        limits: &PyEngineLimits,
+        name: String,
+        revision: String,
+        weights_digest: [u8; 32],
+        tokenizer_digest: [u8; 32],
+        fleet: String,
+        listen: &str,
+        link_folder: String,
+        max_fronts: u32,
+        max_step_us: u64,
+        key_file: Option<&str>,
+        allow_list: Option<&str>,
+    ) -> PyResult<Self> {
+        let text = |error: &dyn std::fmt::Display| error::config(error.to_string());
+        let address: Address = parse_address(listen)?;
+        let own = key_file.map(|path| KeyPair::load(Path::new(path))).transpose().map_err(|error| text(&error))?;
+        let list = allow_list.map(|path| AllowList::load(Path::new(path))).transpose().map_err(|error| text(&error))?;
+        let keys = own.map(|own| ServerKeys { own, admitted: Roles::of(&[Role::Gateway, Role::Client, Role::Node]) });
+        let context = Context::new(list.unwrap_or_default(), 1).map_err(|error| text(&error))?;
+        let mut secret = [0; 32];
+        random_bytes(&mut secret)?;
+        let config = NodeConfig {
+            limits: limits.0.clone(),
+            model: ModelIdentity {
+                name,
+                revision,
+                adapter: None,
+                weights_digest,
+                tokenizer_digest,
+                numerics: "not known before a worker is ready".to_owned(),
+            },
+            fleet,
+            node: NodeId(random_seed()?),
+            secret,
+            max_fronts,
+            max_front_silence: Duration::from_millis(10_000),
+            status_interval: Duration::from_millis(250),
+            max_step: Duration(max_step_us),
+        };
+        let handle = NodeHandle::start(config, &context, &address, keys.as_ref(), &EndpointOptions::default())
+            .map_err(|error| text(&error))?;
+        let inner = Inner { handle: Some(handle), context, epoch: Epoch(0) };
+        Ok(Self { inner: Mutex::new(inner), limits: limits.0.clone(), folder: link_folder })
+    }
+
+    /// Where fronts connect.
+    #[getter]
+    fn address(&self) -> PyResult<String> {
+        Ok(self.lock().handle()?.address().to_string())
+    }
+
+    /// Readable when `take_events` has something.
+    fn fileno(&self) -> PyResult<i32> {
+        Ok(self.lock().handle()?.event_waker().descriptor())
+    }
+
+    /// Makes the link for the next worker process and configures whoever connects to it. Returns (epoch, address).
+    fn prepare_worker(&self, model_folder: String, dtype: &str) -> PyResult<(u64, String)> {
+        let mut inner = self.lock();
+        let epoch = inner.epoch.next();
+        let path = format!("ipc://{}/worker-{epoch}", self.folder);
+        let address: Address = parse_address(&path)?;
+        let waker = inner.handle()?.link_waker();
+        let link = SocketLink::listen(&inner.context, &address, None, &EndpointOptions::default(), waker)
+            .map_err(|error| error::config(error.to_string()))?;
+        let link = Box::new(link);
+        let dtype = match dtype {
+            "float32" => Dtype::Float32,
+            "bfloat16" => Dtype::Bfloat16,
+            other => return Err(error::config(format!("dtype is {other:?}, it must be float32 or bfloat16"))),
+        };
+        let configure = Box::new(Configure { epoch, model_folder, dtype, limits: self.limits.clone() });
+        inner.order(Command::WorkerStarted { epoch, link, configure })?;
+        inner.epoch = epoch;
+        Ok((epoch.0, path))
+    }
+
+    /// The worker process of this epoch is dead: its sequences are computed again by the next one.
+    fn worker_died(&self, epoch: u64) -> PyResult<()> {
+        self.lock().order(Command::WorkerDied(Epoch(epoch)))
+    }
+
+    /// Hands waiting work back and takes no more; a "drained" event follows when nothing runs any more.
+    fn drain(&self) -> PyResult<()> {
+        self.lock().order(Command::Drain)
+    }
+
+    /// Events since the last call.
+    fn take_events(&self) -> PyResult<Vec<PyNodeEvent>> {
+        Ok(self.lock().handle()?.take_events().into_iter().map(PyNodeEvent::from).collect())
+    }
+
+    /// The latest report.
+    fn report(&self) -> PyResult<PyNodeReport> {
+        let inner = self.lock();
+        let handle = inner.handle()?;
+        if !handle.is_alive() {
+            return Err(error::worker("the engine's thread has ended".to_owned()));
+        }
+        Ok(handle.report().map_or_else(PyNodeReport::default, PyNodeReport::from))
+    }
+
+    /// Ends the engine's thread. Afterwards every other call raises WorkerError.
+    fn close(&self, py: Python<'_>) {
+        let handle = self.lock().handle.take();
+        crate::detach::detached(py, || drop(handle));
+    }
+}
+
+impl Engine {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn handle(&self) -> PyResult<&NodeHandle> {
+        self.handle.as_ref().ok_or_else(|| error::worker("the engine is closed".to_owned()))
+    }
+
+    fn order(&self, command: Command) -> PyResult<()> {
+        if self.handle()?.order(command) {
+            Ok(())
+        } else {
+            Err(error::worker("the engine's thread has ended".to_owned()))
+        }
+    }
+}
+
+impl From<NodeEvent> for PyNodeEvent {
+    fn from(event: NodeEvent) -> Self {
+        let plain = |kind| Self { kind, epoch: 0, pid: 0, loading_ns: 0, message: String::new() };
+        match event {
+            NodeEvent::WorkerReady { epoch, pid, loading_ns } => {
+                Self { epoch: epoch.0, pid, loading_ns, ..plain("worker_ready") }
+            }
+            NodeEvent::WorkerFailed { epoch, message } => Self { epoch: epoch.0, message, ..plain("worker_failed") },
+            NodeEvent::Ready => plain("ready"),
+            NodeEvent::Drained => plain("drained"),
+        }
+    }
+}
+
+impl Default for PyNodeReport {
+    fn default() -> Self {
+        Self {
+            state: "starting",
+            running: 0,
+            waiting: 0,
+            free_blocks: 0,
+            steps: 0,
+            worker_restarts: 0,
+            worker_pid: None,
+            emitted_tokens: 0,
+            prefill_tokens: 0,
+            poisoned: 0,
+            dropped_frames: 0,
+            fronts: 0,
+        }
+    }
+}
+
+impl From<NodeReport> for PyNodeReport {
+    fn from(report: NodeReport) -> Self {
+        Self {
+            state: crate::request::state_name(report.status.state),
+            running: report.status.running,
+            waiting: report.status.waiting,
+            free_blocks: report.status.free_blocks,
+            steps: report.status.steps,
+            worker_restarts: report.status.worker_restarts,
+            worker_pid: report.status.worker_pid,
+            emitted_tokens: report.emitted_tokens,
+            prefill_tokens: report.prefill_tokens,
+            poisoned: report.poisoned,
+            dropped_frames: report.dropped_frames,
+            fronts: report.fronts,
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! What a child process asks of the operating system: to end when its parent does.
+#![expect(unsafe_code, reason = "prctl and getppid have no safe binding in the standard library")]
+
+use crate::error;
+use pyo3::prelude::*;
+
+/// Makes the kernel kill this process when the parent dies, however it dies. `parent` is the parent that the caller
+/// expects: if another process has adopted this one meanwhile, the parent is dead already and WorkerError is raised.
+#[pyfunction]
+pub(crate) fn end_with_parent(parent: i32) -> PyResult<()> {
+    // SAFETY: PR_SET_PDEATHSIG takes a signal number by value and touches no memory.
+    let set = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) };
+    if set != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    // SAFETY: getppid has no arguments and cannot fail.
+    let now = unsafe { libc::getppid() };
+    if now == parent { Ok(()) } else { Err(error::worker(format!("the parent process {parent} is gone"))) }
+}

@@ -1,0 +1,151 @@
+//! The door for a worker process: the link to the engine, the mirror's buffers, sampling and the reply in one call.
+
+use crate::buffer::Int32Buffer;
+use crate::detach::detached;
+use crate::error;
+use crate::kernels::{CpuKernels, Dtype, Memory};
+use crate::limits::PyEngineLimits;
+use crate::request::parse_address;
+use crate::sample::sample_step;
+use crate::step::{PyStepCounts, buffer};
+use llmscale_engine::worker::SessionError;
+use llmscale_engine::{Order, WorkerSession};
+use llmscale_net::link::socket::SocketWorker;
+use llmscale_net::{Address, AllowList, Context, EndpointOptions};
+use llmscale_types::Epoch;
+use llmscale_wire::{Dtype as WireDtype, FailureCode};
+use pyo3::prelude::*;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+/// The worker's session with the engine that started it. One thread drives it.
+#[pyclass(frozen, name = "WorkerSession", module = "llmscale._core")]
+pub(crate) struct PyWorkerSession {
+    inner: Mutex<WorkerSession>,
+    /// When the step that is computed was received.
+    started: Mutex<Instant>,
+}
+
+/// What the engine wants: "configure" with a model, "step" with counts, or "stop".
+#[pyclass(frozen, name = "WorkerOrder", module = "llmscale._core")]
+pub(crate) struct WorkerOrder {
+    #[pyo3(get)]
+    kind: &'static str,
+    #[pyo3(get)]
+    model_folder: String,
+    #[pyo3(get)]
+    dtype: &'static str,
+    limits: Option<Py<PyEngineLimits>>,
+    counts: Option<Py<PyStepCounts>>,
+}
+
+#[pymethods]
+impl WorkerOrder {
+    /// Sizes of the buffers; of a "configure" only.
+    #[getter]
+    fn limits(&self, py: Python<'_>) -> PyResult<Py<PyEngineLimits>> {
+        let limits = self.limits.as_ref().map(|limits| limits.clone_ref(py));
+        limits.ok_or_else(|| error::worker("this order has no limits".to_owned()))
+    }
+
+    /// How much of the buffers is used; of a "step" only.
+    #[getter]
+    fn counts(&self, py: Python<'_>) -> PyResult<Py<PyStepCounts>> {
+        let counts = self.counts.as_ref().map(|counts| counts.clone_ref(py));
+        counts.ok_or_else(|| error::worker("this order has no counts".to_owned()))
+    }
+}
+
+fn session_error(error: &SessionError) -> PyErr {
+    error::worker(error.to_string())
+}
+
+#[pymethods]
+impl PyWorkerSession {
+    /// Connects to the engine's link at `address`, in the background.
+    #[new]
+    fn new(address: &str, epoch: u64) -> PyResult<Self> {
+        let address: Address = parse_address(address)?;
+        let context = Context::new(AllowList::default(), 1).map_err(|error| error::worker(error.to_string()))?;
+        let side = SocketWorker::connect(&context, &address, None, &EndpointOptions::default())
+            .map_err(|error| error::worker(error.to_string()))?;
+        let session = WorkerSession::new(Box::new(side), Epoch(epoch));
+        Ok(Self { inner: Mutex::new(session), started: Mutex::new(Instant::now()) })
+    }
+
+    /// Waits for the next order, at most `timeout_us`; `None` if none came.
+    fn receive(&self, py: Python<'_>, timeout_us: u64) -> PyResult<Option<WorkerOrder>> {
+        let order = detached(py, || self.lock().receive(timeout_us)).map_err(|error| session_error(&error))?;
+        *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        let empty = |kind| WorkerOrder { kind, model_folder: String::new(), dtype: "auto", limits: None, counts: None };
+        Ok(match order {
+            None => None,
+            Some(Order::Stop) => Some(empty("stop")),
+            Some(Order::Step(counts)) => {
+                Some(WorkerOrder { counts: Some(Py::new(py, PyStepCounts::from(counts))?), ..empty("step") })
+            }
+            Some(Order::Configure(configure)) => Some(WorkerOrder {
+                model_folder: configure.model_folder.clone(),
+                dtype: dtype_name(configure.dtype)?,
+                limits: Some(Py::new(py, PyEngineLimits(configure.limits))?),
+                ..empty("configure")
+            }),
+        })
+    }
+
+    /// Tells the engine that the model is loaded.
+    fn ready(&self, layers: u32, numerics: String, loading_ns: u64) -> PyResult<()> {
+        let outcome = self.lock().ready(std::process::id(), layers, numerics, loading_ns);
+        outcome.map_err(|error| session_error(&error))
+    }
+
+    /// One of the step's buffers, valid as long as this object lives. Only after `ready`.
+    fn buffer(slf: Bound<'_, Self>, name: &str) -> PyResult<Int32Buffer> {
+        let owner = slf.clone().into_any().unbind();
+        let session = slf.get().lock();
+        let mirror = session.mirror().ok_or_else(|| error::worker("there are no buffers before ready".to_owned()))?;
+        buffer(mirror, owner, name)
+    }
+
+    /// Draws a token for every sampling row from `logits`, (address, elements) of a contiguous tensor
+    /// `[samples, vocabulary]` of `dtype`, and sends the step's result.
+    fn sample(&self, py: Python<'_>, kernels: &CpuKernels, logits: Memory, dtype: &str) -> PyResult<()> {
+        let dtype = Dtype::parse(dtype)?;
+        let started = *self.started.lock().unwrap_or_else(PoisonError::into_inner);
+        detached(py, || {
+            let mut session = self.lock();
+            let mirror =
+                session.mirror_mut().ok_or_else(|| error::worker("there is no step before ready".to_owned()))?;
+            let mut result = sample_step(kernels, mirror, logits, dtype)?;
+            result.elapsed_ns = started.elapsed().as_nanos() as u64;
+            session.reply(result).map_err(|error| session_error(&error))
+        })
+    }
+
+    /// Last words to the engine. `code` is configuration, model, memory or step.
+    fn failed(&self, code: &str, message: &str) -> PyResult<()> {
+        let code = match code {
+            "configuration" => FailureCode::Configuration,
+            "model" => FailureCode::Model,
+            "memory" => FailureCode::Memory,
+            "step" => FailureCode::Step,
+            other => return Err(error::config(format!("there is no failure code {other:?}"))),
+        };
+        self.lock().fail(None, code, message).map_err(|error| session_error(&error))
+    }
+}
+
+impl PyWorkerSession {
+    fn lock(&self) -> std::sync::MutexGuard<'_, WorkerSession> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn dtype_name(dtype: WireDtype) -> PyResult<&'static str> {
+    match dtype {
+        WireDtype::Auto => Ok("auto"),
+        WireDtype::Float32 => Ok("float32"),
+        WireDtype::Bfloat16 => Ok("bfloat16"),
+        WireDtype::Float16 => Err(error::config("float16 is slower than float32 on CPUs; use bfloat16".to_owned())),
+    }
+}
