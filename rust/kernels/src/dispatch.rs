@@ -2,7 +2,10 @@
 //! A kernel is one generic struct over [`Simd`]; [`Level::run`] compiles it once per level and jumps to the right copy.
 //! The crate reads no environment itself: the caller passes the value of `LLMSCALE_CPU_LEVEL` to [`Level::from_environment`].
 //! The level is part of the numerics id, because kernels other than the sampler give other last bits at another level.
-#![expect(unsafe_code, reason = "entering a function compiled for detected instructions")]
+#![cfg_attr(
+    target_arch = "x86_64",
+    expect(unsafe_code, reason = "entering a function compiled for detected instructions")
+)]
 
 use crate::simd::{Portable, Simd};
 use core::fmt;

@@ -1,5 +1,5 @@
 //! The number formats that kernels read and write: f32 and bfloat16.
-//! Owns the conversion between them, which rounds to nearest with ties to even, as the hardware and PyTorch do.
+//! Owns the conversion between them, which rounds to nearest with ties to even, as hardware does.
 //! Arithmetic happens elsewhere and always in f32; this file knows nothing of vectors or tensors.
 
 /// A bfloat16 number as its bit pattern: the upper half of an f32.
@@ -77,8 +77,8 @@ mod tests {
         assert_eq!(Bf16::from_f32(f32::from_bits(0x3f80_8000)).0, 0x3f80);
         assert_eq!(Bf16::from_f32(f32::from_bits(0x3f81_8000)).0, 0x3f82);
         assert_eq!(Bf16::from_f32(f32::from_bits(0x3f80_8001)).0, 0x3f81);
-        assert_eq!(Bf16::from_f32(f32::MAX).to_f32(), f32::INFINITY);
-        assert_eq!(Bf16::from_f32(f32::NEG_INFINITY).to_f32(), f32::NEG_INFINITY);
+        assert_eq!(Bf16::from_f32(f32::MAX).0, 0x7f80);
+        assert_eq!(Bf16::from_f32(f32::NEG_INFINITY).0, 0xff80);
         assert!(Bf16::from_f32(f32::NAN).to_f32().is_nan());
         assert!(Bf16::from_f32(f32::from_bits(0x7f80_0001)).to_f32().is_nan());
     }

@@ -6,7 +6,7 @@
 use core::fmt;
 
 /// A call that a kernel refused before it wrote anything.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum KernelError {
     /// A buffer holds fewer or more elements than the shapes require.
     Length {
@@ -44,6 +44,17 @@ pub enum KernelError {
         /// The value that occurs twice.
         value: i64,
     },
+    /// A sampling parameter of one row is outside its range.
+    SamplingParameter {
+        /// Row of the batch.
+        row: usize,
+        /// Parameter name.
+        parameter: &'static str,
+        /// The value given.
+        given: f32,
+        /// What is accepted.
+        rule: &'static str,
+    },
     /// A parallel kernel was called from inside a chunk of another one.
     NestedParallelism,
 }
@@ -66,6 +77,9 @@ impl fmt::Display for KernelError {
                 formatter,
                 "`{argument}` holds {value} twice, but each row must write its own place. Give every row its own slot."
             ),
+            Self::SamplingParameter { row, parameter, given, rule } => {
+                write!(formatter, "`{parameter}` of row {row} is {given}, accepted is: {rule}. Correct the request.")
+            }
             Self::NestedParallelism => formatter.write_str(
                 "A parallel kernel was called from inside a chunk of another one. Call it from the thread that owns the step.",
             ),

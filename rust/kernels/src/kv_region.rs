@@ -37,7 +37,7 @@ impl KvRegionShape {
         if self.layers == 0 {
             return Err(unsupported("layers", 0, "at least 1"));
         }
-        let slots = self.blocks.checked_mul(self.block_tokens).filter(|&slots| slots <= i32::MAX as usize);
+        let slots = self.blocks.checked_mul(self.block_tokens).filter(|&slots| i32::try_from(slots).is_ok());
         let elements = [2, self.layers, self.kv_heads, self.head_dim]
             .into_iter()
             .try_fold(slots.unwrap_or(usize::MAX), usize::checked_mul);

@@ -7,8 +7,14 @@
 //! - [`paged_attention`]: causal attention over paged KV for mixed batches
 //! - [`rope_cache`]: query/key norms, rotary embedding and KV write in one pass
 //! - [`norm`], [`activation`], [`embedding`]: the row-wise parts of a layer
+//! - [`sampler`]: tokens from logits, independent of batch and machine
 //! - [`reference`](mod@reference): the same results in plain scalar Rust, for tests
 //! - [`error`]: why a call was refused
+
+#![expect(
+    clippy::inline_always,
+    reason = "generic code is compiled for an instruction level only where it is inlined into that level's entry"
+)]
 
 pub mod activation;
 pub mod dispatch;
@@ -22,6 +28,7 @@ pub mod pool;
 pub mod reference;
 pub mod rope_cache;
 mod rows;
+pub mod sampler;
 mod scratch;
 mod shared_output;
 mod simd;

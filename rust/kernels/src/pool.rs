@@ -131,12 +131,10 @@ impl Pool {
         }
         let caller = lock(&self.caller);
         let shared = &*self.shared;
-        let body: *const (dyn Fn(usize) + Sync + '_) = &raw const body;
+        let body: &(dyn Fn(usize) + Sync) = &body;
         // SAFETY: only the lifetime changes. The body is called only by owners of claimed chunks, and this function
         // returns only after every chunk of the job is finished, so no call outlives the borrow.
-        let body = unsafe {
-            core::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(body)
-        };
+        let body: &'static (dyn Fn(usize) + Sync) = unsafe { core::mem::transmute(body) };
         // SAFETY: `caller` is held and the previous job is finished, so nobody reads `job` (see `Shared`).
         unsafe { *shared.job.get() = Job { body, chunks } };
         shared.finished.store(0, Ordering::Relaxed);

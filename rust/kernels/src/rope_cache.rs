@@ -1,7 +1,7 @@
 //! One pass over the fused QKV projection of a step: optional query/key norms, rotary embedding, KV cache write.
-//! Rotation is the half-split (NeoX) form of Llama and Qwen in Hugging Face: element i pairs with i + rotary_dim / 2
+//! Rotation is the half-split form of Llama and Qwen in Hugging Face: element i pairs with `i + rotary_dim / 2`
 //! (Su et al. 2021); elements past `rotary_dim` pass through. Rotation is in f32 and rounded once; the norms round as
-//! [`crate::norm`] does. O(rows x heads x head_dim), each element read and written once; a row depends on itself alone.
+//! [`crate::norm`] does. O(rows x heads x head size), each element read and written once; a row depends on itself alone.
 #![expect(unsafe_code, reason = "vector loads and stores, and rows of the KV region written on several threads")]
 
 use crate::dispatch::{Kernel, Level};

@@ -37,6 +37,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type U32: Copy;
     /// One truth value per lane.
     type Mask: Copy;
+    /// Sixteen running f64 sums, whatever the width of a vector, so that every level adds in the same order.
+    type Sums: Copy;
 
     fn splat(self, value: f32) -> Self::F32;
     unsafe fn load(self, source: *const f32) -> Self::F32;
@@ -83,7 +85,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Wraps.
     fn sub_u32(self, a: Self::U32, b: Self::U32) -> Self::U32;
     fn and_u32(self, a: Self::U32, b: Self::U32) -> Self::U32;
-    fn or_u32(self, a: Self::U32, b: Self::U32) -> Self::U32;
     fn xor_u32(self, a: Self::U32, b: Self::U32) -> Self::U32;
     fn shift_left<const BITS: u32>(self, a: Self::U32) -> Self::U32;
     fn shift_right<const BITS: u32>(self, a: Self::U32) -> Self::U32;
@@ -91,10 +92,16 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn mul_wide(self, a: Self::U32, b: Self::U32) -> (Self::U32, Self::U32);
     /// Unsigned `a <= b`.
     fn less_equal_u32(self, a: Self::U32, b: Self::U32) -> Self::Mask;
-    fn to_bits(self, a: Self::F32) -> Self::U32;
-    fn from_bits(self, a: Self::U32) -> Self::F32;
+    fn f32_to_bits(self, a: Self::F32) -> Self::U32;
+    fn bits_to_f32(self, a: Self::U32) -> Self::F32;
     /// Lanes as signed integers, exactly rounded to f32.
     fn i32_to_f32(self, a: Self::U32) -> Self::F32;
+
+    fn zero_sums(self) -> Self::Sums;
+    /// Adds lane `i` of the `vector`-th vector of a row to sum `(vector * LANES + i) % 16`.
+    fn add_to_sums(self, sums: Self::Sums, vector: usize, value: Self::F32) -> Self::Sums;
+    /// Adds the sixteen sums in pairs 8, 4, 2 and 1 apart.
+    fn total_of_sums(self, sums: Self::Sums) -> f64;
 
     /// `sum + a.low * b.low + a.high * b.high` on lanes that hold two bf16. Only where `BF16_DOT`.
     fn dot_bf16(self, sum: Self::F32, a: Self::U32, b: Self::U32) -> Self::F32;
@@ -105,6 +112,14 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn transpose_units(self, rows: *const *const u32, offset: usize, target: *mut u32, stride: usize);
     /// Hints that the cache line at `address` will be read soon. Any address is allowed.
     fn prefetch(self, address: *const u8);
+}
+
+/// Adds sixteen sums in pairs 8, 4, 2 and 1 apart.
+#[inline(always)]
+fn total_of_sixteen(sums: [f64; 16]) -> f64 {
+    let eight: [f64; 8] = core::array::from_fn(|i| sums[i] + sums[i + 8]);
+    let four: [f64; 4] = core::array::from_fn(|i| eight[i] + eight[i + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// Loads `LANES` elements of either format as f32.
@@ -162,10 +177,10 @@ pub(crate) fn round_to_element<S: Simd, T: Element>(simd: S, value: S::F32) -> S
         return value;
     }
     // Round to nearest, ties to even, on the bit pattern; NaN lanes are passed through unrounded.
-    let bits = simd.to_bits(value);
+    let bits = simd.f32_to_bits(value);
     let odd = simd.and_u32(simd.shift_right::<16>(bits), simd.splat_u32(1));
     let rounded = simd.add_u32(bits, simd.add_u32(odd, simd.splat_u32(0x7fff)));
-    let rounded = simd.from_bits(simd.and_u32(rounded, simd.splat_u32(0xffff_0000)));
+    let rounded = simd.bits_to_f32(simd.and_u32(rounded, simd.splat_u32(0xffff_0000)));
     let magnitude = simd.and_u32(bits, simd.splat_u32(0x7fff_ffff));
     simd.select(simd.less_equal_u32(magnitude, simd.splat_u32(0x7f80_0000)), rounded, value)
 }

@@ -243,7 +243,7 @@ fn positions_past_the_table_and_odd_rotations_are_refused_before_anything_is_wri
     let run = |input: &RopeCacheInput<'_, f32>| {
         let (mut query, mut kv) = ([0.0; 8], [0.0; 128]);
         let outcome = rope_and_cache(&pool(1), Level::detected(), input, &mut query, &mut kv);
-        assert_eq!(outcome.is_ok(), query[0] == 1.0, "a refused call has written");
+        assert_eq!(outcome.is_ok(), query[0] > 0.5, "a refused call has written");
         outcome
     };
     assert_eq!(run(&input), Ok(()));

@@ -9,7 +9,7 @@ use crate::simd::Simd;
 /// Adds the products of one unit: two bf16 pairs or one f32 pair.
 #[inline(always)]
 fn multiply_add<S: Simd, const PAIRS: bool>(simd: S, sum: S::F32, a: S::U32, b: S::U32) -> S::F32 {
-    if PAIRS { simd.dot_bf16(sum, a, b) } else { simd.mul_add(simd.from_bits(a), simd.from_bits(b), sum) }
+    if PAIRS { simd.dot_bf16(sum, a, b) } else { simd.mul_add(simd.bits_to_f32(a), simd.bits_to_f32(b), sum) }
 }
 
 /// Calls a micro-kernel over `rows` rows in blocks of six (12 or 24 sums in registers) and one block for the rest.

@@ -1,6 +1,6 @@
 //! Brings a tile's keys and values from the paged region into the layout of the micro-kernels.
 //! Keys are transposed to `[unit][token]`, values become `[token unit][dim]` with bf16 tokens interleaved in pairs, so
-//! that lanes are tokens (scores) or dimensions (sums) and no sum across lanes is ever needed. O(tokens x head_dim);
+//! that lanes are tokens (scores) or dimensions (sums) and no sum across lanes is ever needed. O(tokens x head size);
 //! the cost is shared by all query vectors of the tile. Tokens outside the wanted range are never read.
 #![expect(unsafe_code, reason = "vector loads and stores on raw pointers")]
 

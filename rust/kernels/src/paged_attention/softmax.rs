@@ -1,6 +1,6 @@
 //! The online softmax of one query vector over one tile, and the ordered merge of splits.
 //! Keeps a running maximum of raw scores, a denominator per lane and unnormalised sums (Milakov and Gimelshein 2018).
-//! O(tile) and O(head_dim). Weights are rounded to bf16 where the sums are taken with bf16 pairs; denominators are not.
+//! O(tile) and O(head size). Weights are rounded to bf16 where the sums are taken with bf16 pairs; denominators are not.
 #![expect(unsafe_code, reason = "vector loads and stores on scratch memory")]
 
 use super::TILE_TOKENS;
@@ -75,11 +75,11 @@ pub(super) unsafe fn tile_softmax<S: Simd, const PAIRS: bool>(
         simd.store(state.denominators, simd.add(simd.mul(denominators, factor), total));
         simd.store_partial(state.factor, factor, 1);
         *state.maximum = maximum;
-        for vector in 0..vectors {
+        for (vector, weight) in weights.into_iter().enumerate().take(vectors) {
             if PAIRS {
-                simd.store_bf16(scores.cast::<Bf16>().add(vector * S::LANES), weights[vector]);
+                simd.store_bf16(scores.cast::<Bf16>().add(vector * S::LANES), weight);
             } else {
-                simd.store(scores.add(vector * S::LANES), weights[vector]);
+                simd.store(scores.add(vector * S::LANES), weight);
             }
         }
     }

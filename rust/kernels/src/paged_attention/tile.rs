@@ -1,6 +1,6 @@
 //! Runs one attention task: walks its KV tiles, keeps the state of its query vectors, writes output or partial results.
 //! A query vector is one (row, head of the group) pair; vectors of a row are neighbours. All working memory is this
-//! thread's scratch. O(vectors x tokens x head_dim). Knows the plan, but not how tasks were divided.
+//! thread's scratch. O(vectors x tokens x head size). Knows the plan, but not how tasks were divided.
 #![expect(unsafe_code, reason = "kernels on scratch memory and disjoint parts of the output")]
 
 use super::micro::{self, Accumulate};
@@ -347,10 +347,11 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
         let (mut active, mut full) = (0..0, 0..0);
         for row in 0..self.task.rows.len() {
             let seen = self.tile_tokens(self.task.rows.start + row, start).len();
-            for (range, belongs) in [(&mut active, seen > 0), (&mut full, seen == TILE_TOKENS)] {
-                if belongs {
-                    *range = if range.is_empty() { row..row + 1 } else { range.start..row + 1 };
-                }
+            if seen > 0 {
+                active = if active.end == 0 { row..row + 1 } else { active.start..row + 1 };
+            }
+            if seen == TILE_TOKENS {
+                full = if full.end == 0 { row..row + 1 } else { full.start..row + 1 };
             }
         }
         (active, full)

@@ -3,10 +3,10 @@
 //! Partial bf16 loads and stores go through a stack buffer, because AVX2 has no 16-bit masked ones; they are off the
 //! hot paths (head dimensions are multiples of eight).
 #![expect(unsafe_code, reason = "vendor intrinsics")]
-#![expect(clippy::cast_ptr_alignment, reason = "all loads and stores are the unaligned ones")]
 
-use super::Simd;
+use super::{Simd, total_of_sixteen};
 use crate::element::Bf16;
+#[allow(clippy::wildcard_imports, reason = "intrinsics are named after their set")]
 use core::arch::x86_64::*;
 
 /// Token of the AVX2 level.
@@ -87,6 +87,7 @@ impl Simd for Avx2 {
     type F32 = __m256;
     type U32 = __m256i;
     type Mask = __m256;
+    type Sums = [__m256d; 4];
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::F32 {
@@ -98,7 +99,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store(self, target: *mut f32, value: Self::F32) {
-        proven!(_mm256_storeu_ps(target, value))
+        proven!(_mm256_storeu_ps(target, value));
     }
     #[inline(always)]
     unsafe fn load_partial(self, source: *const f32, count: usize) -> Self::F32 {
@@ -106,7 +107,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_partial(self, target: *mut f32, value: Self::F32, count: usize) {
-        proven!(_mm256_maskstore_ps(target, first(count), value))
+        proven!(_mm256_maskstore_ps(target, first(count), value));
     }
     #[inline(always)]
     unsafe fn load_bf16(self, source: *const Bf16) -> Self::F32 {
@@ -114,7 +115,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_bf16(self, target: *mut Bf16, value: Self::F32) {
-        proven!(_mm_storeu_si128(target.cast(), narrow(value)))
+        proven!(_mm_storeu_si128(target.cast(), narrow(value)));
     }
     #[inline(always)]
     unsafe fn load_bf16_partial(self, source: *const Bf16, count: usize) -> Self::F32 {
@@ -204,7 +205,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_u32(self, target: *mut u32, value: Self::U32) {
-        proven!(_mm256_storeu_si256(target.cast(), value))
+        proven!(_mm256_storeu_si256(target.cast(), value));
     }
     #[inline(always)]
     fn add_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
@@ -217,10 +218,6 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn and_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
         proven!(_mm256_and_si256(a, b))
-    }
-    #[inline(always)]
-    fn or_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
-        proven!(_mm256_or_si256(a, b))
     }
     #[inline(always)]
     fn xor_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
@@ -249,16 +246,42 @@ impl Simd for Avx2 {
         proven!(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_min_epu32(a, b), a)))
     }
     #[inline(always)]
-    fn to_bits(self, a: Self::F32) -> Self::U32 {
+    fn f32_to_bits(self, a: Self::F32) -> Self::U32 {
         proven!(_mm256_castps_si256(a))
     }
     #[inline(always)]
-    fn from_bits(self, a: Self::U32) -> Self::F32 {
+    fn bits_to_f32(self, a: Self::U32) -> Self::F32 {
         proven!(_mm256_castsi256_ps(a))
     }
     #[inline(always)]
     fn i32_to_f32(self, a: Self::U32) -> Self::F32 {
         proven!(_mm256_cvtepi32_ps(a))
+    }
+
+    #[inline(always)]
+    fn zero_sums(self) -> Self::Sums {
+        proven!([_mm256_setzero_pd(); 4])
+    }
+    #[inline(always)]
+    fn add_to_sums(self, sums: Self::Sums, vector: usize, value: Self::F32) -> Self::Sums {
+        proven!({
+            let low = _mm256_cvtps_pd(_mm256_castps256_ps128(value));
+            let high = _mm256_cvtps_pd(_mm256_extractf128_ps::<1>(value));
+            let [s0, s1, s2, s3] = sums;
+            if vector.is_multiple_of(2) {
+                [_mm256_add_pd(s0, low), _mm256_add_pd(s1, high), s2, s3]
+            } else {
+                [s0, s1, _mm256_add_pd(s2, low), _mm256_add_pd(s3, high)]
+            }
+        })
+    }
+    #[inline(always)]
+    fn total_of_sums(self, sums: Self::Sums) -> f64 {
+        let mut lanes = [0.0; 16];
+        for (part, sum) in sums.into_iter().enumerate() {
+            proven!(_mm256_storeu_pd(lanes.as_mut_ptr().add(4 * part), sum));
+        }
+        total_of_sixteen(lanes)
     }
 
     #[inline(always)]
@@ -284,10 +307,10 @@ impl Simd for Avx2 {
             _mm256_storeu_si256(target.add(stride).cast(), _mm256_unpackhi_epi64(a, c));
             _mm256_storeu_si256(target.add(2 * stride).cast(), _mm256_unpacklo_epi64(b, d));
             _mm256_storeu_si256(target.add(3 * stride).cast(), _mm256_unpackhi_epi64(b, d));
-        })
+        });
     }
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
-        proven!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+        proven!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
 }

@@ -3,10 +3,10 @@
 //! VDPBF16PS rounds every product and sum to nearest even and treats denormals as zero, whatever MXCSR says; so does
 //! VCVTNEPS2BF16 with denormal inputs, which [`Simd::store_bf16`] uses where it exists.
 #![expect(unsafe_code, reason = "vendor intrinsics")]
-#![expect(clippy::cast_ptr_alignment, reason = "all loads and stores are the unaligned ones")]
 
-use super::Simd;
+use super::{Simd, total_of_sixteen};
 use crate::element::Bf16;
+#[allow(clippy::wildcard_imports, reason = "intrinsics are named after their set")]
 use core::arch::x86_64::*;
 
 /// Token of an AVX-512 level.
@@ -100,6 +100,7 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
     type F32 = __m512;
     type U32 = __m512i;
     type Mask = __mmask16;
+    type Sums = [__m512d; 2];
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::F32 {
@@ -111,7 +112,7 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
     }
     #[inline(always)]
     unsafe fn store(self, target: *mut f32, value: Self::F32) {
-        proven!(_mm512_storeu_ps(target, value))
+        proven!(_mm512_storeu_ps(target, value));
     }
     #[inline(always)]
     unsafe fn load_partial(self, source: *const f32, count: usize) -> Self::F32 {
@@ -119,7 +120,7 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
     }
     #[inline(always)]
     unsafe fn store_partial(self, target: *mut f32, value: Self::F32, count: usize) {
-        proven!(_mm512_mask_storeu_ps(target, first(count), value))
+        proven!(_mm512_mask_storeu_ps(target, first(count), value));
     }
     #[inline(always)]
     unsafe fn load_bf16(self, source: *const Bf16) -> Self::F32 {
@@ -127,7 +128,7 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
     }
     #[inline(always)]
     unsafe fn store_bf16(self, target: *mut Bf16, value: Self::F32) {
-        proven!(_mm256_storeu_si256(target.cast(), narrow::<BF16>(value)))
+        proven!(_mm256_storeu_si256(target.cast(), narrow::<BF16>(value)));
     }
     #[inline(always)]
     unsafe fn load_bf16_partial(self, source: *const Bf16, count: usize) -> Self::F32 {
@@ -135,7 +136,7 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
     }
     #[inline(always)]
     unsafe fn store_bf16_partial(self, target: *mut Bf16, value: Self::F32, count: usize) {
-        proven!(_mm256_mask_storeu_epi16(target.cast(), first(count), narrow::<BF16>(value)))
+        proven!(_mm256_mask_storeu_epi16(target.cast(), first(count), narrow::<BF16>(value)));
     }
 
     #[inline(always)]
@@ -206,7 +207,7 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
     }
     #[inline(always)]
     unsafe fn store_u32(self, target: *mut u32, value: Self::U32) {
-        proven!(_mm512_storeu_si512(target.cast(), value))
+        proven!(_mm512_storeu_si512(target.cast(), value));
     }
     #[inline(always)]
     fn add_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
@@ -219,10 +220,6 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
     #[inline(always)]
     fn and_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
         proven!(_mm512_and_si512(a, b))
-    }
-    #[inline(always)]
-    fn or_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
-        proven!(_mm512_or_si512(a, b))
     }
     #[inline(always)]
     fn xor_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
@@ -251,16 +248,38 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
         proven!(_mm512_cmple_epu32_mask(a, b))
     }
     #[inline(always)]
-    fn to_bits(self, a: Self::F32) -> Self::U32 {
+    fn f32_to_bits(self, a: Self::F32) -> Self::U32 {
         proven!(_mm512_castps_si512(a))
     }
     #[inline(always)]
-    fn from_bits(self, a: Self::U32) -> Self::F32 {
+    fn bits_to_f32(self, a: Self::U32) -> Self::F32 {
         proven!(_mm512_castsi512_ps(a))
     }
     #[inline(always)]
     fn i32_to_f32(self, a: Self::U32) -> Self::F32 {
         proven!(_mm512_cvtepi32_ps(a))
+    }
+
+    #[inline(always)]
+    fn zero_sums(self) -> Self::Sums {
+        proven!([_mm512_setzero_pd(); 2])
+    }
+    #[inline(always)]
+    fn add_to_sums(self, sums: Self::Sums, _: usize, value: Self::F32) -> Self::Sums {
+        proven!({
+            let low = _mm512_cvtps_pd(_mm512_castps512_ps256(value));
+            let high = _mm512_cvtps_pd(_mm512_extractf32x8_ps::<1>(value));
+            [_mm512_add_pd(sums[0], low), _mm512_add_pd(sums[1], high)]
+        })
+    }
+    #[inline(always)]
+    fn total_of_sums(self, sums: Self::Sums) -> f64 {
+        let mut lanes = [0.0; 16];
+        proven!({
+            _mm512_storeu_pd(lanes.as_mut_ptr(), sums[0]);
+            _mm512_storeu_pd(lanes.as_mut_ptr().add(8), sums[1]);
+        });
+        total_of_sixteen(lanes)
     }
 
     #[inline(always)]
@@ -304,10 +323,10 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
             _mm512_storeu_si512(target.add(stride).cast(), _mm512_unpackhi_epi64(a, c));
             _mm512_storeu_si512(target.add(2 * stride).cast(), _mm512_unpacklo_epi64(b, d));
             _mm512_storeu_si512(target.add(3 * stride).cast(), _mm512_unpackhi_epi64(b, d));
-        })
+        });
     }
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
-        proven!(_mm_prefetch::<_MM_HINT_T0>(address.cast()))
+        proven!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
     }
 }

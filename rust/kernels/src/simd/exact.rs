@@ -3,12 +3,12 @@
 //! multiply-add, so that a sampled token does not depend on the machine that sampled it.
 //! Polynomials and range reduction are those of the Cephes library (S. Moshier, `expf` and `logf`).
 
-use super::Simd;
+use super::{Portable, Simd};
 
 /// 1.5 * 2^23: adding and subtracting it rounds an f32 below 2^22 to an integer, ties to even.
 const ROUNDER: f32 = 12_582_912.0;
 /// ln 2 in two parts; the first has few enough bits that its product with an exponent is exact.
-const LN2_HIGH: f32 = 0.693_359_375;
+const LN2_HIGH: f32 = 0.693_359_4;
 const LN2_LOW: f32 = -2.121_944_4e-4;
 /// The bits of sqrt(1/2): mantissas are reduced to [sqrt(1/2), sqrt(2)).
 const SQRT_HALF_BITS: u32 = 0x3f35_04f3;
@@ -36,20 +36,20 @@ pub(crate) fn exp<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     p = mul_then_add(simd, p, r, 8.333_452e-3);
     p = mul_then_add(simd, p, r, 4.166_579_6e-2);
     p = mul_then_add(simd, p, r, 1.666_666_5e-1);
-    p = mul_then_add(simd, p, r, 5.000_000_3e-1);
+    p = mul_then_add(simd, p, r, 0.5);
     let p = simd.add(simd.add(simd.mul(simd.mul(p, r), r), r), simd.splat(1.0));
     // The low bits of `shifted` are the integer itself; adding 127 makes it a biased exponent.
-    let biased = simd.sub_u32(simd.to_bits(shifted), simd.splat_u32(ROUNDER.to_bits().wrapping_sub(127)));
-    simd.mul(p, simd.from_bits(simd.shift_left::<23>(biased)))
+    let biased = simd.sub_u32(simd.f32_to_bits(shifted), simd.splat_u32(ROUNDER.to_bits().wrapping_sub(127)));
+    simd.mul(p, simd.bits_to_f32(simd.shift_left::<23>(biased)))
 }
 
 /// The exponent and the mantissa in [sqrt(1/2), sqrt(2)) of a positive normal number.
 #[inline(always)]
 fn split<S: Simd>(simd: S, x: S::F32) -> (S::U32, S::F32) {
-    let shifted = simd.add_u32(simd.to_bits(x), simd.splat_u32(0x3f80_0000 - SQRT_HALF_BITS));
+    let shifted = simd.add_u32(simd.f32_to_bits(x), simd.splat_u32(0x3f80_0000 - SQRT_HALF_BITS));
     let exponent = simd.sub_u32(simd.shift_right::<23>(shifted), simd.splat_u32(127));
     let mantissa = simd.and_u32(shifted, simd.splat_u32(0x007f_ffff));
-    (exponent, simd.from_bits(simd.add_u32(mantissa, simd.splat_u32(SQRT_HALF_BITS))))
+    (exponent, simd.bits_to_f32(simd.add_u32(mantissa, simd.splat_u32(SQRT_HALF_BITS))))
 }
 
 /// `ln(1 + f) + exponent * ln 2` for f in [sqrt(1/2) - 1, sqrt(2) - 1).
@@ -57,14 +57,14 @@ fn split<S: Simd>(simd: S, x: S::F32) -> (S::U32, S::F32) {
 fn ln_1p_scaled<S: Simd>(simd: S, f: S::F32, exponent: S::U32) -> S::F32 {
     let exponent = simd.i32_to_f32(exponent);
     let mut p = simd.splat(7.037_683_6e-2);
-    p = mul_then_add(simd, p, f, -1.151_461_03e-1);
-    p = mul_then_add(simd, p, f, 1.167_699_9e-1);
+    p = mul_then_add(simd, p, f, -1.151_461e-1);
+    p = mul_then_add(simd, p, f, 1.167_699_87e-1);
     p = mul_then_add(simd, p, f, -1.242_014_1e-1);
     p = mul_then_add(simd, p, f, 1.424_932_3e-1);
     p = mul_then_add(simd, p, f, -1.666_805_8e-1);
-    p = mul_then_add(simd, p, f, 2.000_071_5e-1);
+    p = mul_then_add(simd, p, f, 0.200_007_14);
     p = mul_then_add(simd, p, f, -2.499_999_4e-1);
-    p = mul_then_add(simd, p, f, 3.333_333_1e-1);
+    p = mul_then_add(simd, p, f, 3.333_333e-1);
     let square = simd.mul(f, f);
     let mut y = simd.mul(simd.mul(p, f), square);
     y = simd.add(y, simd.mul(exponent, simd.splat(LN2_LOW)));
@@ -77,6 +77,21 @@ fn ln_1p_scaled<S: Simd>(simd: S, f: S::F32, exponent: S::U32) -> S::F32 {
 pub(crate) fn ln<S: Simd>(simd: S, x: S::F32) -> S::F32 {
     let (exponent, mantissa) = split(simd, x);
     ln_1p_scaled(simd, simd.sub(mantissa, simd.splat(1.0)), exponent)
+}
+
+/// [`exp`] of one number, the same bits.
+pub(crate) fn exp_scalar(x: f32) -> f32 {
+    exp(Portable, [x; 8])[0]
+}
+
+/// [`ln`] of one number, the same bits.
+pub(crate) fn ln_scalar(x: f32) -> f32 {
+    ln(Portable, [x; 8])[0]
+}
+
+/// [`gumbel`] of one word, the same bits.
+pub(crate) fn gumbel_scalar(word: u32) -> f32 {
+    gumbel(Portable, [word; 8])[0]
 }
 
 /// `(word + 1/2) / 2^32` rounded to f32, without relying on an unsigned conversion that AVX2 lacks.
@@ -98,10 +113,10 @@ pub(crate) fn exponential<S: Simd>(simd: S, word: S::U32) -> S::F32 {
     let complement = unit_interval(simd, simd.xor_u32(word, simd.splat_u32(u32::MAX)));
     let (exponent, mantissa) = split(simd, complement);
     // Where the exponent is 0, `mantissa - 1` would have lost the low bits of v; -v has them all.
-    let near_one = simd.less_equal_u32(simd.to_bits(v), simd.splat_u32(0x3e95_f61a));
+    let near_one = simd.less_equal_u32(simd.f32_to_bits(v), simd.splat_u32(0x3e95_f61a));
     let near_one_f = simd.sub(simd.splat(0.0), v);
     let f = simd.select(near_one, near_one_f, simd.sub(mantissa, simd.splat(1.0)));
-    let exponent = simd.to_bits(simd.select(near_one, simd.splat(0.0), simd.from_bits(exponent)));
+    let exponent = simd.f32_to_bits(simd.select(near_one, simd.splat(0.0), simd.bits_to_f32(exponent)));
     simd.sub(simd.splat(0.0), ln_1p_scaled(simd, f, exponent))
 }
 
@@ -137,12 +152,12 @@ mod tests {
                 unsafe {
                     let x = simd.load_u32(chunk.as_ptr());
                     let y = match self.0 {
-                        Function::Exp => super::exp(simd, simd.from_bits(x)),
-                        Function::Ln => super::ln(simd, simd.from_bits(x)),
+                        Function::Exp => super::exp(simd, simd.bits_to_f32(x)),
+                        Function::Ln => super::ln(simd, simd.bits_to_f32(x)),
                         Function::Exponential => super::exponential(simd, x),
                         Function::Gumbel => super::gumbel(simd, x),
                     };
-                    simd.store_u32(chunk.as_mut_ptr(), simd.to_bits(y));
+                    simd.store_u32(chunk.as_mut_ptr(), simd.f32_to_bits(y));
                 }
             }
         }

@@ -3,7 +3,7 @@
 //! Multiplication and addition are never fused, because a software fused multiply-add costs about 50 ns.
 #![expect(unsafe_code, reason = "vector loads and stores on raw pointers")]
 
-use super::Simd;
+use super::{Simd, total_of_sixteen};
 use crate::element::Bf16;
 
 const LANES: usize = 8;
@@ -27,6 +27,7 @@ impl Simd for Portable {
     type F32 = [f32; LANES];
     type U32 = [u32; LANES];
     type Mask = [bool; LANES];
+    type Sums = [f64; 16];
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::F32 {
@@ -177,10 +178,6 @@ impl Simd for Portable {
         lanes(a, b, |a, b| a & b)
     }
     #[inline(always)]
-    fn or_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
-        lanes(a, b, |a, b| a | b)
-    }
-    #[inline(always)]
     fn xor_u32(self, a: Self::U32, b: Self::U32) -> Self::U32 {
         lanes(a, b, |a, b| a ^ b)
     }
@@ -201,16 +198,32 @@ impl Simd for Portable {
         lanes(a, b, |a, b| a <= b)
     }
     #[inline(always)]
-    fn to_bits(self, a: Self::F32) -> Self::U32 {
+    fn f32_to_bits(self, a: Self::F32) -> Self::U32 {
         a.map(f32::to_bits)
     }
     #[inline(always)]
-    fn from_bits(self, a: Self::U32) -> Self::F32 {
+    fn bits_to_f32(self, a: Self::U32) -> Self::F32 {
         a.map(f32::from_bits)
     }
     #[inline(always)]
     fn i32_to_f32(self, a: Self::U32) -> Self::F32 {
         a.map(|a| a as i32 as f32)
+    }
+
+    #[inline(always)]
+    fn zero_sums(self) -> Self::Sums {
+        [0.0; 16]
+    }
+    #[inline(always)]
+    fn add_to_sums(self, mut sums: Self::Sums, vector: usize, value: Self::F32) -> Self::Sums {
+        for lane in 0..LANES {
+            sums[vector % 2 * LANES + lane] += f64::from(value[lane]);
+        }
+        sums
+    }
+    #[inline(always)]
+    fn total_of_sums(self, sums: Self::Sums) -> f64 {
+        total_of_sixteen(sums)
     }
 
     #[inline(always)]

@@ -7,15 +7,15 @@ use llmscale_kernels::paged_attention::{AttentionBatch, AttentionShape};
 use llmscale_kernels::pool::Pool;
 use std::num::NonZeroUsize;
 
-pub fn pool(threads: usize) -> Pool {
+pub(crate) fn pool(threads: usize) -> Pool {
     Pool::new(NonZeroUsize::new(threads).unwrap()).unwrap()
 }
 
-/// SplitMix64.
-pub struct Random(pub u64);
+/// `SplitMix64`.
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -23,36 +23,36 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, limit: usize) -> usize {
+    pub(crate) fn below(&mut self, limit: usize) -> usize {
         (self.next() % limit as u64) as usize
     }
 
     /// Uniform in (-1, 1).
-    pub fn signed(&mut self) -> f32 {
+    pub(crate) fn signed(&mut self) -> f32 {
         ((self.next() >> 40) as f32 / 16_777_216.0).mul_add(2.0, -1.0)
     }
 
     /// About normal: the sum of four uniform numbers, scaled to unit variance.
-    pub fn normal(&mut self) -> f32 {
+    pub(crate) fn normal(&mut self) -> f32 {
         (0..4).map(|_| self.signed()).sum::<f32>() * 0.866
     }
 
-    pub fn elements<T: Element>(&mut self, count: usize) -> Vec<T> {
+    pub(crate) fn elements<T: Element>(&mut self, count: usize) -> Vec<T> {
         (0..count).map(|_| T::from_f32(self.normal())).collect()
     }
 }
 
 /// One sequence of a test: all its queries (one per position) and its whole KV content for all layers and heads.
-pub struct Sequence<T> {
-    pub tokens: usize,
+pub(crate) struct Sequence<T> {
+    pub(crate) tokens: usize,
     /// `tokens x query_heads x head_dim`.
-    pub queries: Vec<T>,
+    pub(crate) queries: Vec<T>,
     /// `tokens x layers x 2 x kv_heads x head_dim`.
-    pub kv: Vec<T>,
+    pub(crate) kv: Vec<T>,
 }
 
 impl<T: Element> Sequence<T> {
-    pub fn random(random: &mut Random, shape: &AttentionShape, tokens: usize) -> Self {
+    pub(crate) fn random(random: &mut Random, shape: &AttentionShape, tokens: usize) -> Self {
         let region = &shape.region;
         let queries = random.elements(tokens * shape.query_heads * region.head_dim);
         let kv = random.elements(tokens * region.layers * 2 * region.kv_heads * region.head_dim);
@@ -61,26 +61,26 @@ impl<T: Element> Sequence<T> {
 }
 
 /// A part of a sequence to compute: rows for positions `computed..length` with `length` tokens in the cache.
-pub struct Chunk {
-    pub sequence: usize,
-    pub computed: usize,
-    pub length: usize,
+pub(crate) struct Chunk {
+    pub(crate) sequence: usize,
+    pub(crate) computed: usize,
+    pub(crate) length: usize,
 }
 
 /// A step in paged form. Memory that belongs to no sequence holds NaN, so that reading it shows.
-pub struct Step<T> {
-    pub shape: AttentionShape,
-    pub query: Vec<T>,
-    pub region: Vec<T>,
-    pub query_start: Vec<i32>,
-    pub sequence_lengths: Vec<i32>,
-    pub table_offsets: Vec<i32>,
-    pub block_tables: Vec<i32>,
+pub(crate) struct Step<T> {
+    pub(crate) shape: AttentionShape,
+    pub(crate) query: Vec<T>,
+    pub(crate) region: Vec<T>,
+    pub(crate) query_start: Vec<i32>,
+    pub(crate) sequence_lengths: Vec<i32>,
+    pub(crate) table_offsets: Vec<i32>,
+    pub(crate) block_tables: Vec<i32>,
 }
 
 impl<T: Element> Step<T> {
     /// Lays the chunks out in a region with shuffled blocks; only the first `length` tokens of a chunk are written.
-    pub fn new(random: &mut Random, shape: AttentionShape, sequences: &[Sequence<T>], chunks: &[Chunk]) -> Self {
+    pub(crate) fn new(random: &mut Random, shape: AttentionShape, sequences: &[Sequence<T>], chunks: &[Chunk]) -> Self {
         let block_tokens = shape.region.block_tokens;
         let needed: usize = chunks.iter().map(|chunk| chunk.length.div_ceil(block_tokens)).sum();
         let region_shape = KvRegionShape { blocks: needed + 3, ..shape.region };
@@ -130,7 +130,7 @@ impl<T: Element> Step<T> {
         }
     }
 
-    pub fn batch(&self) -> AttentionBatch<'_> {
+    pub(crate) fn batch(&self) -> AttentionBatch<'_> {
         AttentionBatch {
             query_start: &self.query_start,
             sequence_lengths: &self.sequence_lengths,
