@@ -194,20 +194,8 @@ impl Front {
         out.push(FrontAction::Finish { request: id, reason, usage, restarts: request.restarts });
     }
 
-    /// Something is due.
-    pub(crate) fn fall_due(&mut self, now: Time, due: Due, out: &mut Vec<FrontAction>) {
-        match due {
-            Due::Request(id) => self.request_due(now, id, out),
-            Due::Replica(replica) => {
-                if let Some(member) = self.fleet.get_mut(replica) {
-                    member.refused_until = None;
-                }
-            }
-            Due::Pool(pool) => self.give_up_pool(pool, out),
-        }
-    }
-
-    fn request_due(&mut self, now: Time, id: RequestId, out: &mut Vec<FrontAction>) {
+    /// A deadline, the end of a detached time, or a check for silence.
+    pub(crate) fn request_due(&mut self, now: Time, id: RequestId, out: &mut Vec<FrontAction>) {
         let request = self.request_mut(id);
         request.timer = None;
         let away_too_long = matches!(request.reader, Reader::Detached(until) if until <= now);

@@ -1,12 +1,12 @@
-//! The front itself: its tables and the one door for events. Each event is applied by the file that names its subject,
-//! then what is due is done, what waits is placed, and the next wake-up is announced.
+//! The front itself: its tables and the one door for events. What is due is done first, then the event is applied
+//! by the file that names its subject, what waits is placed, and the next wake-up is announced.
 
 use crate::counters::FrontCounters;
 use crate::event::{FrontAction, FrontEvent};
 use crate::options::FrontOptions;
 use crate::queue::Queue;
 use crate::request::Request;
-use crate::timers::Timers;
+use crate::timers::{Due, Timers};
 use crate::usual_output::UsualOutput;
 use llmscale_fleet::{Fleet, LeastWork, Policy, PoolId};
 use llmscale_types::{LimitError, ReplicaId, RequestId, Time};
@@ -56,6 +56,7 @@ impl Front {
 
     /// Applies one event and appends what is to be done. `now` never goes back.
     pub fn on_event(&mut self, now: Time, event: FrontEvent, out: &mut Vec<FrontAction>) {
+        self.fall_due(now, out);
         match event {
             FrontEvent::Cancel { request, at_token } => self.cancel(request, at_token, out),
             FrontEvent::ClientGone { request } => self.cancel(request, None, out),
@@ -70,11 +71,21 @@ impl Front {
         self.settle(now, out);
     }
 
-    /// After every event: what is due, what can be placed, when to wake.
-    pub(crate) fn settle(&mut self, now: Time, out: &mut Vec<FrontAction>) {
+    /// Before every event: a deadline that has passed comes before whatever arrives after it.
+    pub(crate) fn fall_due(&mut self, now: Time, out: &mut Vec<FrontAction>) {
         while let Some(due) = self.timers.pop(now) {
-            self.fall_due(now, due, out);
+            match due {
+                Due::Request(id) => self.request_due(now, id, out),
+                Due::Replica(replica) => self.refusal_over(replica),
+                Due::Pool(pool) => self.give_up_pool(pool, out),
+            }
         }
+    }
+
+    /// After every event: what can be placed, when to wake.
+    pub(crate) fn settle(&mut self, now: Time, out: &mut Vec<FrontAction>) {
+        // An event may set a moment that has passed already, such as the deadline of a late submission.
+        self.fall_due(now, out);
         for pool in 0..self.queues.len() {
             self.place_waiting(now, PoolId(pool as u32), out);
         }
@@ -105,10 +116,10 @@ impl Front {
         }
         let last = std::mem::replace(&mut request.timer, next);
         if let Some(at) = last {
-            self.timers.clear(at, crate::timers::Due::Request(id));
+            self.timers.clear(at, Due::Request(id));
         }
         if let Some(at) = next {
-            self.timers.set(at, crate::timers::Due::Request(id));
+            self.timers.set(at, Due::Request(id));
         }
     }
 

@@ -49,6 +49,13 @@ impl Front {
         }
     }
 
+    /// A replica that was full may be tried again.
+    pub(crate) fn refusal_over(&mut self, replica: ReplicaId) {
+        if let Some(member) = self.fleet.get_mut(replica) {
+            member.refused_until = None;
+        }
+    }
+
     /// Nobody came back in time: what waits for this pool ends, and nothing new is taken for it.
     pub(crate) fn give_up_pool(&mut self, pool: PoolId, out: &mut Vec<FrontAction>) {
         self.queue_mut(pool).alone_since = None;

@@ -16,10 +16,12 @@ const LEAST_RETRY: Duration = Duration::from_millis(1);
 impl Front {
     /// Takes a request, or says why not. Its actions follow as for any event.
     pub fn submit(&mut self, now: Time, new: NewRequest, out: &mut Vec<FrontAction>) -> Result<RequestId, SubmitError> {
+        self.fall_due(now, out);
         let pool = match self.admissible(now, &new) {
             Ok(pool) => pool,
             Err(error) => {
                 self.counters.refused += 1;
+                self.settle(now, out);
                 return Err(error);
             }
         };

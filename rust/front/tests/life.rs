@@ -279,3 +279,38 @@ fn the_wake_up_is_announced_when_it_changes_and_only_then() {
     bench.take(NewRequest { deadline: Some(Time(8_000_000)), ..new_request(5) });
     assert_eq!(bench.wake_at.take(), Some(Time(8_000_000)));
 }
+
+#[test]
+fn expectations_follow_how_long_answers_really_are() {
+    let mut bench = Bench::with_replicas(1);
+    for _ in 0..100 {
+        let request = bench.take(new_request(60));
+        bench.token(0, request, 1, 0, 0);
+        bench.end(0, request, 1, FinishReason::Stop, 1);
+    }
+    bench.take(new_request(60));
+    let load = bench.front.status(bench.now).replicas[0].load;
+    assert!(load.output_tokens < 4, "{load:?}");
+}
+
+#[test]
+fn the_pace_of_a_replica_is_learned_from_its_frames() {
+    let mut bench = Bench::with_replicas(2);
+    let requests = bench.take_many(2, &new_request(60));
+    // Steps take 50 ms on the first replica and 1 ms on the second.
+    let mut next_step = [0; 2];
+    for millisecond in 0..2_500_u32 {
+        bench.now = bench.now + Duration::from_millis(1);
+        for (replica, period) in [(0, 50), (1, 1)] {
+            let step = next_step[replica as usize];
+            if millisecond % period == 0 && step < 50 {
+                bench.token(replica, requests[replica as usize], 1, step, 7);
+                next_step[replica as usize] += 1;
+            }
+        }
+    }
+    // Both have ten tokens to go.
+    let remaining: Vec<u64> = bench.front.status(bench.now).replicas.iter().map(|status| status.remaining_ns).collect();
+    assert!((450_000_000..550_000_000).contains(&remaining[0]), "{remaining:?}");
+    assert!((9_000_000..11_000_000).contains(&remaining[1]), "{remaining:?}");
+}

@@ -130,6 +130,19 @@ fn an_end_that_counts_more_tokens_than_came_is_a_gap() {
 }
 
 #[test]
+fn the_end_of_an_older_attempt_is_dropped() {
+    let mut bench = Bench::with_replicas(1);
+    let request = bench.take(new_request(4));
+    bench.token(0, request, 1, 0, 41);
+    bench.give_back(0, request, 1, None);
+    bench.end(0, request, 1, FinishReason::Aborted, 1);
+    assert_eq!(bench.reason(request), None);
+    assert_eq!(bench.front.counters().stale_rows, 1);
+    bench.end(0, request, 2, FinishReason::Stop, 1);
+    assert_eq!(bench.reason(request), Some(STOP));
+}
+
+#[test]
 fn a_lost_end_after_the_last_token_does_not_run_the_request_again() {
     let mut bench = Bench::with_replicas(2);
     let full = bench.take(new_request(1));
