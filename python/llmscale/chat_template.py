@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+
 from llmscale.errors import InvalidTokenizer, PromptTemplateError
 from llmscale.template_budget import DEFAULT_LIMITS, Budget, TemplateLimits, current_budget
 from llmscale.template_sandbox import SandboxedTemplates

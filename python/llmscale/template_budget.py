@@ -14,6 +14,7 @@ from typing import Final
 
 import jinja2
 from jinja2.exceptions import SecurityError
+
 from llmscale.errors import PromptTemplateError
 
 _SMALL_SIZE: Final = 4_096

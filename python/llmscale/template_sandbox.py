@@ -21,6 +21,7 @@ import jinja2.parser
 import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
+
 from llmscale.template_budget import (
     TemplateLimitReached,
     comparable,

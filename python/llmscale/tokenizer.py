@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import tokenizers
+
 from llmscale.chat_template import ChatTemplate
 from llmscale.detokenizer import Detokenizer
 from llmscale.errors import InvalidTokenizer, PromptTemplateError, RequestTooLong
@@ -108,7 +109,7 @@ class Tokenizer:
 
         Raises `RequestTooLong` before it tokenizes when the text cannot fit into `max_tokens`.
         """
-        self._check_length(text, max_tokens)
+        self._check_length(text, max_tokens, "prompt")
         ids = self._encoder.encode(text)
         return [*self._prefix, *ids, *self._suffix] if self._prefix or self._suffix else ids
 
@@ -144,7 +145,7 @@ class Tokenizer:
                 "add_generation_prompt": add_generation_prompt,
             }
         )
-        self._check_length(text, max_tokens)
+        self._check_length(text, max_tokens, "messages")
         return self._encoder.encode_rendered(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -171,7 +172,7 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         return piece.replace("\u2581", " ").encode()
 
-    def _check_length(self, text: str, max_tokens: int | None) -> None:
+    def _check_length(self, text: str, max_tokens: int | None, field: str) -> None:
         if max_tokens is None or len(text) <= max_tokens:
             return
         limit = self.max_prompt_bytes(max_tokens)
@@ -180,7 +181,7 @@ class Tokenizer:
             raise RequestTooLong(
                 f"the prompt has {size} bytes, which cannot fit into {max_tokens} tokens (max_sequence_tokens);"
                 " shorten the prompt",
-                field="messages" if self.chat_template else "prompt",
+                field=field,
             )
 
     def _surrounding_ids(self) -> tuple[list[int], list[int]]:
@@ -329,8 +330,10 @@ def _generation_defaults(generation: Mapping[str, Any]) -> GenerationDefaults:
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     top_k = number("top_k")
+    # An author who says "do_sample": false means greedy decoding; transformers then ignores the temperature too.
+    greedy = generation.get("do_sample") is False
     return GenerationDefaults(
-        temperature=number("temperature"),
+        temperature=0.0 if greedy else number("temperature"),
         top_p=number("top_p"),
         top_k=int(top_k) if top_k is not None else None,
         min_p=number("min_p"),

@@ -173,9 +173,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """Natural log probability of one token under the raw model distribution. `rank` 1 is the most likely token."""
+    """Natural log probability of one token under the raw model distribution. `rank` 1 is the most likely token.
 
-    token_id: int
+    `token_id` is None over HTTP, whose format names tokens by their text.
+    """
+
+    token_id: int | None
     logprob: float
     text: str
     rank: int | None = None

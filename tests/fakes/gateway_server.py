@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import openai
 import uvicorn
+
 from llmscale.gateway.app import Gateway
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.gateway.serve import listen, make_gateway, make_server
 from llmscale.tokenizer import Tokenizer
-
 from tests.fakes.fake_front import FakeFront, FakeSampling
 
 
@@ -31,6 +31,7 @@ class Serving:
     server: uvicorn.Server
     tokenizer: Tokenizer
     _clients: list[openai.AsyncOpenAI] = field(default_factory=list)
+    _connections: list[asyncio.StreamWriter] = field(default_factory=list)
 
     @property
     def url(self) -> str:
@@ -44,13 +45,19 @@ class Serving:
         return client
 
     async def close_clients(self) -> None:
-        """Closes the connections that the clients keep open."""
+        """Closes every connection that a test left open."""
         for client in self._clients:
             await client.close()
+        for writer in self._connections:
+            writer.transport.abort()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
 
     async def raw(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection."""
-        return await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self._connections.append(writer)
+        return reader, writer
 
     async def exchange(self, data: bytes, *, seconds: float = 10) -> bytes:
         """Sends bytes and returns everything until the server closes."""

@@ -7,10 +7,11 @@ import time
 from typing import Any
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from llmscale.chat_template import ChatTemplate
 from llmscale.errors import InvalidTokenizer, PromptTemplateError
 from llmscale.template_budget import TemplateLimits
-from transformers.utils.chat_template_utils import render_jinja_template
 
 CONVERSATION: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief. <b>&amp;</b>"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llmscale.stop_strings import StopMatcher
 
 LETTERS = st.text(alphabet="abc", max_size=40)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmscale.errors import InvalidTokenizer, PromptTemplateError, RequestTooLong
-from llmscale.tokenizer import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from llmscale.errors import InvalidTokenizer, PromptTemplateError, RequestTooLong
+from llmscale.tokenizer import Tokenizer
 from tests.fakes.tiny_tokenizer import VOCABULARY, write_byte_level, write_metaspace
 
 BYTE_LEVEL = "byte-level"

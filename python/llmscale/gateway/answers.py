@@ -11,8 +11,9 @@ import time
 from typing import Final, Protocol
 
 import msgspec
+
 from llmscale.gateway import openai
-from llmscale.gateway.choice import Choice, TokenLogprobs
+from llmscale.gateway.choice import ENDED_WELL, Choice, TokenLogprobs
 from llmscale.gateway.reply import Reply
 from llmscale.tokenizer import Tokenizer
 from llmscale.types import Usage
@@ -113,7 +114,8 @@ class _Events:
 
     def _end_of(self, choice: Choice) -> bytes | None:
         """The end of a choice as JSON members, once."""
-        if choice.finish_reason is None or choice.index in self._ended:
+        # Other reasons are failures: an error event follows, and clients must not take the text for an answer.
+        if choice.finish_reason not in ENDED_WELL or choice.index in self._ended:
             return None
         self._ended.add(choice.index)
         return b'"finish_reason":"%b","stop_reason":%b' % (

@@ -8,10 +8,11 @@ nothing of what the routes compute.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
+
+import structlog
 
 from llmscale.errors import LlmscaleError, RequestError
 from llmscale.gateway import generate, info
@@ -23,7 +24,7 @@ from llmscale.gateway.front import Front, SamplingFactory
 from llmscale.gateway.http import Exchange, NotFound
 from llmscale.gateway.services import Services
 
-_log = logging.getLogger("llmscale.gateway")
+_log = structlog.get_logger("llmscale.gateway")
 Endpoint = Callable[[Services, Exchange, str], Awaitable[None]]
 
 OPEN: Final = False

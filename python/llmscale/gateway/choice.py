@@ -20,6 +20,7 @@ from llmscale.types import SamplingParams
 TokenLogprobs = tuple[int, float, list[tuple[int, float]]]
 """A token, its log probability, and the most likely tokens with theirs."""
 
+ENDED_WELL: Final = frozenset({"stop", "length"})
 # A row of log probabilities: a tuple with a list of up to 20 pairs, as CPython holds it.
 _LOGPROBS_BYTES: Final = 2_048
 

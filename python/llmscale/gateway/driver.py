@@ -8,17 +8,19 @@ that a reply that ends, fails or is abandoned leaves nothing running. It knows n
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from typing import Any
 
+import structlog
+
 from llmscale.errors import LlmscaleError, Unavailable
-from llmscale.gateway.choice import Choice, failure
+from llmscale.gateway.choice import ENDED_WELL, Choice, failure
 from llmscale.gateway.front import Delivery, Front
+from llmscale.gateway.http import trace_of
 from llmscale.gateway.reply import Reply
 from llmscale.metrics import RequestMetrics
 
-_log = logging.getLogger("llmscale.gateway")
+_log = structlog.get_logger("llmscale.gateway")
 
 
 class FrontDriver:
@@ -113,9 +115,9 @@ class FrontDriver:
                 choice, reply, metrics = entry
                 try:
                     self._accept(choice, reply, metrics, delivery, now)
-                except Exception:  # noqa: BLE001 - logged and told to the client
+                except Exception as error:  # noqa: BLE001 - logged and told to the client
                     # One stream's fault must not stop the others that are served by this loop.
-                    _log.exception("a delivery could not be processed", extra={"request": delivery.request})
+                    _log.error("a delivery could not be processed", request=delivery.request, **trace_of(error))
                     reply.error = LlmscaleError("the gateway failed while it processed this request")
                     self.abandon(reply)
                 touched.append(reply)
@@ -135,7 +137,7 @@ class FrontDriver:
             # The gateway matched a stop string: the sequence is still running.
             self._front.cancel(delivery.request, at_token=keep)
         metrics.finished(choice, reason)
-        if reason not in ("stop", "length"):
+        if reason not in ENDED_WELL:
             reply.error = failure(reason)
             self.abandon(reply)
         elif reply.remaining == 0:

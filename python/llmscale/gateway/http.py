@@ -8,21 +8,24 @@ contents.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import re
 import secrets
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import msgspec
+import structlog
+
 from llmscale.errors import LlmscaleError, Overloaded, RequestError
 from llmscale.gateway.asgi import Receive, Scope, Send
 from llmscale.gateway.body import header
 from llmscale.gateway.openai import Error, ErrorResponse
 from llmscale.metrics import GatewayMetrics
 
-_log = logging.getLogger("llmscale.gateway")
+_log = structlog.get_logger("llmscale.gateway")
 _SANE_ID: Final = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 _json = msgspec.json.Encoder()
 _process: Final = secrets.token_hex(6)
@@ -54,6 +57,16 @@ def error_body(error: LlmscaleError) -> bytes:
     """An OpenAI error object as JSON."""
     param = error.field if isinstance(error, RequestError) else None
     return _json.encode(ErrorResponse(Error(str(error), error_type(error.http_status), param, error.code)))
+
+
+def trace_of(error: BaseException) -> dict[str, str]:
+    """Where a defect showed, for the log: its type and frames, but neither its message nor values, which may be a
+    prompt."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return {
+        "error": type(error).__name__,
+        "frames": " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames),
+    }
 
 
 class Exchange:
@@ -116,6 +129,6 @@ class Exchange:
 
     async def crash(self, error: BaseException) -> None:
         """Logs a defect and, if nothing was sent yet, answers with an error that tells nothing about the process."""
-        _log.error("request %s failed in the gateway", self.request_id, exc_info=error)
+        _log.error("a request failed in the gateway", request_id=self.request_id, **trace_of(error))
         if not self.started:
             await self.fail(LlmscaleError(f"the gateway failed; its log has the request id {self.request_id}"))

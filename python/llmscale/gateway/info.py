@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+
 from llmscale.errors import Unavailable
 from llmscale.gateway.config import ServedModel
 from llmscale.gateway.http import Exchange, NotFound

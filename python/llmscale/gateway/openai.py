@@ -11,6 +11,8 @@ import re
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
 from llmscale.errors import InvalidField
 from llmscale.types import (
     MAX_CHOICES,
@@ -21,7 +23,6 @@ from llmscale.types import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
 )
-from msgspec import UNSET, Meta, UnsetType
 
 _TOKEN_MAX: Final = (1 << 31) - 1
 

@@ -9,6 +9,7 @@ import functools
 from typing import Any, Final
 
 import msgspec
+
 from llmscale.gateway import openai
 
 _JSON: Final = "application/json"

@@ -11,11 +11,12 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
 from llmscale.errors import LlmscaleError, RequestError, Unavailable
 from llmscale.gateway.config import GatewayLimits
 from llmscale.gateway.connection import SCOPE_KEY
 from llmscale.gateway.http import error_body
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 
 class MalformedRequest(RequestError):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import structlog
 import uvicorn
+
 from llmscale.errors import Unavailable
 from llmscale.gateway.app import Gateway
 from llmscale.gateway.auth import load_keys
@@ -21,7 +22,7 @@ from llmscale.gateway.config import GatewayConfig, ServedModel
 from llmscale.gateway.front import Front, SamplingFactory
 from llmscale.gateway.protocol import GuardedProtocol
 
-_log = logging.getLogger("llmscale.gateway")
+_log = structlog.get_logger("llmscale.gateway")
 _BACKLOG: Final = 2_048
 # After the streams were ended with an error, their last bytes need a moment to leave.
 _LAST_WORDS_SECONDS: Final = 2
@@ -70,6 +71,8 @@ def make_server(gateway: Gateway, on_started: Callable[[], None] | None = None) 
             lifespan="on",
             interface="asgi3",
             log_config=None,
+            # uvicorn warns once per malformed request, which would let anyone fill the log.
+            log_level="error",
             access_log=False,
             server_header=False,
             proxy_headers=False,

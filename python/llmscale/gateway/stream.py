@@ -9,8 +9,9 @@ second) finds idle and stalled ones. Knows nothing of the JSON inside an event.
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Final
+
+import structlog
 
 from llmscale.gateway import connection
 from llmscale.gateway.answers import DONE, Format
@@ -19,7 +20,7 @@ from llmscale.gateway.http import Exchange, error_body
 from llmscale.gateway.reply import Reply
 from llmscale.metrics import GatewayMetrics
 
-_log = logging.getLogger("llmscale.gateway")
+_log = structlog.get_logger("llmscale.gateway")
 _HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -145,7 +146,7 @@ class Sweeper:
             if not stream.evicted:
                 raise
             self._metrics.evicted_readers += 1
-            _log.warning("request %s: its client did not read, the stream was ended", exchange.request_id)
+            _log.warning("a stream was ended because its client did not read", request_id=exchange.request_id)
             connection.abort(exchange.scope)
         finally:
             self._streams.discard(stream)

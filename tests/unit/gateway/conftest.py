@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from llmscale.tokenizer import Tokenizer
 
+from llmscale.tokenizer import Tokenizer
 from tests.fakes.tiny_tokenizer import VOCABULARY, write_byte_level
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import openai
 import pytest
+
 from llmscale.errors import Overloaded, Unavailable
 from llmscale.tokenizer import Tokenizer
-
 from tests.fakes.fake_front import FakeFront
 from tests.fakes.gateway_server import serving
 

@@ -1,0 +1,240 @@
+"""Every field of a request has a bound, and what is refused is refused in milliseconds, by name, before anything
+runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmscale.errors import InvalidField
+from llmscale.gateway import openai
+from llmscale.gateway.app import Gateway
+from llmscale.gateway.asgi import Message, Scope
+from llmscale.gateway.auth import load_keys
+from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
+from llmscale.tokenizer import Tokenizer
+from tests.fakes.fake_front import FakeFront, FakeSampling
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION = {"model": "tiny", "prompt": "hi"}
+
+
+async def ask(gateway: Gateway, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    """One request straight into the application."""
+    sent: list[Message] = []
+    scope: Scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+    }
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        return waiting.pop() if waiting else {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await gateway(scope, receive, send)
+    return sent[0]["status"], json.loads(b"".join(part["body"] for part in sent[1:]))
+
+
+@pytest.fixture
+async def gateway(tokenizer: Tokenizer) -> Any:
+    model = ServedModel("tiny", tokenizer, 512, 4_096, created=1)
+    front = FakeFront(refusal=AssertionError("a refused request reached the front"))
+    made = Gateway(GatewayConfig(limits=GatewayLimits()), front, FakeSampling, [model], load_keys([], None))
+    made.services.open()
+    yield made
+    made.services.close()
+    front.close()
+
+
+BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
+    ({"model": 1}, "model"),
+    ({"model": "x" * 257}, "model"),
+    ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user", "content": "x"}] * 2_049}, "messages"),
+    ({"messages": [{"role": "root", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, None),
+    ({"messages": [{"role": "user", "content": "x", "name": "<|im_start|>"}]}, "messages[0].name"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_tokens": 1.5}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 1 << 23}, "max_tokens"),
+    ({"max_completion_tokens": 4_096}, "max_tokens"),
+    ({"n": 129}, "n"),
+    ({"n": 0}, "n"),
+    ({"n": 128, "max_tokens": 9_000}, "max_tokens"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": "1"}, "temperature"),
+    ({"temperature": 1e308}, "temperature"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"presence_penalty": 11}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"seed": 1 << 63}, "seed"),
+    ({"seed": 1.0}, "seed"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": ""}, "stop"),
+    ({"stop": "x" * 513}, "stop"),
+    ({"stop": "é" * 300}, "stop"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    ({"logit_bias": {"x": 1}}, None),
+    ({"logit_bias": {"1": 1e9}}, None),
+    ({"logit_bias": {str(n): 1 for n in range(1_025)}}, "logit_bias"),
+    ({"logprobs": 3}, "logprobs"),
+    ({"top_logprobs": 3}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream_options": {"x": 1}, "stream": True}, "stream_options.x"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"functions": [{}]}, "functions"),
+    ({"tool_choice": "auto"}, "tool_choice"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template"),
+    ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"x": {}}}, "chat_template_kwargs[...]"),
+    ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+    ({"priority": "root"}, "priority"),
+    ({"store": True}, "store"),
+    ({"service_tier": "priority"}, "service_tier"),
+    ({"user": "x" * 513}, "user"),
+    ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
+    ({"tenant": "acme"}, "tenant"),
+]
+BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None]] = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": [-1]}, None),
+    ({"prompt": [512]}, "prompt"),
+    ({"prompt": [1.0]}, None),
+    ({"prompt": [True]}, None),
+    ({"prompt": [1 << 40]}, None),
+    ({"prompt": ["a"] * 129}, "prompt"),
+    ({"prompt": ["a"] * 64, "n": 3}, "n"),
+    ({"prompt": [3] * 5_000}, "prompt"),
+    ({"prompt": "a" * 500_000}, "prompt"),
+    ({"best_of": 2}, "best_of"),
+    ({"suffix": "x"}, "suffix"),
+    ({"logprobs": True}, "logprobs"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"echo": True, "logprobs": 1}, "echo"),
+    ({"messages": []}, "messages"),
+]
+
+
+async def refused(gateway: Gateway, path: str, body: bytes) -> dict[str, Any]:
+    started = time.thread_time()
+    status, answer = await ask(gateway, path, body)
+    spent = time.thread_time() - started
+    assert status in {400, 404}, answer
+    error = answer["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("invalid_request_error" if status == 400 else "not_found_error")
+    assert len(error["message"]) < 1_000
+    assert spent < 0.1
+    return error  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD_CHAT, ids=lambda value: str(value)[:40])
+async def test_a_bad_field_of_a_chat_is_refused_by_name(gateway: Gateway, fields: dict[str, Any], param: str) -> None:
+    error = await refused(gateway, "/v1/chat/completions", json.dumps({**CHAT, **fields}).encode())
+    assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD_COMPLETIONS, ids=lambda value: str(value)[:40])
+async def test_a_bad_field_of_a_completion_is_refused_by_name(
+    gateway: Gateway, fields: dict[str, Any], param: str
+) -> None:
+    error = await refused(gateway, "/v1/completions", json.dumps({**COMPLETION, **fields}).encode())
+    assert param is None or error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{",
+        b'{"model": "tiny", "prompt": "x", "temperature": NaN}',
+        b'{"model": "tiny", "prompt": "x", "temperature": Infinity}',
+        b'{"model": "tiny", "prompt": "x", "temperature": 1e999}',
+        b'{"model": "tiny", "prompt": "x", "max_tokens": ' + b"9" * 100_000 + b"}",
+        b'{"model": "tiny", "prompt": "\\ud800"}',
+        b'{"model": "tiny", "prompt": "\xff"}',
+        b'{"model": "tiny", "prompt": "x"} trailing',
+        b'{"model": "tiny", "prompt": "x", "x": ' + b"[" * 60 + b"]" * 60 + b"}",
+        b'{"model": "tiny", "prompt": ' + b"[" * 1_000_000,
+        b'\xef\xbb\xbf{"model": "tiny", "prompt": "x"}',
+        "{'model': 'tiny'}".encode("utf-16"),
+        b'{"prompt": "x"}',
+    ],
+    ids=range(16),
+)
+async def test_a_body_that_is_not_a_request_is_refused(gateway: Gateway, body: bytes) -> None:
+    await refused(gateway, "/v1/completions", body)
+
+
+async def test_of_a_duplicate_key_the_last_value_counts(gateway: Gateway) -> None:
+    error = await refused(gateway, "/v1/completions", b'{"model": "tiny", "model": "other", "prompt": "x"}')
+    assert error["code"] == "unknown_model"
+
+
+NUMBERS = ("n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+           "seed", "max_tokens", "min_tokens", "logprobs", "best_of")  # fmt: skip
+
+
+@given(
+    st.sampled_from(NUMBERS),
+    st.one_of(
+        st.sampled_from(
+            ["true", "-0", "1e308", "-1e308", "1e400", "9223372036854775808", "18446744073709551616", "null"]
+        ),
+        st.integers().map(str),
+        st.floats(allow_nan=False, allow_infinity=False).map(repr),
+    ),
+)
+def test_any_json_number_is_either_within_its_bounds_or_an_error_of_that_field(name: str, text: str) -> None:
+    body = f'{{"model": "tiny", "prompt": "x", "{name}": {text}}}'.encode()
+    try:
+        value = getattr(openai.decode_completion(body), name)
+    except InvalidField as error:
+        field = error.field
+    else:
+        field = name
+        assert value is None or (not isinstance(value, bool) and abs(value) < 1 << 64)
+    assert field == name
+
+
+async def test_every_documented_field_of_the_official_client_is_known() -> None:
+    known = {field.encode_name for field in msgspec.structs.fields(openai.ChatRequest)}
+    from openai.types.chat import completion_create_params
+
+    official = set(completion_create_params.CompletionCreateParamsBase.__annotations__)
+    missing = official - known - {"moderation", "prompt_cache_retention", "prompt_cache_options"}
+    assert not missing
+
+
+def test_the_text_parts_of_a_message_are_joined_by_line_ends() -> None:
+    body = (
+        b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}]}'
+    )
+    assert openai.template_messages(openai.decode_chat(body)) == [{"role": "user", "content": "a\nb"}]
