@@ -35,6 +35,8 @@ mod _core {
     #[pymodule_export]
     use crate::local::LocalReplica;
     #[pymodule_export]
+    use crate::measure::measure_steady_decode;
+    #[pymodule_export]
     use crate::process::end_with_parent;
     #[pymodule_export]
     use crate::request::Delivery;

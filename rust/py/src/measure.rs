@@ -1,14 +1,23 @@
 //! Times the scheduler in steady decode, for `bench scheduler`: what planning and completing one step costs on one core,
 //! how large its delta is, and what hashing of filled blocks costs beside it.
 
+use crate::detach::detached;
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
 use llmscale_types::{
     Attempt, Chunk, Class, Delta, EngineLimits, Epoch, FrontId, RequestId, Sampling, SequenceKey, Slot, StepResult,
     Submission, Time,
 };
 use llmscale_wire::{CodecLimits, ToWorker, encode};
+use pyo3::prelude::*;
 use std::collections::BTreeMap;
 use std::time::Instant;
+
+/// (plan, complete, hashing) in nanoseconds and the delta's size in bytes, per decoding step of `running` sequences.
+#[pyfunction]
+pub(crate) fn measure_steady_decode(py: Python<'_>, running: u32, steps: u32) -> Vec<(u64, u64, u64, u64)> {
+    let measured = detached(py, || steady_decode(running, steps));
+    measured.iter().map(|step| (step.plan_ns, step.complete_ns, step.hashing_ns, step.delta_bytes)).collect()
+}
 
 /// One measured step.
 #[derive(Clone, Copy, Debug)]
