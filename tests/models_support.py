@@ -208,12 +208,12 @@ class DrivenSequence:
 class RandomPlanner:
     """Runs sequences through an executor in random batches and chunks, with blocks scattered over the region.
 
-    Every row samples, so that logits of all positions can be compared. It plans one step at a time and never keeps a
-    sequence's blocks in order.
+    Every row samples, in random order, so that logits of all positions can be compared. It plans one step at a time and
+    never keeps a sequence's blocks in order.
     """
 
     def __init__(self, executor: Executor, region: KvRegion, limits: StepLimits, seed: int) -> None:
-        self._executor = executor
+        self.executor = executor
         self._limits = limits
         self._block_tokens = region.layout.block_tokens
         self._random = random.Random(seed)
@@ -263,7 +263,12 @@ class RandomPlanner:
                 chunks.append((sequence, chunk))
                 budget -= chunk
         chunks.sort(key=lambda item: item[1] > 1)
-        logits = self._executor.forward(self._expand(chunks)).float().clone()
+        inputs = self._expand(chunks)
+        result = self.executor.forward(inputs)
+        assert result.shape[0] == inputs.samples
+        assert result.is_contiguous()
+        logits = torch.empty(result.shape)
+        logits[inputs.sample_rows.long()] = result.float()
         row = 0
         for sequence, chunk in chunks:
             sequence.logits.extend(logits[row : row + chunk])
@@ -298,7 +303,7 @@ class RandomPlanner:
             sequence_lengths=_int32([sequence.computed + chunk for sequence, chunk in chunks]),
             table_offsets=_int32([sequence.slot * self._max_blocks for sequence, _ in chunks]),
             block_tables=self._tables,
-            sample_rows=_int32(list(range(len(tokens)))),
+            sample_rows=_int32(self._random.sample(range(len(tokens)), len(tokens))),
         )
 
 

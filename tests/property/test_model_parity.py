@@ -2,7 +2,7 @@
 
 Goal: an executor computes exactly the model that the checkpoint's authors mean, however the engine cuts and mixes the
 work. Method: the same weights in transformers (eager attention, float32) and in `TorchExecutor`; logits of every
-position are compared, then 200 greedy tokens. Both implementations of the operations run every test.
+position are compared, then 200 greedy tokens. The native operations run every test, the reference nearly every one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from llmscale._core import CpuKernels
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from llmscale._core import CpuKernels
+from llmscale.embedded import EMBEDDED_MODELS, embedded_model_path
 from llmscale.layers.native import NativeOps
 from llmscale.layers.ops import Ops
 from llmscale.layers.reference import ReferenceOps
@@ -24,7 +26,7 @@ from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.registry import describe_model
 from llmscale.worker.executor_torch import TorchExecutor
 from llmscale.worker.kv_region import KvRegion, kv_layout
-from llmscale.worker.step import StepLimits
+from llmscale.worker.step import StepInputs, StepLimits
 from tests.models_support import TINY_CONFIGS, VOCABULARY, RandomPlanner, write_tiny_model
 
 MAX_RELATIVE_ERROR = 1e-4
@@ -94,13 +96,11 @@ def test_logits_equal_those_of_transformers_at_every_position(
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_greedy_tokens_are_those_of_transformers_unless_two_logits_tie(
-    name: str, ops: Callable[[str], Ops], tmp_path: Path
-) -> None:
+def test_greedy_tokens_are_those_of_transformers_unless_two_logits_tie(name: str, tmp_path: Path) -> None:
     """Our 200 tokens are fed to the oracle once: each must be its own choice there, given the ones before."""
     model = write_tiny_model(name, tmp_path)
     source = random.Random(11)
-    planner = planner_for(tmp_path, 3, ops)
+    planner = planner_for(tmp_path, 3, OPS["native"])
     sequences = [planner.admit(random_prompt(source, tokens)) for tokens in (3, 38, 65)]
     prompt_tokens = [len(sequence.tokens) for sequence in sequences]
     planner.decode_greedily(sequences, tokens=200)
@@ -161,3 +161,40 @@ def test_bfloat16_stays_within_its_rounding_of_float32(name: str, ops: Callable[
     their_error = (theirs - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert float(error) <= MAX_BFLOAT16_ERROR
     assert float(error) <= float(their_error)
+
+
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_embedded_models_are_computed_as_transformers_computes_them(name: str, ops: Callable[[str], Ops]) -> None:
+    """Trained weights have outliers that random ones lack, and config and tensors are those that ship."""
+    folder = embedded_model_path(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    planner = planner_for(folder, 4, ops)
+    sequence = planner.admit(random_prompt(random.Random(23), 131))
+    planner.run_until_computed([sequence])
+    assert_close(torch.stack(sequence.logits), oracle_logits(model, sequence.tokens), MAX_RELATIVE_ERROR)
+
+
+def test_only_the_rows_that_sample_reach_the_head(ops: Callable[[str], Ops], tmp_path: Path) -> None:
+    """A chunk in the middle of a prompt samples nothing; the last row of the next one samples once."""
+    model = write_tiny_model("qwen2", tmp_path)
+    prompt = random_prompt(random.Random(19), 40)
+    executor = planner_for(tmp_path, 1, ops).executor
+
+    def chunk(first: int, last: int, sample_rows: list[int]) -> Tensor:
+        columns = {
+            "token_ids": prompt[first:last],
+            "positions": list(range(first, last)),
+            "slot_mapping": list(range(64 + first, 64 + last)),
+            "query_start": [0, last - first],
+            "sequence_lengths": [last],
+            "table_offsets": [1],
+            "block_tables": [9, 2, 3],
+            "sample_rows": sample_rows,
+        }
+        tensors = {name: torch.tensor(values, dtype=torch.int32) for name, values in columns.items()}
+        return executor.forward(StepInputs(rows=last - first, sequences=1, samples=len(sample_rows), **tensors))
+
+    assert tuple(chunk(0, 23, []).shape) == (0, VOCABULARY)
+    logits = chunk(23, 40, [16])
+    assert tuple(logits.shape) == (1, VOCABULARY)
+    assert_close(logits, oracle_logits(model, prompt)[-1:], MAX_RELATIVE_ERROR)

@@ -67,7 +67,8 @@ class TorchExecutor:
     def forward(self, step: StepInputs) -> Tensor:
         """Logits [R, vocabulary] in the weights' dtype, valid until the next call.
 
-        Writes the step's keys and values to the region. A sequence's rows must be complete up to its length.
+        Writes the step's keys and values to the region. A sequence's rows must be complete up to its length. On another
+        device than the CPU the caller has moved the step's tensors there.
         """
         assert 0 < step.rows <= self._limits.max_step_tokens, (step.rows, self._limits.max_step_tokens)
         assert step.samples <= self._limits.max_sequences, (step.samples, self._limits.max_sequences)
