@@ -125,7 +125,6 @@ impl Front {
                 findings.shape.decodes += 1;
             } else {
                 sent.started = true;
-                sent.recalled = false;
                 findings.shape.prefill_tokens = findings.shape.prefill_tokens.saturating_add(sent.context_tokens);
                 member.load.unstarted_sequences -= 1;
                 member.load.unstarted_tokens -= u64::from(sent.context_tokens);

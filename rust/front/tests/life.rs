@@ -8,7 +8,7 @@ use llmscale_front::{
 };
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
-    Attempt, Class, Duration, FinishReason, FrontLimits, LimitError, Refusal, ReplicaId, RequestId, Time,
+    Attempt, Class, Duration, FinishReason, FrontLimits, LimitError, Refusal, ReplicaId, RequestId, StepId, Time,
 };
 
 fn options(limits: FrontLimits) -> FrontOptions {
@@ -291,6 +291,39 @@ fn expectations_follow_how_long_answers_really_are() {
     bench.take(new_request(60));
     let load = bench.front.status(bench.now).replicas[0].load;
     assert!(load.output_tokens < 4, "{load:?}");
+}
+
+#[test]
+fn a_pause_between_requests_teaches_nothing_about_the_pace() {
+    let mut bench = Bench::with_replicas(1);
+    for step in 0..20 {
+        let request = bench.take(new_request(1));
+        let mut outputs = common::row(request, 1, 0, 7);
+        outputs.step = StepId(step);
+        bench.frame(0, ReplicaFrame::Outputs(outputs));
+        bench.end(0, request, 1, FinishReason::Length, 1);
+        bench.now = bench.now + Duration::from_millis(60_000);
+    }
+    bench.take(new_request(10));
+    // Still by the defaults: ten tokens of about 2 ms and a short prompt.
+    let remaining = bench.front.status(bench.now).replicas[0].remaining_ns;
+    assert!((2_000_000..30_000_000).contains(&remaining), "{remaining}");
+}
+
+#[test]
+fn more_replicas_shorten_the_time_until_there_is_room() {
+    let retry_after = |replicas| {
+        let limits =
+            FrontLimits { max_queued_requests: 2, look_ahead: Duration::from_millis(20), ..FrontLimits::default() };
+        let mut bench = Bench::new(options(limits));
+        (0..replicas).for_each(|replica| bench.up(replica));
+        bench.take_many(4 * replicas as usize + 2, &new_request(60));
+        match bench.submit(new_request(60)) {
+            Err(SubmitError::Refused(Refusal::QueueFull { retry_after, .. })) => retry_after.0,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(retry_after(4) * 3 < retry_after(1));
 }
 
 #[test]
