@@ -8,6 +8,7 @@ nothing of what the routes compute.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
@@ -112,8 +113,13 @@ class Gateway:
         if not needs_key:
             return endpoint, ""
         keys = self.services.keys
-        if not keys.required:
-            _check_host(scope, self.services.config.host)
+        if not keys.required and not _is_local(
+            header(scope, b"host"), header(scope, b"origin"), self.services.config.host
+        ):
+            raise ForeignHost(
+                "without an API key only this machine may ask: the Host header must be localhost or 127.0.0.1,"
+                " and a page that asks must come from there"
+            )
         return endpoint, keys.tenant_of(header(scope, b"authorization"))
 
     def _with_part(self, path: str) -> tuple[str, str]:
@@ -132,15 +138,10 @@ class Gateway:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-def _check_host(scope: Scope, listening: str) -> None:
+@functools.lru_cache(maxsize=256)
+def _is_local(host: bytes | None, origin: bytes | None, listening: str) -> bool:
     """A page on the internet can point its own name at this machine; then the browser sends that name as the host."""
-    host = header(scope, b"host")
     match = _HOST_PORT.fullmatch(host) if host is not None else None
-    name = match[1].decode() if match is not None else ""
-    if not (is_loopback(name) or name == listening):
-        raise ForeignHost(
-            "without an API key only this machine may ask: the Host header must be localhost or 127.0.0.1"
-        )
-    origin = header(scope, b"origin")
-    if origin is not None and host is not None and origin.partition(b"://")[2] != host:
-        raise ForeignHost("without an API key a page of another origin may not ask")
+    if match is None or not (is_loopback(name := match[1].decode()) or name == listening):
+        return False
+    return origin is None or origin.partition(b"://")[2] == host

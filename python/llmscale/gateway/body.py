@@ -14,6 +14,7 @@ from typing import Final
 from llmscale.errors import InvalidField, PayloadTooLarge, RequestError
 from llmscale.gateway.asgi import Receive, Scope
 from llmscale.gateway.config import GatewayLimits
+from llmscale.gateway.connection import body_complete
 
 _STRINGS: Final = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS: Final = bytes(value for value in range(256) if value not in b"[]{}")
@@ -56,11 +57,15 @@ async def read_body(scope: Scope, receive: Receive, limits: GatewayLimits) -> by
     length = header(scope, b"content-length")
     if length is not None and length.isdigit() and int(length) > limits.max_body_bytes:
         raise _too_large(int(length), limits)
-    try:
-        async with asyncio.timeout(limits.max_body_seconds):
-            body = await _read_all(receive, limits)
-    except TimeoutError as error:
-        raise BodyTimeout(f"the body did not arrive within {limits.max_body_seconds:g} s") from error
+    if body_complete(scope):
+        # Most bodies arrive with their header; they do not pay 5 us for a timer.
+        body = await _read_all(receive, limits)
+    else:
+        try:
+            async with asyncio.timeout(limits.max_body_seconds):
+                body = await _read_all(receive, limits)
+        except TimeoutError as error:
+            raise BodyTimeout(f"the body did not arrive within {limits.max_body_seconds:g} s") from error
     check_text(body, limits.max_json_depth)
     return body
 

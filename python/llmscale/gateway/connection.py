@@ -24,6 +24,16 @@ class Connection(Protocol):
     def abort(self) -> None:
         """Drops the connection without flushing what the client does not read."""
 
+    @property
+    def body_complete(self) -> bool:
+        """Whether the whole body has arrived."""
+
+
+def body_complete(scope: Scope) -> bool:
+    """Whether the request's whole body has arrived; False where the server does not tell."""
+    connection: Connection | None = scope.get(SCOPE_KEY)
+    return connection is not None and connection.body_complete
+
 
 def watch(scope: Scope, receive: Receive, gone: Callable[[], None]) -> Callable[[], None]:
     """Calls `gone` when the client disconnects. Returns what stops the watch."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -37,6 +37,44 @@ class HeaderTimeout(RequestError):
 
     code = "header_timeout"
     http_status = 408
+
+
+_FINAL_HEADS: Final = tuple(f"HTTP/1.1 {digit}".encode() for digit in "2345")
+
+
+class _CoalescingTransport:
+    """Holds a response's head back until its first bytes of body, so that both leave in one system call and packet."""
+
+    __slots__ = ("_head", "_transport", "abort", "get_extra_info", "is_closing", "pause_reading", "resume_reading")
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self.abort = transport.abort
+        self.get_extra_info = transport.get_extra_info
+        self.is_closing = transport.is_closing
+        self.pause_reading = transport.pause_reading
+        self.resume_reading = transport.resume_reading
+
+    def write(self, data: bytes) -> None:
+        """Holds the head of a final response; sends anything else, after what was held."""
+        if not self._head and data.startswith(_FINAL_HEADS):
+            self._head = data
+            return
+        if self._head:
+            data, self._head = self._head + data, b""
+        self._transport.write(data)
+
+    def close(self) -> None:
+        """Sends what was held and closes after it has left."""
+        self.flush()
+        self._transport.close()
+
+    def flush(self) -> None:
+        """Sends what was held."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.write(head)
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -67,10 +105,15 @@ class GuardedProtocol(HttpToolsProtocol):
         """Drops the connection without flushing what the client does not read."""
         self.transport.abort()
 
+    @property
+    def body_complete(self) -> bool:
+        """Whether the whole body of the current request has arrived."""
+        return not self.cycle.more_body
+
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_CoalescingTransport(transport))  # type: ignore[arg-type]
         if len(self.connections) > self.limits.max_connections:
             self._refuse(
                 Unavailable(f"this gateway has {self.limits.max_connections} open connections; retry in a moment")
@@ -123,6 +166,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._stop_header_timer()
         super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        # A response without a body, as to HEAD, has no later write that its head could wait for.
+        self.transport.flush()  # type: ignore[attr-defined]
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn calls this for every parser error, also for those that our callbacks raise."""
