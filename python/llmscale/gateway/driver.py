@@ -8,6 +8,7 @@ that a reply that ends, fails or is abandoned leaves nothing running. It knows n
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class FrontDriver:
         except BaseException:
             self.abandon(reply)
             raise
-        choice.started_at = self._loop.time()
+        choice.started_at = time.monotonic()
         self._live[choice.request] = (choice, reply, metrics)
         self._replies.add(reply)
         reply.choices.append(choice)
@@ -107,7 +108,8 @@ class FrontDriver:
     def _wake(self) -> None:
         touched: list[Reply] = []
         live = self._live
-        now = self._loop.time()
+        # Not the loop's time: uvloop's has a resolution of a millisecond.
+        now = time.monotonic()
         for delivery in self._front.take():
             entry = live.get(delivery.request)
             # A request that was cancelled here may still have deliveries under way.
