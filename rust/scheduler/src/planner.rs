@@ -154,9 +154,10 @@ impl Replica {
     }
 
     /// Admits in order while budget, slots and blocks last. Nobody overtakes: a first record that does not fit waits,
-    /// and so does everybody behind it.
+    /// and so does everybody behind it. What waits while the node drains had run before and was preempted, or lost its
+    /// worker: it is finished here like everything else that runs.
     fn admit_waiting(&mut self, draft: &mut Delta, mut budget: u32) {
-        while budget > 0 && self.sequences.has_free_slot() && !self.draining {
+        while budget > 0 && self.sequences.has_free_slot() {
             let Some(record) = self.queue.first() else { break };
             // A little room stays for the running sequences' next blocks, or an admission would preempt at once.
             let spare = if self.running.is_empty() { 0 } else { self.blocks.total() / 128 };
