@@ -203,8 +203,11 @@ impl Replica {
     fn recall(&mut self, key: SequenceKey, out: &mut Actions) {
         match self.places.get(&request_key(key)).copied() {
             Some(location) if same_attempt(location.attempt, key.attempt) => {
-                if let At::Queue(place) = location.at {
-                    let record = self.queue.remove(place).expect("its place was looked up");
+                // A suspect stays until it is cleared or found guilty. Elsewhere nothing would be known against it, and a
+                // request that kills workers would go from node to node for ever.
+                if let At::Queue(place) = location.at
+                    && let Some(record) = self.queue.remove_ordinary(place)
+                {
                     self.forget(&record);
                     out.give_back.push((key, GiveBack::Recalled));
                 }
