@@ -93,13 +93,15 @@ impl Replica {
         self.ended = ended;
     }
 
-    /// A suspect whose whole context went through the model has shown that it kills nobody.
+    /// A suspect whose whole context went through the model has shown that it kills nobody. Only the last chunk proves
+    /// that: it may be planned, and the sequence decode, while an earlier one completes.
     fn clear_suspects(&mut self, flight: &Flight) {
         for chunk in &flight.chunks {
             let index = chunk.slot.index();
-            let hot = &self.sequences.hot[index];
-            if hot.phase != Phase::Free && hot.phase != Phase::Prefill && hot.admitted_step <= flight.step.0 {
-                self.sequences.cold[index].record.as_mut().expect("an occupied slot has a record").suspect = false;
+            let (hot, cold) = (&self.sequences.hot[index], &mut self.sequences.cold[index]);
+            let owned = hot.phase != Phase::Free && hot.admitted_step <= flight.step.0;
+            if owned && hot.phase != Phase::Prefill && chunk.start_tokens + chunk.tokens == cold.planned_tokens {
+                cold.record.as_mut().expect("an occupied slot has a record").suspect = false;
             }
         }
     }

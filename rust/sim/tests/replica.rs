@@ -271,8 +271,56 @@ fn a_request_that_kills_two_workers_is_poisoned_and_its_neighbours_go_on() {
 }
 
 #[test]
+fn a_request_that_kills_workers_with_its_last_chunk_is_poisoned_while_steps_overlap() {
+    let mut world = World::with_deadly_token(limits(64, 4, 8, 2), Some(49));
+    let prompt: Vec<Token> = (10..22).chain([49]).collect();
+    world.submit(0, prompt, 4, Class::Standard);
+    // The second chunk is planned, and kills, while the first one completes and proves nothing.
+    for _ in 0..40 {
+        world.plan();
+        world.plan();
+        world.complete();
+    }
+    world.finish_all();
+    assert_eq!(world.replica.counters().worker_losses, 2, "the deadly request takes down exactly two workers");
+    let wanted = world.wanted.values().next().unwrap();
+    assert_eq!(wanted.ended, Some(FinishReason::Poisoned));
+}
+
+#[test]
+fn a_suspect_of_a_crash_is_not_given_back_to_kill_elsewhere() {
+    let mut world = World::new(limits(64, 4, 16, 2));
+    for _ in 0..5 {
+        world.submit(0, vec![7, 8, 9], 8, Class::Standard);
+    }
+    world.plan();
+    world.crash();
+    let keys: Vec<SequenceKey> = world.wanted.keys().copied().collect();
+    for key in keys {
+        world.event(Event::Recall(key));
+    }
+    let stayed: Vec<u64> = world.wanted.keys().map(|key| key.request.0).collect();
+    assert_eq!(stayed, [1, 2, 3, 4], "the four that were computed stay, the one that waited comes back");
+    world.finish_all();
+}
+
+#[test]
+fn what_runs_when_a_node_drains_is_finished_though_its_worker_dies() {
+    let mut world = World::new(limits(64, 4, 40, 2));
+    for _ in 0..2 {
+        world.submit(0, vec![7, 8, 9], 8, Class::Standard);
+    }
+    world.plan();
+    world.complete();
+    world.event(Event::Drain);
+    world.crash();
+    world.finish_all();
+    assert_eq!(world.wanted.len(), 2, "nothing that had begun is given back");
+}
+
+#[test]
 fn a_stream_survives_any_number_of_worker_deaths_between_which_it_makes_progress() {
-    let mut world = World::new(limits(64, 8, 16, 2));
+    let mut world = World::new(limits(64, 8, 40, 2));
     world.submit(0, vec![7, 8, 9], 30, Class::Standard);
     for _ in 0..20 {
         world.plan();
