@@ -1,0 +1,99 @@
+//! What a simulation has reached: a count per fault and per path of recovery. A path that no seed reaches is a hole in
+//! the test that looks like a pass, so tests demand every count of `EXPECTED`. O(log n) per count.
+
+use std::collections::BTreeMap;
+
+/// Faults and paths of recovery that five hundred seeds must reach at least once.
+pub const EXPECTED: &[&str] = &[
+    "client_attached",
+    "client_cancelled",
+    "client_cut_at_token",
+    "client_detached",
+    "client_gone",
+    "client_refused_live",
+    "client_refused_queue",
+    "client_refused_tokens",
+    "client_refused_unavailable",
+    "client_slow_reader",
+    "connection_lost",
+    "end_aborted",
+    "end_deadline",
+    "end_length",
+    "end_poisoned",
+    "end_stop",
+    "end_unavailable",
+    "front_expired",
+    "front_given_back",
+    "front_late",
+    "front_lost_attempts",
+    "front_moved",
+    "front_recalls",
+    "front_silences",
+    "front_slow_readers",
+    "front_stale_frames",
+    "front_stale_rows",
+    "front_welcomed_again",
+    "frame_late_to_front",
+    "frame_late_to_node",
+    "node_crashed",
+    "node_drained",
+    "node_paused",
+    "node_restarted",
+    "node_silent_for_front",
+    "front_paused",
+    "front_silent_for_node",
+    "node_not_greeted",
+    "replica_discarded_rows",
+    "replica_poisoned",
+    "replica_preemptions",
+    "replica_prefix_hits",
+    "replica_queue_full",
+    "replica_stale_results",
+    "replica_unknown_orders",
+    "stream_survived_restart",
+    "stream_survived_two_restarts",
+    "worker_crashed",
+    "worker_deadly_token",
+    "worker_hung",
+    "worker_slow",
+];
+
+/// See the file's header.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Coverage {
+    counts: BTreeMap<&'static str, u64>,
+}
+
+impl Coverage {
+    /// Something was reached.
+    pub fn reach(&mut self, what: &'static str) {
+        self.add(what, 1);
+    }
+
+    /// Something was reached this many times.
+    pub fn add(&mut self, what: &'static str, times: u64) {
+        *self.counts.entry(what).or_default() += times;
+    }
+
+    /// Takes the counts of another simulation.
+    pub fn merge(&mut self, other: &Self) {
+        for (&what, &times) in &other.counts {
+            self.add(what, times);
+        }
+    }
+
+    /// How often something was reached.
+    pub fn count(&self, what: &str) -> u64 {
+        self.counts.get(what).copied().unwrap_or(0)
+    }
+
+    /// What was expected and never reached.
+    pub fn missing(&self) -> Vec<&'static str> {
+        EXPECTED.iter().copied().filter(|what| self.count(what) == 0).collect()
+    }
+
+    /// All counts by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.counts.iter().map(|(&what, &times)| (what, times))
+    }
+}

@@ -1,0 +1,159 @@
+//! Which faults a seed suffers, how often, and how large its world is. Every seed draws a subset (swarm testing: Groce et
+//! al., ISSTA 2012), because faults hide each other: a fleet that always crashes never fills its queues. Plain data,
+//! drawn once.
+
+use crate::random::Random;
+use llmscale_types::{Duration, EngineLimits, FrontLimits, Token};
+
+/// Something that goes wrong by itself.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Fault {
+    /// A worker process dies.
+    WorkerCrash,
+    /// A worker never finishes its step.
+    WorkerHang,
+    /// A worker computes twenty times slower for a while.
+    WorkerSlow,
+    /// A result of a dead worker reaches the node after the next one came up.
+    LateResult,
+    /// A node process dies and starts again.
+    NodeCrash,
+    /// A node process stands still for longer than fronts wait, then goes on where it was.
+    NodePause,
+    /// An operator drains a node and starts it again.
+    NodeDrain,
+    /// A front process stands still for longer than nodes wait, then goes on where it was.
+    FrontPause,
+    /// A connection breaks; what was under way is lost.
+    ConnectionLoss,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::WorkerCrash,
+        Self::WorkerHang,
+        Self::WorkerSlow,
+        Self::LateResult,
+        Self::NodeCrash,
+        Self::NodePause,
+        Self::NodeDrain,
+        Self::FrontPause,
+        Self::ConnectionLoss,
+    ];
+}
+
+/// End a sequence in every simulated model: six of two hundred, so that answers of 24 tokens often end by themselves.
+pub const EOS_TOKENS: [Token; 6] = [3, 4, 5, 6, 7, 8];
+/// Kills the worker that computes it, where the mix says so. The model draws it now and then by itself.
+pub const DEADLY: Token = 199;
+/// Size of every simulated model's vocabulary.
+pub const VOCABULARY: u32 = 200;
+
+/// What one seed is made of.
+#[derive(Clone, Debug)]
+pub struct Mix {
+    /// Front processes.
+    pub fronts: usize,
+    /// Places where node processes run.
+    pub nodes: usize,
+    /// Faults that happen, with the mean time between two of a kind.
+    pub faults: Vec<(Fault, Duration)>,
+    /// Sizes of every replica.
+    pub engine: EngineLimits,
+    /// Bounds of every front.
+    pub front: FrontLimits,
+    /// How long a ready replica may be silent about an attempt.
+    pub max_silence: Duration,
+    /// How long requests wait without any replica.
+    pub max_without_replica: Duration,
+    /// A node that is silent for longer is lost for a front.
+    pub max_node_silence: Duration,
+    /// A front that is silent for longer is gone for a node.
+    pub max_front_silence: Duration,
+    /// A worker whose step takes longer is hung.
+    pub max_step: Duration,
+    /// Slowest way of a frame from one process to another.
+    pub max_delay: Duration,
+    /// Of a thousand frames that were under way when their connection broke, this many arrive later all the same.
+    pub late_frames: u64,
+    /// Of a thousand prompts, this many hold the deadly token. `None`: no token is deadly.
+    pub deadly_prompts: Option<u64>,
+    /// Mean time between two submissions of one front.
+    pub submit_interval: Duration,
+    /// Of a thousand requests, this many are ended, left or cut by their client.
+    pub impatient_clients: u64,
+    /// Of a thousand requests, this many have a client that never reads.
+    pub slow_readers: u64,
+    /// Of a thousand requests, this many have a deadline.
+    pub deadlines: u64,
+    /// How long clients submit and faults happen.
+    pub unrest: Duration,
+}
+
+impl Mix {
+    /// What this seed draws.
+    pub(crate) fn draw(random: &mut Random) -> Self {
+        let faults = Fault::ALL.into_iter().filter_map(|fault| {
+            let on = random.chance(350);
+            on.then(|| (fault, random.span(200_000, 2_000_000)))
+        });
+        let faults = faults.collect();
+        let tiny_queues = random.chance(200);
+        Self {
+            fronts: 1 + usize::from(random.chance(400)),
+            nodes: random.between(1, 3) as usize,
+            faults,
+            engine: draw_engine(random),
+            front: FrontLimits {
+                max_queued_requests: if tiny_queues { random.count(1, 4) } else { 64 },
+                max_queued_tokens: if random.chance(200) { random.between(20, 120) } else { 10_000 },
+                max_live_requests: if tiny_queues { random.count(3, 12) } else { 256 },
+                look_ahead: Duration::from_millis(*random.pick(&[1, 10, 250])),
+                max_attempts: random.count(3, 8),
+                max_detached: random.span(100_000, 2_000_000),
+                max_unread_tokens: random.count(8, 64),
+            },
+            max_silence: Duration::from_millis(*random.pick(&[400, 1_500, 20_000])),
+            max_without_replica: Duration::from_millis(*random.pick(&[200, 2_000, 20_000])),
+            max_node_silence: random.span(600_000, 1_500_000),
+            max_front_silence: random.span(2_200_000, 4_000_000),
+            max_step: random.span(300_000, 1_000_000),
+            max_delay: Duration(*random.pick(&[300, 2_000, 40_000])),
+            late_frames: *random.pick(&[0, 300, 900]),
+            deadly_prompts: random.chance(300).then(|| random.between(5, 80)),
+            submit_interval: Duration(*random.pick(&[10_000, 40_000, 120_000])),
+            impatient_clients: *random.pick(&[0, 150, 500]),
+            slow_readers: *random.pick(&[0, 0, 150]),
+            deadlines: *random.pick(&[0, 100, 400]),
+            unrest: random.span(1_500_000, 4_000_000),
+        }
+    }
+
+    /// Whether a fault is on.
+    pub(crate) fn has(&self, fault: Fault) -> bool {
+        self.faults.iter().any(|&(on, _)| on == fault)
+    }
+
+    /// The token that kills workers.
+    pub(crate) fn deadly_token(&self) -> Option<Token> {
+        self.deadly_prompts.map(|_| DEADLY)
+    }
+}
+
+fn draw_engine(random: &mut Random) -> EngineLimits {
+    let (block_tokens, max_sequence_tokens) = (4, 64);
+    let least = max_sequence_tokens / block_tokens;
+    let max_sequences = random.count(1, 8);
+    EngineLimits {
+        block_tokens,
+        total_blocks: if random.chance(350) { random.count(least, least + 8) } else { random.count(60, 160) },
+        max_sequences,
+        max_step_tokens: random.count(max_sequences, 64),
+        max_sequence_tokens,
+        max_waiting_sequences: if random.chance(250) { random.count(1, 2) } else { 64 },
+        max_steps_in_flight: random.count(1, 3),
+        eos_tokens: EOS_TOKENS.to_vec(),
+        vocabulary: VOCABULARY,
+    }
+}

@@ -1,0 +1,306 @@
+//! A simulated front process: the production front in a copy of the live driver's loop, with one conversation per node,
+//! and the clients' books beside it. Every delivery, every attempt and every end goes through the books. Knows nothing
+//! of how nodes work.
+
+mod conversation;
+
+use crate::around::Around;
+use crate::clients::Wish;
+use crate::happening::{ClientAct, Happening};
+use crate::ledger::{Ledger, Moment};
+use conversation::Conversation;
+use llmscale_front::{EndReason, Front, FrontAction, FrontEvent, FrontOptions, SubmitError, ToReplica};
+use llmscale_types::error::QueueUnit;
+use llmscale_types::{Duration, FinishReason, Refusal, ReplicaId, RequestId, Time};
+use llmscale_wire::{FromNode, decode};
+use std::collections::VecDeque;
+
+/// Connections are looked at this often even if nothing happens.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// See the file's header.
+#[derive(Debug)]
+pub(crate) struct FrontHost {
+    number: usize,
+    pub(crate) front: Front,
+    pub(crate) ledger: Ledger,
+    pub(crate) paused: bool,
+    conversations: Vec<Conversation>,
+    inbox: VecDeque<(usize, Vec<u8>)>,
+    outgoing: VecDeque<(ReplicaId, ToReplica)>,
+    /// What clients have read and the front does not know yet.
+    reads: VecDeque<(RequestId, u32)>,
+    actions: Vec<FrontAction>,
+    alone_since: Option<Time>,
+    /// When no node had been connected for too long, the last time.
+    gave_up: Option<Time>,
+    pub(crate) wake_at: Option<Time>,
+}
+
+impl FrontHost {
+    /// A process that has just started and knows the nodes' places.
+    pub(crate) fn start(number: usize, around: &mut Around) -> Self {
+        let options = FrontOptions {
+            limits: around.mix.front.clone(),
+            max_replicas: 8,
+            promote_after: Duration::from_millis(300),
+            max_without_replica: around.mix.max_without_replica,
+            max_silence: around.mix.max_silence,
+        };
+        around.agenda.after(LOOK_INTERVAL, Happening::Look { front: number, regular: true });
+        Self {
+            number,
+            front: Front::new(options).expect("a mix draws bounds that fit together"),
+            ledger: Ledger::default(),
+            paused: false,
+            conversations: (0..around.mix.nodes).map(|place| Conversation::new(number, place)).collect(),
+            inbox: VecDeque::new(),
+            outgoing: VecDeque::new(),
+            reads: VecDeque::new(),
+            actions: Vec::new(),
+            alone_since: Some(around.now()),
+            gave_up: None,
+            wake_at: None,
+        }
+    }
+
+    /// A frame has arrived.
+    pub(crate) fn hear(&mut self, place: usize, bytes: Vec<u8>, around: &mut Around) {
+        self.inbox.push_back((place, bytes));
+        if !self.paused {
+            self.read(around);
+        }
+    }
+
+    fn read(&mut self, around: &mut Around) {
+        while let Some((place, bytes)) = self.inbox.pop_front() {
+            let frame = decode::<FromNode>(&bytes, &around.codec).expect("a node's frame can be read");
+            let event = self.conversations[place].hear(frame, around);
+            self.happen(event, around);
+        }
+    }
+
+    /// What the clock says: lost and silent nodes, greetings, pings, what is due.
+    pub(crate) fn look(&mut self, around: &mut Around, regular: bool) {
+        if regular {
+            around.agenda.after(LOOK_INTERVAL, Happening::Look { front: self.number, regular: true });
+        }
+        if self.paused {
+            return;
+        }
+        for place in 0..self.conversations.len() {
+            let event = self.conversations[place].look_at_time(around);
+            self.happen(event, around);
+        }
+        if self.wake_at.take_if(|at| *at <= around.now()).is_some() {
+            self.happen(Some(FrontEvent::Tick), around);
+        }
+    }
+
+    /// Goes on after a pause: what arrived meanwhile comes first.
+    pub(crate) fn resume(&mut self, around: &mut Around) {
+        self.paused = false;
+        self.read(around);
+        self.look(around, false);
+    }
+
+    /// Applies an event, if there is one, and carries out what follows from it.
+    fn happen(&mut self, event: Option<FrontEvent>, around: &mut Around) {
+        if let Some(event) = event {
+            self.apply(event, around);
+            self.flush(around);
+        }
+    }
+
+    /// Sends what is to leave, and tells the front what clients have read; both may make more of either.
+    fn flush(&mut self, around: &mut Around) {
+        loop {
+            if let Some((request, up_to_index)) = self.reads.pop_front() {
+                self.apply(FrontEvent::Read { request, up_to_index }, around);
+            } else if let Some((replica, message)) = self.outgoing.pop_front() {
+                if let Some(event) = self.conversations[replica.index()].send(message, around) {
+                    self.apply(event, around);
+                }
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn apply(&mut self, event: FrontEvent, around: &mut Around) {
+        if let FrontEvent::ReplicaDown { replica } = event {
+            self.ledger.place_lost(replica.index());
+        }
+        self.front.on_event(around.now(), event, &mut self.actions);
+        self.carry_out(around);
+    }
+
+    fn carry_out(&mut self, around: &mut Around) {
+        // Set after an event that connects or loses a node, but read for the end that the same event brings.
+        let moment = Moment { now: around.now(), alone_since: self.alone_since, gave_up: self.gave_up };
+        for action in std::mem::take(&mut self.actions) {
+            match action {
+                FrontAction::Send { replica, message } => {
+                    match &message {
+                        ToReplica::Submit(submission) => {
+                            let request = submission.key.request;
+                            around
+                                .note("front sends", [replica.0.into(), request.0, submission.key.attempt.0.into(), 0]);
+                            self.ledger.sent(replica.index(), submission);
+                        }
+                        ToReplica::Abort { request, .. } => self.ledger.given_up(*request),
+                        ToReplica::Recall { .. } => {}
+                    }
+                    self.outgoing.push_back((replica, message));
+                }
+                FrontAction::Deliver(deliveries) => {
+                    for delivery in deliveries.iter() {
+                        let tokens = self.ledger.deliver(&delivery);
+                        if self.ledger.alive(delivery.request).is_some_and(|account| account.reads) {
+                            self.reads.push_back((delivery.request, tokens));
+                        }
+                        around.note("front delivers", [self.number as u64, delivery.request.0, tokens.into(), 0]);
+                    }
+                }
+                FrontAction::Finish { request, reason, usage, restarts } => {
+                    self.ledger.end(request, reason, usage, &around.mix, moment);
+                    around.reach(end_name(reason), [self.number as u64, request.0, usage.output_tokens.into(), 0]);
+                    if restarts > 0 && usage.output_tokens > 0 {
+                        around.coverage.reach("stream_survived_restart");
+                        around.coverage.add("stream_survived_two_restarts", u64::from(restarts > 1));
+                    }
+                }
+                FrontAction::WakeAt(at) => {
+                    self.wake_at = Some(at);
+                    around.agenda.at(at, Happening::Tick { front: self.number, at });
+                }
+            }
+        }
+        let connected = self.conversations.iter().any(Conversation::is_welcome);
+        if self.alone_since.is_some_and(|since| around.now().since(since) >= around.mix.max_without_replica) {
+            self.gave_up = Some(around.now());
+        }
+        self.alone_since = if connected { None } else { self.alone_since.or(Some(around.now())) };
+    }
+
+    /// A client submits. Returns the request, if it was taken.
+    pub(crate) fn submit(&mut self, wish: &Wish, around: &mut Around) -> Option<RequestId> {
+        let now = around.now();
+        let outcome = self.front.submit(now, wish.new.clone(), &mut self.actions);
+        let taken = match outcome {
+            Ok(request) => {
+                self.ledger.open(request, &wish.new, wish.reads, now);
+                if !wish.reads {
+                    around.coverage.reach("client_slow_reader");
+                }
+                around.note("client submits", [self.number as u64, request.0, wish.new.prompt.len() as u64, 0]);
+                Some(request)
+            }
+            Err(error) => {
+                around.reach(self.check_refusal(&error), [self.number as u64, 0, 0, 0]);
+                None
+            }
+        };
+        self.carry_out(around);
+        self.flush(around);
+        taken
+    }
+
+    fn check_refusal(&self, error: &SubmitError) -> &'static str {
+        match error {
+            SubmitError::Refused(Refusal::QueueFull { queued, limit, unit, retry_after }) => {
+                assert!(retry_after.0 > 0, "a refused client is told when to come back");
+                match unit {
+                    QueueUnit::Requests => {
+                        assert!(queued >= limit, "refused though there is room");
+                        "client_refused_queue"
+                    }
+                    QueueUnit::LiveRequests => {
+                        assert!(queued >= limit, "refused though there is room");
+                        "client_refused_live"
+                    }
+                    QueueUnit::Tokens => "client_refused_tokens",
+                }
+            }
+            SubmitError::Unavailable { .. } => {
+                assert!(self.alone_since.is_some(), "refused though a node is connected");
+                "client_refused_unavailable"
+            }
+            other => panic!("a good request is refused: {other}"),
+        }
+    }
+
+    /// A client acts on its request, if that still lives.
+    pub(crate) fn act(&mut self, request: RequestId, act: ClientAct, around: &mut Around) {
+        let now = around.now();
+        let Some(account) = self.ledger.alive(request) else { return };
+        let event = match act {
+            ClientAct::Cancel => {
+                account.ended_by_client(None);
+                around.reach("client_cancelled", [self.number as u64, request.0, 0, 0]);
+                FrontEvent::Cancel { request, at_token: None }
+            }
+            ClientAct::CutAtToken => {
+                let at_token = around.random.count(0, account.delivered_tokens());
+                account.ended_by_client(Some(at_token));
+                around.reach("client_cut_at_token", [self.number as u64, request.0, at_token.into(), 0]);
+                FrontEvent::Cancel { request, at_token: Some(at_token) }
+            }
+            ClientAct::Leave => {
+                account.ended_by_client(None);
+                around.reach("client_gone", [self.number as u64, request.0, 0, 0]);
+                FrontEvent::ClientGone { request }
+            }
+            ClientAct::Detach => {
+                account.detach(now);
+                around.reach("client_detached", [self.number as u64, request.0, 0, 0]);
+                FrontEvent::Detach { request }
+            }
+            ClientAct::Attach => {
+                account.attached = true;
+                let from_index = account.delivered_tokens();
+                around.reach("client_attached", [self.number as u64, request.0, from_index.into(), 0]);
+                FrontEvent::Attach { request, from_index }
+            }
+        };
+        self.happen(Some(event), around);
+        assert!(
+            !matches!(act, ClientAct::Cancel | ClientAct::CutAtToken | ClientAct::Leave)
+                || self.ledger.alive(request).is_none(),
+            "request {request} lives on after its client ended it"
+        );
+    }
+
+    /// Nothing is left of any request.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.ledger.live() == 0 && self.wake_at.is_none()
+    }
+
+    /// The books and the front agree.
+    pub(crate) fn check(&self, now: Time, frames_were_late: bool) {
+        self.front.check();
+        let status = self.front.status(now);
+        assert_eq!(status.live_requests, self.ledger.live() as u64, "the front and its clients agree on who lives");
+        let counters = self.front.counters();
+        assert_eq!((counters.duplicate_tokens, counters.surplus_tokens), (0, 0), "a stream has a token twice");
+        // Only what a dead connection delivers after losing what came before may leave a gap.
+        assert!(counters.gaps == 0 || frames_were_late, "a stream lacks a token");
+        if !self.paused {
+            self.ledger.check_deadlines(now);
+        }
+    }
+}
+
+fn end_name(reason: EndReason) -> &'static str {
+    match reason {
+        EndReason::Unavailable => "end_unavailable",
+        EndReason::Refused(_) => "end_refused",
+        EndReason::Finished(FinishReason::Stop) => "end_stop",
+        EndReason::Finished(FinishReason::Length) => "end_length",
+        EndReason::Finished(FinishReason::Aborted) => "end_aborted",
+        EndReason::Finished(FinishReason::Deadline) => "end_deadline",
+        EndReason::Finished(FinishReason::Poisoned) => "end_poisoned",
+        EndReason::Finished(FinishReason::NotANumber) => "end_not_a_number",
+        EndReason::Finished(FinishReason::NothingToSample) => "end_nothing_to_sample",
+    }
+}

@@ -1,0 +1,172 @@
+//! One node as a simulated front talks to it: greets until it is welcome, notices when it is gone, pings. A copy of what
+//! the live front's connections do; decides nothing that they do not.
+
+use crate::around::Around;
+use llmscale_front::{FrontEvent, ModelKey, Offer, ReplicaFrame, ReplicaLimits, ReplicaState, Report, ToReplica};
+use llmscale_types::{Duration, NodeId, ReplicaId, Time};
+use llmscale_wire::{Abort, FromNode, Hello, NodeState, Ping, Recall, Status, Submit, ToNode, VERSIONS, Welcome};
+
+/// How often an unanswered greeting is repeated.
+const GREETING_INTERVAL: Duration = Duration::from_millis(100);
+/// How often a node is told that this front is alive.
+const PING_INTERVAL: Duration = Duration::from_millis(1_000);
+
+/// Where the conversation stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Stage {
+    Greeting { again_at: Time },
+    Welcome { node: NodeId, heard: Time, ping_at: Time },
+}
+
+/// See the file's header.
+#[derive(Debug)]
+pub(super) struct Conversation {
+    front: usize,
+    place: usize,
+    stage: Stage,
+    pings: u64,
+}
+
+impl Conversation {
+    pub(super) fn new(front: usize, place: usize) -> Self {
+        Self { front, place, stage: Stage::Greeting { again_at: Time(0) }, pings: 0 }
+    }
+
+    pub(super) fn is_welcome(&self) -> bool {
+        matches!(self.stage, Stage::Welcome { .. })
+    }
+
+    fn replica(&self) -> ReplicaId {
+        ReplicaId(self.place as u32)
+    }
+
+    pub(super) fn hear(&mut self, frame: FromNode, around: &mut Around) -> Option<FrontEvent> {
+        let (replica, now) = (self.replica(), around.now());
+        if let FromNode::Welcome(welcome) = frame {
+            // A node that stood still answers every greeting that waited for it. Nothing was sent before the last of
+            // them, so nothing is lost: taking each for a new start would use up the attempts of whatever is sent between.
+            if let Stage::Welcome { node, heard, .. } = &mut self.stage
+                && *node == welcome.node
+            {
+                *heard = now;
+                around.coverage.reach("front_welcomed_again");
+                return None;
+            }
+            let node = welcome.node;
+            self.stage = Stage::Welcome { node, heard: now, ping_at: now + PING_INTERVAL };
+            around.note("front is welcome", [self.front as u64, self.place as u64, welcome.node.0, welcome.epoch.0]);
+            return Some(FrontEvent::ReplicaUp { replica, offer: Box::new(offer(welcome)) });
+        }
+        let Stage::Welcome { heard, .. } = &mut self.stage else { return None };
+        *heard = now;
+        let (node, epoch, frame) = match frame {
+            FromNode::Outputs(outputs) => (outputs.node, outputs.epoch, ReplicaFrame::Outputs(outputs.outputs)),
+            FromNode::GiveBack(back) => {
+                let (request, attempt, refusal) = (back.request, back.attempt, back.refusal);
+                (back.node, back.epoch, ReplicaFrame::GiveBack { request, attempt, refusal })
+            }
+            FromNode::Status(status) => (status.node, status.epoch, ReplicaFrame::Status(report(&status))),
+            FromNode::Pong(pong) => (pong.node, pong.epoch, ReplicaFrame::Pong),
+            FromNode::Welcome(_) => unreachable!("handled above"),
+            FromNode::Rejected(_) => return self.lose(around),
+        };
+        Some(FrontEvent::Frame { replica, node, epoch, frame })
+    }
+
+    /// Notices a lost or silent node, greets, pings.
+    pub(super) fn look_at_time(&mut self, around: &mut Around) -> Option<FrontEvent> {
+        let now = around.now();
+        let connected = around.network.connection(self.front, self.place).is_some();
+        match self.stage {
+            Stage::Greeting { again_at } if connected && now >= again_at => {
+                self.stage = Stage::Greeting { again_at: now + GREETING_INTERVAL };
+                let hello =
+                    Hello { versions: VERSIONS, front: "front".to_owned(), fleet: "simulated".to_owned(), model: None };
+                around.send_to_node(self.front, self.place, &ToNode::Hello(hello));
+                None
+            }
+            Stage::Greeting { .. } => None,
+            Stage::Welcome { heard, .. } if !connected || now.since(heard) > around.mix.max_node_silence => {
+                if connected {
+                    around.reach("node_silent_for_front", [self.front as u64, self.place as u64, 0, 0]);
+                }
+                self.lose(around)
+            }
+            Stage::Welcome { node, heard, ping_at } if now >= ping_at => {
+                self.stage = Stage::Welcome { node, heard, ping_at: now + PING_INTERVAL };
+                self.pings += 1;
+                around.send_to_node(self.front, self.place, &ToNode::Ping(Ping { nonce: self.pings }));
+                None
+            }
+            Stage::Welcome { .. } => None,
+        }
+    }
+
+    /// Sends what the front wants sent; a message that cannot be delivered means that the node is lost.
+    pub(super) fn send(&mut self, message: ToReplica, around: &mut Around) -> Option<FrontEvent> {
+        if !self.is_welcome() {
+            return None;
+        }
+        let message = match message {
+            ToReplica::Submit(submission) => ToNode::Submit(Submit::depart(*submission, around.now())),
+            ToReplica::Abort { request, attempt, at_token } => ToNode::Abort(Abort { request, attempt, at_token }),
+            ToReplica::Recall { request, attempt } => ToNode::Recall(Recall { request, attempt }),
+        };
+        if around.send_to_node(self.front, self.place, &message) { None } else { self.lose(around) }
+    }
+
+    fn lose(&mut self, around: &mut Around) -> Option<FrontEvent> {
+        let was_welcome = self.is_welcome();
+        self.stage = Stage::Greeting { again_at: around.now() + GREETING_INTERVAL };
+        around.note("front loses node", [self.front as u64, self.place as u64, u64::from(was_welcome), 0]);
+        was_welcome.then_some(FrontEvent::ReplicaDown { replica: self.replica() })
+    }
+}
+
+fn offer(welcome: Welcome) -> Offer {
+    let Welcome { node, epoch, model, limits, .. } = welcome;
+    Offer {
+        node,
+        epoch,
+        model: ModelKey {
+            name: model.name,
+            revision: model.revision,
+            adapter: model.adapter,
+            weights_digest: model.weights_digest,
+            tokenizer_digest: model.tokenizer_digest,
+        },
+        numerics: model.numerics,
+        limits: ReplicaLimits {
+            vocabulary: limits.vocabulary,
+            max_sequence_tokens: limits.max_sequence_tokens,
+            max_sequences: limits.max_sequences,
+            max_waiting_sequences: limits.max_waiting_sequences,
+            total_blocks: limits.total_blocks,
+            block_tokens: limits.block_tokens,
+            eos_tokens: limits.eos_tokens,
+        },
+        state: ReplicaState::Starting,
+    }
+}
+
+fn report(status: &Status) -> Report {
+    Report {
+        state: match status.state {
+            NodeState::Starting => ReplicaState::Starting,
+            NodeState::Ready => ReplicaState::Ready,
+            NodeState::Recovering => ReplicaState::Recovering,
+            NodeState::Draining => ReplicaState::Draining,
+        },
+        running: status.running,
+        waiting: status.waiting,
+        queued_tokens: status.queued_tokens,
+        predicted_backlog_ns: status.predicted_backlog_ns,
+        free_blocks: status.free_blocks,
+        steps: status.steps,
+        preemptions: status.preemptions,
+        prefix_queries: status.prefix_queries,
+        prefix_hits: status.prefix_hits,
+        worker_restarts: status.worker_restarts,
+        worker_pid: status.worker_pid,
+    }
+}

@@ -1,0 +1,261 @@
+//! The books of one front's clients, kept apart from the front and held against it: what each request may be given is
+//! computed from its prompt alone. Every token must be the model's next, every request must end once and for a reason
+//! that really was one. O(context) per token, as the hash model needs.
+
+use crate::faults::{DEADLY, EOS_TOKENS, Mix, VOCABULARY};
+use crate::hash_worker::hash_token;
+use llmscale_front::{Delivery, EndReason, NewRequest, Usage};
+use llmscale_types::{FinishReason, RequestId, Sampling, Submission, Time, Token};
+use std::collections::BTreeMap;
+
+/// One request as its client knows it.
+#[derive(Debug)]
+pub(crate) struct Account {
+    prompt: Vec<Token>,
+    sampling: Sampling,
+    pub(crate) deadline: Option<Time>,
+    delivered: Vec<Token>,
+    pub(crate) attached: bool,
+    pub(crate) reads: bool,
+    /// When the reader left last.
+    away_since: Option<Time>,
+    /// The client ended it; cut after this many tokens, if it said so.
+    ended_by_client: Option<Option<u32>>,
+    /// Where the newest attempt went, and its number.
+    place: Option<usize>,
+    attempts: u32,
+    /// Workers that died at that place since, and how many of them by an ordinary fault.
+    crashes: u32,
+    ordinary_crashes: u32,
+    /// Attempts that may have been lost.
+    losses: u32,
+    ended: bool,
+}
+
+/// What a front's host knows about the moment of an end.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    pub(crate) now: Time,
+    /// Since when no node is connected.
+    pub(crate) alone_since: Option<Time>,
+    /// When none had been for too long, the last time.
+    pub(crate) gave_up: Option<Time>,
+}
+
+/// See the file's header.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    accounts: BTreeMap<RequestId, Account>,
+    pub(crate) tokens: u64,
+    live: usize,
+}
+
+impl Ledger {
+    /// A request was taken.
+    pub(crate) fn open(&mut self, request: RequestId, new: &NewRequest, reads: bool, now: Time) {
+        let account = Account {
+            prompt: new.prompt.clone(),
+            sampling: new.sampling.clone(),
+            deadline: new.deadline,
+            delivered: Vec::new(),
+            attached: !new.detached,
+            reads,
+            away_since: new.detached.then_some(now),
+            ended_by_client: None,
+            place: None,
+            attempts: 0,
+            crashes: 0,
+            ordinary_crashes: 0,
+            losses: 0,
+            ended: false,
+        };
+        self.live += 1;
+        assert!(self.accounts.insert(request, account).is_none(), "request {request} was given out twice");
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.accounts.len()
+    }
+
+    /// Requests that have not ended.
+    pub(crate) fn live(&self) -> usize {
+        self.live
+    }
+
+    /// A request, while it lives.
+    pub(crate) fn alive(&mut self, request: RequestId) -> Option<&mut Account> {
+        self.accounts.get_mut(&request).filter(|account| !account.ended)
+    }
+
+    /// Tokens came. Returns how many the reader has now.
+    pub(crate) fn deliver(&mut self, delivery: &Delivery<'_>) -> u32 {
+        let request = delivery.request;
+        let account = self.accounts.get_mut(&request).expect("tokens belong to a request");
+        assert!(!account.ended, "request {request} gets tokens after its end");
+        assert!(account.attached, "request {request} gets tokens though nobody reads");
+        assert_eq!(delivery.index as usize, account.delivered.len(), "position of the next token of request {request}");
+        for &token in delivery.tokens {
+            account.check_next(request, token);
+            account.delivered.push(token);
+        }
+        self.tokens += delivery.tokens.len() as u64;
+        account.delivered.len() as u32
+    }
+
+    /// An attempt leaves for a place.
+    pub(crate) fn sent(&mut self, place: usize, submission: &Submission) {
+        let request = submission.key.request;
+        let account = self.accounts.get_mut(&request).expect("attempts belong to a request");
+        assert!(!account.ended, "request {request} is sent out after its end");
+        account.attempts += 1;
+        assert_eq!(submission.key.attempt.0, account.attempts, "attempts of request {request} are counted one by one");
+        account.check_context(request, submission);
+        account.place = Some(place);
+        (account.crashes, account.ordinary_crashes) = (0, 0);
+    }
+
+    /// An attempt was given up by the front while the request goes on.
+    pub(crate) fn given_up(&mut self, request: RequestId) {
+        if let Some(account) = self.alive(request) {
+            account.losses += 1;
+        }
+    }
+
+    /// A worker died at a place.
+    pub(crate) fn worker_died(&mut self, place: usize, ordinary: bool) {
+        for account in self.at(place) {
+            account.crashes += 1;
+            account.ordinary_crashes += u32::from(ordinary);
+        }
+    }
+
+    /// The front has lost a place.
+    pub(crate) fn place_lost(&mut self, place: usize) {
+        for account in self.at(place) {
+            account.losses += 1;
+            account.place = None;
+        }
+    }
+
+    fn at(&mut self, place: usize) -> impl Iterator<Item = &mut Account> {
+        self.accounts.values_mut().filter(move |account| !account.ended && account.place == Some(place))
+    }
+
+    /// The one end of a request.
+    pub(crate) fn end(&mut self, request: RequestId, reason: EndReason, usage: Usage, mix: &Mix, moment: Moment) {
+        let account = self.accounts.get_mut(&request).expect("an end belongs to a request");
+        assert!(!account.ended, "request {request} ends twice, now as {}", reason.label());
+        account.check_usage(request, usage);
+        let just = account.justifies(reason, usage, mix, moment);
+        assert!(just, "request {request} ends as {} for no reason: {account:?} {usage:?} {moment:?}", reason.label());
+        account.ended = true;
+        self.live -= 1;
+    }
+
+    /// Nobody has been left alive after its deadline.
+    pub(crate) fn check_deadlines(&self, now: Time) {
+        for (request, account) in &self.accounts {
+            let over = account.deadline.is_some_and(|deadline| deadline < now);
+            assert!(account.ended || !over || !account.attached, "request {request} outlives its deadline");
+        }
+    }
+
+    /// Requests that have not ended, for a failing test.
+    pub(crate) fn unfinished(&self) -> Vec<String> {
+        let alive = self.accounts.iter().filter(|(_, account)| !account.ended);
+        alive.map(|(request, account)| format!("request {request}: {account:?}")).collect()
+    }
+}
+
+impl Account {
+    pub(crate) fn delivered_tokens(&self) -> u32 {
+        self.delivered.len() as u32
+    }
+
+    /// The client ends it.
+    pub(crate) fn ended_by_client(&mut self, at_token: Option<u32>) {
+        self.ended_by_client = Some(at_token);
+    }
+
+    pub(crate) fn detach(&mut self, now: Time) {
+        if std::mem::take(&mut self.attached) {
+            self.away_since = Some(now);
+        }
+    }
+
+    fn check_next(&self, request: RequestId, token: Token) {
+        let ids: Vec<Token> = self.prompt.iter().chain(&self.delivered).copied().collect();
+        let Sampling { seed, choice, .. } = self.sampling;
+        assert_eq!(token, hash_token(&ids, seed, choice, VOCABULARY), "the next token of request {request}");
+        assert!(self.delivered.len() < self.sampling.max_tokens as usize, "request {request} gets surplus tokens");
+        let stopped = self.delivered.last().is_some_and(|&last| self.stops(last));
+        assert!(!stopped, "request {request} gets a token after its stop token");
+    }
+
+    fn check_context(&self, request: RequestId, submission: &Submission) {
+        let context = &submission.context;
+        let prompt = self.prompt.len();
+        assert_eq!(context[..prompt], self.prompt[..], "request {request} leaves with a foreign prompt");
+        assert_eq!(submission.prompt_tokens as usize, prompt, "request {request}");
+        let known = self.delivered.len().min(context.len() - prompt);
+        assert_eq!(context[prompt..prompt + known], self.delivered[..known], "request {request} forgot its answer");
+        assert!(known == self.delivered.len(), "request {request} leaves without tokens that its client has");
+        for at in prompt + known..context.len() {
+            let Sampling { seed, choice, .. } = self.sampling;
+            assert_eq!(context[at], hash_token(&context[..at], seed, choice, VOCABULARY), "request {request} at {at}");
+        }
+    }
+
+    fn check_usage(&self, request: RequestId, usage: Usage) {
+        assert_eq!(usage.prompt_tokens as usize, self.prompt.len(), "prompt of request {request}");
+        assert!(usage.cached_tokens <= usage.prompt_tokens, "request {request} found more than its prompt");
+        let delivered = self.delivered_tokens();
+        let counted = match self.ended_by_client {
+            Some(Some(at_token)) => delivered.min(at_token),
+            _ => delivered,
+        };
+        if self.attached {
+            assert_eq!(usage.output_tokens, counted, "tokens that request {request} pays for");
+        } else {
+            // Tokens may have come that nobody read.
+            let possible = counted..=self.sampling.max_tokens;
+            assert!(possible.contains(&usage.output_tokens), "request {request} pays for {}", usage.output_tokens);
+        }
+    }
+
+    fn stops(&self, token: Token) -> bool {
+        self.sampling.stop_tokens.contains(&token) || (!self.sampling.ignore_eos && EOS_TOKENS.contains(&token))
+    }
+
+    /// Whether what happened explains the end.
+    fn justifies(&self, reason: EndReason, usage: Usage, mix: &Mix, moment: Moment) -> bool {
+        let stopped = self.delivered.last().is_some_and(|&last| self.stops(last));
+        let EndReason::Finished(reason) = reason else {
+            let alone = |since: Time| moment.now.since(since) >= mix.max_without_replica;
+            // A reader who was away is told late.
+            let told_late = self.away_since.is_some_and(|since| moment.gave_up.is_some_and(|at| at >= since));
+            return reason == EndReason::Unavailable
+                && (self.losses >= mix.front.max_attempts || moment.alone_since.is_some_and(alone) || told_late);
+        };
+        match reason {
+            FinishReason::Stop => matches!(self.ended_by_client, Some(Some(_))) || stopped || !self.attached,
+            FinishReason::Length => usage.output_tokens == self.sampling.max_tokens,
+            FinishReason::Aborted => self.ended_by_client == Some(None) || self.left_too_much(mix, moment),
+            FinishReason::Deadline => self.deadline.is_some_and(|deadline| deadline <= moment.now),
+            FinishReason::Poisoned => {
+                let deadly = mix.deadly_token().is_some();
+                let ate = self.prompt.iter().chain(&self.delivered).any(|&token| token == DEADLY);
+                let unseen = !self.attached && deadly;
+                (deadly && ate) || unseen || (self.crashes >= 2 && self.ordinary_crashes >= 1)
+            }
+            FinishReason::NotANumber | FinishReason::NothingToSample => false,
+        }
+    }
+
+    fn left_too_much(&self, mix: &Mix, moment: Moment) -> bool {
+        let unread = !self.reads && self.delivered_tokens() > mix.front.max_unread_tokens;
+        // Whether too much came or too much time went by while nobody read cannot be told from outside.
+        let away = self.away_since.is_some_and(|since| moment.now.since(since) >= mix.front.max_detached);
+        unread || (!self.attached && (away || mix.front.max_unread_tokens < self.sampling.max_tokens))
+    }
+}

@@ -1,0 +1,332 @@
+//! A simulated node process: the production replica in a copy of the live driver's loop (receive, complete, execute,
+//! deliver), with frames from the simulated network, a simulated worker and a supervisor that replaces dead ones. One
+//! round costs what the frames in it cost. Knows nothing of what tokens ought to be.
+
+mod answer;
+mod deliver;
+
+use crate::around::Around;
+use crate::happening::{Happening, WorkerTurn};
+use crate::hash_worker::WorkerDeath;
+use crate::network::Peer;
+use crate::peers::{PROBE, Peers};
+use crate::worker::{WorkerProcess, open_result};
+use llmscale_cost::{CostModel, StepShape};
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
+use llmscale_types::{
+    Attempt, Class, Delta, Duration, Epoch, NodeId, RequestId, Sampling, SequenceKey, StepId, StepResult, Submission,
+    Time,
+};
+use llmscale_wire::NodeState;
+use std::collections::VecDeque;
+
+/// How often fronts are told how the node is doing.
+const STATUS_INTERVAL: Duration = Duration::from_millis(250);
+/// Fronts that are served at once; more than one per front, as lost connections keep their number for a while.
+const MAX_FRONTS: u32 = 16;
+
+/// A step that the worker has been sent.
+#[derive(Debug)]
+struct Sent {
+    step: StepId,
+    shape: StepShape,
+    at: Time,
+}
+
+/// See the file's header.
+#[derive(Debug)]
+pub(crate) struct NodeProcess {
+    pub(crate) place: usize,
+    pub(crate) node: NodeId,
+    pub(crate) replica: Replica,
+    pub(crate) worker: Option<WorkerProcess>,
+    /// It stands still.
+    pub(crate) paused: bool,
+    /// Nothing runs any more after an order to drain.
+    pub(crate) drained: bool,
+    pub(crate) state: NodeState,
+    peers: Peers,
+    inbox: VecDeque<(Peer, Vec<u8>)>,
+    commands: VecDeque<(Epoch, WorkerTurn)>,
+    drain_ordered: bool,
+    epoch: Epoch,
+    worker_restarts: u32,
+    results: Vec<StepResult>,
+    sent: VecDeque<Sent>,
+    has_run: bool,
+    knows_numerics: bool,
+    next_status: Time,
+    next_round: Option<Time>,
+    cost: CostModel,
+    out: Actions,
+}
+
+impl NodeProcess {
+    /// A process that has just started, and so has its first worker.
+    pub(crate) fn start(place: usize, node: NodeId, around: &mut Around) -> Self {
+        let replica = Replica::new(around.mix.engine.clone(), [7; 32], Box::new(FirstComeFirstServed));
+        let mut process = Self {
+            place,
+            node,
+            replica: replica.expect("a mix draws sizes that fit together"),
+            worker: None,
+            paused: false,
+            drained: false,
+            state: NodeState::Starting,
+            peers: Peers::new(MAX_FRONTS, around.mix.max_front_silence),
+            inbox: VecDeque::new(),
+            commands: VecDeque::new(),
+            drain_ordered: false,
+            epoch: Epoch(0),
+            worker_restarts: 0,
+            results: Vec::new(),
+            sent: VecDeque::new(),
+            has_run: false,
+            knows_numerics: false,
+            next_status: around.now(),
+            next_round: None,
+            cost: CostModel::new(),
+            out: Actions::default(),
+        };
+        process.plan_worker(around, Epoch(1), WorkerTurn::Started, Duration(1_000));
+        process.wake(around, Duration(0));
+        process
+    }
+
+    /// A frame has arrived.
+    pub(crate) fn hear(&mut self, peer: Peer, bytes: Vec<u8>, around: &mut Around) {
+        self.inbox.push_back((peer, bytes));
+        let wait = around.random.span(1, 200);
+        self.wake(around, wait);
+    }
+
+    /// An operator wants the node emptied.
+    pub(crate) fn drain(&mut self, around: &mut Around) {
+        self.drain_ordered = true;
+        self.wake(around, Duration(0));
+    }
+
+    /// A result of a dead worker comes through after all.
+    pub(crate) fn hear_late_result(&mut self, frame: &[u8], around: &mut Around) {
+        self.results.push(open_result(frame, &around.codec));
+        self.wake(around, Duration(0));
+    }
+
+    /// Something happens to the worker. `Started` and `Buried` are the supervisor's; the node learns of them in its next
+    /// round, and of a worker that is ready or has a result as well.
+    pub(crate) fn worker_turn(&mut self, epoch: Epoch, turn: WorkerTurn, around: &mut Around) {
+        match turn {
+            WorkerTurn::StepDone => self.step_done(epoch, around),
+            WorkerTurn::Buried => {
+                self.commands.push_back((epoch, turn));
+                let wait = around.random.span(5_000, 100_000);
+                self.plan_worker(around, epoch.next(), WorkerTurn::Started, wait);
+            }
+            WorkerTurn::Started | WorkerTurn::Ready => self.commands.push_back((epoch, turn)),
+        }
+        self.wake(around, Duration(20));
+    }
+
+    /// The worker process dies, by an ordinary fault or by what it computed. The supervisor sees it a little later.
+    pub(crate) fn kill_worker(&mut self, around: &mut Around, ordinary: bool) -> bool {
+        let Some(worker) = self.worker.as_mut().filter(|worker| worker.alive) else { return false };
+        worker.alive = false;
+        around.deaths.push((self.place, ordinary));
+        let epoch = worker.epoch;
+        let wait = around.random.span(500, 20_000);
+        self.plan_worker(around, epoch, WorkerTurn::Buried, wait);
+        true
+    }
+
+    fn step_done(&mut self, epoch: Epoch, around: &mut Around) {
+        let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
+        if worker.hung {
+            return;
+        }
+        match worker.finish(around) {
+            Ok((frame, next)) => {
+                self.results.push(open_result(&frame, &around.codec));
+                if let Some(span) = next {
+                    self.plan_worker(around, epoch, WorkerTurn::StepDone, span);
+                }
+                if around.mix.has(crate::faults::Fault::LateResult) && around.random.chance(30) {
+                    let wait = around.random.span(50_000, 800_000);
+                    let late = Happening::LateResult { place: self.place, node: self.node, bytes: frame };
+                    around.agenda.after(wait, late);
+                }
+            }
+            Err(WorkerDeath::Poison) => {
+                around.reach("worker_deadly_token", [self.place as u64, self.node.0, epoch.0, 0]);
+                self.kill_worker(around, false);
+            }
+            Err(WorkerDeath::Gap(gap)) => panic!("the worker lost the order of steps: {gap}"),
+        }
+    }
+
+    fn plan_worker(&self, around: &mut Around, epoch: Epoch, turn: WorkerTurn, wait: Duration) {
+        around.agenda.after(wait, Happening::Worker { place: self.place, node: self.node, epoch, turn });
+    }
+
+    /// Plans a round unless there is an earlier one.
+    pub(crate) fn wake(&mut self, around: &mut Around, wait: Duration) {
+        let at = around.now() + wait;
+        if !self.paused && self.next_round.is_none_or(|next| at < next) {
+            self.next_round = Some(at);
+            around.agenda.at(at, Happening::Round { place: self.place, node: self.node });
+        }
+    }
+
+    /// The whole engine, once, if this is the round that is due.
+    pub(crate) fn round(&mut self, around: &mut Around) {
+        if self.paused || self.next_round != Some(around.now()) {
+            return;
+        }
+        self.next_round = None;
+        self.obey(around);
+        self.read_fronts(around);
+        self.watch_time(around);
+        self.complete(around.now());
+        self.execute(around);
+        self.deliver(around);
+        let busy = self.replica.housekeeping(8);
+        let deadline = self.replica.next_deadline().unwrap_or(self.next_status).min(self.next_status);
+        let wait = if busy { Duration(10) } else { deadline.since(around.now()).max(Duration(1)) };
+        self.wake(around, wait);
+    }
+
+    /// Goes on after a pause.
+    pub(crate) fn resume(&mut self, around: &mut Around) {
+        self.paused = false;
+        self.next_round = None;
+        self.wake(around, Duration(0));
+    }
+
+    /// It takes work, and nothing of any request is left in it.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        self.state == NodeState::Ready && self.replica.is_idle()
+    }
+
+    fn event(&mut self, now: Time, event: Event) {
+        assert!(self.replica.on_event(now, event, &mut self.out), "a result does not fit its step");
+    }
+
+    fn obey(&mut self, around: &mut Around) {
+        let now = around.now();
+        if std::mem::take(&mut self.drain_ordered) {
+            self.state = NodeState::Draining;
+            self.event(now, Event::Drain);
+            self.next_status = now;
+        }
+        while let Some((epoch, turn)) = self.commands.pop_front() {
+            match turn {
+                WorkerTurn::Started => {
+                    assert!(epoch > self.epoch, "epoch {epoch} comes after {}", self.epoch);
+                    self.epoch = epoch;
+                    let deadly = around.mix.deadly_token();
+                    self.worker = Some(WorkerProcess::new(self.replica.limits(), epoch, deadly));
+                    let loading = around.random.span(5_000, 200_000);
+                    self.plan_worker(around, epoch, WorkerTurn::Ready, loading);
+                }
+                WorkerTurn::Ready => self.worker_ready(epoch, now),
+                WorkerTurn::Buried => self.bury_worker(epoch, now),
+                WorkerTurn::StepDone => unreachable!("a step is done by the worker, not by its supervisor"),
+            }
+        }
+    }
+
+    fn worker_ready(&mut self, epoch: Epoch, now: Time) {
+        let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
+        worker.ready = true;
+        self.knows_numerics = true;
+        self.event(now, Event::WorkerUp(epoch));
+        if !self.has_run {
+            self.event(now, Event::Submit(Box::new(probe(epoch))));
+        } else if self.state == NodeState::Recovering {
+            self.state = NodeState::Ready;
+        }
+        self.next_status = now;
+    }
+
+    fn bury_worker(&mut self, epoch: Epoch, now: Time) {
+        if self.worker.as_ref().is_none_or(|worker| worker.epoch != epoch) {
+            return;
+        }
+        // Steps that it had finished are no reason to suspect anybody.
+        self.complete(now);
+        self.worker = None;
+        self.sent.clear();
+        self.worker_restarts += 1;
+        if self.state == NodeState::Ready {
+            self.state = NodeState::Recovering;
+        }
+        self.event(now, Event::WorkerDown);
+        self.next_status = now;
+    }
+
+    /// The worker is of no use any more; the supervisor ends it.
+    fn fail_worker(&mut self, around: &mut Around) {
+        if let Some(worker) = self.worker.as_mut().filter(|worker| !worker.failed) {
+            worker.failed = true;
+            self.kill_worker(around, true);
+        }
+    }
+
+    fn watch_time(&mut self, around: &mut Around) {
+        let now = around.now();
+        self.event(now, Event::Tick);
+        if self.sent.front().is_some_and(|sent| now.since(sent.at) > around.mix.max_step) {
+            around.reach("worker_hung", [self.place as u64, self.node.0, self.epoch.0, 0]);
+            self.fail_worker(around);
+        }
+        for front in self.peers.silent(now) {
+            around.reach("front_silent_for_node", [self.place as u64, u64::from(front.0), 0, 0]);
+            self.event(now, Event::FrontGone(front));
+        }
+    }
+
+    fn complete(&mut self, now: Time) {
+        for result in std::mem::take(&mut self.results) {
+            if let Some(sent) = self.sent.pop_front_if(|sent| sent.step == result.step) {
+                self.cost.observe(sent.shape, result.elapsed_ns);
+            }
+            self.event(now, Event::StepDone(result));
+        }
+    }
+
+    fn execute(&mut self, around: &mut Around) {
+        while self.worker.as_ref().is_some_and(|worker| worker.ready && !worker.failed)
+            && self.replica.plan(&mut self.out)
+        {
+            let delta = self.out.execute.take().expect("a planned step has a delta");
+            let shape = self.shape_of(&delta);
+            self.sent.push_back(Sent { step: delta.step, shape, at: around.now() });
+            let worker = self.worker.as_mut().expect("it was just looked at");
+            let epoch = worker.epoch;
+            if let Some(span) = worker.receive(delta, around) {
+                self.plan_worker(around, epoch, WorkerTurn::StepDone, span);
+            }
+        }
+    }
+
+    fn shape_of(&self, delta: &Delta) -> StepShape {
+        let (decodes, context_tokens) = self.replica.decoding();
+        StepShape {
+            decodes: if delta.decodes { decodes } else { 0 },
+            prefill_tokens: delta.chunks.iter().map(|chunk| chunk.tokens).sum(),
+            context_tokens,
+        }
+    }
+}
+
+/// The node's own first request: one token in, one token out, so that "ready" means that a step has run.
+fn probe(epoch: Epoch) -> Submission {
+    Submission {
+        key: SequenceKey { front: PROBE, request: RequestId(epoch.0), attempt: Attempt(1) },
+        namespace: [0; 32],
+        class: Class::Interactive,
+        context: vec![0],
+        prompt_tokens: 1,
+        sampling: Sampling { temperature: 0.0, max_tokens: 1, ignore_eos: true, ..Sampling::default() },
+        deadline: None,
+    }
+}

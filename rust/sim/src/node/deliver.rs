@@ -1,0 +1,105 @@
+//! What a simulated node tells its fronts: one frame of outputs each, attempts handed back, and every so often how it is
+//! doing. Asserts on the way out that the incarnations in its frames never go back.
+
+use super::{NodeProcess, STATUS_INTERVAL};
+use crate::around::Around;
+use crate::peers::PROBE;
+use llmscale_scheduler::{Event, GiveBack};
+use llmscale_types::{FinishReason, FrontId, Refusal};
+use llmscale_wire::{self as wire, FromNode, NodeOutputs, NodeState, Status};
+
+impl NodeProcess {
+    pub(super) fn deliver(&mut self, around: &mut Around) {
+        self.deliver_outputs(around);
+        self.deliver_returns(around);
+        self.deliver_status(around);
+        self.out.clear();
+    }
+
+    fn deliver_outputs(&mut self, around: &mut Around) {
+        let now = around.now();
+        for index in 0..self.out.outputs.len() {
+            if self.out.outputs[index].is_empty() {
+                continue;
+            }
+            let front = FrontId(index as u32);
+            let outputs = std::mem::take(&mut self.out.outputs[index]);
+            if front == PROBE {
+                let ran = outputs.finished.iter().any(|finished| finished.reason == FinishReason::Length);
+                if ran && !self.has_run {
+                    self.has_run = true;
+                    // An order to drain may have come before the first step was done.
+                    if self.state == NodeState::Starting {
+                        self.state = NodeState::Ready;
+                    }
+                    self.next_status = now;
+                }
+                continue;
+            }
+            let (rows, ends) = (outputs.requests.len() as u64, outputs.finished.len() as u64);
+            let frame = FromNode::Outputs(NodeOutputs { node: self.node, epoch: self.epoch, outputs });
+            around.note("node sends outputs", [self.place as u64, index as u64, rows, ends]);
+            if !self.tell(front, &frame, around) {
+                // It is gone: its next connection starts over and is told everything.
+                self.event(now, Event::FrontGone(front));
+            }
+        }
+    }
+
+    fn deliver_returns(&mut self, around: &mut Around) {
+        for (key, reason) in std::mem::take(&mut self.out.give_back) {
+            let refusal = match reason {
+                GiveBack::Recalled => None,
+                GiveBack::Refused(refusal) => Some(refusal),
+            };
+            if matches!(refusal, Some(Refusal::QueueFull { .. })) {
+                around.coverage.reach("replica_queue_full");
+            }
+            let give_back = wire::GiveBack {
+                node: self.node,
+                epoch: self.epoch,
+                request: key.request,
+                attempt: key.attempt,
+                refusal,
+            };
+            around.note("node gives back", [self.place as u64, u64::from(key.front.0), key.request.0, 0]);
+            self.tell(key.front, &FromNode::GiveBack(give_back), around);
+        }
+    }
+
+    fn deliver_status(&mut self, around: &mut Around) {
+        let now = around.now();
+        if now < self.next_status {
+            return;
+        }
+        self.next_status = now + STATUS_INTERVAL;
+        let status = self.status();
+        for front in self.peers.all() {
+            self.tell(front, &FromNode::Status(status), around);
+        }
+        if self.state == NodeState::Draining && self.replica.is_idle() {
+            self.drained = true;
+        }
+    }
+
+    pub(super) fn status(&self) -> Status {
+        let (load, counters, cache) = (self.replica.load(), self.replica.counters(), self.replica.cache_counters());
+        let backlog = (load.waiting_tokens + load.prefill_backlog_tokens).min(u64::from(u32::MAX)) as u32;
+        Status {
+            node: self.node,
+            epoch: self.epoch,
+            state: self.state,
+            running: load.running,
+            waiting: load.waiting,
+            queued_tokens: load.waiting_tokens,
+            predicted_backlog_ns: if backlog == 0 { 0 } else { self.cost.predict_prefill(backlog) },
+            free_blocks: load.free_blocks,
+            steps: counters.steps,
+            preemptions: counters.preemptions,
+            prefix_queries: cache.queried_tokens,
+            prefix_hits: cache.hit_tokens,
+            worker_restarts: self.worker_restarts,
+            worker_pid: None,
+        }
+    }
+}

@@ -1,0 +1,440 @@
+//! One seed: its world, its faults, and the proof that nothing went wrong. Faults and clients rage for some seconds of
+//! virtual time; then everything heals, and every request has to end, every block to come home and every timer to fall
+//! silent within a bound. Events are carried out one by one, and the invariants are checked as they go.
+
+use crate::around::Around;
+use crate::clients;
+use crate::coverage::Coverage;
+use crate::faults::{Fault, Mix};
+use crate::front_host::FrontHost;
+use crate::happening::{Frame, Happening, Towards};
+use crate::node::NodeProcess;
+use crate::random::Random;
+use llmscale_types::{Duration, NodeId, Time};
+use llmscale_wire::{FromNode, decode};
+use std::collections::VecDeque;
+
+/// From the end of the faults until everything must be over.
+const MAX_HEALING: Duration = Duration::from_millis(90_000);
+/// Events between two walks through the whole state; each costs about as much as fifty events.
+const CHECK_INTERVAL: u64 = 16;
+
+/// What a seed that went well has shown.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Report {
+    /// The seed.
+    pub seed: u64,
+    /// Over everything that happened, in order.
+    pub trace_hash: u64,
+    /// Events carried out.
+    pub events: u64,
+    /// Virtual time that passed.
+    pub virtual_time: Duration,
+    /// Requests that were taken.
+    pub requests: u64,
+    /// Tokens that reached their clients.
+    pub tokens: u64,
+    /// Faults and paths of recovery that were reached.
+    pub coverage: Coverage,
+}
+
+/// See the file's header.
+#[derive(Debug)]
+pub struct Simulation {
+    seed: u64,
+    pub(crate) around: Around,
+    fronts: Vec<FrontHost>,
+    deferred: Vec<VecDeque<Happening>>,
+    nodes: Vec<Option<NodeProcess>>,
+    started_nodes: u64,
+    healing: bool,
+    events: u64,
+}
+
+impl Simulation {
+    /// The world of a seed, before anything has happened.
+    pub(crate) fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        // Neighbouring seeds start from neighbouring states; the first draw tells them apart.
+        let mut random = Random::new(random.draw());
+        let mix = Mix::draw(&mut random);
+        let mut around = Around::new(mix, random);
+        let fronts: Vec<FrontHost> = (0..around.mix.fronts).map(|front| FrontHost::start(front, &mut around)).collect();
+        let mut simulation = Self {
+            seed,
+            deferred: fronts.iter().map(|_| VecDeque::new()).collect(),
+            fronts,
+            nodes: (0..around.mix.nodes).map(|_| None).collect(),
+            around,
+            started_nodes: 0,
+            healing: false,
+            events: 0,
+        };
+        simulation.plan_beginnings();
+        simulation
+    }
+
+    fn plan_beginnings(&mut self) {
+        let Around { agenda, random, mix, .. } = &mut self.around;
+        for place in 0..self.nodes.len() {
+            agenda.after(random.span(0, 50_000), Happening::NodeStart { place });
+        }
+        for front in 0..self.fronts.len() {
+            agenda.after(random.span(0, 400_000), Happening::Submit { front });
+        }
+        for &(fault, mean) in &mix.faults {
+            agenda.after(random.span(0, 2 * mean.0), Happening::Fault(fault));
+        }
+        agenda.after(mix.unrest, Happening::Heal);
+    }
+
+    /// Lives through the seed. Panics where an invariant does not hold.
+    pub(crate) fn live(&mut self) -> Report {
+        let end = Time(0) + self.around.mix.unrest + MAX_HEALING;
+        while !self.is_over() {
+            let happening = self.around.agenda.next_event().expect("regular looks are always planned");
+            assert!(self.around.now() <= end, "it does not come to an end: {:?}", self.unfinished());
+            self.carry_out(happening);
+            self.keep_books();
+            self.events += 1;
+            if self.events.is_multiple_of(CHECK_INTERVAL) {
+                self.check();
+            }
+        }
+        self.check();
+        self.check_rest();
+        for place in 0..self.nodes.len() {
+            self.count_replica(place);
+        }
+        self.count_fronts();
+        Report {
+            seed: self.seed,
+            trace_hash: self.around.trace.hash(),
+            events: self.events,
+            virtual_time: self.around.now().since(Time(0)),
+            requests: self.fronts.iter().map(|front| front.ledger.len() as u64).sum(),
+            tokens: self.fronts.iter().map(|front| front.ledger.tokens).sum(),
+            coverage: self.around.coverage.clone(),
+        }
+    }
+
+    /// Faults are over, no request lives, every process is up and at rest.
+    fn is_over(&self) -> bool {
+        let at_rest = |node: &Option<NodeProcess>| node.as_ref().is_some_and(NodeProcess::is_at_rest);
+        self.healing && self.fronts.iter().all(FrontHost::is_quiet) && self.nodes.iter().all(at_rest)
+    }
+
+    fn carry_out(&mut self, happening: Happening) {
+        if let Some(front) = self.paused_front(&happening) {
+            self.deferred[front].push_back(happening);
+            return;
+        }
+        match happening {
+            Happening::Frame(frame) => self.arrive(frame),
+            Happening::LinkUp { front, place } => self.link_up(front, place),
+            Happening::Round { place, node } => self.round(place, node),
+            Happening::Worker { place, node, epoch, turn } => {
+                self.with_node(place, node, |process, around| process.worker_turn(epoch, turn, around));
+            }
+            Happening::LateResult { place, node, bytes } => {
+                self.with_node(place, node, |process, around| process.hear_late_result(&bytes, around));
+            }
+            Happening::NodeStart { place } => self.start_node(place),
+            Happening::NodeResume { place, node } => self.with_node(place, node, NodeProcess::resume),
+            Happening::FrontResume { front } => self.resume_front(front),
+            Happening::Look { front, regular } => self.fronts[front].look(&mut self.around, regular),
+            Happening::Tick { front, at } => {
+                if self.fronts[front].wake_at == Some(at) {
+                    self.fronts[front].look(&mut self.around, false);
+                }
+            }
+            Happening::Submit { front } => self.submit(front),
+            Happening::Client { front, request, act } => self.fronts[front].act(request, act, &mut self.around),
+            Happening::Fault(fault) => self.fault(fault),
+            Happening::Heal => self.heal(),
+        }
+    }
+
+    /// Clients of a process that stands still wait until it goes on.
+    fn paused_front(&self, happening: &Happening) -> Option<usize> {
+        let front = match happening {
+            Happening::Submit { front } | Happening::Client { front, .. } => *front,
+            _ => return None,
+        };
+        self.fronts[front].paused.then_some(front)
+    }
+
+    fn with_node(&mut self, place: usize, node: NodeId, act: impl FnOnce(&mut NodeProcess, &mut Around)) {
+        if let Some(process) = self.nodes[place].as_mut().filter(|process| process.node == node) {
+            act(process, &mut self.around);
+        }
+    }
+
+    fn arrive(&mut self, mut frame: Frame) {
+        if !frame.late && !self.around.network.carries(&frame) {
+            if !self.healing && self.around.random.chance(self.around.mix.late_frames) && self.may_be_late(&frame) {
+                frame.late = true;
+                let wait = self.around.random.span(1_000, 600_000);
+                self.around.agenda.after(wait, Happening::Frame(frame));
+            }
+            return;
+        }
+        let Frame { front, place, peer, node, towards, bytes, late } = frame;
+        match towards {
+            Towards::Front => {
+                if late {
+                    self.around.reach("frame_late_to_front", [front as u64, place as u64, node.0, 0]);
+                }
+                self.fronts[front].hear(place, bytes, &mut self.around);
+            }
+            Towards::Node => {
+                if late {
+                    self.around.reach("frame_late_to_node", [front as u64, place as u64, node.0, 0]);
+                }
+                self.with_node(place, node, |process, around| process.hear(peer, bytes, around));
+            }
+        }
+    }
+
+    /// A socket hands frames over in order, so the welcome of a dead connection never comes after that of a new one.
+    fn may_be_late(&self, frame: &Frame) -> bool {
+        frame.towards == Towards::Node || !matches!(decode(&frame.bytes, &self.around.codec), Ok(FromNode::Welcome(_)))
+    }
+
+    fn link_up(&mut self, front: usize, place: usize) {
+        let Some(process) = &self.nodes[place] else { return };
+        if self.around.network.connection(front, place).is_none() {
+            let node = process.node;
+            self.around.network.connect(front, place, node);
+            self.around.note("link up", [front as u64, place as u64, node.0, 0]);
+            self.around.agenda.after(Duration(0), Happening::Look { front, regular: false });
+        }
+    }
+
+    fn break_link(&mut self, front: usize, place: usize) -> bool {
+        let broken = self.around.network.disconnect(front, place);
+        if broken {
+            self.around.note("link down", [front as u64, place as u64, 0, 0]);
+            self.around.agenda.after(Duration(0), Happening::Look { front, regular: false });
+            let wait = self.around.random.span(1_000, 300_000);
+            self.around.agenda.after(wait, Happening::LinkUp { front, place });
+        }
+        broken
+    }
+
+    fn round(&mut self, place: usize, node: NodeId) {
+        self.with_node(place, node, NodeProcess::round);
+        if self.nodes[place].as_ref().is_some_and(|process| process.drained) {
+            self.around.reach("node_drained", [place as u64, node.0, 0, 0]);
+            self.stop_node(place);
+        }
+    }
+
+    fn start_node(&mut self, place: usize) {
+        self.started_nodes += 1;
+        let node = NodeId(self.started_nodes);
+        if self.started_nodes > self.nodes.len() as u64 {
+            self.around.coverage.reach("node_restarted");
+        }
+        self.around.note("node starts", [place as u64, node.0, 0, 0]);
+        self.nodes[place] = Some(NodeProcess::start(place, node, &mut self.around));
+        for front in 0..self.fronts.len() {
+            let wait = self.around.random.span(1_000, 100_000);
+            self.around.agenda.after(wait, Happening::LinkUp { front, place });
+        }
+    }
+
+    fn stop_node(&mut self, place: usize) {
+        self.count_replica(place);
+        self.nodes[place] = None;
+        for front in 0..self.fronts.len() {
+            self.break_link(front, place);
+        }
+        let wait = self.around.random.span(10_000, 400_000);
+        self.around.agenda.after(wait, Happening::NodeStart { place });
+    }
+
+    fn resume_front(&mut self, front: usize) {
+        if !self.fronts[front].paused {
+            return;
+        }
+        self.fronts[front].resume(&mut self.around);
+        for happening in std::mem::take(&mut self.deferred[front]) {
+            self.carry_out(happening);
+        }
+    }
+
+    fn submit(&mut self, front: usize) {
+        if self.healing {
+            return;
+        }
+        let Around { random, mix, agenda, .. } = &mut self.around;
+        let wait = random.span(0, 2 * mix.submit_interval.0);
+        let burst = if random.chance(50) { random.between(5, 20) } else { 1 };
+        agenda.after(wait, Happening::Submit { front });
+        for _ in 0..burst {
+            let Around { random, mix, agenda, .. } = &mut self.around;
+            let wish = clients::wish(mix, random, agenda.now());
+            if let Some(request) = self.fronts[front].submit(&wish, &mut self.around) {
+                for (wait, act) in wish.acts {
+                    self.around.agenda.after(wait, Happening::Client { front, request, act });
+                }
+            }
+        }
+    }
+
+    fn fault(&mut self, fault: Fault) {
+        let Some(&(_, mean)) = self.around.mix.faults.iter().find(|(on, _)| *on == fault) else { return };
+        let wait = self.around.random.span(0, 2 * mean.0);
+        self.around.agenda.after(wait, Happening::Fault(fault));
+        let place = self.around.random.below(self.nodes.len() as u64) as usize;
+        let front = self.around.random.below(self.fronts.len() as u64) as usize;
+        let numbers = [place as u64, front as u64, 0, 0];
+        match fault {
+            Fault::ConnectionLoss => {
+                if self.break_link(front, place) {
+                    self.around.reach("connection_lost", numbers);
+                }
+            }
+            Fault::FrontPause => self.pause_front(front),
+            _ => self.fault_at(fault, place),
+        }
+    }
+
+    fn pause_front(&mut self, front: usize) {
+        if !self.fronts[front].paused {
+            self.around.reach("front_paused", [front as u64, 0, 0, 0]);
+            self.fronts[front].paused = true;
+            let wait = self.around.mix.max_front_silence + self.around.random.span(300_000, 800_000);
+            self.around.agenda.after(wait, Happening::FrontResume { front });
+        }
+    }
+
+    fn fault_at(&mut self, fault: Fault, place: usize) {
+        let Some(process) = &mut self.nodes[place] else { return };
+        let (around, node) = (&mut self.around, process.node);
+        let numbers = [place as u64, node.0, 0, 0];
+        match fault {
+            Fault::WorkerCrash => {
+                if process.kill_worker(around, true) {
+                    around.reach("worker_crashed", numbers);
+                }
+            }
+            Fault::WorkerHang => {
+                if let Some(worker) = &mut process.worker {
+                    worker.hung = true;
+                }
+            }
+            Fault::WorkerSlow => {
+                let until = around.now() + around.random.span(100_000, 500_000);
+                if let Some(worker) = &mut process.worker {
+                    worker.slow_until = until;
+                    around.reach("worker_slow", numbers);
+                }
+            }
+            Fault::NodeCrash => {
+                around.reach("node_crashed", numbers);
+                self.stop_node(place);
+            }
+            Fault::NodePause => {
+                if !process.paused {
+                    around.reach("node_paused", numbers);
+                    process.paused = true;
+                    let wait = around.mix.max_node_silence + around.random.span(50_000, 900_000);
+                    around.agenda.after(wait, Happening::NodeResume { place, node });
+                }
+            }
+            Fault::NodeDrain => {
+                around.note("node is drained", numbers);
+                process.drain(around);
+            }
+            Fault::LateResult | Fault::ConnectionLoss | Fault::FrontPause => {}
+        }
+    }
+
+    fn heal(&mut self) {
+        self.healing = true;
+        self.around.note("heal", [0; 4]);
+        self.around.mix.faults.clear();
+        for process in self.nodes.iter_mut().flatten().filter(|process| process.paused) {
+            process.resume(&mut self.around);
+        }
+        for front in 0..self.fronts.len() {
+            self.resume_front(front);
+        }
+    }
+
+    /// Tells the clients' books which workers have died.
+    fn keep_books(&mut self) {
+        for (place, ordinary) in std::mem::take(&mut self.around.deaths) {
+            for front in &mut self.fronts {
+                front.ledger.worker_died(place, ordinary);
+            }
+        }
+    }
+
+    fn check(&self) {
+        let now = self.around.now();
+        let frames_were_late = self.around.coverage.count("frame_late_to_front") > 0;
+        self.fronts.iter().for_each(|front| front.check(now, frames_were_late));
+        self.nodes.iter().flatten().for_each(|process| process.replica.check());
+    }
+
+    /// Nothing is left anywhere.
+    fn check_rest(&self) {
+        for process in self.nodes.iter().flatten() {
+            let load = process.replica.load();
+            assert_eq!(load.free_blocks, load.total_blocks, "blocks of node {} did not come home", process.node);
+        }
+        for front in &self.fronts {
+            let status = front.front.status(self.around.now());
+            assert_eq!((status.queued_requests, status.queued_tokens, status.live_requests), (0, 0, 0));
+            assert!(status.replicas.iter().all(|replica| replica.load == Default::default()), "a load is left");
+        }
+    }
+
+    fn unfinished(&self) -> Vec<String> {
+        let requests = self.fronts.iter().flat_map(|front| front.ledger.unfinished());
+        let loads = self.nodes.iter().map(|node| match node {
+            Some(process) => format!("node {}: {:?} {:?}", process.node, process.state, process.replica.load()),
+            None => "no node".to_owned(),
+        });
+        let wakes = self.fronts.iter().map(|front| format!("front wakes at {:?}", front.wake_at));
+        requests.chain(loads).chain(wakes).collect()
+    }
+
+    fn count_replica(&mut self, place: usize) {
+        let Some(process) = &self.nodes[place] else { return };
+        let (counters, cache) = (process.replica.counters(), process.replica.cache_counters());
+        for (name, count) in [
+            ("replica_poisoned", counters.poisoned),
+            ("replica_preemptions", counters.preemptions),
+            ("replica_stale_results", counters.stale_results),
+            ("replica_discarded_rows", counters.discarded_rows),
+            ("replica_unknown_orders", counters.unknown_orders),
+            ("replica_prefix_hits", cache.hit_tokens),
+        ] {
+            self.around.coverage.add(name, count);
+        }
+    }
+
+    fn count_fronts(&mut self) {
+        for front in &self.fronts {
+            let counters = front.front.counters();
+            for (name, count) in [
+                ("front_expired", counters.expired),
+                ("front_given_back", counters.given_back),
+                ("front_late", counters.late),
+                ("front_lost_attempts", counters.lost_attempts),
+                ("front_moved", counters.moved),
+                ("front_recalls", counters.recalls),
+                ("front_silences", counters.silences),
+                ("front_slow_readers", counters.slow_readers),
+                ("front_stale_frames", counters.stale_frames),
+                ("front_stale_rows", counters.stale_rows),
+            ] {
+                self.around.coverage.add(name, count);
+            }
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Goal: whatever fails, every request ends once with exactly its tokens, and nothing is left behind. Method: seeds, each
+//! a small fleet of production state machines with its own faults; see the crate's header. A failing seed is told with
+//! its mix and its last events, and fails again when it is run alone.
+
+use llmscale_sim::{Summary, run_seeds};
+use std::ops::Range;
+
+/// What must hold of any range of some hundred seeds: no failure, and no fault or path of recovery that is never reached.
+fn hold(seeds: Range<u64>) -> Summary {
+    let summary = run_seeds(seeds);
+    let told: Vec<String> = summary.failures.iter().map(ToString::to_string).collect();
+    assert!(told.is_empty(), "{}", told.join("\n"));
+    let missing = summary.coverage.missing();
+    assert!(missing.is_empty(), "no seed reaches {missing:?}");
+    summary
+}
+
+// Two tests of equal size, so that a runner with two cores runs them side by side.
+
+#[test]
+fn every_request_ends_once_with_its_tokens_whatever_fails() {
+    hold(0..500);
+}
+
+#[test]
+fn every_request_ends_once_with_its_tokens_whatever_fails_elsewhere() {
+    hold(500..1_000);
+}
+
+#[test]
+#[ignore = "takes minutes; for nights and for changes to what is simulated"]
+fn every_request_ends_once_with_its_tokens_in_twenty_thousand_worlds() {
+    hold(1_000..21_000);
+}
