@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmscale import env
 from llmscale._core import LocalReplica, Sampling
 from llmscale.gateway.choice import Choice, failure
 from llmscale.config import NodeSettings
@@ -44,6 +45,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         threads: int | None = None,
     ) -> None:
+        env.prepare_for_torch()
         from llmscale.worker.model_runner import ModelRunner, StepBuffers
 
         if quantization is not None:

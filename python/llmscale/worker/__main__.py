@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from llmscale import logs
+from llmscale import env, logs
 from llmscale._core import WorkerSession, end_with_parent
 
 
@@ -19,6 +19,7 @@ def main() -> int:
     arguments = parser.parse_args()
     end_with_parent(os.getppid())
     logs.configure()
+    env.prepare_for_torch()
     # Connected before torch is imported, so that the engine's configuration is there when the import is done.
     session = WorkerSession(arguments.link, arguments.epoch)
     from llmscale.worker.loop import WorkerLoop

@@ -6,7 +6,6 @@ It does not know where steps come from or who samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -94,7 +93,8 @@ class ModelRunner:
         )
         self._logits: Tensor | None = None
         self.layers = len(description.spec.blocks)
-        self.numerics = f"torch-{torch.__version__}/cpu-{self.kernels.level}/{self.dtype}/tp1"
+        linear = self._executor.linear_kind
+        self.numerics = f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/tp1"
 
     def forward(self, step: StepInputs) -> tuple[int, int]:
         """Runs one step. Returns address and number of elements of the logits, valid until the next call."""
@@ -102,5 +102,3 @@ class ModelRunner:
         self._logits = self._executor.forward(step)
         return self._logits.data_ptr(), self._logits.numel()
 
-
-Factory = Callable[..., ModelRunner]

@@ -1,0 +1,153 @@
+"""Real processes for tests: a server on a free port, what it says, who its children are, and that all of them are gone
+at the end. Waits are on conditions with deadlines, never on time alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import psutil
+
+START_SECONDS = 60.0
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    """Polls a condition until it holds; fails with `what` when time is up."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what}")
+        pause.wait(0.01)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Server:
+    """`llmscale serve` as a child of the test."""
+
+    process: subprocess.Popen[str]
+    port: int
+    lines: list[str] = field(default_factory=list)
+    # One client for all questions: making one loads certificates for a tenth of a second.
+    client: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=60))
+
+    @property
+    def base(self) -> str:
+        """Where it answers."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def get(self, path: str) -> httpx2.Response:
+        """One GET."""
+        return self.client.get(self.base + path)
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx2.Response:
+        """One POST of JSON."""
+        return self.client.post(self.base + path, json=body)
+
+    def worker_pid(self) -> int:
+        """The worker that is alive now, by what the fleet says of itself."""
+        pid: int = self.get("/fleet").json()["replicas"][0]["worker_pid"]
+        return pid
+
+    def is_ready(self) -> bool:
+        """Whether a step has run."""
+        try:
+            return self.get("/health/ready").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def family(self) -> list[psutil.Process]:
+        """The server and every process under it."""
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def log(self) -> str:
+        """Everything it has said."""
+        return "".join(self.lines)
+
+
+@contextmanager
+def serving(model: str = "tiny-chat", *options: str) -> Iterator[Server]:
+    """A server that is ready; afterwards it is ended and nothing of it is left."""
+    port = free_port()
+    command = [sys.executable, "-m", "llmscale.cli", "serve", model, "--port", str(port), *options]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    server = Server(process, port)
+    assert process.stdout is not None
+    output = process.stdout
+    reader = threading.Thread(target=lambda: server.lines.extend(iter(output.readline, "")), daemon=True)
+    reader.start()
+    try:
+        try:
+            wait_until(lambda: server.is_ready() or process.poll() is not None, START_SECONDS, "the server is ready")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{server.log()}") from None
+        assert process.poll() is None, f"the server ended with code {process.returncode}:\n{server.log()}"
+        yield server
+    finally:
+        family = server.family() if process.poll() is None else []
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise AssertionError(f"SIGTERM did not end the server:\n{server.log()}") from None
+        server.client.close()
+        reader.join(5)
+        output.close()
+        left = psutil.wait_procs(family, timeout=5)[1]
+        for orphan in left:
+            orphan.kill()
+        assert not left, f"left running after SIGTERM: {left}"
+
+
+def token_ids(server: Server, body: dict[str, Any], on_tokens: Callable[[int], None] | None = None) -> list[str]:
+    """Streams a completion with logprobs and returns the text of every token, calling back with the count so far."""
+    tokens: list[str] = []
+    with server.client.stream(
+        "POST", server.base + "/v1/completions", json={**body, "stream": True, "logprobs": 0}
+    ) as response:
+        assert response.status_code == 200, response.read()
+        for data in _events(response):
+            assert "error" not in data, data
+            for choice in data["choices"]:
+                if choice["logprobs"] is not None:
+                    tokens += choice["logprobs"]["tokens"]
+            if on_tokens is not None:
+                on_tokens(len(tokens))
+    return tokens
+
+
+def _events(response: httpx2.Response) -> Iterator[dict[str, Any]]:
+    """The events of a stream; it must end with [DONE] and nothing may follow."""
+    lines = (line for line in response.iter_lines() if line.startswith("data: "))
+    for line in lines:
+        if line == "data: [DONE]":
+            assert next(lines, None) is None, "something follows [DONE]"
+            return
+        yield json.loads(line.removeprefix("data: "))
+    raise AssertionError("the stream ended without [DONE]")
