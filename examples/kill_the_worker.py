@@ -9,43 +9,43 @@ the thirtieth token, and compares the ids with an undisturbed run of the same se
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 
+import psutil
+
 from llmscale import Client, SamplingParams
-from llmscale.types import RequestOutput
 
 KILL_AT_TOKEN = 30
-PARAMS = SamplingParams(max_tokens=200, temperature=0.8, seed=7, ignore_eos=True)
+PARAMS = SamplingParams(max_tokens=300, temperature=0.8, seed=7, ignore_eos=True)
 
 
-def stream(client: Client, *, kill: bool) -> tuple[tuple[int, ...], float, float, float]:
-    """One answer: its ids, seconds to the first token, tokens per second without the gap, the longest gap."""
+def stream(client: Client, worker: psutil.Process | None) -> tuple[list[int], float, float, float]:
+    """One answer: its ids, seconds to the first token, tokens per second without the longest gap, that gap.
+
+    `worker` is killed at the thirtieth token.
+    """
     began = last = time.perf_counter()
     first = gap = 0.0
-    ids: tuple[int, ...] = ()
-    text = ""
-    for output in client.stream("Once upon a time", PARAMS):
+    ids: list[int] = []
+    for chunk in client.stream("Once upon a time", PARAMS):
         now = time.perf_counter()
-        first, gap, last = first or now - began, max(gap, now - last) if first else 0.0, now
-        ids, text = _show(output, text)
-        if kill and len(ids) >= KILL_AT_TOKEN:
-            kill = False
-            pid = client.health().worker_pid
-            os.kill(pid, signal.SIGKILL)
-            sys.stdout.write(f"\n   ... killed the worker (process {pid}) ...\n")
+        if ids:
+            gap = max(gap, now - last)
+        else:
+            first = now - began
+        last = now
+        ids += chunk.token_ids
+        sys.stdout.write(chunk.text)
+        sys.stdout.flush()
+        if worker is not None and len(ids) >= KILL_AT_TOKEN:
+            worker.kill()
+            sys.stdout.write(f"\n\n   ... killed the worker (process {worker.pid}) ...\n\n")
+            worker = None
     sys.stdout.write("\n\n")
     return ids, first, len(ids) / (last - began - gap), gap
-
-
-def _show(output: RequestOutput, shown: str) -> tuple[tuple[int, ...], str]:
-    choice = output.outputs[0]
-    sys.stdout.write(choice.text[len(shown) :])
-    sys.stdout.flush()
-    return choice.token_ids, choice.text
 
 
 def main() -> int:
@@ -58,9 +58,10 @@ def main() -> int:
         try:
             with Client(address, tokenizer=model) as client:
                 sys.stdout.write("-- undisturbed\n")
-                undisturbed, *_ = stream(client, kill=False)
+                undisturbed, *_ = stream(client, None)
                 sys.stdout.write("-- with a killed worker\n")
-                survived, first, rate, gap = stream(client, kill=True)
+                worker = psutil.Process(node.pid).children()[0]
+                survived, first, rate, gap = stream(client, worker)
         finally:
             node.terminate()
             node.wait()
