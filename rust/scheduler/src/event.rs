@@ -56,6 +56,14 @@ impl Actions {
         &mut self.outputs[front.index()]
     }
 
+    /// Drops what was to be told to a front that is gone.
+    pub(crate) fn forget(&mut self, front: FrontId) {
+        if let Some(outputs) = self.outputs.get_mut(front.index()) {
+            outputs.clear();
+        }
+        self.give_back.retain(|(key, _)| key.front != front);
+    }
+
     /// Forgets everything and keeps the memory.
     pub fn clear(&mut self) {
         self.execute = None;

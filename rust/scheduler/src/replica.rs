@@ -122,7 +122,7 @@ impl Replica {
             Event::Submit(submission) => self.submit(*submission, out),
             Event::Abort(key) => self.abort(key, out),
             Event::Recall(key) => self.recall(key, out),
-            Event::FrontGone(front) => self.front_gone(front),
+            Event::FrontGone(front) => self.front_gone(front, out),
             Event::StepDone(result) => return self.complete(&result, out),
             Event::WorkerUp(epoch) => self.worker_up(epoch),
             Event::WorkerDown => self.worker_down(out),
@@ -216,7 +216,9 @@ impl Replica {
         }
     }
 
-    fn front_gone(&mut self, front: FrontId) {
+    fn front_gone(&mut self, front: FrontId, out: &mut Actions) {
+        // Its number may pass to another front before the driver delivers, and requests of two fronts share their numbers.
+        out.forget(front);
         let waiting: Vec<RequestId> =
             self.queue.iter().map(Record::key).filter(|key| key.front == front).map(|key| key.request).collect();
         let running = self.sequences.occupied().map(|slot| self.sequences.record(slot).key());

@@ -319,6 +319,21 @@ fn what_runs_when_a_node_drains_is_finished_though_its_worker_dies() {
 }
 
 #[test]
+fn what_a_front_was_to_be_told_goes_with_it() {
+    let mut world = World::new(limits(64, 4, 40, 2));
+    for front in [1, 2] {
+        world.submit(front, vec![7, 8, 9], 8, Class::Standard);
+    }
+    let keys: Vec<SequenceKey> = world.wanted.keys().copied().collect();
+    for &key in &keys {
+        assert!(world.replica.on_event(Time(0), Event::Abort(key), &mut world.out));
+    }
+    assert!(world.replica.on_event(Time(0), Event::FrontGone(FrontId(1)), &mut world.out));
+    assert!(world.out.outputs[1].is_empty(), "the next front of this number would take it for its own");
+    assert_eq!(world.out.outputs[2].finished.len(), 1);
+}
+
+#[test]
 fn a_stream_survives_any_number_of_worker_deaths_between_which_it_makes_progress() {
     let mut world = World::new(limits(64, 8, 40, 2));
     world.submit(0, vec![7, 8, 9], 30, Class::Standard);
