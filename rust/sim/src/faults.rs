@@ -24,13 +24,15 @@ pub enum Fault {
     NodeDrain,
     /// A front process stands still for longer than nodes wait, then goes on where it was.
     FrontPause,
+    /// A front process ends, with or without a goodbye, and starts again without its requests.
+    FrontRestart,
     /// A connection breaks; what was under way is lost.
     ConnectionLoss,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::WorkerCrash,
         Self::WorkerHang,
         Self::WorkerSlow,
@@ -39,6 +41,7 @@ impl Fault {
         Self::NodePause,
         Self::NodeDrain,
         Self::FrontPause,
+        Self::FrontRestart,
         Self::ConnectionLoss,
     ];
 }

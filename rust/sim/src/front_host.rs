@@ -7,9 +7,9 @@ mod conversation;
 use crate::around::Around;
 use crate::clients::Wish;
 use crate::happening::{ClientAct, Happening};
-use crate::ledger::{Ledger, Moment};
+use crate::ledger::{ByClient, Ledger, Moment};
 use conversation::Conversation;
-use llmscale_front::{EndReason, Front, FrontAction, FrontEvent, FrontOptions, SubmitError, ToReplica};
+use llmscale_front::{EndReason, Front, FrontAction, FrontEvent, FrontOptions, ReplicaState, SubmitError, ToReplica};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{Duration, FinishReason, Refusal, ReplicaId, RequestId, Time};
 use llmscale_wire::{FromNode, decode};
@@ -18,13 +18,25 @@ use std::collections::VecDeque;
 /// Connections are looked at this often even if nothing happens.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
+/// Whether the process is there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Presence {
+    Running,
+    /// It stands still.
+    Paused,
+    /// It has ended, and its requests with it.
+    Down,
+}
+
 /// See the file's header.
 #[derive(Debug)]
 pub(crate) struct FrontHost {
     number: usize,
     pub(crate) front: Front,
     pub(crate) ledger: Ledger,
-    pub(crate) paused: bool,
+    pub(crate) presence: Presence,
+    /// How often the process has been started.
+    pub(crate) incarnation: u64,
     conversations: Vec<Conversation>,
     inbox: VecDeque<(usize, Vec<u8>)>,
     outgoing: VecDeque<(ReplicaId, ToReplica)>,
@@ -39,7 +51,7 @@ pub(crate) struct FrontHost {
 
 impl FrontHost {
     /// A process that has just started and knows the nodes' places.
-    pub(crate) fn start(number: usize, around: &mut Around) -> Self {
+    pub(crate) fn start(number: usize, incarnation: u64, around: &mut Around) -> Self {
         let options = FrontOptions {
             limits: around.mix.front.clone(),
             max_replicas: 8,
@@ -47,12 +59,12 @@ impl FrontHost {
             max_without_replica: around.mix.max_without_replica,
             max_silence: around.mix.max_silence,
         };
-        around.agenda.after(LOOK_INTERVAL, Happening::Look { front: number, regular: true });
         Self {
             number,
+            incarnation,
             front: Front::new(options).expect("a mix draws bounds that fit together"),
             ledger: Ledger::default(),
-            paused: false,
+            presence: Presence::Running,
             conversations: (0..around.mix.nodes).map(|place| Conversation::new(number, place)).collect(),
             inbox: VecDeque::new(),
             outgoing: VecDeque::new(),
@@ -67,9 +79,17 @@ impl FrontHost {
     /// A frame has arrived.
     pub(crate) fn hear(&mut self, place: usize, bytes: Vec<u8>, around: &mut Around) {
         self.inbox.push_back((place, bytes));
-        if !self.paused {
+        if self.presence == Presence::Running {
             self.read(around);
         }
+    }
+
+    /// The process ends, with or without a word to the nodes that it knows.
+    pub(crate) fn stop(&mut self, polite: bool, around: &mut Around) {
+        for conversation in self.conversations.iter().filter(|conversation| polite && conversation.is_welcome()) {
+            conversation.say_goodbye(around);
+        }
+        self.presence = Presence::Down;
     }
 
     fn read(&mut self, around: &mut Around) {
@@ -85,7 +105,7 @@ impl FrontHost {
         if regular {
             around.agenda.after(LOOK_INTERVAL, Happening::Look { front: self.number, regular: true });
         }
-        if self.paused {
+        if self.presence != Presence::Running {
             return;
         }
         for place in 0..self.conversations.len() {
@@ -99,7 +119,7 @@ impl FrontHost {
 
     /// Goes on after a pause: what arrived meanwhile comes first.
     pub(crate) fn resume(&mut self, around: &mut Around) {
-        self.paused = false;
+        self.presence = Presence::Running;
         self.read(around);
         self.look(around, false);
     }
@@ -236,18 +256,18 @@ impl FrontHost {
         let Some(account) = self.ledger.alive(request) else { return };
         let event = match act {
             ClientAct::Cancel => {
-                account.ended_by_client(None);
+                account.by_client = ByClient::Ended;
                 around.reach("client_cancelled", [self.number as u64, request.0, 0, 0]);
                 FrontEvent::Cancel { request, at_token: None }
             }
             ClientAct::CutAtToken => {
                 let at_token = around.random.count(0, account.delivered_tokens());
-                account.ended_by_client(Some(at_token));
+                account.by_client = ByClient::CutAt(at_token);
                 around.reach("client_cut_at_token", [self.number as u64, request.0, at_token.into(), 0]);
                 FrontEvent::Cancel { request, at_token: Some(at_token) }
             }
             ClientAct::Leave => {
-                account.ended_by_client(None);
+                account.by_client = ByClient::Ended;
                 around.reach("client_gone", [self.number as u64, request.0, 0, 0]);
                 FrontEvent::ClientGone { request }
             }
@@ -276,6 +296,12 @@ impl FrontHost {
         self.ledger.live() == 0 && self.wake_at.is_none()
     }
 
+    /// Nodes that take work from this front.
+    pub(crate) fn ready_nodes(&self, now: Time) -> usize {
+        let status = self.front.status(now);
+        status.replicas.iter().filter(|replica| replica.state == Some(ReplicaState::Ready)).count()
+    }
+
     /// The books and the front agree.
     pub(crate) fn check(&self, now: Time, frames_were_late: bool) {
         self.front.check();
@@ -285,7 +311,7 @@ impl FrontHost {
         assert_eq!((counters.duplicate_tokens, counters.surplus_tokens), (0, 0), "a stream has a token twice");
         // Only what a dead connection delivers after losing what came before may leave a gap.
         assert!(counters.gaps == 0 || frames_were_late, "a stream lacks a token");
-        if !self.paused {
+        if self.presence == Presence::Running {
             self.ledger.check_deadlines(now);
         }
     }

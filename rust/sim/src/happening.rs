@@ -16,6 +16,8 @@ pub(crate) enum Towards {
 #[derive(Clone, Debug)]
 pub(crate) struct Frame {
     pub(crate) front: usize,
+    /// Which process at the front's end; a later one has other sockets.
+    pub(crate) incarnation: u64,
     pub(crate) place: usize,
     pub(crate) peer: Peer,
     pub(crate) node: NodeId,
@@ -84,6 +86,13 @@ pub(crate) enum Happening {
     FrontResume {
         front: usize,
     },
+    /// A front process has ended, and its connections break.
+    FrontGone {
+        front: usize,
+    },
+    FrontStart {
+        front: usize,
+    },
     /// A front goes through its loop because time has passed.
     Look {
         front: usize,
@@ -94,6 +103,7 @@ pub(crate) enum Happening {
     },
     Client {
         front: usize,
+        incarnation: u64,
         request: RequestId,
         act: ClientAct,
     },

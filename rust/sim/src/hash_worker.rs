@@ -5,7 +5,7 @@
 use llmscale_scheduler::{Gap, Mirror};
 use llmscale_types::{Delta, EngineLimits, Epoch, StepResult, Token};
 
-/// Fixed odd constants of the SplitMix64 finalizer (Steele, Lea, Flood 2014).
+/// Fixed odd constants of the `SplitMix64` finalizer (Steele, Lea, Flood 2014).
 pub(crate) fn mix(value: u64) -> u64 {
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

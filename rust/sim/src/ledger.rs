@@ -8,6 +8,14 @@ use llmscale_front::{Delivery, EndReason, NewRequest, Usage};
 use llmscale_types::{FinishReason, RequestId, Sampling, Submission, Time, Token};
 use std::collections::BTreeMap;
 
+/// What a client did to end its request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum ByClient {
+    Nothing,
+    Ended,
+    CutAt(u32),
+}
+
 /// One request as its client knows it.
 #[derive(Debug)]
 pub(crate) struct Account {
@@ -19,8 +27,7 @@ pub(crate) struct Account {
     pub(crate) reads: bool,
     /// When the reader left last.
     away_since: Option<Time>,
-    /// The client ended it; cut after this many tokens, if it said so.
-    ended_by_client: Option<Option<u32>>,
+    pub(crate) by_client: ByClient,
     /// Where the newest attempt went, and its number.
     place: Option<usize>,
     attempts: u32,
@@ -61,7 +68,7 @@ impl Ledger {
             attached: !new.detached,
             reads,
             away_since: new.detached.then_some(now),
-            ended_by_client: None,
+            by_client: ByClient::Nothing,
             place: None,
             attempts: 0,
             crashes: 0,
@@ -172,11 +179,6 @@ impl Account {
         self.delivered.len() as u32
     }
 
-    /// The client ends it.
-    pub(crate) fn ended_by_client(&mut self, at_token: Option<u32>) {
-        self.ended_by_client = Some(at_token);
-    }
-
     pub(crate) fn detach(&mut self, now: Time) {
         if std::mem::take(&mut self.attached) {
             self.away_since = Some(now);
@@ -210,9 +212,9 @@ impl Account {
         assert_eq!(usage.prompt_tokens as usize, self.prompt.len(), "prompt of request {request}");
         assert!(usage.cached_tokens <= usage.prompt_tokens, "request {request} found more than its prompt");
         let delivered = self.delivered_tokens();
-        let counted = match self.ended_by_client {
-            Some(Some(at_token)) => delivered.min(at_token),
-            _ => delivered,
+        let counted = match self.by_client {
+            ByClient::CutAt(at_token) => delivered.min(at_token),
+            ByClient::Nothing | ByClient::Ended => delivered,
         };
         if self.attached {
             assert_eq!(usage.output_tokens, counted, "tokens that request {request} pays for");
@@ -238,9 +240,9 @@ impl Account {
                 && (self.losses >= mix.front.max_attempts || moment.alone_since.is_some_and(alone) || told_late);
         };
         match reason {
-            FinishReason::Stop => matches!(self.ended_by_client, Some(Some(_))) || stopped || !self.attached,
+            FinishReason::Stop => matches!(self.by_client, ByClient::CutAt(_)) || stopped || !self.attached,
             FinishReason::Length => usage.output_tokens == self.sampling.max_tokens,
-            FinishReason::Aborted => self.ended_by_client == Some(None) || self.left_too_much(mix, moment),
+            FinishReason::Aborted => self.by_client == ByClient::Ended || self.left_too_much(mix, moment),
             FinishReason::Deadline => self.deadline.is_some_and(|deadline| deadline <= moment.now),
             FinishReason::Poisoned => {
                 let deadly = mix.deadly_token().is_some();

@@ -14,8 +14,8 @@ pub(crate) struct Peer(pub(crate) u64);
 /// The way between one front and one place.
 #[derive(Clone, Copy, Debug, Default)]
 struct Link {
-    /// The connection and the node process at its other end.
-    up: Option<(Peer, NodeId)>,
+    /// The connection and the processes at its ends, the front's by its incarnation.
+    up: Option<(Peer, NodeId, u64)>,
     /// Nothing overtakes: the latest arrival in each direction.
     last_at_front: Time,
     last_at_node: Time,
@@ -36,9 +36,9 @@ impl Network {
     }
 
     /// A front reaches the process at a place.
-    pub(crate) fn connect(&mut self, front: usize, place: usize, node: NodeId) {
+    pub(crate) fn connect(&mut self, (front, incarnation): (usize, u64), place: usize, node: NodeId) {
         self.connections += 1;
-        self.links[front][place].up = Some((Peer(self.connections), node));
+        self.links[front][place].up = Some((Peer(self.connections), node, incarnation));
     }
 
     /// A connection breaks. Returns whether there was one.
@@ -46,9 +46,9 @@ impl Network {
         self.links[front][place].up.take().is_some()
     }
 
-    /// The connection between a front and a place.
-    pub(crate) fn connection(&self, front: usize, place: usize) -> Option<(Peer, NodeId)> {
-        self.links[front][place].up
+    /// Whether a front and a place are connected.
+    pub(crate) fn is_up(&self, front: usize, place: usize) -> bool {
+        self.links[front][place].up.is_some()
     }
 
     /// A front sends to a place. False if it is not connected.
@@ -61,9 +61,9 @@ impl Network {
     ) -> bool {
         let delay = self.delay(random);
         let link = &mut self.links[front][place];
-        let Some((peer, node)) = link.up else { return false };
+        let Some((peer, node, incarnation)) = link.up else { return false };
         link.last_at_node = link.last_at_node.max(agenda.now() + delay);
-        let frame = Frame { front, place, peer, node, towards: Towards::Node, bytes, late: false };
+        let frame = Frame { front, incarnation, place, peer, node, towards: Towards::Node, bytes, late: false };
         agenda.at(link.last_at_node, Happening::Frame(frame));
         true
     }
@@ -77,19 +77,19 @@ impl Network {
         bytes: Vec<u8>,
     ) -> bool {
         let delay = self.delay(random);
-        let is_up = |links: &Vec<Link>| links[place].up.is_some_and(|(up, _)| up == peer);
+        let is_up = |links: &Vec<Link>| links[place].up.is_some_and(|(up, ..)| up == peer);
         let Some(front) = self.links.iter().position(is_up) else { return false };
         let link = &mut self.links[front][place];
-        let (_, node) = link.up.expect("its peer was just compared");
+        let (_, node, incarnation) = link.up.expect("its peer was just compared");
         link.last_at_front = link.last_at_front.max(agenda.now() + delay);
-        let frame = Frame { front, place, peer, node, towards: Towards::Front, bytes, late: false };
+        let frame = Frame { front, incarnation, place, peer, node, towards: Towards::Front, bytes, late: false };
         agenda.at(link.last_at_front, Happening::Frame(frame));
         true
     }
 
     /// Whether the connection that carries a frame still stands.
     pub(crate) fn carries(&self, frame: &Frame) -> bool {
-        self.links[frame.front][frame.place].up.is_some_and(|(peer, _)| peer == frame.peer)
+        self.links[frame.front][frame.place].up.is_some_and(|(peer, ..)| peer == frame.peer)
     }
 
     fn delay(&self, random: &mut Random) -> Duration {

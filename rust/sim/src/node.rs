@@ -10,7 +10,7 @@ use crate::happening::{Happening, WorkerTurn};
 use crate::hash_worker::WorkerDeath;
 use crate::network::Peer;
 use crate::peers::{PROBE, Peers};
-use crate::worker::{WorkerProcess, open_result};
+use crate::worker::{Condition, WorkerProcess, open_result};
 use llmscale_cost::{CostModel, StepShape};
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
 use llmscale_types::{
@@ -33,6 +33,24 @@ struct Sent {
     at: Time,
 }
 
+/// An order to the node's thread.
+#[derive(Clone, Copy, Debug)]
+enum Command {
+    Worker(Epoch, WorkerTurn),
+    Drain,
+}
+
+/// How far a node process has come since it started.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Grown {
+    /// It has had no worker, so it knows not how it will compute and welcomes nobody.
+    Bare,
+    /// A worker was ready.
+    HadWorker,
+    /// A first step has run.
+    HasRun,
+}
+
 /// See the file's header.
 #[derive(Debug)]
 pub(crate) struct NodeProcess {
@@ -42,19 +60,15 @@ pub(crate) struct NodeProcess {
     pub(crate) worker: Option<WorkerProcess>,
     /// It stands still.
     pub(crate) paused: bool,
-    /// Nothing runs any more after an order to drain.
-    pub(crate) drained: bool,
     pub(crate) state: NodeState,
     peers: Peers,
     inbox: VecDeque<(Peer, Vec<u8>)>,
-    commands: VecDeque<(Epoch, WorkerTurn)>,
-    drain_ordered: bool,
+    commands: VecDeque<Command>,
     epoch: Epoch,
     worker_restarts: u32,
     results: Vec<StepResult>,
     sent: VecDeque<Sent>,
-    has_run: bool,
-    knows_numerics: bool,
+    grown: Grown,
     next_status: Time,
     next_round: Option<Time>,
     cost: CostModel,
@@ -71,18 +85,15 @@ impl NodeProcess {
             replica: replica.expect("a mix draws sizes that fit together"),
             worker: None,
             paused: false,
-            drained: false,
             state: NodeState::Starting,
             peers: Peers::new(MAX_FRONTS, around.mix.max_front_silence),
             inbox: VecDeque::new(),
             commands: VecDeque::new(),
-            drain_ordered: false,
             epoch: Epoch(0),
             worker_restarts: 0,
             results: Vec::new(),
             sent: VecDeque::new(),
-            has_run: false,
-            knows_numerics: false,
+            grown: Grown::Bare,
             next_status: around.now(),
             next_round: None,
             cost: CostModel::new(),
@@ -102,7 +113,7 @@ impl NodeProcess {
 
     /// An operator wants the node emptied.
     pub(crate) fn drain(&mut self, around: &mut Around) {
-        self.drain_ordered = true;
+        self.commands.push_back(Command::Drain);
         self.wake(around, Duration(0));
     }
 
@@ -118,11 +129,13 @@ impl NodeProcess {
         match turn {
             WorkerTurn::StepDone => self.step_done(epoch, around),
             WorkerTurn::Buried => {
-                self.commands.push_back((epoch, turn));
+                self.commands.push_back(Command::Worker(epoch, turn));
                 let wait = around.random.span(5_000, 100_000);
                 self.plan_worker(around, epoch.next(), WorkerTurn::Started, wait);
             }
-            WorkerTurn::Started | WorkerTurn::Ready => self.commands.push_back((epoch, turn)),
+            WorkerTurn::Started | WorkerTurn::Ready => {
+                self.commands.push_back(Command::Worker(epoch, turn));
+            }
         }
         self.wake(around, Duration(20));
     }
@@ -140,7 +153,7 @@ impl NodeProcess {
 
     fn step_done(&mut self, epoch: Epoch, around: &mut Around) {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
-        if worker.hung {
+        if worker.condition == Condition::Hung {
             return;
         }
         match worker.finish(around) {
@@ -201,6 +214,11 @@ impl NodeProcess {
         self.wake(around, Duration(0));
     }
 
+    /// Nothing runs any more after an order to drain.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.state == NodeState::Draining && self.replica.is_idle()
+    }
+
     /// It takes work, and nothing of any request is left in it.
     pub(crate) fn is_at_rest(&self) -> bool {
         self.state == NodeState::Ready && self.replica.is_idle()
@@ -212,34 +230,36 @@ impl NodeProcess {
 
     fn obey(&mut self, around: &mut Around) {
         let now = around.now();
-        if std::mem::take(&mut self.drain_ordered) {
-            self.state = NodeState::Draining;
-            self.event(now, Event::Drain);
-            self.next_status = now;
-        }
-        while let Some((epoch, turn)) = self.commands.pop_front() {
-            match turn {
-                WorkerTurn::Started => {
-                    assert!(epoch > self.epoch, "epoch {epoch} comes after {}", self.epoch);
-                    self.epoch = epoch;
-                    let deadly = around.mix.deadly_token();
-                    self.worker = Some(WorkerProcess::new(self.replica.limits(), epoch, deadly));
-                    let loading = around.random.span(5_000, 200_000);
-                    self.plan_worker(around, epoch, WorkerTurn::Ready, loading);
+        while let Some(command) = self.commands.pop_front() {
+            match command {
+                Command::Drain => {
+                    self.state = NodeState::Draining;
+                    self.event(now, Event::Drain);
+                    self.next_status = now;
                 }
-                WorkerTurn::Ready => self.worker_ready(epoch, now),
-                WorkerTurn::Buried => self.bury_worker(epoch, now),
-                WorkerTurn::StepDone => unreachable!("a step is done by the worker, not by its supervisor"),
+                Command::Worker(epoch, WorkerTurn::Started) => self.take_worker(epoch, around),
+                Command::Worker(epoch, WorkerTurn::Ready) => self.worker_ready(epoch, now),
+                Command::Worker(epoch, WorkerTurn::Buried) => self.bury_worker(epoch, now),
+                Command::Worker(_, WorkerTurn::StepDone) => unreachable!("a worker says so itself"),
             }
         }
     }
 
+    fn take_worker(&mut self, epoch: Epoch, around: &mut Around) {
+        assert!(epoch > self.epoch, "epoch {epoch} comes after {}", self.epoch);
+        self.epoch = epoch;
+        let deadly = around.mix.deadly_token();
+        self.worker = Some(WorkerProcess::new(self.replica.limits(), epoch, deadly));
+        let loading = around.random.span(5_000, 200_000);
+        self.plan_worker(around, epoch, WorkerTurn::Ready, loading);
+    }
+
     fn worker_ready(&mut self, epoch: Epoch, now: Time) {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
-        worker.ready = true;
-        self.knows_numerics = true;
+        worker.be_ready();
+        self.grown = self.grown.max(Grown::HadWorker);
         self.event(now, Event::WorkerUp(epoch));
-        if !self.has_run {
+        if self.grown < Grown::HasRun {
             self.event(now, Event::Submit(Box::new(probe(epoch))));
         } else if self.state == NodeState::Recovering {
             self.state = NodeState::Ready;
@@ -286,7 +306,9 @@ impl NodeProcess {
 
     fn complete(&mut self, now: Time) {
         for result in std::mem::take(&mut self.results) {
-            if let Some(sent) = self.sent.pop_front_if(|sent| sent.step == result.step) {
+            if self.sent.front().is_some_and(|sent| sent.step == result.step)
+                && let Some(sent) = self.sent.pop_front()
+            {
                 self.cost.observe(sent.shape, result.elapsed_ns);
             }
             self.event(now, Event::StepDone(result));
@@ -294,9 +316,7 @@ impl NodeProcess {
     }
 
     fn execute(&mut self, around: &mut Around) {
-        while self.worker.as_ref().is_some_and(|worker| worker.ready && !worker.failed)
-            && self.replica.plan(&mut self.out)
-        {
+        while self.worker.as_ref().is_some_and(WorkerProcess::takes_steps) && self.replica.plan(&mut self.out) {
             let delta = self.out.execute.take().expect("a planned step has a delta");
             let shape = self.shape_of(&delta);
             self.sent.push_back(Sent { step: delta.step, shape, at: around.now() });

@@ -1,4 +1,4 @@
-//! The seeded generator of every simulation: SplitMix64 (Steele, Lea, Flood 2014), 64 bits of state, one multiplication
+//! The seeded generator of every simulation: `SplitMix64` (Steele, Lea, Flood 2014), 64 bits of state, one multiplication
 //! chain per draw. Owned here, so that a kept seed means the same run whatever a dependency changes. Knows nothing of
 //! what is drawn; not for anything that has to be secret.
 

@@ -2,11 +2,13 @@
 //! virtual time; then everything heals, and every request has to end, every block to come home and every timer to fall
 //! silent within a bound. Events are carried out one by one, and the invariants are checked as they go.
 
+mod processes;
+
 use crate::around::Around;
 use crate::clients;
 use crate::coverage::Coverage;
-use crate::faults::{Fault, Mix};
-use crate::front_host::FrontHost;
+use crate::faults::Mix;
+use crate::front_host::{FrontHost, Presence};
 use crate::happening::{Frame, Happening, Towards};
 use crate::node::NodeProcess;
 use crate::random::Random;
@@ -49,6 +51,8 @@ pub struct Simulation {
     started_nodes: u64,
     healing: bool,
     events: u64,
+    requests: u64,
+    tokens: u64,
 }
 
 impl Simulation {
@@ -59,7 +63,8 @@ impl Simulation {
         let mut random = Random::new(random.draw());
         let mix = Mix::draw(&mut random);
         let mut around = Around::new(mix, random);
-        let fronts: Vec<FrontHost> = (0..around.mix.fronts).map(|front| FrontHost::start(front, &mut around)).collect();
+        let fronts: Vec<FrontHost> =
+            (0..around.mix.fronts).map(|front| FrontHost::start(front, 1, &mut around)).collect();
         let mut simulation = Self {
             seed,
             deferred: fronts.iter().map(|_| VecDeque::new()).collect(),
@@ -69,6 +74,8 @@ impl Simulation {
             started_nodes: 0,
             healing: false,
             events: 0,
+            requests: 0,
+            tokens: 0,
         };
         simulation.plan_beginnings();
         simulation
@@ -80,6 +87,7 @@ impl Simulation {
             agenda.after(random.span(0, 50_000), Happening::NodeStart { place });
         }
         for front in 0..self.fronts.len() {
+            agenda.at(Time(0), Happening::Look { front, regular: true });
             agenda.after(random.span(0, 400_000), Happening::Submit { front });
         }
         for &(fault, mean) in &mix.faults {
@@ -106,26 +114,31 @@ impl Simulation {
         for place in 0..self.nodes.len() {
             self.count_replica(place);
         }
-        self.count_fronts();
+        for front in 0..self.fronts.len() {
+            self.count_front(front);
+        }
         Report {
             seed: self.seed,
             trace_hash: self.around.trace.hash(),
             events: self.events,
             virtual_time: self.around.now().since(Time(0)),
-            requests: self.fronts.iter().map(|front| front.ledger.len() as u64).sum(),
-            tokens: self.fronts.iter().map(|front| front.ledger.tokens).sum(),
+            requests: self.requests,
+            tokens: self.tokens,
             coverage: self.around.coverage.clone(),
         }
     }
 
-    /// Faults are over, no request lives, every process is up and at rest.
+    /// Faults are over, no request lives, every process is up and at rest, and every front can use every node.
     fn is_over(&self) -> bool {
         let at_rest = |node: &Option<NodeProcess>| node.as_ref().is_some_and(NodeProcess::is_at_rest);
-        self.healing && self.fronts.iter().all(FrontHost::is_quiet) && self.nodes.iter().all(at_rest)
+        self.healing
+            && self.fronts.iter().all(FrontHost::is_quiet)
+            && self.nodes.iter().all(at_rest)
+            && self.fronts.iter().all(|front| front.ready_nodes(self.around.now()) == self.nodes.len())
     }
 
     fn carry_out(&mut self, happening: Happening) {
-        if let Some(front) = self.paused_front(&happening) {
+        if let Some(front) = self.absent_front(&happening) {
             self.deferred[front].push_back(happening);
             return;
         }
@@ -142,6 +155,8 @@ impl Simulation {
             Happening::NodeStart { place } => self.start_node(place),
             Happening::NodeResume { place, node } => self.with_node(place, node, NodeProcess::resume),
             Happening::FrontResume { front } => self.resume_front(front),
+            Happening::FrontGone { front } => self.front_gone(front),
+            Happening::FrontStart { front } => self.start_front(front),
             Happening::Look { front, regular } => self.fronts[front].look(&mut self.around, regular),
             Happening::Tick { front, at } => {
                 if self.fronts[front].wake_at == Some(at) {
@@ -149,19 +164,23 @@ impl Simulation {
                 }
             }
             Happening::Submit { front } => self.submit(front),
-            Happening::Client { front, request, act } => self.fronts[front].act(request, act, &mut self.around),
+            Happening::Client { front, incarnation, request, act } => {
+                if self.fronts[front].incarnation == incarnation {
+                    self.fronts[front].act(request, act, &mut self.around);
+                }
+            }
             Happening::Fault(fault) => self.fault(fault),
             Happening::Heal => self.heal(),
         }
     }
 
-    /// Clients of a process that stands still wait until it goes on.
-    fn paused_front(&self, happening: &Happening) -> Option<usize> {
+    /// Clients of a process that is not there wait until it is.
+    fn absent_front(&self, happening: &Happening) -> Option<usize> {
         let front = match happening {
             Happening::Submit { front } | Happening::Client { front, .. } => *front,
             _ => return None,
         };
-        self.fronts[front].paused.then_some(front)
+        (self.fronts[front].presence != Presence::Running).then_some(front)
     }
 
     fn with_node(&mut self, place: usize, node: NodeId, act: impl FnOnce(&mut NodeProcess, &mut Around)) {
@@ -179,8 +198,9 @@ impl Simulation {
             }
             return;
         }
-        let Frame { front, place, peer, node, towards, bytes, late } = frame;
+        let Frame { front, incarnation, place, peer, node, towards, bytes, late } = frame;
         match towards {
+            Towards::Front if incarnation != self.fronts[front].incarnation => {}
             Towards::Front => {
                 if late {
                     self.around.reach("frame_late_to_front", [front as u64, place as u64, node.0, 0]);
@@ -201,66 +221,11 @@ impl Simulation {
         frame.towards == Towards::Node || !matches!(decode(&frame.bytes, &self.around.codec), Ok(FromNode::Welcome(_)))
     }
 
-    fn link_up(&mut self, front: usize, place: usize) {
-        let Some(process) = &self.nodes[place] else { return };
-        if self.around.network.connection(front, place).is_none() {
-            let node = process.node;
-            self.around.network.connect(front, place, node);
-            self.around.note("link up", [front as u64, place as u64, node.0, 0]);
-            self.around.agenda.after(Duration(0), Happening::Look { front, regular: false });
-        }
-    }
-
-    fn break_link(&mut self, front: usize, place: usize) -> bool {
-        let broken = self.around.network.disconnect(front, place);
-        if broken {
-            self.around.note("link down", [front as u64, place as u64, 0, 0]);
-            self.around.agenda.after(Duration(0), Happening::Look { front, regular: false });
-            let wait = self.around.random.span(1_000, 300_000);
-            self.around.agenda.after(wait, Happening::LinkUp { front, place });
-        }
-        broken
-    }
-
     fn round(&mut self, place: usize, node: NodeId) {
         self.with_node(place, node, NodeProcess::round);
-        if self.nodes[place].as_ref().is_some_and(|process| process.drained) {
+        if self.nodes[place].as_ref().is_some_and(NodeProcess::is_drained) {
             self.around.reach("node_drained", [place as u64, node.0, 0, 0]);
             self.stop_node(place);
-        }
-    }
-
-    fn start_node(&mut self, place: usize) {
-        self.started_nodes += 1;
-        let node = NodeId(self.started_nodes);
-        if self.started_nodes > self.nodes.len() as u64 {
-            self.around.coverage.reach("node_restarted");
-        }
-        self.around.note("node starts", [place as u64, node.0, 0, 0]);
-        self.nodes[place] = Some(NodeProcess::start(place, node, &mut self.around));
-        for front in 0..self.fronts.len() {
-            let wait = self.around.random.span(1_000, 100_000);
-            self.around.agenda.after(wait, Happening::LinkUp { front, place });
-        }
-    }
-
-    fn stop_node(&mut self, place: usize) {
-        self.count_replica(place);
-        self.nodes[place] = None;
-        for front in 0..self.fronts.len() {
-            self.break_link(front, place);
-        }
-        let wait = self.around.random.span(10_000, 400_000);
-        self.around.agenda.after(wait, Happening::NodeStart { place });
-    }
-
-    fn resume_front(&mut self, front: usize) {
-        if !self.fronts[front].paused {
-            return;
-        }
-        self.fronts[front].resume(&mut self.around);
-        for happening in std::mem::take(&mut self.deferred[front]) {
-            self.carry_out(happening);
         }
     }
 
@@ -276,79 +241,11 @@ impl Simulation {
             let Around { random, mix, agenda, .. } = &mut self.around;
             let wish = clients::wish(mix, random, agenda.now());
             if let Some(request) = self.fronts[front].submit(&wish, &mut self.around) {
+                let incarnation = self.fronts[front].incarnation;
                 for (wait, act) in wish.acts {
-                    self.around.agenda.after(wait, Happening::Client { front, request, act });
+                    self.around.agenda.after(wait, Happening::Client { front, incarnation, request, act });
                 }
             }
-        }
-    }
-
-    fn fault(&mut self, fault: Fault) {
-        let Some(&(_, mean)) = self.around.mix.faults.iter().find(|(on, _)| *on == fault) else { return };
-        let wait = self.around.random.span(0, 2 * mean.0);
-        self.around.agenda.after(wait, Happening::Fault(fault));
-        let place = self.around.random.below(self.nodes.len() as u64) as usize;
-        let front = self.around.random.below(self.fronts.len() as u64) as usize;
-        let numbers = [place as u64, front as u64, 0, 0];
-        match fault {
-            Fault::ConnectionLoss => {
-                if self.break_link(front, place) {
-                    self.around.reach("connection_lost", numbers);
-                }
-            }
-            Fault::FrontPause => self.pause_front(front),
-            _ => self.fault_at(fault, place),
-        }
-    }
-
-    fn pause_front(&mut self, front: usize) {
-        if !self.fronts[front].paused {
-            self.around.reach("front_paused", [front as u64, 0, 0, 0]);
-            self.fronts[front].paused = true;
-            let wait = self.around.mix.max_front_silence + self.around.random.span(300_000, 800_000);
-            self.around.agenda.after(wait, Happening::FrontResume { front });
-        }
-    }
-
-    fn fault_at(&mut self, fault: Fault, place: usize) {
-        let Some(process) = &mut self.nodes[place] else { return };
-        let (around, node) = (&mut self.around, process.node);
-        let numbers = [place as u64, node.0, 0, 0];
-        match fault {
-            Fault::WorkerCrash => {
-                if process.kill_worker(around, true) {
-                    around.reach("worker_crashed", numbers);
-                }
-            }
-            Fault::WorkerHang => {
-                if let Some(worker) = &mut process.worker {
-                    worker.hung = true;
-                }
-            }
-            Fault::WorkerSlow => {
-                let until = around.now() + around.random.span(100_000, 500_000);
-                if let Some(worker) = &mut process.worker {
-                    worker.slow_until = until;
-                    around.reach("worker_slow", numbers);
-                }
-            }
-            Fault::NodeCrash => {
-                around.reach("node_crashed", numbers);
-                self.stop_node(place);
-            }
-            Fault::NodePause => {
-                if !process.paused {
-                    around.reach("node_paused", numbers);
-                    process.paused = true;
-                    let wait = around.mix.max_node_silence + around.random.span(50_000, 900_000);
-                    around.agenda.after(wait, Happening::NodeResume { place, node });
-                }
-            }
-            Fault::NodeDrain => {
-                around.note("node is drained", numbers);
-                process.drain(around);
-            }
-            Fault::LateResult | Fault::ConnectionLoss | Fault::FrontPause => {}
         }
     }
 
@@ -361,6 +258,7 @@ impl Simulation {
         }
         for front in 0..self.fronts.len() {
             self.resume_front(front);
+            self.start_front(front);
         }
     }
 
@@ -389,7 +287,7 @@ impl Simulation {
         for front in &self.fronts {
             let status = front.front.status(self.around.now());
             assert_eq!((status.queued_requests, status.queued_tokens, status.live_requests), (0, 0, 0));
-            assert!(status.replicas.iter().all(|replica| replica.load == Default::default()), "a load is left");
+            assert!(status.replicas.iter().all(|replica| replica.load.sequences == 0), "a load is left");
         }
     }
 
@@ -401,40 +299,5 @@ impl Simulation {
         });
         let wakes = self.fronts.iter().map(|front| format!("front wakes at {:?}", front.wake_at));
         requests.chain(loads).chain(wakes).collect()
-    }
-
-    fn count_replica(&mut self, place: usize) {
-        let Some(process) = &self.nodes[place] else { return };
-        let (counters, cache) = (process.replica.counters(), process.replica.cache_counters());
-        for (name, count) in [
-            ("replica_poisoned", counters.poisoned),
-            ("replica_preemptions", counters.preemptions),
-            ("replica_stale_results", counters.stale_results),
-            ("replica_discarded_rows", counters.discarded_rows),
-            ("replica_unknown_orders", counters.unknown_orders),
-            ("replica_prefix_hits", cache.hit_tokens),
-        ] {
-            self.around.coverage.add(name, count);
-        }
-    }
-
-    fn count_fronts(&mut self) {
-        for front in &self.fronts {
-            let counters = front.front.counters();
-            for (name, count) in [
-                ("front_expired", counters.expired),
-                ("front_given_back", counters.given_back),
-                ("front_late", counters.late),
-                ("front_lost_attempts", counters.lost_attempts),
-                ("front_moved", counters.moved),
-                ("front_recalls", counters.recalls),
-                ("front_silences", counters.silences),
-                ("front_slow_readers", counters.slow_readers),
-                ("front_stale_frames", counters.stale_frames),
-                ("front_stale_rows", counters.stale_rows),
-            ] {
-                self.around.coverage.add(name, count);
-            }
-        }
     }
 }

@@ -7,18 +7,26 @@ use llmscale_types::{Delta, Duration, EngineLimits, Epoch, StepResult, Time, Tok
 use llmscale_wire::{CodecLimits, FromWorker, ToWorker, decode, encode};
 use std::collections::VecDeque;
 
+/// How a worker that lives is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Condition {
+    /// It loads the model.
+    Loading,
+    /// It computes what it is sent.
+    Ready,
+    /// It never finishes the step that it is at.
+    Hung,
+}
+
 /// See the file's header.
 #[derive(Debug)]
 pub(crate) struct WorkerProcess {
     pub(crate) epoch: Epoch,
-    /// It has loaded the model.
-    pub(crate) ready: bool,
+    pub(crate) condition: Condition,
     /// It lives; a dead one is buried a little later.
     pub(crate) alive: bool,
     /// The node has condemned it.
     pub(crate) failed: bool,
-    /// It never finishes the step that it is at.
-    pub(crate) hung: bool,
     /// It is slow until then.
     pub(crate) slow_until: Time,
     model: HashWorker,
@@ -29,14 +37,25 @@ impl WorkerProcess {
     pub(crate) fn new(limits: &EngineLimits, epoch: Epoch, deadly: Option<Token>) -> Self {
         Self {
             epoch,
-            ready: false,
+            condition: Condition::Loading,
             alive: true,
             failed: false,
-            hung: false,
             slow_until: Time(0),
             model: HashWorker::new(limits, epoch).killed_by(deadly),
             steps: VecDeque::new(),
         }
+    }
+
+    /// It has loaded the model.
+    pub(crate) fn be_ready(&mut self) {
+        if self.condition == Condition::Loading {
+            self.condition = Condition::Ready;
+        }
+    }
+
+    /// The node sends it steps: from outside, a hung worker looks like any other.
+    pub(crate) fn takes_steps(&self) -> bool {
+        self.condition != Condition::Loading && !self.failed
     }
 
     /// Takes a step. Returns how long it computes, if it was idle.

@@ -76,7 +76,7 @@ impl Conversation {
     /// Notices a lost or silent node, greets, pings.
     pub(super) fn look_at_time(&mut self, around: &mut Around) -> Option<FrontEvent> {
         let now = around.now();
-        let connected = around.network.connection(self.front, self.place).is_some();
+        let connected = around.network.is_up(self.front, self.place);
         match self.stage {
             Stage::Greeting { again_at } if connected && now >= again_at => {
                 self.stage = Stage::Greeting { again_at: now + GREETING_INTERVAL };
@@ -85,7 +85,6 @@ impl Conversation {
                 around.send_to_node(self.front, self.place, &ToNode::Hello(hello));
                 None
             }
-            Stage::Greeting { .. } => None,
             Stage::Welcome { heard, .. } if !connected || now.since(heard) > around.mix.max_node_silence => {
                 if connected {
                     around.reach("node_silent_for_front", [self.front as u64, self.place as u64, 0, 0]);
@@ -98,7 +97,7 @@ impl Conversation {
                 around.send_to_node(self.front, self.place, &ToNode::Ping(Ping { nonce: self.pings }));
                 None
             }
-            Stage::Welcome { .. } => None,
+            Stage::Greeting { .. } | Stage::Welcome { .. } => None,
         }
     }
 
@@ -113,6 +112,10 @@ impl Conversation {
             ToReplica::Recall { request, attempt } => ToNode::Recall(Recall { request, attempt }),
         };
         if around.send_to_node(self.front, self.place, &message) { None } else { self.lose(around) }
+    }
+
+    pub(super) fn say_goodbye(&self, around: &mut Around) {
+        around.send_to_node(self.front, self.place, &ToNode::Goodbye);
     }
 
     fn lose(&mut self, around: &mut Around) -> Option<FrontEvent> {

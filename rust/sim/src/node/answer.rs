@@ -1,7 +1,7 @@
 //! What fronts ask of a simulated node: greetings, submissions, aborts, recalls, pings. A copy of what the live node
 //! answers, frame by frame; decides nothing that the live one does not.
 
-use super::NodeProcess;
+use super::{Grown, NodeProcess};
 use crate::around::Around;
 use crate::network::Peer;
 use llmscale_scheduler::Event;
@@ -46,7 +46,7 @@ impl NodeProcess {
 
     fn greet(&mut self, peer: Peer, around: &mut Around) {
         let now = around.now();
-        if !self.knows_numerics {
+        if self.grown == Grown::Bare {
             return;
         }
         // A front that greets again has given up what it had here.

@@ -1,7 +1,7 @@
 //! What a simulated node tells its fronts: one frame of outputs each, attempts handed back, and every so often how it is
 //! doing. Asserts on the way out that the incarnations in its frames never go back.
 
-use super::{NodeProcess, STATUS_INTERVAL};
+use super::{Grown, NodeProcess, STATUS_INTERVAL};
 use crate::around::Around;
 use crate::peers::PROBE;
 use llmscale_scheduler::{Event, GiveBack};
@@ -26,8 +26,8 @@ impl NodeProcess {
             let outputs = std::mem::take(&mut self.out.outputs[index]);
             if front == PROBE {
                 let ran = outputs.finished.iter().any(|finished| finished.reason == FinishReason::Length);
-                if ran && !self.has_run {
-                    self.has_run = true;
+                if ran && self.grown < Grown::HasRun {
+                    self.grown = Grown::HasRun;
                     // An order to drain may have come before the first step was done.
                     if self.state == NodeState::Starting {
                         self.state = NodeState::Ready;
@@ -76,9 +76,6 @@ impl NodeProcess {
         let status = self.status();
         for front in self.peers.all() {
             self.tell(front, &FromNode::Status(status), around);
-        }
-        if self.state == NodeState::Draining && self.replica.is_idle() {
-            self.drained = true;
         }
     }
 

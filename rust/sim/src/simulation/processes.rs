@@ -1,0 +1,215 @@
+//! Processes and connections of a simulation as they come and go, and the faults that make them. Each draw comes from the
+//! simulation's generator, so that a seed always breaks the same things at the same moments.
+
+use super::Simulation;
+use crate::faults::Fault;
+use crate::front_host::{FrontHost, Presence};
+use crate::happening::Happening;
+use crate::node::NodeProcess;
+use crate::worker::Condition;
+use llmscale_types::{Duration, NodeId};
+
+impl Simulation {
+    pub(super) fn link_up(&mut self, front: usize, place: usize) {
+        let Some(process) = &self.nodes[place] else { return };
+        if !self.around.network.is_up(front, place) && self.fronts[front].presence != Presence::Down {
+            let (node, incarnation) = (process.node, self.fronts[front].incarnation);
+            self.around.network.connect((front, incarnation), place, node);
+            self.around.note("link up", [front as u64, place as u64, node.0, 0]);
+            self.around.agenda.after(Duration(0), Happening::Look { front, regular: false });
+        }
+    }
+
+    pub(super) fn break_link(&mut self, front: usize, place: usize) -> bool {
+        let broken = self.around.network.disconnect(front, place);
+        if broken {
+            self.around.note("link down", [front as u64, place as u64, 0, 0]);
+            self.around.agenda.after(Duration(0), Happening::Look { front, regular: false });
+            let wait = self.around.random.span(1_000, 300_000);
+            self.around.agenda.after(wait, Happening::LinkUp { front, place });
+        }
+        broken
+    }
+
+    pub(super) fn start_node(&mut self, place: usize) {
+        self.started_nodes += 1;
+        let node = NodeId(self.started_nodes);
+        if self.started_nodes > self.nodes.len() as u64 {
+            self.around.coverage.reach("node_restarted");
+        }
+        self.around.note("node starts", [place as u64, node.0, 0, 0]);
+        self.nodes[place] = Some(NodeProcess::start(place, node, &mut self.around));
+        for front in 0..self.fronts.len() {
+            let wait = self.around.random.span(1_000, 100_000);
+            self.around.agenda.after(wait, Happening::LinkUp { front, place });
+        }
+    }
+
+    pub(super) fn stop_node(&mut self, place: usize) {
+        self.count_replica(place);
+        self.nodes[place] = None;
+        for front in 0..self.fronts.len() {
+            self.break_link(front, place);
+        }
+        let wait = self.around.random.span(10_000, 400_000);
+        self.around.agenda.after(wait, Happening::NodeStart { place });
+    }
+
+    pub(super) fn resume_front(&mut self, front: usize) {
+        if self.fronts[front].presence == Presence::Paused {
+            self.fronts[front].resume(&mut self.around);
+            self.catch_up(front);
+        }
+    }
+
+    pub(super) fn start_front(&mut self, front: usize) {
+        if self.fronts[front].presence == Presence::Down {
+            let incarnation = self.fronts[front].incarnation + 1;
+            self.around.note("front starts", [front as u64, incarnation, 0, 0]);
+            self.fronts[front] = FrontHost::start(front, incarnation, &mut self.around);
+            for place in 0..self.nodes.len() {
+                self.link_up(front, place);
+            }
+            self.catch_up(front);
+        }
+    }
+
+    /// What clients did while the process was not there.
+    fn catch_up(&mut self, front: usize) {
+        for happening in std::mem::take(&mut self.deferred[front]) {
+            self.carry_out(happening);
+        }
+    }
+
+    /// The connections of a front process that has ended break.
+    pub(super) fn front_gone(&mut self, front: usize) {
+        for place in 0..self.nodes.len() {
+            self.break_link(front, place);
+        }
+    }
+
+    pub(super) fn fault(&mut self, fault: Fault) {
+        let Some(&(_, mean)) = self.around.mix.faults.iter().find(|(on, _)| *on == fault) else { return };
+        let wait = self.around.random.span(0, 2 * mean.0);
+        self.around.agenda.after(wait, Happening::Fault(fault));
+        let place = self.around.random.below(self.nodes.len() as u64) as usize;
+        let front = self.around.random.below(self.fronts.len() as u64) as usize;
+        let numbers = [place as u64, front as u64, 0, 0];
+        match fault {
+            Fault::ConnectionLoss => {
+                if self.break_link(front, place) {
+                    self.around.reach("connection_lost", numbers);
+                }
+            }
+            Fault::FrontPause => self.pause_front(front),
+            Fault::FrontRestart => self.stop_front(front),
+            _ => self.fault_at(fault, place),
+        }
+    }
+
+    fn pause_front(&mut self, front: usize) {
+        if self.fronts[front].presence == Presence::Running {
+            self.around.reach("front_paused", [front as u64, 0, 0, 0]);
+            self.fronts[front].presence = Presence::Paused;
+            let wait = self.around.mix.max_front_silence + self.around.random.span(300_000, 800_000);
+            self.around.agenda.after(wait, Happening::FrontResume { front });
+        }
+    }
+
+    fn stop_front(&mut self, front: usize) {
+        if self.fronts[front].presence != Presence::Running {
+            return;
+        }
+        let polite = self.around.random.chance(500);
+        self.around.reach("front_stopped", [front as u64, u64::from(polite), 0, 0]);
+        self.around.coverage.add("front_stopped_with_goodbye", u64::from(polite));
+        self.check();
+        self.fronts[front].stop(polite, &mut self.around);
+        self.count_front(front);
+        // A goodbye gets through: the socket lingers until it has.
+        let linger = if polite { self.around.mix.max_delay } else { Duration(0) };
+        self.around.agenda.after(linger, Happening::FrontGone { front });
+        let wait = linger + self.around.random.span(1_000, 200_000);
+        self.around.agenda.after(wait, Happening::FrontStart { front });
+    }
+
+    fn fault_at(&mut self, fault: Fault, place: usize) {
+        let Some(process) = &mut self.nodes[place] else { return };
+        let (around, node) = (&mut self.around, process.node);
+        let numbers = [place as u64, node.0, 0, 0];
+        match fault {
+            Fault::WorkerCrash => {
+                if process.kill_worker(around, true) {
+                    around.reach("worker_crashed", numbers);
+                }
+            }
+            Fault::WorkerHang => {
+                if let Some(worker) = process.worker.as_mut().filter(|worker| worker.takes_steps()) {
+                    worker.condition = Condition::Hung;
+                }
+            }
+            Fault::WorkerSlow => {
+                let until = around.now() + around.random.span(100_000, 500_000);
+                if let Some(worker) = &mut process.worker {
+                    worker.slow_until = until;
+                    around.reach("worker_slow", numbers);
+                }
+            }
+            Fault::NodeCrash => {
+                around.reach("node_crashed", numbers);
+                self.stop_node(place);
+            }
+            Fault::NodePause => {
+                if !process.paused {
+                    around.reach("node_paused", numbers);
+                    process.paused = true;
+                    let wait = around.mix.max_node_silence + around.random.span(50_000, 900_000);
+                    around.agenda.after(wait, Happening::NodeResume { place, node });
+                }
+            }
+            Fault::NodeDrain => {
+                around.note("node is drained", numbers);
+                process.drain(around);
+            }
+            Fault::LateResult | Fault::ConnectionLoss | Fault::FrontPause | Fault::FrontRestart => {}
+        }
+    }
+
+    /// Adds the counts of a node process that ends.
+    pub(super) fn count_replica(&mut self, place: usize) {
+        let Some(process) = &self.nodes[place] else { return };
+        let (counters, cache) = (process.replica.counters(), process.replica.cache_counters());
+        for (name, count) in [
+            ("replica_poisoned", counters.poisoned),
+            ("replica_preemptions", counters.preemptions),
+            ("replica_stale_results", counters.stale_results),
+            ("replica_discarded_rows", counters.discarded_rows),
+            ("replica_unknown_orders", counters.unknown_orders),
+            ("replica_prefix_hits", cache.hit_tokens),
+        ] {
+            self.around.coverage.add(name, count);
+        }
+    }
+
+    /// Adds the counts of a front process that ends.
+    pub(super) fn count_front(&mut self, front: usize) {
+        let host = &self.fronts[front];
+        self.requests += host.ledger.len() as u64;
+        self.tokens += host.ledger.tokens;
+        let counters = host.front.counters();
+        for (name, count) in [
+            ("front_expired", counters.expired),
+            ("front_given_back", counters.given_back),
+            ("front_late", counters.late),
+            ("front_lost_attempts", counters.lost_attempts),
+            ("front_moved", counters.moved),
+            ("front_recalls", counters.recalls),
+            ("front_silences", counters.silences),
+            ("front_slow_readers", counters.slow_readers),
+            ("front_stale_frames", counters.stale_frames),
+            ("front_stale_rows", counters.stale_rows),
+        ] {
+            self.around.coverage.add(name, count);
+        }
+    }
+}
