@@ -1,0 +1,66 @@
+"""One request as the caller stated it, checked once, before a transport sees it. Knows nothing of transports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmscale.client.wire import CLASSES
+from llmscale.errors import InvalidField
+from llmscale.types import SamplingParams
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A prompt (text or ids) or a conversation, and how to run it. `params` None: what the model's author recommends.
+
+    `timeout_seconds` bounds the whole answer. `streaming` says whether anybody looks at it before its end.
+    """
+
+    prompt: str | tuple[int, ...] | None
+    messages: tuple[Message, ...] | None
+    params: SamplingParams | None
+    model: str | None
+    priority: str
+    timeout_seconds: float | None
+    streaming: bool
+
+    def __post_init__(self) -> None:
+        if self.priority not in CLASSES:
+            raise InvalidField(
+                f"priority is {self.priority!r}, it must be one of {', '.join(CLASSES)}", field="priority"
+            )
+        if self.timeout_seconds is not None and not self.timeout_seconds > 0:
+            raise InvalidField(f"timeout is {self.timeout_seconds}, it must be above 0 seconds", field="timeout")
+        if self.prompt is not None and not self.prompt:
+            raise InvalidField("prompt is empty, at least 1 token is needed", field="prompt")
+        if self.messages is not None and not self.messages:
+            raise InvalidField("messages is empty, at least 1 message is needed", field="messages")
+
+    @property
+    def prompt_text(self) -> str | None:
+        """The prompt, if it is a text."""
+        return self.prompt if isinstance(self.prompt, str) else None
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The prompt, if it is ids."""
+        return self.prompt if isinstance(self.prompt, tuple) else ()
+
+
+def split_input(given: Prompt) -> tuple[str | tuple[int, ...] | None, tuple[Message, ...] | None]:
+    """A prompt or a conversation, by its type. Raises InvalidField for anything else."""
+    if isinstance(given, str):
+        return given, None
+    items: tuple[Any, ...] = tuple(given) if isinstance(given, Sequence) else (None,)
+    if items and all(isinstance(item, Mapping) for item in items):
+        return None, items
+    if all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
+        return items, None
+    raise InvalidField(
+        "the input must be a text, a list of token ids, or a list of messages with role and content", field="prompt"
+    )

@@ -1,0 +1,82 @@
+"""A node as a real process for tests: started, waited for by what it says over its own protocol, gone at the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from llmscale import Client
+from llmscale.client import CurveKeys
+from llmscale.errors import TransportError
+
+START_SECONDS = 60.0
+STOP_SECONDS = 20.0
+
+
+@dataclass
+class NodeProcess:
+    """`python -m llmscale.node` as a child of the test."""
+
+    process: subprocess.Popen[bytes]
+    address: str
+    log_path: Path
+
+    def log(self) -> str:
+        """Everything it has said."""
+        return self.log_path.read_text()
+
+    def worker(self) -> psutil.Process:
+        """The worker that lives now."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            if "llmscale.worker" in " ".join(child.cmdline()):
+                return child
+        raise AssertionError(f"the node has no worker:\n{self.log()}")
+
+    def kill(self) -> None:
+        """Ends node and worker without a word."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(STOP_SECONDS)
+
+
+@contextmanager
+def node(folder: Path, *options: str, address: str = "", keys: CurveKeys | None = None) -> Iterator[NodeProcess]:
+    """A node on tiny-chat that has run its first step; afterwards nothing of it is left."""
+    address = address or f"ipc://{folder}/node.sock"
+    log_path = folder / "node.log"
+    command = [sys.executable, "-m", "llmscale.node", "--model", "tiny-chat", "--listen", address, *options]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    started = NodeProcess(process, address, log_path)
+    try:
+        _wait_until_ready(started, keys)
+        yield started
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                raise AssertionError(f"SIGTERM did not end the node:\n{started.log()}") from None
+        left = psutil.wait_procs(family, timeout=5)[1]
+        for orphan in left:
+            orphan.kill()
+        assert not left, f"left running after the node: {left}"
+
+
+def _wait_until_ready(started: NodeProcess, keys: CurveKeys | None) -> None:
+    """Welcome and Status come once the first worker knows its kernels; a first token once a step can run."""
+    with Client(started.address, keys=keys, connect_timeout=START_SECONDS) as client:
+        try:
+            client.generate([1], timeout=START_SECONDS)
+        except TransportError as error:
+            raise AssertionError(f"the node did not start: {error}\n{started.log()}") from error
