@@ -1,0 +1,82 @@
+// What is behind the gateway: the state in the bar and, on request, every replica with its worker.
+
+import { readFleet } from "/page/client.js";
+
+const byId = (id) => document.getElementById(id);
+const CALM_MS = 3000;
+const BUSY_MS = 500;
+
+export class Fleet {
+  #settings;
+  #listener;
+  #timer = 0;
+  #restarts = new Map();
+  state = "unknown";
+  busy = false;
+
+  /** `listener` is told of every change of state, and of every worker that was replaced. */
+  constructor(settings, listener) {
+    this.#settings = settings;
+    this.#listener = listener;
+    byId("fleet-button").addEventListener("click", () => { byId("fleet").showModal(); this.refresh(); });
+    byId("fleet").addEventListener("click", (event) => { if (event.target === byId("fleet")) byId("fleet").close(); });
+    document.addEventListener("visibilitychange", () => this.refresh());
+    this.refresh();
+  }
+
+  /** Asks now, and again after a while: often while something happens, never in a hidden tab. */
+  async refresh() {
+    clearTimeout(this.#timer);
+    if (document.hidden) return;
+    try {
+      this.#show(await readFleet(this.#settings.apiKey));
+    } catch (error) {
+      this.#setState(error.status === 401 ? "key needed" : "unreachable");
+    }
+    const often = this.busy || this.state !== "ready" || byId("fleet").open;
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.refresh(), often ? BUSY_MS : CALM_MS);
+  }
+
+  #setState(state) {
+    const before = this.state;
+    this.state = state;
+    byId("fleet-button").dataset.state = state;
+    byId("fleet-state").textContent = state;
+    if (before !== state) this.#listener({ state, before });
+  }
+
+  #show(fleet) {
+    // The gateway names the best replica; a worker that is being replaced is worth showing even beside a healthy one.
+    const recovering = fleet.replicas.some((replica) => replica.state === "recovering");
+    this.#setState(fleet.state === "ready" && recovering ? "recovering" : fleet.state);
+    byId("fleet-summary").textContent =
+      `${fleet.replicas.length} ${fleet.replicas.length === 1 ? "replica" : "replicas"}, ` +
+      `${fleet.live_requests} live and ${fleet.queued_requests} queued requests`;
+    for (const replica of fleet.replicas) {
+      const before = this.#restarts.get(replica.node);
+      if (before !== undefined && replica.worker_restarts > before) this.#listener({ replaced: replica });
+      this.#restarts.set(replica.node, replica.worker_restarts);
+    }
+    if (byId("fleet").open) byId("replicas").replaceChildren(...fleet.replicas.map(row));
+  }
+}
+
+function row(replica) {
+  const item = byId("replica-template").content.cloneNode(true).firstElementChild;
+  const put = (name, text) => { item.querySelector(`.${name}`).textContent = text; };
+  item.dataset.state = replica.state;
+  put("name", replica.model);
+  item.querySelector(".name").title = replica.node;
+  put("state", replica.state);
+  put("pid", replica.worker_pid || "none");
+  put("restarts", replica.worker_restarts);
+  put("running", replica.running);
+  put("waiting", replica.waiting);
+  put("steps", replica.steps.toLocaleString());
+  put("preemptions", replica.preemptions);
+  const used = replica.total_blocks ? 1 - replica.free_blocks / replica.total_blocks : 0;
+  put("used", `${Math.round(used * 100)} %`);
+  item.querySelector("progress").value = used;
+  return item;
+}
