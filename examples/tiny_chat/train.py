@@ -29,8 +29,6 @@ MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 0.004, 0.02
 WARMUP_STEPS = 100
 CHECKPOINT_SECONDS, SCORE_SECONDS, PRINT_STEPS = 120.0, 900.0, 50
 SCORED_ITEMS_PER_TASK = 100
-DECAY_SHARE = 0.25
-"""With `--until`, the last quarter of the run's time decays the learning rate."""
 
 
 @dataclass(slots=True)
@@ -114,13 +112,15 @@ def deadline_of(clock: str | None) -> float | None:
     return ((end if end > now else end + timedelta(days=1)) - now).total_seconds()
 
 
-def rate_scale(step: int, first_step: int, elapsed: float, deadline: float | None, finish: int | None) -> float:
+def rate_scale(
+    step: int, first_step: int, elapsed: float, deadline: float | None, decay_share: float, finish: int | None
+) -> float:
     """The schedule's factor; 0 or less means that the run is over."""
     scale = min(1.0, (step + 1) / WARMUP_STEPS)
     if finish is not None:
-        scale = min(scale, 1.0 - (step - first_step) / finish)
+        scale = min(scale, (first_step + finish - step) / max(finish, 1))
     if deadline is not None:
-        scale = min(scale, (deadline - elapsed) / (deadline * DECAY_SHARE))
+        scale = min(scale, (deadline - elapsed) / (deadline * decay_share))
     return scale
 
 
@@ -131,7 +131,7 @@ def train(run: Run, arguments: argparse.Namespace) -> None:
     deadline, first_step, reported_tokens = deadline_of(arguments.until), run.progress.step, run.progress.tokens
     while True:
         before, step = time.monotonic(), run.progress.step
-        scale = rate_scale(step, first_step, before - started, deadline, arguments.finish)
+        scale = rate_scale(step, first_step, before - started, deadline, arguments.decay_share, arguments.finish)
         if scale <= 0.0:
             break
         tokens = train_step(run, step, scale)
@@ -158,6 +158,9 @@ def main() -> None:
     parser.add_argument("--export", type=Path, help="write the Hugging Face folder here at the end")
     parser.add_argument(
         "--until", metavar="HH:MM", help="decay the learning rate so that the run ends at this time (UTC)"
+    )
+    parser.add_argument(
+        "--decay-share", type=float, default=0.5, help="last part of the time until --until that decays"
     )
     parser.add_argument("--finish", type=int, metavar="STEPS", help="decay over this many steps, then end")
     parser.add_argument("--seed", type=int, default=1)

@@ -7,7 +7,7 @@ Answers are the items joined by a comma and a space. Generation is O(n log n) fo
 import random
 
 from tinychat.tasks.item import Item
-from tinychat.tasks.vocabulary import WORDS
+from tinychat.tasks.vocabulary import CITIES, JOBS, NAMES, WORDS
 
 _UP = ("Sort: {x}", "Sort these numbers: {x}", "Sort from small to large: {x}", "Put in order: {x}")
 _DOWN = ("Sort from large to small: {x}", "Sort in descending order: {x}")
@@ -34,7 +34,7 @@ def sort_long(rng: random.Random) -> Item:
 
 def sort_words(rng: random.Random) -> Item:
     count = rng.randint(3, 5)
-    words = rng.sample(WORDS, count)
+    words = rng.sample(NAMES if rng.random() < 0.15 else WORDS, count)
     given = ", ".join(words)
     return Item((rng.choice(_WORDS).format(x=given),), ", ".join(sorted(words)), "sort_words", given, min(2, count - 3))
 
@@ -66,7 +66,9 @@ def repeat(rng: random.Random) -> Item:
     if rng.random() < 0.3:
         given = str(rng.randrange(10**3, 10**7))
     else:
-        given = " ".join(rng.sample(WORDS, rng.randint(1, 5)))
+        # Names and cities are repeated too: without, the model copied words but drew another name in every answer.
+        pool = rng.choice((WORDS, NAMES, (*CITIES, *JOBS, *NAMES)))
+        given = " ".join(rng.sample(pool, rng.randint(1, 5)))
     question = rng.choice(("Repeat after me: {x}", "Say: {x}", "Repeat: {x}")).format(x=given)
     return Item((question,), given, "repeat", given)
 
