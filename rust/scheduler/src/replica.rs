@@ -410,6 +410,12 @@ impl Replica {
         self.queue.len() == 0 && self.sequences.running() == 0 && self.flights.is_empty()
     }
 
+    /// Attempts of one front, waiting and running. O(everything), for tests and the simulator.
+    pub fn attempts_of(&self, front: FrontId) -> usize {
+        let running = self.sequences.occupied().map(|slot| self.sequences.record(slot).key());
+        self.queue.iter().map(Record::key).chain(running).filter(|key| key.front == front).count()
+    }
+
     /// Walks the whole state. O(everything), for tests, the simulator and idle moments.
     pub fn check(&self) {
         let slots: Vec<Slot> = self.sequences.occupied().collect();

@@ -183,6 +183,7 @@ impl FrontHost {
                     }
                 }
                 FrontAction::Finish { request, reason, usage, restarts } => {
+                    self.ledger.check_restarts(request, restarts);
                     self.ledger.end(request, reason, usage, &around.mix, moment);
                     around.reach(end_name(reason), [self.number as u64, request.0, usage.output_tokens.into(), 0]);
                     if restarts > 0 && usage.output_tokens > 0 {

@@ -34,8 +34,9 @@ pub(crate) struct Account {
     /// Workers that died at that place since, and how many of them by an ordinary fault.
     crashes: u32,
     ordinary_crashes: u32,
-    /// Attempts that may have been lost.
+    /// Attempts that may have been lost, and workers that died at its places, over all attempts.
     losses: u32,
+    deaths: u32,
     ended: bool,
 }
 
@@ -74,6 +75,7 @@ impl Ledger {
             crashes: 0,
             ordinary_crashes: 0,
             losses: 0,
+            deaths: 0,
             ended: false,
         };
         self.live += 1;
@@ -132,6 +134,7 @@ impl Ledger {
     pub(crate) fn worker_died(&mut self, place: usize, ordinary: bool) {
         for account in self.at(place) {
             account.crashes += 1;
+            account.deaths += 1;
             account.ordinary_crashes += u32::from(ordinary);
         }
     }
@@ -146,6 +149,20 @@ impl Ledger {
 
     fn at(&mut self, place: usize) -> impl Iterator<Item = &mut Account> {
         self.accounts.values_mut().filter(move |account| !account.ended && account.place == Some(place))
+    }
+
+    /// What a request is told to have survived, it did.
+    pub(crate) fn check_restarts(&self, request: RequestId, restarts: u32) {
+        let account = &self.accounts[&request];
+        let most = account.attempts + account.deaths;
+        assert!(restarts <= most, "request {request} survived {restarts} restarts, there were {most} at most");
+    }
+
+    /// How many workers the requests that may hold the deadly token may have taken down: two per replica that had to find
+    /// out by itself, and only a lost attempt brings a request to another one unconvicted.
+    pub(crate) fn most_deadly_deaths(&self) -> u64 {
+        let may_kill = |account: &&Account| account.away_since.is_some() || account.ate_deadly_token();
+        self.accounts.values().filter(may_kill).map(|account| 2 * (1 + u64::from(account.losses))).sum()
     }
 
     /// The one end of a request.
@@ -246,12 +263,16 @@ impl Account {
             FinishReason::Deadline => self.deadline.is_some_and(|deadline| deadline <= moment.now),
             FinishReason::Poisoned => {
                 let deadly = mix.deadly_token().is_some();
-                let ate = self.prompt.iter().chain(&self.delivered).any(|&token| token == DEADLY);
+                let ate = self.ate_deadly_token();
                 let unseen = !self.attached && deadly;
                 (deadly && ate) || unseen || (self.crashes >= 2 && self.ordinary_crashes >= 1)
             }
             FinishReason::NotANumber | FinishReason::NothingToSample => false,
         }
+    }
+
+    fn ate_deadly_token(&self) -> bool {
+        self.prompt.iter().chain(&self.delivered).any(|&token| token == DEADLY)
     }
 
     fn left_too_much(&self, mix: &Mix, moment: Moment) -> bool {

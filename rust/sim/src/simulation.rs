@@ -7,11 +7,12 @@ mod processes;
 use crate::around::Around;
 use crate::clients;
 use crate::coverage::Coverage;
-use crate::faults::Mix;
+use crate::faults::{Fault, Mix};
 use crate::front_host::{FrontHost, Presence};
 use crate::happening::{Frame, Happening, Towards};
 use crate::node::NodeProcess;
 use crate::random::Random;
+use crate::swarm::run_seed;
 use llmscale_types::{Duration, NodeId, Time};
 use llmscale_wire::{FromNode, decode};
 use std::collections::VecDeque;
@@ -50,12 +51,19 @@ pub struct Simulation {
     nodes: Vec<Option<NodeProcess>>,
     started_nodes: u64,
     healing: bool,
+    /// Those of the mix, which forgets them when it heals.
+    faults: Vec<(Fault, Duration)>,
     events: u64,
     requests: u64,
     tokens: u64,
 }
 
 impl Simulation {
+    /// Runs a seed. Panics with everything that it takes to see it again, if an invariant does not hold.
+    pub fn run(seed: u64) -> Report {
+        run_seed(seed).unwrap_or_else(|failure| panic!("{failure}"))
+    }
+
     /// The world of a seed, before anything has happened.
     pub(crate) fn new(seed: u64) -> Self {
         let mut random = Random::new(seed);
@@ -70,6 +78,7 @@ impl Simulation {
             deferred: fronts.iter().map(|_| VecDeque::new()).collect(),
             fronts,
             nodes: (0..around.mix.nodes).map(|_| None).collect(),
+            faults: around.mix.faults.clone(),
             around,
             started_nodes: 0,
             healing: false,
@@ -111,6 +120,7 @@ impl Simulation {
         }
         self.check();
         self.check_rest();
+        self.check_deadly_deaths();
         for place in 0..self.nodes.len() {
             self.count_replica(place);
         }
@@ -265,6 +275,7 @@ impl Simulation {
     /// Tells the clients' books which workers have died.
     fn keep_books(&mut self) {
         for (place, ordinary) in std::mem::take(&mut self.around.deaths) {
+            self.around.note("worker died", [place as u64, u64::from(ordinary), 0, 0]);
             for front in &mut self.fronts {
                 front.ledger.worker_died(place, ordinary);
             }
@@ -288,6 +299,17 @@ impl Simulation {
             let status = front.front.status(self.around.now());
             assert_eq!((status.queued_requests, status.queued_tokens, status.live_requests), (0, 0, 0));
             assert!(status.replicas.iter().all(|replica| replica.load.sequences == 0), "a load is left");
+        }
+    }
+
+    /// A request that kills workers is convicted, and does not go from node to node. Where nodes are drained or fronts
+    /// forget their requests, suspects lawfully start anew, so such seeds prove nothing.
+    fn check_deadly_deaths(&self) {
+        let starts_anew = |&(fault, _): &(Fault, Duration)| matches!(fault, Fault::NodeDrain | Fault::FrontRestart);
+        if !self.faults.iter().any(starts_anew) {
+            let deaths = self.around.coverage.count("worker_deadly_token");
+            let most: u64 = self.fronts.iter().map(|front| front.ledger.most_deadly_deaths()).sum();
+            assert!(deaths <= most, "{deaths} workers died of their requests, at most {most} had to");
         }
     }
 

@@ -54,6 +54,8 @@ impl NodeProcess {
         let Some(front) = self.peers.greet(peer, now) else {
             return self.reject(peer, RejectCode::TooManyFronts, around);
         };
+        let left = self.replica.attempts_of(front);
+        assert_eq!(left, 0, "front {front} of node {} takes over attempts that it never sent", self.node);
         let limits = self.replica.limits();
         let welcome = Welcome {
             version: VERSIONS.high,

@@ -170,6 +170,10 @@ impl Simulation {
             Fault::NodeDrain => {
                 around.note("node is drained", numbers);
                 process.drain(around);
+                // Operators drain what is failing: what then comes back from the worker has to be finished all the same.
+                if around.random.chance(300) {
+                    process.kill_worker(around, true);
+                }
             }
             Fault::LateResult | Fault::ConnectionLoss | Fault::FrontPause | Fault::FrontRestart => {}
         }
