@@ -391,7 +391,8 @@ class NodeTransport:
             kind = event["event"]
             if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._session.link_up(time.monotonic())
-            elif kind == zmq.EVENT_DISCONNECTED:
+            elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
+                # Without detail: the peer closed in the handshake. It may have been starting, and libzmq tries again.
                 self._session.link_down(f"the connection to {self._address} was lost")
             else:
                 self._handshake_refused = True
