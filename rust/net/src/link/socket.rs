@@ -197,6 +197,9 @@ impl WorkerSide for SocketWorker {
             // Asked before the frames are read, so that none that arrived before the end is missed.
             let down = self.is_down();
             match self.client.receive() {
+                // An empty frame only asks whether this side is still there, which libzmq answers: events of connections
+                // lag behind frames, so the engine may ask a worker that has just attached.
+                Ok(Some(message)) if message.payload.is_empty() => continue,
                 Ok(Some(message)) => return Ok(Some(message.payload)),
                 Ok(None) if down => return Err(LinkError::Down),
                 Ok(None) => {}

@@ -1,0 +1,327 @@
+//! Goal: the live drivers carry requests from a front's thread to a worker's link and back, over real sockets, and keep
+//! streams whole when workers and nodes die. Method: real threads, the hash worker as the model, waits on conditions.
+
+use llmscale_engine::{Arrival, Command, FrontConfig, FrontHandle, NodeAddress, NodeConfig, NodeEvent, NodeHandle};
+use llmscale_front::{EndReason, FrontEvent, FrontOptions, NewRequest, ReplicaState};
+use llmscale_net::link::socket::{SocketLink, SocketWorker};
+use llmscale_net::link::{LinkError, WorkerSide};
+use llmscale_net::{Address, AllowList, Context, EndpointOptions};
+use llmscale_sim::{HashWorker, hash_token};
+use llmscale_types::{Class, Duration, EngineLimits, Epoch, FinishReason, NodeId, RequestId, Sampling, Token};
+use llmscale_wire::{CodecLimits, Configure, Dtype, FromWorker, ModelIdentity, Ready, ToWorker, decode, encode};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+const DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
+
+fn limits() -> EngineLimits {
+    EngineLimits {
+        block_tokens: 8,
+        total_blocks: 256,
+        max_sequences: 16,
+        max_step_tokens: 64,
+        max_sequence_tokens: 512,
+        max_waiting_sequences: 64,
+        max_steps_in_flight: 2,
+        eos_tokens: Vec::new(),
+        vocabulary: 1_000,
+    }
+}
+
+fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < DEADLINE, "not within {DEADLINE:?}: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// A worker process played by a thread: it dies when told to, or after a number of steps.
+struct Worker {
+    die: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Worker {
+    fn start(address: &Address, epoch: Epoch, steps: u64) -> Self {
+        let die = Arc::new(AtomicBool::new(false));
+        let (address, told) = (address.clone(), Arc::clone(&die));
+        let thread = std::thread::spawn(move || work(&address, epoch, steps, &told));
+        Self { die, thread }
+    }
+
+    fn kill(self) {
+        self.die.store(true, Ordering::Release);
+        self.thread.join().expect("the worker's thread ends quietly");
+    }
+}
+
+fn work(address: &Address, epoch: Epoch, max_steps: u64, told: &AtomicBool) {
+    let context = Context::new(AllowList::default(), 1).unwrap();
+    let mut link = SocketWorker::connect(&context, address, None, &EndpointOptions::default()).unwrap();
+    let codec = CodecLimits::default();
+    let (mut worker, mut steps) = (None, 0);
+    while !told.load(Ordering::Acquire) && steps < max_steps {
+        let frame = match link.receive(5_000) {
+            Ok(Some(frame)) => frame,
+            Ok(None) => continue,
+            Err(LinkError::Down) => return,
+            Err(error) => panic!("{error}"),
+        };
+        let order = decode::<ToWorker>(&frame, &codec).unwrap_or_else(|error| panic!("{error} in {frame:?}"));
+        let answer = match order {
+            ToWorker::Configure(Configure { limits, .. }) => {
+                worker = Some(HashWorker::new(&limits, epoch));
+                let numerics = "hash".to_owned();
+                FromWorker::Ready(Ready {
+                    epoch,
+                    pid: 7,
+                    total_blocks: limits.total_blocks,
+                    layers: 1,
+                    numerics,
+                    loading_ns: 1,
+                })
+            }
+            ToWorker::Step(delta) => {
+                steps += 1;
+                FromWorker::Result(worker.as_mut().unwrap().run(&delta, 1_000).unwrap())
+            }
+            ToWorker::Stop => return,
+        };
+        // The engine may be gone by now: then the next receive says so.
+        let _ = link.send(encode(&answer, &codec).unwrap());
+    }
+}
+
+/// A node with the means to give it workers.
+struct Node {
+    handle: NodeHandle,
+    context: Context,
+    folder: String,
+    epoch: Epoch,
+}
+
+static NEXT_FOLDER: AtomicU64 = AtomicU64::new(0);
+
+impl Node {
+    fn start(address: Option<&Address>, node: u64) -> Self {
+        let number = NEXT_FOLDER.fetch_add(1, Ordering::Relaxed);
+        let folder = format!("{}/llmscale-live-{}-{number}", std::env::temp_dir().display(), std::process::id());
+        std::fs::create_dir_all(&folder).unwrap();
+        let own: Address = format!("ipc://{folder}/node").parse().unwrap();
+        let config = NodeConfig {
+            limits: limits(),
+            model: ModelIdentity {
+                name: "hash".to_owned(),
+                revision: "1".to_owned(),
+                adapter: None,
+                weights_digest: [1; 32],
+                tokenizer_digest: [2; 32],
+                numerics: String::new(),
+            },
+            fleet: "test".to_owned(),
+            node: NodeId(node),
+            secret: [3; 32],
+            max_fronts: 4,
+            max_front_silence: Duration::from_millis(10_000),
+            status_interval: Duration::from_millis(50),
+            max_step: Duration::from_millis(60_000),
+        };
+        let context = Context::new(AllowList::default(), 1).unwrap();
+        let address = address.unwrap_or(&own);
+        let handle = NodeHandle::start(config, &context, address, None, &EndpointOptions::default()).unwrap();
+        Self { handle, context, folder, epoch: Epoch(0) }
+    }
+
+    fn give_worker(&mut self, steps: u64) -> Worker {
+        self.epoch = self.epoch.next();
+        let epoch = self.epoch;
+        let address: Address = format!("ipc://{}/worker-{epoch}", self.folder).parse().unwrap();
+        let waker = self.handle.link_waker();
+        let link = SocketLink::listen(&self.context, &address, None, &EndpointOptions::default(), waker).unwrap();
+        let configure = Configure { epoch, model_folder: "/".to_owned(), dtype: Dtype::Float32, limits: limits() };
+        let order = Command::WorkerStarted { epoch, link: Box::new(link), configure: Box::new(configure) };
+        assert!(self.handle.order(order));
+        Worker::start(&address, epoch, steps)
+    }
+
+    fn bury(&self, worker: Worker) {
+        worker.kill();
+        assert!(self.handle.order(Command::WorkerDied(self.epoch)));
+    }
+
+    fn wait_for(&self, wanted: fn(&NodeEvent) -> bool) {
+        wait_until("the node's event", || self.handle.take_events().iter().any(wanted));
+    }
+}
+
+fn front(node: &NodeHandle) -> FrontHandle {
+    let config = FrontConfig {
+        name: "front".to_owned(),
+        fleet: "test".to_owned(),
+        options: FrontOptions::default(),
+        max_node_silence: Duration::from_millis(2_000),
+    };
+    let context = Context::new(AllowList::default(), 1).unwrap();
+    let handle = FrontHandle::start(config, &context, &[NodeAddress { address: node.address().clone(), keys: None }]);
+    let handle = handle.unwrap();
+    wait_until("the front sees a ready replica", || {
+        handle.status().replicas.iter().any(|replica| replica.state == Some(ReplicaState::Ready))
+    });
+    handle
+}
+
+fn request(prompt: Vec<Token>, seed: u64, max_tokens: u32) -> NewRequest {
+    NewRequest {
+        namespace: [5; 32],
+        model: "hash".to_owned(),
+        class: Class::Standard,
+        prompt,
+        sampling: Sampling { seed, max_tokens, ..Sampling::default() },
+        deadline: None,
+        detached: false,
+    }
+}
+
+/// Collects streams and checks every token against the model as it comes.
+#[derive(Default)]
+struct Reader {
+    streams: BTreeMap<RequestId, (NewRequest, Vec<Token>, Option<EndReason>)>,
+    restarts: u32,
+}
+
+impl Reader {
+    fn submit(&mut self, front: &FrontHandle, new: NewRequest) {
+        let id = front.submit(new.clone()).unwrap();
+        self.streams.insert(id, (new, Vec::new(), None));
+    }
+
+    fn read(&mut self, front: &FrontHandle) {
+        for Arrival { request, index, tokens, end, .. } in front.take() {
+            let (new, seen, ended) = self.streams.get_mut(&request).expect("a stream that was asked for");
+            assert_eq!((ended.is_none(), index as usize), (true, seen.len()), "request {request}");
+            for token in tokens {
+                let ids: Vec<Token> = new.prompt.iter().chain(seen.iter()).copied().collect();
+                assert_eq!(token, hash_token(&ids, new.sampling.seed, 0, 1_000), "request {request}");
+                seen.push(token);
+            }
+            front.event(FrontEvent::Read { request, up_to_index: seen.len() as u32 });
+            if let Some((reason, usage, restarts)) = end {
+                assert_eq!(usage.output_tokens as usize, seen.len());
+                self.restarts = self.restarts.max(restarts);
+                *ended = Some(reason);
+            }
+        }
+    }
+
+    fn tokens(&self) -> usize {
+        self.streams.values().map(|stream| stream.1.len()).sum()
+    }
+
+    fn finish(&mut self, front: &FrontHandle) {
+        wait_until("all streams end", || {
+            self.read(front);
+            self.streams.values().all(|stream| stream.2.is_some())
+        });
+        for (_, _, reason) in self.streams.values() {
+            assert_eq!(*reason, Some(EndReason::Finished(FinishReason::Length)));
+        }
+    }
+}
+
+#[test]
+fn requests_of_a_front_come_back_as_the_models_tokens() {
+    let mut node = Node::start(None, 1);
+    let worker = node.give_worker(u64::MAX);
+    node.wait_for(|event| *event == NodeEvent::Ready);
+    let front = front(&node.handle);
+    let mut reader = Reader::default();
+    for seed in 0..20 {
+        reader.submit(&front, request((1..=(seed as u32 % 9) * 11 + 1).collect(), seed, 40));
+    }
+    reader.finish(&front);
+    node.bury(worker);
+}
+
+#[test]
+fn streams_go_on_when_their_worker_dies_again_and_again() {
+    let mut node = Node::start(None, 1);
+    let mut worker = node.give_worker(u64::MAX);
+    node.wait_for(|event| *event == NodeEvent::Ready);
+    let front = front(&node.handle);
+    let mut reader = Reader::default();
+    for seed in 0..8 {
+        reader.submit(&front, request(vec![9, seed as u32 + 1], seed, 300));
+    }
+    for _ in 0..3 {
+        let before = reader.tokens();
+        wait_until("the streams have made progress", || {
+            reader.read(&front);
+            reader.tokens() > before + 50
+        });
+        node.bury(worker);
+        worker = node.give_worker(u64::MAX);
+    }
+    reader.finish(&front);
+    assert!(reader.restarts >= 1, "streams say what they survived");
+    node.bury(worker);
+}
+
+#[test]
+fn streams_go_on_when_their_node_is_replaced() {
+    let mut node = Node::start(None, 1);
+    let worker = node.give_worker(u64::MAX);
+    node.wait_for(|event| *event == NodeEvent::Ready);
+    let front = front(&node.handle);
+    let mut reader = Reader::default();
+    for seed in 0..4 {
+        reader.submit(&front, request(vec![4, seed as u32 + 1], seed, 400));
+    }
+    wait_until("the streams have begun", || {
+        reader.read(&front);
+        reader.tokens() > 40
+    });
+    let address = node.handle.address().clone();
+    worker.kill();
+    drop(node);
+    let mut successor = Node::start(Some(&address), 2);
+    let worker = successor.give_worker(u64::MAX);
+    reader.finish(&front);
+    successor.bury(worker);
+}
+
+#[test]
+fn a_cancelled_request_leaves_the_node_with_all_its_blocks() {
+    let mut node = Node::start(None, 1);
+    let worker = node.give_worker(u64::MAX);
+    node.wait_for(|event| *event == NodeEvent::Ready);
+    let front = front(&node.handle);
+    let id = front.submit(request(vec![1, 2, 3], 1, 500)).unwrap();
+    wait_until("a token has come", || !front.take().is_empty());
+    front.event(FrontEvent::Cancel { request: id, at_token: None });
+    wait_until("the node is empty", || {
+        node.handle.report().is_some_and(|report| report.status.running == 0 && report.status.free_blocks == 256)
+    });
+    node.bury(worker);
+}
+
+#[test]
+fn draining_lets_running_work_end_and_says_so() {
+    let mut node = Node::start(None, 1);
+    let worker = node.give_worker(u64::MAX);
+    node.wait_for(|event| *event == NodeEvent::Ready);
+    let front = front(&node.handle);
+    let mut reader = Reader::default();
+    reader.submit(&front, request(vec![1, 2, 3], 1, 200));
+    wait_until("the stream has begun", || {
+        reader.read(&front);
+        reader.tokens() > 0
+    });
+    assert!(node.handle.order(Command::Drain));
+    reader.finish(&front);
+    node.wait_for(|event| *event == NodeEvent::Drained);
+    node.bury(worker);
+}
