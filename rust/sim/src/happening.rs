@@ -76,6 +76,10 @@ pub(crate) enum Happening {
         node: NodeId,
         bytes: Vec<u8>,
     },
+    NodeDrain {
+        place: usize,
+        node: NodeId,
+    },
     NodeStart {
         place: usize,
     },

@@ -64,6 +64,7 @@ pub(crate) struct NodeProcess {
     peers: Peers,
     inbox: VecDeque<(Peer, Vec<u8>)>,
     commands: VecDeque<Command>,
+    drain_ordered: bool,
     epoch: Epoch,
     worker_restarts: u32,
     results: Vec<StepResult>,
@@ -89,6 +90,7 @@ impl NodeProcess {
             peers: Peers::new(MAX_FRONTS, around.mix.max_front_silence),
             inbox: VecDeque::new(),
             commands: VecDeque::new(),
+            drain_ordered: false,
             epoch: Epoch(0),
             worker_restarts: 0,
             results: Vec::new(),
@@ -144,7 +146,7 @@ impl NodeProcess {
     pub(crate) fn kill_worker(&mut self, around: &mut Around, ordinary: bool) -> bool {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.alive) else { return false };
         worker.alive = false;
-        around.deaths.push((self.place, ordinary));
+        worker.died_ordinarily = ordinary;
         let epoch = worker.epoch;
         let wait = around.random.span(500, 20_000);
         self.plan_worker(around, epoch, WorkerTurn::Buried, wait);
@@ -219,9 +221,9 @@ impl NodeProcess {
         self.state == NodeState::Draining && self.replica.is_idle()
     }
 
-    /// It takes work, and nothing of any request is left in it.
+    /// It takes work, and nothing of any request is left in it. One that was told to drain has to end instead.
     pub(crate) fn is_at_rest(&self) -> bool {
-        self.state == NodeState::Ready && self.replica.is_idle()
+        self.state == NodeState::Ready && self.replica.is_idle() && !self.drain_ordered
     }
 
     fn event(&mut self, now: Time, event: Event) {
@@ -233,13 +235,14 @@ impl NodeProcess {
         while let Some(command) = self.commands.pop_front() {
             match command {
                 Command::Drain => {
+                    self.drain_ordered = true;
                     self.state = NodeState::Draining;
                     self.event(now, Event::Drain);
                     self.next_status = now;
                 }
                 Command::Worker(epoch, WorkerTurn::Started) => self.take_worker(epoch, around),
                 Command::Worker(epoch, WorkerTurn::Ready) => self.worker_ready(epoch, now),
-                Command::Worker(epoch, WorkerTurn::Buried) => self.bury_worker(epoch, now),
+                Command::Worker(epoch, WorkerTurn::Buried) => self.bury_worker(epoch, around),
                 Command::Worker(_, WorkerTurn::StepDone) => unreachable!("a worker says so itself"),
             }
         }
@@ -267,10 +270,11 @@ impl NodeProcess {
         self.next_status = now;
     }
 
-    fn bury_worker(&mut self, epoch: Epoch, now: Time) {
-        if self.worker.as_ref().is_none_or(|worker| worker.epoch != epoch) {
-            return;
-        }
+    fn bury_worker(&mut self, epoch: Epoch, around: &mut Around) {
+        let now = around.now();
+        let Some(worker) = self.worker.as_ref().filter(|worker| worker.epoch == epoch) else { return };
+        // Counted when the node learns of it: steps that were planned until then were sent to a dead worker.
+        around.deaths.push((self.place, worker.died_ordinarily));
         // Steps that it had finished are no reason to suspect anybody.
         self.complete(now);
         self.worker = None;

@@ -19,6 +19,8 @@ use std::collections::VecDeque;
 
 /// From the end of the faults until everything must be over.
 const MAX_HEALING: Duration = Duration::from_millis(90_000);
+/// A front that waits for so long outlasts every pause and every hung worker.
+const PATIENT: Duration = Duration::from_millis(20_000);
 /// Events between two walks through the whole state; each costs about as much as fifty events.
 const CHECK_INTERVAL: u64 = 16;
 
@@ -162,6 +164,7 @@ impl Simulation {
             Happening::LateResult { place, node, bytes } => {
                 self.with_node(place, node, |process, around| process.hear_late_result(&bytes, around));
             }
+            Happening::NodeDrain { place, node } => self.with_node(place, node, NodeProcess::drain),
             Happening::NodeStart { place } => self.start_node(place),
             Happening::NodeResume { place, node } => self.with_node(place, node, NodeProcess::resume),
             Happening::FrontResume { front } => self.resume_front(front),
@@ -299,6 +302,10 @@ impl Simulation {
             let status = front.front.status(self.around.now());
             assert_eq!((status.queued_requests, status.queued_tokens, status.live_requests), (0, 0, 0));
             assert!(status.replicas.iter().all(|replica| replica.load.sequences == 0), "a load is left");
+            // Silence is the last resort against what was lost without a trace. Nothing is, so whoever is patient is
+            // never silent for so long: without this, a lost order would pass for a slow node.
+            let silences = front.front.counters().silences;
+            assert!(silences == 0 || self.around.mix.max_silence < PATIENT, "{silences} attempts were lost unseen");
         }
     }
 

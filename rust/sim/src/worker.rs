@@ -25,6 +25,8 @@ pub(crate) struct WorkerProcess {
     pub(crate) condition: Condition,
     /// It lives; a dead one is buried a little later.
     pub(crate) alive: bool,
+    /// It died by an ordinary fault, not by what it computed.
+    pub(crate) died_ordinarily: bool,
     /// The node has condemned it.
     pub(crate) failed: bool,
     /// It is slow until then.
@@ -39,6 +41,7 @@ impl WorkerProcess {
             epoch,
             condition: Condition::Loading,
             alive: true,
+            died_ordinarily: false,
             failed: false,
             slow_until: Time(0),
             model: HashWorker::new(limits, epoch).killed_by(deadly),

@@ -2,7 +2,7 @@
 //! a small fleet of production state machines with its own faults; see the crate's header. A failing seed is told with
 //! its mix and its last events, and fails again when it is run alone.
 
-use llmscale_sim::{Summary, run_seeds};
+use llmscale_sim::{Simulation, Summary, run_seeds};
 use std::ops::Range;
 
 /// What must hold of any range of some hundred seeds: no failure, and no fault or path of recovery that is never reached.
@@ -25,6 +25,18 @@ fn every_request_ends_once_with_its_tokens_whatever_fails() {
 #[test]
 fn every_request_ends_once_with_its_tokens_whatever_fails_elsewhere() {
     hold(400..800);
+}
+
+// Seeds that once failed, kept by what they found.
+
+#[test]
+fn seed_53_where_a_request_that_kills_workers_went_from_node_to_node() {
+    Simulation::run(53);
+}
+
+#[test]
+fn seed_143_where_a_draining_node_never_finished_what_its_dead_worker_had_left() {
+    Simulation::run(143);
 }
 
 #[test]

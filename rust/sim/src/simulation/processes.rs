@@ -39,6 +39,11 @@ impl Simulation {
         }
         self.around.note("node starts", [place as u64, node.0, 0, 0]);
         self.nodes[place] = Some(NodeProcess::start(place, node, &mut self.around));
+        if self.around.mix.has(Fault::NodeDrain) && self.around.random.chance(200) {
+            // Before it has run its first step.
+            let wait = self.around.random.span(1_000, 250_000);
+            self.around.agenda.after(wait, Happening::NodeDrain { place, node });
+        }
         for front in 0..self.fronts.len() {
             let wait = self.around.random.span(1_000, 100_000);
             self.around.agenda.after(wait, Happening::LinkUp { front, place });
