@@ -21,10 +21,17 @@ from tests.processes import Server, serving
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/security.md", "docs/wire.md"]
+DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "guides").glob("*.md"))
 DOCUMENTS += sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs" / "adr").glob("*.md"))
 SERVER = "http://127.0.0.1:8000"
 # A path in backquotes, with a folder and an ending or a trailing slash, such as `rust/net/src/zap.rs` or `rust/sim/`.
 PATH = re.compile(r"`((?:rust|python|tests|bench|examples|docs|tools|\.ci)/[\w./-]*(?:\.\w+|/))`")
+# How the documents begin a command of each process.
+COMMANDS = {
+    "llmscale.cli serve": ".venv/bin/llmscale serve",
+    "llmscale.node": "python -m llmscale.node",
+    "llmscale.gateway": "python -m llmscale.gateway",
+}
 # Files that a document may name before they exist.
 WRITTEN_LATER = {"bench/LOG.md"}
 
@@ -106,6 +113,18 @@ def headings(path: Path) -> set[str]:
     """The anchors that GitHub gives to a document's headings."""
     found = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
+
+
+@pytest.mark.parametrize("module", ["llmscale.cli serve", "llmscale.node", "llmscale.gateway"])
+def test_every_option_of_a_command_that_is_named_exists(module: str) -> None:
+    written = README + (ROOT / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
+    commands = [line for line in written.replace("\\\n", " ").splitlines() if COMMANDS[module] in line]
+    named = {option for line in commands for option in re.findall(r"--[a-z-]+", line)}
+    if module == "llmscale.cli serve":
+        named |= set(re.findall(r"^\| `(--[a-z-]+)`", written, flags=re.MULTILINE))
+    assert named
+    known = set(re.findall(r"--[a-z-]+", run([sys.executable, "-m", *module.split(), "--help"])))
+    assert not named - known
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -117,9 +117,6 @@ BANNED_NAMES = re.compile(
 FOREIGN_WORDS = re.compile(
     "|".join([r"\bissue" + r"s? #?\d", r"(?<![\w./-])shared" + "/", r"(?<![\w.-])/work" + "/"]), re.I
 )
-FOREIGN_EXCEPTIONS = {
-    "examples/tiny_chat/train.py": "its default folder of checkpoints is still one machine's; make it a relative one",
-}
 
 
 @cache
@@ -419,7 +416,7 @@ def test_no_file_is_named_for_being_useful() -> None:
 
 
 def test_the_project_speaks_of_itself_alone() -> None:
-    wrong, used_exceptions = [], set()
+    wrong = []
     for name in ours():
         if Path(name).suffix in BINARY or name in GENERATED:
             continue
@@ -427,11 +424,6 @@ def test_the_project_speaks_of_itself_alone() -> None:
         if b"\0" in content[:1_024]:
             continue
         for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), start=1):
-            if (found := FOREIGN_WORDS.search(line)) is None:
-                continue
-            if name in FOREIGN_EXCEPTIONS:
-                used_exceptions.add(name)
-            else:
+            if found := FOREIGN_WORDS.search(line):
                 wrong.append(f"{name}:{number} {found[0]!r}")
     assert not wrong
-    assert used_exceptions == set(FOREIGN_EXCEPTIONS), "an exception is no longer needed: remove it"
