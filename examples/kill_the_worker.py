@@ -2,8 +2,8 @@
 
     python examples/kill_the_worker.py [MODEL]
 
-Starts a node on MODEL (tiny-chat by default), streams through the SDK over ZeroMQ, sends SIGKILL to the worker process at
-the thirtieth token, and compares the ids with an undisturbed run of the same seed.
+Starts a node on MODEL (tiny-chat by default), streams through the SDK over ZeroMQ, sends SIGKILL to the worker process
+at the thirtieth token, and compares the ids with an undisturbed run of the same seed.
 """
 
 from __future__ import annotations

@@ -46,4 +46,4 @@ class NodeSettings:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
         if (self.key_file is None) != (self.allow_list is None):
-            raise ConfigError("key_file and allow_list belong together: set both, or neither to listen on loopback only")
+            raise ConfigError("key_file and allow_list belong together: set both, or neither to stay on loopback")

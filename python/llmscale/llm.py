@@ -1,7 +1,7 @@
 """Offline inference: scheduler, blocks and model in the caller's process, the shortest path through the system.
 
-`LLM("tiny-chat").generate(["Once upon a time"])` batches whatever it is given. The loop is four verbs: plan, run, sample,
-collect. It uses the same state machines as a served model; it knows no sockets and keeps no threads of its own.
+`LLM("tiny-chat").generate(["Once upon a time"])` batches whatever it is given. The loop is four verbs: plan, run,
+sample, collect. It uses the same state machines as a served model; it knows no sockets and keeps no threads of its own.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from llmscale import env
 from llmscale._core import LocalReplica, Sampling
-from llmscale.gateway.choice import Choice, failure
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
+from llmscale.gateway.choice import Choice, failure
 from llmscale.node.plan import plan_replica
 from llmscale.tokenizer import Tokenizer
 from llmscale.types import CompletionOutput, Logprob, RequestOutput, SamplingParams, Usage
@@ -26,8 +26,9 @@ _SEED_MASK = (1 << 64) - 1
 class LLM:
     """A model in this process.
 
-    `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "auto", "bfloat16" or
-    "float32". `seed` is the base of the seeds of requests that name none, so that a script gives the same text twice.
+    `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "auto", "bfloat16"
+    or "float32". `seed` is the base of the seeds of requests that name none, so that a script gives the same text
+    twice.
     Raises ModelError for a model that cannot be served and ConfigError for settings that do not fit.
     """
 
@@ -51,7 +52,9 @@ class LLM:
         if quantization is not None:
             raise ConfigError(f"quantization is {quantization!r}; only unquantized models are served yet, leave it out")
         if deterministic not in ("auto", False):
-            raise ConfigError("deterministic mode needs batch-invariant linear layers, which are not there yet; use auto")
+            raise ConfigError(
+                "deterministic mode needs batch-invariant linear layers, which are not there yet; use auto"
+            )
         settings = NodeSettings(
             model=str(model),
             listen="",

@@ -33,9 +33,13 @@ def test_a_chat_is_answered_whole_and_streamed_with_the_same_text(client: openai
 
 def test_a_seed_gives_the_same_text_and_another_seed_another(client: openai.OpenAI) -> None:
     def text(seed: int) -> str:
-        return client.completions.create(
-            model="tiny-chat", prompt="Once upon a time", max_tokens=40, temperature=1, seed=seed
-        ).choices[0].text
+        return (
+            client.completions.create(
+                model="tiny-chat", prompt="Once upon a time", max_tokens=40, temperature=1, seed=seed
+            )
+            .choices[0]
+            .text
+        )
 
     assert text(1) == text(1)
     assert text(1) != text(2)

@@ -1,5 +1,6 @@
-"""The command line: `llmscale --help`. Each command is one file; heavy modules are imported inside the commands, so that
-help and errors come at once.
+"""The command line: `llmscale --help`.
+
+Each command is one file; heavy modules are imported inside the commands, so that help and errors come at once.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ ModelArgument = Annotated[
 @app.command()
 def serve(
     model: ModelArgument = "tiny-chat",
-    host: Annotated[str, typer.Option(help="Address to listen on; anything but loopback needs an API key.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address; anything but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    api_key: Annotated[list[str] | None, typer.Option(help="An API key that clients must send; may be repeated.")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="An API key for clients; may be repeated.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="File of API keys with their tenants.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",

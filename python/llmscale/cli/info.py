@@ -15,6 +15,7 @@ def run(model: str) -> None:
     plan = plan_replica(NodeSettings(model=model, listen=""))
     spec = describe_model(plan.folder).spec
     attention = spec.blocks[0].attention
+    cache_mib = plan.limits.total_blocks * plan.block_bytes >> 20
     table = Table(show_header=False, box=None)
     rows = (
         ("model", plan.name),
@@ -26,7 +27,7 @@ def run(model: str) -> None:
         ("vocabulary", f"{spec.vocabulary:,}"),
         ("longest sequence", f"{plan.limits.max_sequence_tokens:,} tokens ({spec.max_sequence_reason})"),
         ("number format", plan.dtype),
-        ("KV cache", f"{plan.limits.total_blocks:,} blocks of 32 tokens, {plan.limits.total_blocks * plan.block_bytes >> 20} MiB"),
+        ("KV cache", f"{plan.limits.total_blocks:,} blocks of {plan.limits.block_tokens} tokens, {cache_mib:,} MiB"),
         ("revision", plan.revision),
     )
     for name, value in rows:

@@ -7,9 +7,9 @@ or schedules, and it computes on CPUs only.
 
 from __future__ import annotations
 
-from llmscale._core import CpuKernels
 from torch import Tensor
 
+from llmscale._core import CpuKernels
 from llmscale.layers.ops import AttentionConstants, KvLayer, StepRows
 from llmscale.models.spec import AttentionSpec
 

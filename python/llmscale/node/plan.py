@@ -1,4 +1,4 @@
-"""From settings and a model folder to the sizes of a replica: how many KV blocks, how long a sequence, which ids end it.
+"""From settings and a model folder to the sizes of a replica: KV blocks, longest sequence, ids that end it.
 
 Reads the model's description and its checkpoint's headers, no weights and no torch. It does not start anything.
 """
@@ -42,7 +42,7 @@ class ReplicaPlan:
 
 
 def plan_replica(settings: NodeSettings) -> ReplicaPlan:
-    """Works the sizes out. Raises ModelError for a folder that cannot be served, ConfigError for sizes that do not fit."""
+    """Works the sizes out. Raises ModelError for a folder that cannot be served, ConfigError for misfit sizes."""
     folder = locate_model(settings.model)
     description = describe_model(folder)
     spec = description.spec

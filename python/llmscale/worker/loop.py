@@ -1,5 +1,7 @@
-"""The worker's loop: receive, execute, sample, reply; the last two are one call of the core. Errors of the model end the
-process with a last word to the engine: its sequences are computed again elsewhere, and a request that did it twice ends.
+"""The worker's loop: receive, execute, sample, reply; the last two are one call of the core.
+
+Errors of the model end the process with a last word to the engine: its sequences are computed again, and a request that
+did it twice ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a worker runs: a model's executor with its KV region and kernels, and the step buffers of a mirror as tensors.
 
-Built once per process. A step costs eight slices and one forward pass; nothing runs per token or per sequence in Python.
-It does not know where steps come from or who samples.
+Built once per process. A step costs eight slices and one forward pass; nothing runs per token or per sequence in
+Python. It does not know where steps come from or who samples.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ class ModelRunner:
             max_sequences=limits.max_sequences,
             max_sequence_tokens=limits.max_sequence_tokens,
         )
-        self._executor = TorchExecutor(
-            description.spec, weights, self.region, NativeOps(self.kernels), step_limits
-        )
+        self._executor = TorchExecutor(description.spec, weights, self.region, NativeOps(self.kernels), step_limits)
         self._logits: Tensor | None = None
         self.layers = len(description.spec.blocks)
         linear = self._executor.linear_kind
@@ -101,4 +99,3 @@ class ModelRunner:
         # Held until the next step: the sampler reads it by address.
         self._logits = self._executor.forward(step)
         return self._logits.data_ptr(), self._logits.numel()
-
