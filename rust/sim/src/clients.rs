@@ -21,9 +21,9 @@ pub(crate) struct Wish {
     pub(crate) acts: Vec<(Duration, ClientAct)>,
 }
 
-/// The next request of some client.
-pub(crate) fn wish(mix: &Mix, random: &mut Random, now: Time) -> Wish {
-    let mut prompt = prefix(random);
+/// The next request of some client: a new one, or the next turn of what was said before.
+pub(crate) fn wish(mix: &Mix, random: &mut Random, now: Time, said: Option<Vec<Token>>) -> Wish {
+    let mut prompt = said.unwrap_or_else(|| prefix(random));
     let tail = random.count(1, 8);
     prompt.extend((0..tail).map(|_| random.count(FIRST_ORDINARY, DEADLY - 1)));
     if mix.deadly_prompts.is_some_and(|share| random.chance(share)) {

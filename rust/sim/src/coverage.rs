@@ -10,6 +10,7 @@ pub const EXPECTED: &[&str] = &[
     "client_cut_at_token",
     "client_detached",
     "client_gone",
+    "client_next_turn",
     "client_refused_live",
     "client_refused_queue",
     "client_refused_tokens",

@@ -4,6 +4,7 @@
 
 use crate::faults::{DEADLY, EOS_TOKENS, Mix, VOCABULARY};
 use crate::hash_worker::hash_token;
+use crate::random::Random;
 use llmscale_front::{Delivery, EndReason, NewRequest, Usage};
 use llmscale_types::{FinishReason, RequestId, Sampling, Submission, Time, Token};
 use std::collections::BTreeMap;
@@ -182,6 +183,14 @@ impl Ledger {
             let over = account.deadline.is_some_and(|deadline| deadline < now);
             assert!(account.ended || !over || !account.attached, "request {request} outlives its deadline");
         }
+    }
+
+    /// Prompt and answer of one of the last requests, if that has ended and leaves room for a next turn.
+    pub(crate) fn said(&self, random: &mut Random, max_tokens: usize) -> Option<Vec<Token>> {
+        let back = random.below(8) as usize;
+        let account = self.accounts.values().rev().filter(|account| account.ended).nth(back)?;
+        let said: Vec<Token> = account.prompt.iter().chain(&account.delivered).copied().collect();
+        (said.len() <= max_tokens && !account.ate_deadly_token()).then_some(said)
     }
 
     /// Requests that have not ended, for a failing test.

@@ -251,8 +251,12 @@ impl Simulation {
         let burst = if random.chance(50) { random.between(5, 20) } else { 1 };
         agenda.after(wait, Happening::Submit { front });
         for _ in 0..burst {
-            let Around { random, mix, agenda, .. } = &mut self.around;
-            let wish = clients::wish(mix, random, agenda.now());
+            let Around { random, mix, agenda, coverage, .. } = &mut self.around;
+            // What was said leaves room for eight more tokens and an answer.
+            let room = mix.engine.max_sequence_tokens as usize - 12;
+            let next_turn = random.chance(300).then(|| self.fronts[front].ledger.said(random, room)).flatten();
+            coverage.add("client_next_turn", u64::from(next_turn.is_some()));
+            let wish = clients::wish(mix, random, agenda.now(), next_turn);
             if let Some(request) = self.fronts[front].submit(&wish, &mut self.around) {
                 let incarnation = self.fronts[front].incarnation;
                 for (wait, act) in wish.acts {
