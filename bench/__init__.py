@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question, one JSON format, limits of the machine measured beside every result."""

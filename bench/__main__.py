@@ -1,0 +1,68 @@
+"""`python -m bench --list` and `python -m bench NAME [--quick] [--json FILE] [--model DIR] ...`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from pathlib import Path
+
+from bench.result import RESULTS, Report
+
+BENCHES = ("offline", "scheduler", "serving", "start")
+
+
+def main() -> None:
+    """Runs one benchmark; without `--json` it prints a table and leaves a plot and the JSON in results/local."""
+    arguments = _parser().parse_args()
+    if arguments.list or arguments.name is None:
+        for name in BENCHES:
+            text = importlib.import_module(f"bench.{name}").__doc__ or ""
+            print(f"{name:10} {text.splitlines()[0]}")
+        return
+    if arguments.repeats < 3:
+        raise SystemExit(f"--repeats is {arguments.repeats}; a median with a spread needs 3 at least")
+    report: Report = importlib.import_module(f"bench.{arguments.name}").main(arguments)
+    if arguments.json is not None:
+        report.save(arguments.json)
+        return
+    stem = RESULTS / f"{arguments.name}-{report.date.replace(':', '')[:17]}"
+    report.save(stem.with_suffix(".json"))
+    report.plot(stem.with_suffix(".png"))
+    print(report.table())
+    print(f"plot and JSON: {stem}.png, .json")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks; see bench/README.md.")
+    add = parser.add_argument
+    add("name", nargs="?", choices=BENCHES)
+    add("--list", action="store_true", help="names and questions of all benchmarks")
+    add("--quick", action="store_true", help="fewer cases and requests: a look, not a figure to publish")
+    add("--json", type=Path, metavar="FILE", help="write the result there and print nothing")
+    add("--model", help="tiny, S, M or L (random weights), an embedded model, or a folder (default: tiny-chat)")
+    add("--repeats", type=int, default=3, help="measurements per case, 3 at least (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of prompts and arrivals (default: %(default)s)")
+    add("--threads", type=int, help="CPU threads of the model (default: all)")
+    group = parser.add_argument_group("offline").add_argument
+    group("--cases", help="comma-separated, such as prefill512,decode1,batch8,c16 (default: all that fit)")
+    group = parser.add_argument_group("serving").add_argument
+    group("--url", help="a server that runs already (default: start llmscale serve)")
+    group("--vocabulary", type=int, default=2_000, help="prompt ids are below this (default: %(default)s)")
+    group(
+        "--trace",
+        metavar="FILE",
+        help="arrivals: a .csv[.gz] or a Mooncake .jsonl[.gz]; see bench/workload.py",
+    )
+    group("--speed", type=float, default=1.0, help="plays the trace this much faster (default: %(default)s)")
+    group("--max-requests", type=int, default=200, help="of the trace, from its beginning (default: %(default)s)")
+    group("--rate", type=float, help="Poisson arrivals per second")
+    group("--seconds", type=float, default=60.0, help="of Poisson arrivals (default: %(default)s)")
+    group("--prompt-tokens", type=int, default=128, help="mean of Poisson requests (default: %(default)s)")
+    group("--output-tokens", type=int, default=32, help="mean of Poisson requests (default: %(default)s)")
+    group("--first-token-ms", type=float, default=1_000.0, help="objective for goodput (default: %(default)s)")
+    group("--token-ms", type=float, default=50.0, help="objective for goodput (default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

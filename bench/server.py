@@ -1,0 +1,71 @@
+"""A server for a benchmark: one that is running already, or `llmscale serve` started and ended here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+MAX_START_SECONDS = 180.0
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def resident_bytes(group: int) -> int:
+    """Resident memory of all processes of a process group; shared pages count in each."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = 0
+    for entry in Path("/proc").glob("[0-9]*"):
+        # A process may end while it is looked at.
+        with contextlib.suppress(OSError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[2]) == group:
+                total += int((entry / "statm").read_text().split()[1]) * page
+    return total
+
+
+@contextlib.contextmanager
+def serving(model: str, *, threads: int | None = None) -> Iterator[tuple[int, int, float]]:
+    """Starts a server on loopback: its port, its process group, and the seconds until it was ready."""
+    port = free_port()
+    command = [sys.executable, "-m", "llmscale.cli", "serve", model, "--port", str(port)]
+    command += [] if threads is None else ["--threads", str(threads)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not _is_ready(port):
+            if process.poll() is not None:
+                raise RuntimeError(f"`{' '.join(command)}` ended with code {process.returncode}")
+            if time.perf_counter() - start > MAX_START_SECONDS:
+                raise RuntimeError(f"the server was not ready within {MAX_START_SECONDS:g} s")
+            time.sleep(0.005)
+        yield port, process.pid, time.perf_counter() - start
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,47 @@
+"""How long from the command to the first token, and how much memory does the idle server hold?
+
+`llmscale serve MODEL` from a cold process, but with the model's files in the page cache: to the first healthy answer,
+to the first token of a first request, and the resident memory of all its processes then (shared pages counted in each).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+
+from bench.load import Outcome
+from bench.raw_http import RawClient
+from bench.result import Report, Row
+from bench.server import resident_bytes, serving
+from bench.shapes import SHAPES, model_folder
+from bench.statistics import spread
+from bench.workload import Arrival
+
+
+def main(arguments: argparse.Namespace) -> Report:
+    """Starts and ends the server `--repeats` times."""
+    name = arguments.model or "tiny-chat"
+    model = str(model_folder(name)) if name in SHAPES else name
+    ready, first, memory = [], [], []
+    for _ in range(arguments.repeats):
+        with serving(model, threads=arguments.threads) as (port, group, seconds):
+            ready.append(seconds)
+            first.append(seconds + asyncio.run(_first_token(port, model if name in SHAPES else name)))
+            memory.append(resident_bytes(group) / (1 << 20))
+    rows = [
+        Row.of(f"{name}/ready", "s", spread(ready)),
+        Row.of(f"{name}/first-token", "s", spread(first)),
+        Row.of(f"{name}/resident", "MiB", spread(memory)),
+    ]
+    return Report("start", arguments.seed, rows)
+
+
+async def _first_token(port: int, model: str) -> float:
+    client = RawClient("127.0.0.1", port, model.rpartition("/")[2], stream=True)
+    outcome = Outcome(time.perf_counter())
+    await client.send([300] * 8, Arrival(0, 8, 8), outcome)
+    await client.close()
+    if outcome.error is not None:
+        raise RuntimeError(f"the first request failed: {outcome.error}")
+    return outcome.first_token_seconds
