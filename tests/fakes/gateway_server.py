@@ -73,7 +73,7 @@ class Serving:
         return received
 
 
-async def until(condition: object, *, seconds: float = 5) -> None:
+async def until(condition: object, *, seconds: float = 60) -> None:
     """Waits until a callable is true; fails after the deadline."""
     assert callable(condition)
     async with asyncio.timeout(seconds):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -455,3 +456,39 @@ async def test_the_time_to_refuse_a_key_does_not_tell_how_much_of_it_was_right(t
     variances = [sum((v - m) ** 2 for v in values) / (len(values) - 1) for values, m in zip(kept, means, strict=True)]
     error = sum(variance / len(values) for variance, values in zip(variances, kept, strict=True)) ** 0.5
     assert abs(means[0] - means[1]) / error < 4.5 or abs(means[0] - means[1]) < 20
+
+
+@pytest.mark.parametrize("close", [b"", b"Connection: close\r\n"])
+async def test_a_client_that_never_reads_a_large_answer_is_dropped(tokenizer: Tokenizer, close: bytes) -> None:
+    limits = GatewayLimits(max_stall_seconds=1, max_idle_connection_seconds=1, max_drain_seconds=1)
+    front = FakeFront(automatic=False)
+    async with serving(tokenizer, front, limits=limits, max_sequence_tokens=1 << 20) as gateway:
+        body = b'{"model":"tiny","prompt":"x","max_tokens":10000,"logprobs":20,"n":4,"ignore_eos":true}'
+        unread = socket.socket()
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        unread.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(unread, ("127.0.0.1", gateway.port))
+        await loop.sock_sendall(unread, post(body, extra=close))
+        await until(lambda: len(front.live) == 4)
+        front.step(tokens=10_000)
+        await until(lambda: not front.live)
+        await until(lambda: not gateway.server.server_state.connections)
+        unread.close()
+
+
+async def test_a_client_that_reads_a_large_answer_slowly_gets_all_of_it(tokenizer: Tokenizer) -> None:
+    limits = GatewayLimits(max_stall_seconds=1, max_drain_seconds=1)
+    async with serving(tokenizer, FakeFront(automatic=False), limits=limits, max_sequence_tokens=1 << 20) as gateway:
+        body = b'{"model":"tiny","prompt":"x","max_tokens":10000,"logprobs":20,"ignore_eos":true}'
+        reader, writer = await gateway.raw()
+        writer.write(post(body))
+        await until(lambda: gateway.front.live)
+        gateway.front.step(tokens=10_000)
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        received = b""
+        while len(received) < length:
+            received += await asyncio.wait_for(reader.read(1 << 16), 60)
+            await asyncio.sleep(0.01)
+        assert json.loads(received)["usage"]["completion_tokens"] == 10_000

@@ -78,6 +78,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 129}, "n"),
     ({"n": 0}, "n"),
     ({"n": 128, "max_tokens": 9_000}, "max_tokens"),
+    ({"n": 128, "max_tokens": 8_192, "logprobs": True, "top_logprobs": 20}, "logprobs"),
+    ({"n": 128, "logprobs": True, "top_logprobs": 20}, "logprobs"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "1"}, "temperature"),
     ({"temperature": 1e308}, "temperature"),

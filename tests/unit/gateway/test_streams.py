@@ -124,7 +124,7 @@ async def test_a_slow_reader_is_evicted_and_others_go_on(tokenizer: Tokenizer) -
                 pass
 
         reading = asyncio.ensure_future(read())
-        await asyncio.wait_for(generate(), 30)
+        await asyncio.wait_for(generate(), 60)
         assert 2 not in front.cancelled
         assert gateway.gateway.services.metrics.evicted_readers == 1
         slow.close()
