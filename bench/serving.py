@@ -83,7 +83,8 @@ async def _measure(url: str, arguments: argparse.Namespace) -> Report:
         ("closed-64-tokens", 128 // scale, 64, 64),
         ("one-stream", 8 // scale, 64, 1),
     ):
-        same = [Arrival(0, 8, output_tokens) for _ in range(count)]
+        # Fewer requests than streams would measure fewer streams than the case names.
+        same = [Arrival(0, 8, output_tokens) for _ in range(max(count, streams))]
         repeated = [
             await run(list(map(_copy, same)), stream=output_tokens > 1, streams=streams)
             for _ in range(arguments.repeats)
