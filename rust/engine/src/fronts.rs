@@ -59,6 +59,13 @@ impl Fronts {
         Some(connection.front)
     }
 
+    /// Ends the conversation with a front, by its number.
+    pub(crate) fn forget(&mut self, front: FrontId) {
+        if let Some(peer) = self.peers.remove(&front) {
+            self.connections.remove(&peer);
+        }
+    }
+
     /// Fronts that have been silent for too long, removed.
     pub(crate) fn silent(&mut self, now: Time) -> Vec<FrontId> {
         let over = |connection: &Connection| now.since(connection.heard) > self.max_silence;

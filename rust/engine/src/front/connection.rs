@@ -5,7 +5,7 @@ use super::translate;
 use super::{FrontConfig, NodeAddress};
 use llmscale_front::{FrontEvent, ReplicaFrame, ToReplica};
 use llmscale_net::{ClientEndpoint, Context, EndpointOptions, NetError, Phase, PollHandle, ReceiveError, Waker};
-use llmscale_types::{Duration, ReplicaId, Time};
+use llmscale_types::{Duration, NodeId, ReplicaId, Time};
 use llmscale_wire::{CodecLimits, FromNode, Hello, Ping, ToNode, VERSIONS, decode, encode};
 
 /// How often an unanswered greeting is repeated.
@@ -21,7 +21,7 @@ enum Stage {
     /// Not welcome yet.
     Greeting { again_at: Time },
     /// Frames flow.
-    Welcome { heard: Time, ping_at: Time },
+    Welcome { node: NodeId, heard: Time, ping_at: Time },
 }
 
 /// See the file's header.
@@ -72,7 +72,15 @@ impl Connection {
     fn hear(&mut self, frame: FromNode, now: Time) -> Option<FrontEvent> {
         let replica = self.replica;
         if let FromNode::Welcome(welcome) = frame {
-            self.stage = Stage::Welcome { heard: now, ping_at: now + PING_INTERVAL };
+            if let Stage::Welcome { node, heard, .. } = &mut self.stage
+                && *node == welcome.node
+            {
+                // A node that was paused answers every greeting that piled up. Only the first opens a conversation:
+                // nothing was sent before the last greeting, so the node has dropped nothing of it.
+                *heard = now;
+                return None;
+            }
+            self.stage = Stage::Welcome { node: welcome.node, heard: now, ping_at: now + PING_INTERVAL };
             return Some(FrontEvent::ReplicaUp { replica, offer: Box::new(translate::offer(welcome)) });
         }
         let Stage::Welcome { heard, .. } = &mut self.stage else { return None };
@@ -101,8 +109,8 @@ impl Connection {
             }
             Stage::Greeting { .. } => None,
             Stage::Welcome { heard, .. } if !connected || now.since(heard) > config.max_node_silence => self.lose(now),
-            Stage::Welcome { heard, ping_at } if now >= ping_at => {
-                self.stage = Stage::Welcome { heard, ping_at: now + PING_INTERVAL };
+            Stage::Welcome { node, heard, ping_at } if now >= ping_at => {
+                self.stage = Stage::Welcome { node, heard, ping_at: now + PING_INTERVAL };
                 self.pings += 1;
                 self.offer(&ToNode::Ping(Ping { nonce: self.pings }), codec);
                 None

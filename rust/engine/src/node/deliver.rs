@@ -26,7 +26,10 @@ impl Node {
                 let ran = outputs.finished.iter().any(|finished| finished.reason == FinishReason::Length);
                 if ran && !self.has_run {
                     self.has_run = true;
-                    self.state = NodeState::Ready;
+                    // A node that was told to drain meanwhile goes on draining.
+                    if self.state == NodeState::Starting {
+                        self.state = NodeState::Ready;
+                    }
                     self.board.notify(NodeEvent::Ready);
                     self.next_status = self.clock.now();
                 }
@@ -36,6 +39,8 @@ impl Node {
             if !self.fronts.send(&mut self.server, front, &frame, &self.codec) {
                 // It is gone, or so far behind that it can never catch up: it will start over and be told everything.
                 self.dropped_frames += 1;
+                // Its next frame is answered with "greet first", so it knows that its attempts here are gone.
+                self.fronts.forget(front);
                 let _ = self.replica.on_event(self.clock.now(), Event::FrontGone(front), &mut self.out);
             }
         }

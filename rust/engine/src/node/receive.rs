@@ -83,9 +83,11 @@ impl Node {
         if self.worker.as_ref().is_none_or(|worker| worker.epoch != epoch) {
             return;
         }
+        // What it said before it died counts: a result left unread would make suspects of innocent sequences.
+        self.read_worker();
+        self.complete();
         self.worker = None;
         self.sent.clear();
-        self.results.clear();
         self.worker_restarts += 1;
         if self.state == NodeState::Ready {
             self.state = NodeState::Recovering;
