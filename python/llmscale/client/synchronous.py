@@ -1,7 +1,7 @@
 """`Client`: the same client for programs without an event loop.
 
 It runs an `AsyncClient` on a thread of its own, so nothing exists twice, connections stay alive while the program
-computes, and any thread may use or cancel anything. A call costs one hand-over between threads (some 50 us); a stream
+computes, and any thread may use or cancel anything. A call costs a hand-over to a thread and back (80 us); a stream
 hands over everything that has come meanwhile at once. Knows nothing of transports.
 """
 
