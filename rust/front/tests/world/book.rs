@@ -2,40 +2,37 @@
 //! end for everything, and predicts each terminal event, delivery and abort. Only where a request is placed is the
 //! front's choice; the book checks that the choice was allowed.
 
-use crate::fake::{EOS, VOCABULARY, hash_token};
-use llmscale_front::{
-    EndReason, FrontAction, FrontOptions, NewRequest, ReplicaFrame, ReplicaState, SubmitError, ToReplica,
-};
-use llmscale_types::error::QueueUnit;
+use crate::fake::{EOS, hash_token};
+use llmscale_front::{EndReason, FrontOptions, NewRequest, ReplicaFrame, ReplicaState, SubmitError};
 use llmscale_types::{
     Attempt, Class, Epoch, FinishReason, NodeId, Outputs, Refusal, ReplicaId, RequestId, Sampling, Time, Token,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Place {
+pub(crate) enum Place {
     Waiting,
     On(u32),
     Held(EndReason),
 }
 
 #[derive(Debug)]
-struct Entry {
-    id: RequestId,
-    model: String,
-    class: Class,
-    arrived: Time,
-    deadline: Option<Time>,
-    sampling: Sampling,
-    context: Vec<Token>,
-    prompt_tokens: usize,
-    attempt: Attempt,
-    started: bool,
-    lost: u32,
-    restarts: u32,
-    place: Place,
-    away_until: Option<Time>,
-    read: u32,
+pub(crate) struct Entry {
+    pub(crate) id: RequestId,
+    pub(crate) model: String,
+    pub(crate) class: Class,
+    pub(crate) arrived: Time,
+    pub(crate) deadline: Option<Time>,
+    pub(crate) sampling: Sampling,
+    pub(crate) context: Vec<Token>,
+    pub(crate) prompt_tokens: usize,
+    pub(crate) attempt: Attempt,
+    pub(crate) started: bool,
+    pub(crate) lost: u32,
+    pub(crate) restarts: u32,
+    pub(crate) place: Place,
+    pub(crate) away_until: Option<Time>,
+    pub(crate) read: u32,
 }
 
 impl Entry {
@@ -54,32 +51,32 @@ impl Entry {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Link {
-    node: NodeId,
-    epoch: Epoch,
-    state: ReplicaState,
-    refused_until: Option<Time>,
+pub(crate) struct Link {
+    pub(crate) node: NodeId,
+    pub(crate) epoch: Epoch,
+    pub(crate) state: ReplicaState,
+    pub(crate) refused_until: Option<Time>,
 }
 
 /// What the front is expected to say about one event.
 #[derive(Debug, Default)]
-struct Expected {
-    finishes: BTreeMap<RequestId, (EndReason, u32, u32)>,
-    deliveries: BTreeMap<RequestId, Vec<(u32, Token)>>,
-    aborts: BTreeSet<(u32, RequestId, Attempt, Option<u32>)>,
+pub(crate) struct Expected {
+    pub(crate) finishes: BTreeMap<RequestId, (EndReason, u32, u32)>,
+    pub(crate) deliveries: BTreeMap<RequestId, Vec<(u32, Token)>>,
+    pub(crate) aborts: BTreeSet<(u32, RequestId, Attempt, Option<u32>)>,
 }
 
 #[derive(Debug)]
 pub(crate) struct Book {
-    options: FrontOptions,
+    pub(crate) options: FrontOptions,
     /// Which model runs at which replica.
-    models: Vec<&'static str>,
-    links: Vec<Option<Link>>,
+    pub(crate) models: Vec<&'static str>,
+    pub(crate) links: Vec<Option<Link>>,
     /// Whether a replica of the model was ever there, and since when none is.
-    known: BTreeMap<&'static str, Option<Time>>,
-    given_up: BTreeSet<&'static str>,
-    entries: Vec<Entry>,
-    expected: Expected,
+    pub(crate) known: BTreeMap<&'static str, Option<Time>>,
+    pub(crate) given_up: BTreeSet<&'static str>,
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) expected: Expected,
     pub(crate) max_sequence_tokens: u64,
     pub(crate) max_on_replica: usize,
 }
@@ -107,11 +104,11 @@ impl Book {
         self.entries.iter().map(|entry| entry.id).collect()
     }
 
-    fn find(&mut self, id: RequestId) -> Option<&mut Entry> {
+    pub(crate) fn find(&mut self, id: RequestId) -> Option<&mut Entry> {
         self.entries.iter_mut().find(|entry| entry.id == id)
     }
 
-    fn on(&self, replica: u32) -> Vec<RequestId> {
+    pub(crate) fn on(&self, replica: u32) -> Vec<RequestId> {
         self.entries.iter().filter(|entry| entry.place == Place::On(replica)).map(|entry| entry.id).collect()
     }
 
@@ -187,48 +184,6 @@ impl Book {
         let output_tokens = (entry.output().len() as u32).min(at_token.unwrap_or(u32::MAX));
         let twice = self.expected.finishes.insert(id, (reason, output_tokens, entry.restarts));
         assert!(twice.is_none());
-    }
-
-    /// Whether the front must take this, and how it must refuse it.
-    pub(crate) fn admission(&self, new: &NewRequest) -> Result<(), SubmitError> {
-        if self.known.is_empty() {
-            return Err(SubmitError::Unavailable { model: new.model.clone() });
-        }
-        if !self.known.contains_key(new.model.as_str()) {
-            return Err(SubmitError::UnknownModel { model: new.model.clone() });
-        }
-        if self.given_up.contains(new.model.as_str()) {
-            return Err(SubmitError::Unavailable { model: new.model.clone() });
-        }
-        if new.prompt.is_empty() {
-            return Err(Refusal::EmptyPrompt.into());
-        }
-        if let Some(&given) = new.prompt.iter().find(|&&token| token >= VOCABULARY) {
-            return Err(Refusal::UnknownToken { given: u64::from(given), limit: u64::from(VOCABULARY) }.into());
-        }
-        let needed = new.prompt.len() as u64 + u64::from(new.sampling.max_tokens);
-        if needed > self.max_sequence_tokens {
-            return Err(Refusal::TooLong { needed, limit: self.max_sequence_tokens }.into());
-        }
-        let limits = &self.options.limits;
-        let waiting = || self.entries.iter().filter(|entry| entry.place == Place::Waiting);
-        let queued = waiting().count() as u64;
-        let tokens: u64 = waiting().map(|entry| entry.context.len() as u64).sum();
-        let live = self.entries.len() as u64;
-        let full = |queued, limit, unit| {
-            let retry_after = llmscale_types::Duration(0);
-            Err(Refusal::QueueFull { queued, limit, unit, retry_after }.into())
-        };
-        if live >= u64::from(limits.max_live_requests) {
-            return full(live, u64::from(limits.max_live_requests), QueueUnit::LiveRequests);
-        }
-        if queued >= u64::from(limits.max_queued_requests) {
-            return full(queued, u64::from(limits.max_queued_requests), QueueUnit::Requests);
-        }
-        if queued > 0 && tokens + new.prompt.len() as u64 > limits.max_queued_tokens {
-            return full(tokens, limits.max_queued_tokens, QueueUnit::Tokens);
-        }
-        Ok(())
     }
 
     pub(crate) fn submitted(&mut self, now: Time, id: RequestId, new: NewRequest) {
@@ -310,7 +265,7 @@ impl Book {
         }
     }
 
-    fn lose(&mut self, id: RequestId, fault: bool) {
+    pub(crate) fn lose(&mut self, id: RequestId, fault: bool) {
         let max_attempts = self.options.limits.max_attempts;
         let entry = self.find(id).expect("it lives");
         entry.lost += u32::from(fault);
@@ -351,7 +306,7 @@ impl Book {
         }
     }
 
-    fn is_current(&mut self, replica: u32, id: RequestId, attempt: Attempt) -> bool {
+    pub(crate) fn is_current(&mut self, replica: u32, id: RequestId, attempt: Attempt) -> bool {
         self.find(id).is_some_and(|entry| entry.place == Place::On(replica) && entry.attempt == attempt)
     }
 
@@ -425,93 +380,6 @@ impl Book {
             }
             Some(Refusal::Duplicate) => self.lose(id, true),
             Some(hard) => self.conclude(id, EndReason::Refused(hard)),
-        }
-    }
-
-    /// Holds everything that the front said against what it had to say.
-    pub(crate) fn hold_against(&mut self, now: Time, actions: &[FrontAction]) {
-        let mut delivered: BTreeMap<RequestId, Vec<(u32, Token)>> = BTreeMap::new();
-        for action in actions {
-            match action {
-                FrontAction::Deliver(deliveries) => {
-                    for delivery in deliveries.iter() {
-                        assert!(!delivery.tokens.is_empty());
-                        let tokens = (delivery.index..).zip(delivery.tokens.iter().copied());
-                        assert!(delivered.insert(delivery.request, tokens.collect()).is_none(), "one per frame");
-                    }
-                }
-                FrontAction::Finish { request, reason, usage, restarts } => {
-                    let said = Some((*reason, usage.output_tokens, *restarts));
-                    assert_eq!(self.expected.finishes.remove(request), said, "the end of {request}");
-                }
-                FrontAction::Send { replica, message } => self.hold_send(now, replica.0, message),
-                FrontAction::WakeAt(at) => assert!(*at > now, "woken for the past"),
-            }
-        }
-        let expected = std::mem::take(&mut self.expected);
-        assert_eq!(delivered, expected.deliveries);
-        assert!(expected.finishes.is_empty(), "not said: {:?}", expected.finishes);
-        assert!(expected.aborts.is_empty(), "not sent: {:?}", expected.aborts);
-        self.hold_idle(now);
-    }
-
-    fn hold_send(&mut self, now: Time, replica: u32, message: &ToReplica) {
-        match message {
-            ToReplica::Submit(submission) => {
-                self.hold_placement(now, replica, submission.key.request);
-                let entry = self.find(submission.key.request).expect("it was just found");
-                assert!(submission.key.attempt > entry.attempt, "an attempt is used twice");
-                assert_eq!(submission.context, entry.context, "the record is not what was emitted");
-                assert_eq!(submission.prompt_tokens as usize, entry.prompt_tokens);
-                assert_eq!((&submission.sampling, submission.deadline), (&entry.sampling, entry.deadline));
-                entry.attempt = submission.key.attempt;
-                entry.place = Place::On(replica);
-                entry.started = false;
-            }
-            ToReplica::Abort { request, attempt, at_token } => {
-                if self.expected.aborts.remove(&(replica, *request, *attempt, *at_token)) {
-                    return;
-                }
-                // Nobody asked for it, so the stream moves away from a draining replica.
-                assert!(self.is_current(replica, *request, *attempt), "an abort for nothing");
-                let draining = self.links[replica as usize].is_some_and(|link| link.state == ReplicaState::Draining);
-                assert!(draining && self.find(*request).expect("it is current").started, "an abort for nothing");
-                self.lose(*request, false);
-            }
-            ToReplica::Recall { request, attempt } => {
-                assert!(self.is_current(replica, *request, *attempt), "a recall for nothing");
-                assert!(!self.find(*request).expect("it is current").started, "a recall of what runs");
-            }
-        }
-    }
-
-    /// A request may be placed when it is the first of its queue and the replica can take it.
-    fn hold_placement(&mut self, now: Time, replica: u32, id: RequestId) {
-        let link = self.links[replica as usize].expect("a request is sent to a dead replica");
-        assert_eq!(link.state, ReplicaState::Ready, "a request is sent to a replica that cannot run it");
-        assert!(link.refused_until.is_none(), "a request is sent to a full replica");
-        assert!(self.on(replica).len() < self.max_on_replica, "a request is sent above the replica's limit");
-        let model = self.models[replica as usize];
-        let waiting = self.entries.iter().filter(|entry| entry.place == Place::Waiting && entry.model == model);
-        let rank = |entry: &Entry| {
-            let promotions = now.since(entry.arrived).0 / self.options.promote_after.0;
-            let class = Class::ALL.iter().position(|class| *class == entry.class).expect("it is one of all") as u64;
-            (class.saturating_sub(promotions), entry.id)
-        };
-        let first = waiting.min_by_key(|entry| rank(entry)).map(|entry| entry.id);
-        assert_eq!(first, Some(id), "somebody else was first");
-    }
-
-    /// Nothing waits while a replica that could run it has nothing to do.
-    fn hold_idle(&self, now: Time) {
-        for (replica, link) in self.links.iter().enumerate() {
-            let Some(link) = link else { continue };
-            let free = link.state == ReplicaState::Ready && link.refused_until.is_none_or(|until| until <= now);
-            if free && self.on(replica as u32).is_empty() {
-                let model = self.models[replica];
-                let waits = |entry: &&Entry| entry.place == Place::Waiting && entry.model == model;
-                assert_eq!(self.entries.iter().find(waits).map(|entry| entry.id), None, "replica {replica} is idle");
-            }
         }
     }
 
