@@ -3,7 +3,7 @@
 //! front's choice; the book checks that the choice was allowed.
 
 use crate::fake::{EOS, hash_token};
-use llmscale_front::{EndReason, FrontOptions, NewRequest, ReplicaFrame, ReplicaState, SubmitError};
+use llmscale_front::{EndReason, FrontOptions, NewRequest, ReplicaFrame, ReplicaState};
 use llmscale_types::{
     Attempt, Class, Epoch, FinishReason, NodeId, Outputs, Refusal, ReplicaId, RequestId, Sampling, Time, Token,
 };
