@@ -28,7 +28,9 @@ impl SlotSampling {
             state.prompt_set.sort_unstable();
             state.prompt_set.dedup();
         }
-        emitted.iter().for_each(|&token| state.count(token));
+        for &token in emitted {
+            state.count(token);
+        }
         state
     }
 

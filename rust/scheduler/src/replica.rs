@@ -194,7 +194,7 @@ impl Replica {
     fn abort(&mut self, key: SequenceKey, out: &mut Actions) {
         match self.places.get(&request_key(key)).copied() {
             Some(location) if same_attempt(location.attempt, key.attempt) => {
-                self.end(location, FinishReason::Aborted, out)
+                self.end(location, FinishReason::Aborted, out);
             }
             _ => self.counters.unknown_orders += 1,
         }

@@ -83,11 +83,11 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Most ids a logit bias may name (OpenAI's own bound is 300).
+    /// Most ids a logit bias may name (`OpenAI` itself allows 300).
     pub const MAX_LOGIT_BIAS: usize = 1_024;
     /// Most stop tokens of one request.
     pub const MAX_STOP_TOKENS: usize = 64;
-    /// Most top log probabilities per token (OpenAI's own bound is 20).
+    /// Most top log probabilities per token (`OpenAI` itself allows 20).
     pub const MAX_LOGPROBS: u32 = 20;
 
     /// Checks every field against its bound, so that no later stage needs to.
