@@ -155,6 +155,6 @@ impl ClientEndpoint {
 
     /// For a poller.
     pub fn poll_handle(&self) -> PollHandle<'_> {
-        PollHandle { socket: self.socket.inner(), events: zmq::POLLIN }
+        self.socket.poll_handle()
     }
 }

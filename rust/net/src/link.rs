@@ -30,6 +30,9 @@ pub enum LinkError {
         /// The limit.
         limit_bytes: u64,
     },
+    /// An empty frame, which links keep for themselves.
+    #[error("a link carries no empty frame; send at least one byte")]
+    Empty,
     /// A received frame was dropped; the link goes on.
     #[error(transparent)]
     Dropped(ReceiveError),
@@ -62,8 +65,11 @@ pub trait WorkerSide: Send {
     fn receive(&mut self, max_wait_us: u64) -> Result<Option<Vec<u8>>, LinkError>;
 }
 
-/// A frame against the limit.
+/// A frame against the limits.
 fn check_size(frame: &[u8], limit_bytes: u64) -> Result<(), LinkError> {
-    let frame_bytes = frame.len() as u64;
-    if frame_bytes > limit_bytes { Err(LinkError::TooLarge { frame_bytes, limit_bytes }) } else { Ok(()) }
+    match frame.len() as u64 {
+        0 => Err(LinkError::Empty),
+        frame_bytes if frame_bytes > limit_bytes => Err(LinkError::TooLarge { frame_bytes, limit_bytes }),
+        _ => Ok(()),
+    }
 }

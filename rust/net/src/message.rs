@@ -4,7 +4,7 @@
 
 /// Above this size a part is handed over as it is; below, copying it into libzmq's own small buffer is cheaper than
 /// the call-back that would free it.
-const MAX_COPIED_BYTES: usize = 512;
+pub(crate) const MAX_COPIED_BYTES: usize = 512;
 
 /// A payload and its attachments.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

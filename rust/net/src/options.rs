@@ -1,7 +1,8 @@
 //! The limits of an endpoint, in one frozen struct that is checked once.
 //! Times are microseconds and reach libzmq rounded up to its milliseconds. Memory that an admitted peer can make
 //! this process hold is at most `max_receive_queue_frames` frames of `2 * max_frame_bytes`; `control` and `bulk` are
-//! the two shapes a fleet uses. It does not know addresses or keys.
+//! the two shapes a fleet uses. libzmq counts whole messages only: a peer that never ends one of many parts is not
+//! bounded, so admit no key that is not trusted that far. It does not know addresses or keys.
 
 use llmscale_types::LimitError;
 

@@ -176,6 +176,6 @@ impl ServerEndpoint {
 
     /// For a poller.
     pub fn poll_handle(&self) -> PollHandle<'_> {
-        PollHandle { socket: self.socket.inner(), events: zmq::POLLIN }
+        self.socket.poll_handle()
     }
 }

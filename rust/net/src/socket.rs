@@ -5,10 +5,12 @@
 
 use crate::address::Address;
 use crate::error::NetError;
-use crate::message::{Message, into_part};
+use crate::message::{MAX_COPIED_BYTES, Message, into_part};
 use crate::options::{EndpointOptions, to_ms};
+use crate::poller::PollHandle;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixStream;
 
@@ -19,6 +21,7 @@ const ZAP_ENFORCE_DOMAIN: c_int = 93;
 /// A socket; owned by one thread at a time.
 pub(crate) struct Socket {
     inner: zmq::Socket,
+    descriptor: RawFd,
 }
 
 /// A received message, its parts still in libzmq's memory.
@@ -55,12 +58,18 @@ impl Socket {
             inner.set_tcp_keepalive_cnt(options.max_keepalive_probes as i32)
         };
         set().map_err(NetError::system("setting socket options"))?;
-        Ok(Self { inner })
+        let descriptor = inner.get_fd().map_err(NetError::system("reading a descriptor"))?;
+        Ok(Self { inner, descriptor })
     }
 
     /// The socket itself, for options and polling.
     pub(crate) const fn inner(&self) -> &zmq::Socket {
         &self.inner
+    }
+
+    /// For a poller.
+    pub(crate) const fn poll_handle(&self) -> PollHandle<'_> {
+        PollHandle { socket: &self.inner, descriptor: self.descriptor }
     }
 
     /// Makes a CURVE server ask the authentication handler about every key, and refuse all while none answers.
@@ -130,13 +139,7 @@ impl Socket {
     /// Sends to the peer with this routing id.
     pub(crate) fn send_to(&self, routing_id: &[u8], message: Message) -> Result<(), Unsent> {
         // The identity alone is refused when the peer is away or full, so the message is still whole.
-        let address = || retry(|| self.inner.send(routing_id, zmq::DONTWAIT | zmq::SNDMORE));
-        let outcome = address().or_else(|error| {
-            // libzmq looks for news of its queues only once per million cycles or so, and says full until then; asking
-            // for events makes it look. Found as refusals of a queue of 8 with one message in flight.
-            if error == zmq::Error::EAGAIN { self.inner.get_events().and_then(|_| address()) } else { Err(error) }
-        });
-        match outcome {
+        match self.send_insistently(routing_id, zmq::DONTWAIT | zmq::SNDMORE) {
             Ok(()) => self.send_parts(message).map_err(Unsent::System),
             Err(zmq::Error::EAGAIN) => Err(Unsent::Full(message)),
             Err(zmq::Error::EHOSTUNREACH) => Err(Unsent::Away(message)),
@@ -146,24 +149,50 @@ impl Socket {
 
     /// Sends to the one peer of this socket.
     pub(crate) fn send(&self, message: Message) -> Result<(), Unsent> {
-        match self.inner.get_events() {
-            Ok(events) if events.contains(zmq::POLLOUT) => {}
-            Ok(_) => return Err(Unsent::Full(message)),
-            Err(error) => return Err(Unsent::System(error)),
-        }
-        match self.send_parts(message) {
-            // The connection ended between the two calls; it would have taken the message with it a moment later.
+        let sent = if message.payload.len() > MAX_COPIED_BYTES {
+            // The part is handed over whether it is sent or not, so ask first; that costs a system call.
+            match self.inner.get_events() {
+                Ok(events) if events.contains(zmq::POLLOUT) => self.send_parts(message),
+                Ok(_) => return Err(Unsent::Full(message)),
+                Err(error) => return Err(Unsent::System(error)),
+            }
+        } else {
+            let flags = zmq::DONTWAIT | if message.attachments.is_empty() { 0 } else { zmq::SNDMORE };
+            match self.send_insistently(&message.payload, flags) {
+                Ok(()) => self.send_rest(message.attachments),
+                Err(zmq::Error::EAGAIN) => return Err(Unsent::Full(message)),
+                Err(error) => Err(error),
+            }
+        };
+        match sent {
+            // The connection ended between two calls; it would have taken the message with it a moment later.
             Ok(()) | Err(zmq::Error::EAGAIN) => Ok(()),
             Err(error) => Err(Unsent::System(error)),
         }
     }
 
+    /// The first part of a message, copied. libzmq looks for news of its queues only once per million cycles or so, and
+    /// says full until then; asking for events makes it look. Found as refusals of a queue of 8 with one in flight.
+    fn send_insistently(&self, part: &[u8], flags: i32) -> Result<(), zmq::Error> {
+        match retry(|| self.inner.send(part, flags)) {
+            Err(zmq::Error::EAGAIN) => {
+                self.inner.get_events()?;
+                retry(|| self.inner.send(part, flags))
+            }
+            outcome => outcome,
+        }
+    }
+
     fn send_parts(&self, message: Message) -> Result<(), zmq::Error> {
-        let Message { payload, attachments } = message;
-        let mut left = attachments.len();
-        for part in std::iter::once(payload).chain(attachments) {
-            let more = if left > 0 { zmq::SNDMORE } else { 0 };
-            left = left.saturating_sub(1);
+        let more = if message.attachments.is_empty() { 0 } else { zmq::SNDMORE };
+        self.inner.send(into_part(message.payload), zmq::DONTWAIT | more)?;
+        self.send_rest(message.attachments)
+    }
+
+    fn send_rest(&self, attachments: Vec<Vec<u8>>) -> Result<(), zmq::Error> {
+        let last = attachments.len().saturating_sub(1);
+        for (index, part) in attachments.into_iter().enumerate() {
+            let more = if index < last { zmq::SNDMORE } else { 0 };
             self.inner.send(into_part(part), zmq::DONTWAIT | more)?;
         }
         Ok(())

@@ -49,6 +49,10 @@ impl Waker {
 
     /// Takes a pending wake-up; what was done before it is visible to the caller afterwards.
     pub fn take(&self) -> bool {
+        // The flag is set before the descriptor is written, so a clear one saves the system call.
+        if !self.0.pending.load(Ordering::Acquire) {
+            return false;
+        }
         let mut count = [0; 8];
         if (&self.0.descriptor).read(&mut count).is_err() {
             // Nothing was written, or its write is still on the way and will make the descriptor readable.

@@ -109,10 +109,6 @@ fn frames_pass_both_ways_whole_and_in_order() {
             pair.worker.send(frame(index + 1, bytes)).expect(pair.kind);
             assert_eq!(pair.receive(), frame(index + 1, bytes), "{}", pair.kind);
         }
-        pair.engine.send(Vec::new()).expect(pair.kind);
-        assert_eq!(pair.worker.receive(DEADLINE_US).expect(pair.kind), Some(Vec::new()), "{}", pair.kind);
-        pair.worker.send(Vec::new()).expect(pair.kind);
-        assert_eq!(pair.receive(), Vec::<u8>::new(), "{}", pair.kind);
     }
 }
 
@@ -246,7 +242,9 @@ fn the_last_frames_of_a_worker_arrive_before_its_link_is_down() {
     let (mut poller, options) = (Poller::new().expect("a poller"), EndpointOptions::default());
     let (mut engine, mut worker) = in_process_link(&options, poller.waker()).expect("valid");
     worker.send(frame(1, 1)).expect("room");
+    assert!(poller.wait(&[], Some(DEADLINE_US)).expect("a wait").woken);
     drop(worker);
+    assert!(poller.wait(&[], Some(DEADLINE_US)).expect("a wait").woken, "the end woke nobody");
     assert_eq!(until_down(&mut engine, &mut poller, "in process"), [frame(1, 1)]);
 }
 
@@ -282,8 +280,11 @@ fn a_worker_whose_engine_is_gone_is_told_while_it_waits() {
 }
 
 #[test]
-fn a_frame_over_the_limit_is_not_sent_and_the_link_goes_on() {
+fn a_frame_over_the_limit_or_without_a_byte_is_not_sent_and_the_link_goes_on() {
     for mut pair in pairs() {
+        for outcome in [pair.engine.send(Vec::new()), pair.worker.send(Vec::new())] {
+            assert!(matches!(outcome, Err(LinkError::Empty)), "{}: {outcome:?}", pair.kind);
+        }
         for outcome in [pair.engine.send(vec![0; (1 << 20) + 1]), pair.worker.send(vec![0; (1 << 20) + 1])] {
             let Err(LinkError::TooLarge { frame_bytes: 1_048_577, limit_bytes: 1_048_576 }) = outcome else {
                 panic!("{}: {outcome:?}", pair.kind)
@@ -334,6 +335,14 @@ fn a_stranger_neither_takes_the_workers_place_nor_is_heard() {
         let counters = engine.counters();
         (engine.is_attached() && counters.oversized == 1 && counters.frames_in >= 2).then_some(())
     });
+    // One that greets when the place is taken.
+    let mut late = shaken_peer_at(&address);
+    late.write_all(b"\x00\x00\x00\x02no").expect("a greeting and a frame");
+    eventually("the late one", || {
+        support::tick(&engine.poll_handle().into_iter().collect::<Vec<_>>());
+        assert_eq!(engine.receive().expect("nothing wrong"), None);
+        (engine.counters().malformed >= 1).then_some(())
+    });
     pair.engine = Box::new(engine);
     rude.write_all(b"\x00\x00").expect("a late greeting");
     rude.write_all(b"\x00\x02hi").expect("a frame");
@@ -341,4 +350,37 @@ fn a_stranger_neither_takes_the_workers_place_nor_is_heard() {
     assert_eq!(pair.receive(), frame(5, 5));
     pair.engine.send(frame(6, 6)).expect("attached");
     assert_eq!(pair.worker.receive(DEADLINE_US).expect("a frame"), Some(frame(6, 6)));
+}
+
+/// Both sides use empty frames for themselves: the worker to greet, the engine to ask.
+#[test]
+fn an_empty_frame_reaches_no_caller() {
+    let theirs = zmq::Context::new();
+    let engine = theirs.socket(zmq::ROUTER).expect("a socket");
+    engine.set_linger(0).expect("an option");
+    engine.set_rcvtimeo(DEADLINE.as_millis() as i32).expect("an option");
+    engine.bind("tcp://127.0.0.1:*").expect("a port");
+    let address = engine.get_last_endpoint().expect("bound").expect("text").parse().expect("valid");
+    let context = support::context();
+    let mut worker = SocketWorker::connect(&context, &address, None, &options()).expect("a worker");
+    let greeting = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| worker.receive(DEADLINE_US));
+        let greeting = engine.recv_multipart(0).expect("a greeting");
+        for payload in [&b""[..], b"", b"frame"] {
+            engine.send_multipart([&greeting[0][..], payload], 0).expect("connected");
+        }
+        assert_eq!(waiting.join().expect("no panic").expect("a frame"), Some(b"frame".to_vec()));
+        greeting
+    });
+    assert_eq!(greeting[1], b"");
+    let poller = Poller::new().expect("a poller");
+    let mut engine =
+        SocketLink::listen(&context, &Address::loopback(), None, &options(), poller.waker()).expect("a link");
+    let mut worker = shaken_peer_at(engine.address());
+    worker.write_all(b"\0\0\0\0\0\0\0\x02hi").expect("greetings and a frame");
+    let frame = eventually("the frame", || {
+        support::tick(&engine.poll_handle().into_iter().collect::<Vec<_>>());
+        engine.receive().expect("nothing wrong")
+    });
+    assert_eq!(frame, b"hi");
 }

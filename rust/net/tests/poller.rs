@@ -54,7 +54,9 @@ fn only_the_endpoint_with_a_message_is_ready_and_stays_so_until_it_is_read() {
     let mut poller = Poller::new().expect("a poller");
     for _ in 0..3 {
         let handles: Vec<_> = servers.iter().map(llmscale_net::ServerEndpoint::poll_handle).collect();
+        let start = Instant::now();
         let ready = poller.wait(&handles, Some(DEADLINE.as_micros() as u64)).expect("a wait");
+        assert!(start.elapsed() < DEADLINE / 2, "a ready endpoint did not end the wait");
         let expected: Vec<bool> = (0..20).map(|index| index == 13).collect();
         assert_eq!(ready.endpoints, expected);
     }

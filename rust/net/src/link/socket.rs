@@ -1,7 +1,8 @@
 //! A link to a worker in another process or on another host, over ipc or tcp, with or without keys.
-//! The engine listens and belongs to the first peer that greets it; whoever comes later is not heard. The worker greets
-//! with one empty frame per connection, which no caller sees. A connection that is lost ends the link on both sides,
-//! so that no frame is ever sent twice or skipped. Costs are those of the endpoints beneath.
+//! The engine listens and belongs to the first peer that greets it; whoever comes later is not heard. Empty frames are the
+//! link's own and no caller sees them: the worker greets with one, the engine asks with one whether a worker that seems
+//! lost still is there. A connection that is lost ends the link on both sides, so that no frame is ever sent twice or
+//! skipped. Costs are those of the endpoints beneath.
 
 use super::{LinkError, WorkerLink, WorkerSide, check_size};
 use crate::address::Address;
@@ -106,7 +107,11 @@ impl WorkerLink for SocketLink {
                 }
             };
             match self.worker {
-                Some(worker) if worker == received.peer => return Ok(Some(received.message.payload)),
+                Some(worker) if worker == received.peer => {
+                    if !received.message.payload.is_empty() {
+                        return Ok(Some(received.message.payload));
+                    }
+                }
                 None if received.message.payload.is_empty() => self.worker = Some(received.peer),
                 // A second worker, or one that does not greet.
                 _ => self.server.ignore(received.peer),
@@ -197,8 +202,8 @@ impl WorkerSide for SocketWorker {
             // Asked before the frames are read, so that none that arrived before the end is missed.
             let down = self.is_down();
             match self.client.receive() {
-                // An empty frame only asks whether this side is still there, which libzmq answers: events of connections
-                // lag behind frames, so the engine may ask a worker that has just attached.
+                // The engine's question, which libzmq answers. Reports of connections lag behind frames, so a worker that
+                // has just attached may be asked; it read the question as a broken frame in one of six runs.
                 Ok(Some(message)) if message.payload.is_empty() => continue,
                 Ok(Some(message)) => return Ok(Some(message.payload)),
                 Ok(None) if down => return Err(LinkError::Down),
