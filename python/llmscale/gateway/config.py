@@ -29,6 +29,8 @@ class GatewayLimits:
     max_messages: int = 2_048
     max_sequences: int = 128
     max_request_tokens: int = 1 << 20
+    # Each is a line of about 80 bytes in the answer.
+    max_request_logprobs: int = 1 << 20
     max_request_seconds: float = 600.0
     max_stream_buffer_bytes: int = 256 << 10
     max_stall_seconds: float = 30.0

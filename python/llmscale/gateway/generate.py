@@ -49,7 +49,7 @@ async def completions(services: Services, exchange: Exchange, tenant: str) -> No
     if request.echo and request.logprobs is not None:
         raise InvalidField("echo with logprobs is not supported: prompts have no log probabilities here", field="echo")
     params = _params(request, model, request.max_tokens or _DEFAULT_COMPLETION_TOKENS, request.logprobs)
-    _check_products(services, len(prompts), params)
+    _check_products(services, model, len(prompts), params)
 
     def tokenize() -> list[list[int]]:
         return [
@@ -81,7 +81,7 @@ async def chat_completions(services: Services, exchange: Exchange, tenant: str) 
     max_tokens = request.max_completion_tokens or request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = _params(request, model, max_tokens, logprobs)
-    _check_products(services, 1, params)
+    _check_products(services, model, 1, params)
 
     def tokenize() -> list[int]:
         return model.tokenizer.encode_chat(
@@ -217,7 +217,7 @@ def _wants_usage(request: openai.SamplingFields) -> bool:
     return request.stream_options.include_usage
 
 
-def _check_products(services: Services, prompts: int, params: SamplingParams) -> None:
+def _check_products(services: Services, model: ServedModel, prompts: int, params: SamplingParams) -> None:
     """Each field may be in bounds and their product still far too much."""
     sequences = prompts * params.n
     if sequences > services.limits.max_sequences:
@@ -226,12 +226,20 @@ def _check_products(services: Services, prompts: int, params: SamplingParams) ->
             f" the limit is {services.limits.max_sequences} (max_sequences); send fewer at once",
             field="n" if params.n > 1 else "prompt",
         )
-    tokens = sequences * (params.max_tokens or 0)
+    most = params.max_tokens or model.max_sequence_tokens
+    tokens = sequences * most
     if tokens > services.limits.max_request_tokens:
         raise InvalidField(
-            f"{sequences} sequences of {params.max_tokens} tokens make {tokens} tokens, the limit is"
+            f"{sequences} sequences of up to {most} tokens make {tokens} tokens, the limit is"
             f" {services.limits.max_request_tokens} (max_request_tokens); lower max_tokens or n",
             field="max_tokens",
+        )
+    if params.logprobs is not None and tokens * (1 + params.logprobs) > services.limits.max_request_logprobs:
+        raise InvalidField(
+            f"{tokens} tokens with {params.logprobs} top log probabilities each make"
+            f" {tokens * (1 + params.logprobs)} values, the limit is {services.limits.max_request_logprobs}"
+            " (max_request_logprobs); lower max_tokens, n or the number of log probabilities",
+            field="logprobs",
         )
 
 

@@ -1,8 +1,9 @@
 """uvicorn's HTTP/1.1 protocol with the bounds that it lacks: header size, header time, connections.
 
 A connection must bring a complete header within a time limit, counted from its opening or from the first byte after a
-response, and within a byte limit, whether the bytes come in one packet or one by one. O(1) per header line. It also
-lets a response watch and abort its connection. Knows nothing of routes.
+response, and within a byte limit, whether the bytes come in one packet or one by one; a client that does not read its
+answer is dropped. O(1) per header line. It also lets a response watch and abort its connection. Knows nothing of
+routes.
 """
 
 from __future__ import annotations
@@ -39,16 +40,30 @@ class HeaderTimeout(RequestError):
     http_status = 408
 
 
+# What a client must read per `max_stall_seconds` of an answer that waits for it: with 30 s, 1 KiB a second.
+_MIN_READ_BYTES: Final = 32 << 10
 _FINAL_HEADS: Final = tuple(f"HTTP/1.1 {digit}".encode() for digit in "2345")
 
 
 class _CoalescingTransport:
     """Holds a response's head back until its first bytes of body, so that both leave in one system call and packet."""
 
-    __slots__ = ("_head", "_transport", "abort", "get_extra_info", "is_closing", "pause_reading", "resume_reading")
+    __slots__ = (
+        "_head",
+        "_linger",
+        "_transport",
+        "abort",
+        "get_extra_info",
+        "get_write_buffer_size",
+        "is_closing",
+        "pause_reading",
+        "resume_reading",
+    )
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(self, transport: asyncio.Transport, linger: Callable[[], None]) -> None:
         self._transport = transport
+        self._linger = linger
+        self.get_write_buffer_size = transport.get_write_buffer_size
         self._head = b""
         self.abort = transport.abort
         self.get_extra_info = transport.get_extra_info
@@ -69,6 +84,8 @@ class _CoalescingTransport:
         """Sends what was held and closes after it has left."""
         self.flush()
         self._transport.close()
+        if self._transport.get_write_buffer_size():
+            self._linger()
 
     def flush(self) -> None:
         """Sends what was held."""
@@ -89,6 +106,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._header_fields = 0
         self._in_header = True
         self._is_lost = False
+        self._unread_timer: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0
         self._lost: Callable[[], None] | None = None
 
     # What a response may do with its connection.
@@ -113,7 +132,7 @@ class GuardedProtocol(HttpToolsProtocol):
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(_CoalescingTransport(transport))  # type: ignore[arg-type]
+        super().connection_made(_CoalescingTransport(transport, self._watch_unread))  # type: ignore[arg-type]
         if len(self.connections) > self.limits.max_connections:
             self._refuse(
                 Unavailable(f"this gateway has {self.limits.max_connections} open connections; retry in a moment")
@@ -123,6 +142,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_header_timer()
+        self._stop_watching_unread()
         self._is_lost = True
         lost, self._lost = self._lost, None
         super().connection_lost(exc)
@@ -143,6 +163,22 @@ class GuardedProtocol(HttpToolsProtocol):
             # uvicorn stopped its idle timer at this byte. Without a timer of ours a header could stay incomplete
             # forever.
             self._header_timer = self.loop.call_later(self.limits.max_header_seconds, self._header_late)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_unread()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.transport.is_closing():
+            self._stop_watching_unread()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """An idle connection whose last response was not read to its end is dropped, any other one closed."""
+        if self.transport.get_write_buffer_size():
+            self.abort()
+        else:
+            super().timeout_keep_alive_handler()
 
     # What the parser calls.
 
@@ -193,6 +229,25 @@ class GuardedProtocol(HttpToolsProtocol):
         self._header_timer = None
         if not self.transport.is_closing():
             self._refuse(HeaderTimeout(f"the header was not complete within {self.limits.max_header_seconds:g} s"))
+
+    def _watch_unread(self) -> None:
+        """Begins to look at whether the client reads what is buffered for it."""
+        if self._unread_timer is None:
+            self._unread_bytes = self.transport.get_write_buffer_size()
+            self._unread_timer = self.loop.call_later(self.limits.max_stall_seconds, self._look_at_unread)
+
+    def _look_at_unread(self) -> None:
+        self._unread_timer = None
+        left = self.transport.get_write_buffer_size()
+        if left > self._unread_bytes - _MIN_READ_BYTES:
+            self.abort()
+        else:
+            self._watch_unread()
+
+    def _stop_watching_unread(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _stop_header_timer(self) -> None:
         if self._header_timer is not None:

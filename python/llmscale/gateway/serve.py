@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import threading
@@ -120,6 +121,9 @@ def run(
     listener = listen(config)
     server = make_server(gateway, lambda: on_started(listener.getsockname()[1]) if on_started is not None else None)
 
+    # What exists now lives as long as the process: the collector need not walk it again.
+    gc.collect()
+    gc.freeze()
     with contextlib.closing(front), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(server.serve(sockets=[listener]))
 

@@ -109,7 +109,7 @@ async def test_a_slow_reader_is_evicted_and_others_go_on(tokenizer: Tokenizer) -
         slow.setblocking(False)
         await asyncio.get_running_loop().sock_connect(slow, ("127.0.0.1", gateway.port))
         # Log probabilities make the events large, so that the kernel's buffers fill soon.
-        await asyncio.get_running_loop().sock_sendall(slow, request(gateway, max_tokens=500_000, logprobs=20))
+        await asyncio.get_running_loop().sock_sendall(slow, request(gateway, max_tokens=49_000, logprobs=20))
         reader, writer = await gateway.raw()
         writer.write(request(gateway, max_tokens=500_000))
         await until(lambda: len(front.live) == 2)
