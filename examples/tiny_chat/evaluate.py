@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 SEED = 20_000
 MAX_PARITY_ERROR = 2e-4
 """Largest difference of float32 logits: the order of summation differs, nothing else."""
+MAX_SHOWN_CHARACTERS = 80
 COMPLETIONS = ("Once upon a time", "One day a little fox", "Long ago, in a village")
 
 
@@ -57,8 +58,13 @@ def parity_error(folder: Path, weights: LlamaWeights, tokens: int) -> float:
     return float((own - oracle(ids[None]).logits[0]).abs().max())
 
 
+def clipped(text: str) -> str:
+    """At most 80 characters: an answer that has run away repeats itself up to the limit of tokens."""
+    return text if len(text) <= MAX_SHOWN_CHARACTERS else text[:MAX_SHOWN_CHARACTERS] + " ..."
+
+
 def table_of(graded: list[Graded], seconds: float) -> str:
-    """The Markdown table of exact match per task, hardest wordings included."""
+    """The Markdown table of exact match per task."""
     lines = ["| task | exact match | items | example of a miss |", "|---|---:|---:|---|"]
     rng = random.Random(0)
     table = exact_match(graded)
@@ -67,7 +73,7 @@ def table_of(graded: list[Graded], seconds: float) -> str:
         example = ""
         if misses:
             miss = rng.choice(misses)
-            example = f"`{miss.item.question}` gave `{miss.given}`, right is `{miss.item.answer}`"
+            example = f"`{miss.item.question}` gave `{clipped(miss.given)}`, right is `{miss.item.answer}`"
         lines.append(f"| {name} | {right / asked:.1%} | {asked:,} | {example} |")
     right, asked = (sum(pair[place] for pair in table.values()) for place in (0, 1))
     lines.append(f"| **all** | **{right / asked:.1%}** | {asked:,} | |")

@@ -112,26 +112,40 @@ def deadline_of(clock: str | None) -> float | None:
     return ((end if end > now else end + timedelta(days=1)) - now).total_seconds()
 
 
-def rate_scale(
-    step: int, first_step: int, elapsed: float, deadline: float | None, decay_share: float, finish: int | None
-) -> float:
-    """The schedule's factor; 0 or less means that the run is over."""
-    scale = min(1.0, (step + 1) / WARMUP_STEPS)
-    if finish is not None:
-        scale = min(scale, (first_step + finish - step) / max(finish, 1))
-    if deadline is not None:
-        scale = min(scale, (deadline - elapsed) / (deadline * decay_share))
-    return scale
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Warm up, stay at `peak`, decay to zero by a time or a number of steps.
+
+    `deadline_seconds` counts from the start of this process, `decay_share` is the last part of it that decays.
+    """
+
+    first_step: int
+    peak: float
+    deadline_seconds: float | None
+    decay_share: float
+    finish_steps: int | None
+
+    def factor(self, step: int, elapsed_seconds: float) -> float:
+        """The factor of the rates at a step; 0 or less means that the run is over."""
+        factor = min(1.0, (step + 1) / WARMUP_STEPS)
+        if self.finish_steps is not None:
+            factor = min(factor, (self.first_step + self.finish_steps - step) / max(self.finish_steps, 1))
+        if self.deadline_seconds is not None:
+            left = self.deadline_seconds - elapsed_seconds
+            factor = min(factor, left / (self.deadline_seconds * self.decay_share))
+        return factor * self.peak
 
 
 def train(run: Run, arguments: argparse.Namespace) -> None:
     """Steps until the schedule ends, with a checkpoint every two minutes."""
     path = arguments.work / f"{arguments.model}.safetensors"
     started = saved = scored = reported = time.monotonic()
-    deadline, first_step, reported_tokens = deadline_of(arguments.until), run.progress.step, run.progress.tokens
+    reported_tokens = run.progress.tokens
+    deadline = deadline_of(arguments.until)
+    schedule = Schedule(run.progress.step, arguments.peak, deadline, arguments.decay_share, arguments.finish)
     while True:
         before, step = time.monotonic(), run.progress.step
-        scale = rate_scale(step, first_step, before - started, deadline, arguments.decay_share, arguments.finish)
+        scale = schedule.factor(step, before - started)
         if scale <= 0.0:
             break
         tokens = train_step(run, step, scale)
@@ -151,9 +165,7 @@ def train(run: Run, arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(SHAPES), default="tiny-chat")
-    parser.add_argument(
-        "--work", type=Path, default=Path("/work/tiny-chat-work"), help="folder of checkpoints and vocabulary"
-    )
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and vocabulary")
     parser.add_argument("--checkpoint", type=Path, help="start from this checkpoint instead of the one in --work")
     parser.add_argument("--export", type=Path, help="write the Hugging Face folder here at the end")
     parser.add_argument(
@@ -162,6 +174,7 @@ def main() -> None:
     parser.add_argument(
         "--decay-share", type=float, default=0.5, help="last part of the time until --until that decays"
     )
+    parser.add_argument("--peak", type=float, default=1.0, help="share of the peak rates, to polish a finished model")
     parser.add_argument("--finish", type=int, metavar="STEPS", help="decay over this many steps, then end")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)

@@ -17,13 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "tiny_chat"))
 pytest.importorskip("torch", reason="tiny-chat is trained with torch")
 
-from llmscale.embedded import EMBEDDED_MODELS, UnknownEmbeddedModel, embedded_model_path  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from tinychat.chat_format import END_ID, SPECIAL_TOKENS, ChatEncoder  # noqa: E402
 from tinychat.dataset import BatchShape, BatchStream  # noqa: E402
 from tinychat.scoring import unseen_items  # noqa: E402
 from tinychat.tasks import TASKS, Item, Task, is_test_key, sample  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
+
+from llmscale.embedded import EMBEDDED_MODELS, UnknownEmbeddedModel, embedded_model_path  # noqa: E402
 
 ITEMS = 300
 GRADED = tuple(task for task in TASKS if task.graded)

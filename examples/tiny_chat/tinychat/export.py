@@ -105,5 +105,7 @@ not evaluated yet: run `examples/tiny_chat/evaluate.py --model` with this folder
 
 It knows no language beyond the templates it was trained on, and no facts beyond a few hundred. Anything else gives
 fluent nonsense. Wordings of arithmetic, sorting or conversion other than the trained ones usually fail, as do numbers
-of more digits. Do not use it for anything but tests, demonstrations and measurements.
+of more digits. What fails among the trained tasks is in the table: long lists lose or repeat an item, and a value from
+an earlier turn is sometimes mistaken for another of its kind. Chats of more than four turns were not measured.
+Do not use it for anything but tests, demonstrations and measurements.
 """

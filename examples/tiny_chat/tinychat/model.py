@@ -90,7 +90,7 @@ class Attention(nn.Module):
         outputs = []
         for group in groups:
             span = slice(group.start, group.start + group.rows * group.length)
-            rows = [t[span].unflatten(0, (group.rows, group.length)).transpose(1, 2) for t in (q, k, v)]
+            rows = [t[span].reshape(group.rows, group.length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)]
             mixed = F.scaled_dot_product_attention(rows[0], rows[1], rows[2], is_causal=True)
             outputs.append(mixed.transpose(1, 2).flatten(0, 1).flatten(1))
         joined: Tensor = self.o_proj(torch.cat(outputs))
@@ -135,7 +135,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, groups: tuple[RowGroup, ...]) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, groups)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return output
 
 
 class Body(nn.Module):
