@@ -4,10 +4,18 @@ LlmscaleError
   RequestError            the request is at fault; HTTP 400 unless said otherwise
     InvalidField          a field is missing, of the wrong type or outside its bound
     RequestTooLong        prompt and output exceed the longest sequence
-    PromptTemplateError   the chat template refused the messages or broke its limits
+    PromptTemplateError   the chat template refused the messages
+      TemplateLimitReached  it wanted more steps, time or memory than it may have
     UnknownModel          HTTP 404
     Unauthorized          HTTP 401
     PayloadTooLarge       HTTP 413
+    MalformedRequest      bytes that are not HTTP/1.1, or that two parsers could read in two ways
+    ForeignHost           HTTP 403: without a key only this machine may ask
+    NotFound              HTTP 404: no such path
+    MethodNotAllowed      HTTP 405
+    ArrivalTimeout        HTTP 408: header or body did not arrive in time
+    UnsupportedMediaType  HTTP 415
+    HeaderTooLarge        HTTP 431
   Overloaded              a bounded queue is full; HTTP 429 with Retry-After
   Unavailable             no replica can take the request now; HTTP 503
   RequestFailed           the request was started and did not end well; HTTP 500
@@ -66,6 +74,12 @@ class PromptTemplateError(RequestError):
     code = "prompt_template_error"
 
 
+class TemplateLimitReached(PromptTemplateError):
+    """The chat template wanted more steps, time or memory than it may have."""
+
+    code = "template_limit_reached"
+
+
 class UnknownModel(RequestError):
     """The named model is not served here."""
 
@@ -85,6 +99,54 @@ class PayloadTooLarge(RequestError):
 
     code = "payload_too_large"
     http_status = 413
+
+
+class MalformedRequest(RequestError):
+    """Bytes that are not an HTTP/1.1 request, or that two parsers could read in two ways."""
+
+    code = "malformed_http"
+
+
+class ForeignHost(RequestError):
+    """A request without a key whose host or origin is not this machine."""
+
+    code = "foreign_host"
+    http_status = 403
+
+
+class NotFound(RequestError):
+    """No such path."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists with another method."""
+
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class ArrivalTimeout(RequestError):
+    """The header or the body of a request did not arrive in time."""
+
+    code = "arrival_timeout"
+    http_status = 408
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is not declared as JSON."""
+
+    code = "unsupported_media_type"
+    http_status = 415
+
+
+class HeaderTooLarge(RequestError):
+    """The request line and the header fields together exceed their limit."""
+
+    code = "header_too_large"
+    http_status = 431
 
 
 class Overloaded(LlmscaleError):

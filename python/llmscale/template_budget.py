@@ -15,7 +15,7 @@ from typing import Final
 import jinja2
 from jinja2.exceptions import SecurityError
 
-from llmscale.errors import PromptTemplateError
+from llmscale.errors import TemplateLimitReached
 
 _SMALL_SIZE: Final = 4_096
 _MAX_NESTING: Final = 64
@@ -33,10 +33,6 @@ class TemplateLimits:
 
 
 DEFAULT_LIMITS: Final = TemplateLimits()
-
-
-class TemplateLimitReached(PromptTemplateError):
-    """Rendering broke a limit. Not one of jinja2's errors, so that no construct of a template can catch it."""
 
 
 class Budget:

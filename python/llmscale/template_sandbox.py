@@ -22,8 +22,8 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
 
+from llmscale.errors import TemplateLimitReached
 from llmscale.template_budget import (
-    TemplateLimitReached,
     comparable,
     current_budget,
     measure,

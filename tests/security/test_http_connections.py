@@ -71,7 +71,7 @@ async def test_a_header_that_never_ends_is_closed_in_time(gateway: Serving) -> N
                 async with asyncio.timeout(0.05):
                     answer += await reader.read(1_000)
     assert time.monotonic() - started < 3
-    assert (status(answer), code(answer)) == (408, "header_timeout")
+    assert (status(answer), code(answer)) == (408, "arrival_timeout")
 
 
 async def test_a_connection_that_says_nothing_is_closed_in_time(gateway: Serving) -> None:
@@ -117,7 +117,7 @@ async def test_a_body_that_drips_is_a_408_and_closes(gateway: Serving) -> None:
                 writer.write(b"{")
                 await asyncio.sleep(0.05)
         answer = await received
-    assert (status(answer), code(answer)) == (408, "body_timeout")
+    assert (status(answer), code(answer)) == (408, "arrival_timeout")
 
 
 @pytest.mark.parametrize(

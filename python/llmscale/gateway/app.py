@@ -15,14 +15,14 @@ from typing import Final
 
 import structlog
 
-from llmscale.errors import LlmscaleError, RequestError
+from llmscale.errors import ForeignHost, LlmscaleError, MethodNotAllowed, NotFound
 from llmscale.gateway import generate, info
 from llmscale.gateway.asgi import Receive, Scope, Send
 from llmscale.gateway.auth import ApiKeys
 from llmscale.gateway.body import ClientDisconnected, header
 from llmscale.gateway.config import GatewayConfig, ServedModel, is_loopback
 from llmscale.gateway.front import Front, SamplingFactory
-from llmscale.gateway.http import Exchange, NotFound
+from llmscale.gateway.http import Exchange
 from llmscale.gateway.services import Services
 
 _log = structlog.get_logger("llmscale.gateway")
@@ -46,20 +46,6 @@ ROUTES: Final[tuple[tuple[str, str, Endpoint, bool], ...]] = (
 )
 _PART: Final = re.compile(r"[A-Za-z0-9_.-][A-Za-z0-9_./:-]{0,255}")
 _HOST_PORT: Final = re.compile(rb"(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9.-]{1,253})(?::[0-9]{1,5})?")
-
-
-class MethodNotAllowed(RequestError):
-    """The route exists with another method."""
-
-    code = "method_not_allowed"
-    http_status = 405
-
-
-class ForeignHost(RequestError):
-    """A request without a key whose host or origin is not this machine."""
-
-    code = "foreign_host"
-    http_status = 403
 
 
 class Gateway:
@@ -97,7 +83,10 @@ class Gateway:
             endpoint, tenant = self._admit(scope, entry)
             await endpoint(services, exchange, tenant)
         except LlmscaleError as error:
-            await exchange.fail(error)
+            if exchange.started:
+                await exchange.crash(error)
+            else:
+                await exchange.fail(error)
         except ClientDisconnected:
             pass
         except Exception as error:  # noqa: BLE001 - the last frame of a request; it is logged and answered

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from llmscale.errors import InvalidField, PayloadTooLarge, RequestError
+from llmscale.errors import ArrivalTimeout, InvalidField, PayloadTooLarge, UnsupportedMediaType
 from llmscale.gateway.asgi import Receive, Scope
 from llmscale.gateway.config import GatewayLimits
 from llmscale.gateway.connection import body_complete
@@ -25,20 +25,6 @@ class ClientDisconnected(Exception):
     """The client closed its connection before its body was complete."""
 
 
-class BodyTimeout(RequestError):
-    """The body did not arrive in time."""
-
-    code = "body_timeout"
-    http_status = 408
-
-
-class UnsupportedMediaType(RequestError):
-    """The body is not declared as JSON."""
-
-    code = "unsupported_media_type"
-    http_status = 415
-
-
 def header(scope: Scope, name: bytes) -> bytes | None:
     """The first header of that name; ASGI servers give names in lower case."""
     headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
@@ -49,7 +35,7 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 
 async def read_body(scope: Scope, receive: Receive, limits: GatewayLimits) -> bytes:
-    """The whole body, checked. Raises `PayloadTooLarge`, `BodyTimeout`, `UnsupportedMediaType` or `InvalidField`."""
+    """The whole body, checked. Raises `PayloadTooLarge`, `ArrivalTimeout`, `UnsupportedMediaType` or `InvalidField`."""
     kind = header(scope, b"content-type")
     # Browsers send other types across origins without asking first, so this also keeps foreign pages out.
     if kind is None or kind.partition(b";")[0].strip().lower() != b"application/json":
@@ -65,7 +51,7 @@ async def read_body(scope: Scope, receive: Receive, limits: GatewayLimits) -> by
             async with asyncio.timeout(limits.max_body_seconds):
                 body = await _read_all(receive, limits)
         except TimeoutError as error:
-            raise BodyTimeout(f"the body did not arrive within {limits.max_body_seconds:g} s") from error
+            raise ArrivalTimeout(f"the body did not arrive within {limits.max_body_seconds:g} s") from error
     check_text(body, limits.max_json_depth)
     return body
 

@@ -41,13 +41,6 @@ _CLOSING: Final = frozenset({408, 413, 431})
 Headers = Sequence[tuple[bytes, bytes]]
 
 
-class NotFound(RequestError):
-    """No such route."""
-
-    code = "not_found"
-    http_status = 404
-
-
 def error_type(status: int) -> str:
     """OpenAI's `type` for a status."""
     return _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -12,9 +12,9 @@ from typing import Final
 
 import msgspec
 
-from llmscale.errors import Unavailable
+from llmscale.errors import NotFound, Unavailable
 from llmscale.gateway.config import ServedModel
-from llmscale.gateway.http import Exchange, NotFound
+from llmscale.gateway.http import Exchange
 from llmscale.gateway.openai import ModelList, ModelObject
 from llmscale.gateway.openapi import document
 from llmscale.gateway.services import Services

@@ -14,31 +14,10 @@ from typing import Any, ClassVar, Final
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from llmscale.errors import LlmscaleError, RequestError, Unavailable
+from llmscale.errors import ArrivalTimeout, HeaderTooLarge, LlmscaleError, MalformedRequest, Unavailable
 from llmscale.gateway.config import GatewayLimits
 from llmscale.gateway.connection import SCOPE_KEY
 from llmscale.gateway.http import error_body
-
-
-class MalformedRequest(RequestError):
-    """Bytes that are not an HTTP/1.1 request, or that two parsers could read in two ways."""
-
-    code = "malformed_http"
-
-
-class HeaderTooLarge(RequestError):
-    """The request line and the header fields together exceed their limit."""
-
-    code = "header_too_large"
-    http_status = 431
-
-
-class HeaderTimeout(RequestError):
-    """The header was not complete in time."""
-
-    code = "header_timeout"
-    http_status = 408
-
 
 # What a client must read per `max_stall_seconds` of an answer that waits for it: with 30 s, 1 KiB a second.
 _MIN_READ_BYTES: Final = 32 << 10
@@ -228,7 +207,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _header_late(self) -> None:
         self._header_timer = None
         if not self.transport.is_closing():
-            self._refuse(HeaderTimeout(f"the header was not complete within {self.limits.max_header_seconds:g} s"))
+            self._refuse(ArrivalTimeout(f"the header was not complete within {self.limits.max_header_seconds:g} s"))
 
     def _watch_unread(self) -> None:
         """Begins to look at whether the client reads what is buffered for it."""

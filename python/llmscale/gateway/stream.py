@@ -148,6 +148,9 @@ class Sweeper:
             self._metrics.evicted_readers += 1
             _log.warning("a stream was ended because its client did not read", request_id=exchange.request_id)
             connection.abort(exchange.scope)
+            # The server notices the abort in the next turn of the loop, and complains about an unfinished answer
+            # before.
+            await asyncio.sleep(0)
         finally:
             self._streams.discard(stream)
 

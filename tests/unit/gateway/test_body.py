@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmscale.errors import InvalidField, PayloadTooLarge
+from llmscale.errors import ArrivalTimeout, InvalidField, PayloadTooLarge, UnsupportedMediaType
 from llmscale.gateway.asgi import Message
-from llmscale.gateway.body import BodyTimeout, ClientDisconnected, UnsupportedMediaType, check_text, read_body
+from llmscale.gateway.body import ClientDisconnected, check_text, read_body
 from llmscale.gateway.config import GatewayLimits
 
 LIMITS = GatewayLimits(max_body_bytes=1_000, max_body_seconds=0.05, max_json_depth=8)
@@ -64,7 +64,7 @@ async def test_a_body_of_exactly_the_limit_is_read() -> None:
 
 
 async def test_a_body_that_does_not_end_in_time_is_a_408() -> None:
-    with pytest.raises(BodyTimeout, match=r"0\.05 s"):
+    with pytest.raises(ArrivalTimeout, match=r"0\.05 s"):
         await read_body({"headers": JSON}, receiving(b"{", end=False), LIMITS)
 
 

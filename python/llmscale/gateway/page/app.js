@@ -58,6 +58,8 @@ class Answer {
   constructor() {
     this.#element.classList.add("waiting");
     this.#part("copy").addEventListener("click", () => this.#copy());
+    // Browsers give the clipboard to secure pages only.
+    this.#part("copy").hidden = !navigator.clipboard;
     this.#part("again").addEventListener("click", () => answerAgain(this));
     byId("log").append(this.#element);
   }
