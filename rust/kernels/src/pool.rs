@@ -5,6 +5,8 @@
 //! Claiming is O(1) per chunk. The pool knows nothing of tensors, steps or cores.
 #![expect(unsafe_code, reason = "a borrowed closure is shared with threads that outlive the borrow")]
 
+mod affinity;
+
 use crate::error::KernelError;
 use core::any::Any;
 use core::cell::{Cell, UnsafeCell};
@@ -108,6 +110,32 @@ impl Pool {
     /// The operating system's, if the width is unknown or a thread cannot be started.
     pub fn with_available_parallelism() -> std::io::Result<Self> {
         Self::new(std::thread::available_parallelism()?)
+    }
+
+    /// As [`Self::new`], with every thread on a CPU of its own: the calling thread on the first that this process may use
+    /// (loops should then be run by it), workers on the next ones.
+    ///
+    /// On a machine that other processes also load, the system may otherwise wake a worker on the caller's CPU and leave
+    /// it there: two threads were then measured to be no faster than one for minutes.
+    ///
+    /// # Errors
+    /// `InvalidInput` where there are fewer CPUs than threads, `Unsupported` on systems without thread affinity, or the
+    /// operating system's.
+    pub fn pinned(threads: NonZeroUsize) -> std::io::Result<Self> {
+        let cpus = affinity::allowed_cpus()?;
+        if cpus.len() < threads.get() {
+            let message = format!(
+                "{threads} threads cannot each have one of {} CPUs. Ask for fewer threads or an unpinned pool.",
+                cpus.len()
+            );
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, message));
+        }
+        let pool = Self::new(threads)?;
+        for (worker, &cpu) in pool.workers.iter().zip(&cpus[1..]) {
+            affinity::pin_worker(worker, cpu)?;
+        }
+        affinity::pin_current_thread(cpus[0])?;
+        Ok(pool)
     }
 
     /// Threads that share a loop, the caller included.
@@ -377,6 +405,34 @@ mod tests {
             .unwrap();
             assert_eq!(refusals.into_inner(), 8);
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_pinned_pool_uses_one_cpu_per_thread_and_refuses_more_threads_than_cpus() {
+        // Pinning narrows the CPUs of the calling thread, so it gets a thread of its own.
+        std::thread::spawn(|| {
+            let cpus = super::affinity::allowed_cpus().unwrap();
+            let error = Pool::pinned(NonZeroUsize::new(cpus.len() + 1).unwrap()).unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::InvalidInput);
+            let pool = Pool::pinned(NonZeroUsize::new(cpus.len()).unwrap()).unwrap();
+            let seen = Mutex::new(Vec::new());
+            let arrived = AtomicUsize::new(0);
+            // The chunks wait for each other, so every thread takes one.
+            pool.parallel_for(cpus.len(), |_| {
+                seen.lock().unwrap().extend(super::affinity::allowed_cpus().unwrap());
+                arrived.fetch_add(1, Ordering::SeqCst);
+                while arrived.load(Ordering::SeqCst) < cpus.len() {
+                    std::thread::yield_now();
+                }
+            })
+            .unwrap();
+            let mut seen = seen.into_inner().unwrap();
+            seen.sort_unstable();
+            assert_eq!(seen, cpus);
+        })
+        .join()
+        .unwrap();
     }
 
     #[test]

@@ -63,17 +63,23 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
     /// `a * b + c`, rounded once where the level has fused multiply-add, twice where not.
     fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
-    /// `value * 2^exponent` for integral exponents in -126..=127 (wider where the level has it).
+    /// A fraction in [0, 1] and an exponent for [`Self::exp2_scale`] whose sum is `a`, for `a < 120`. Exponents are
+    /// cut off at -126 where the level cannot scale below; minus infinity gives the least exponent.
+    fn split_exponent(self, a: Self::F32) -> (Self::F32, Self::F32);
+    /// `value * 2^exponent` for an exponent from [`Self::split_exponent`].
     fn exp2_scale(self, value: Self::F32, exponent: Self::F32) -> Self::F32;
     /// The lowest lane's sum with all others, in a fixed tree.
     fn reduce_add(self, a: Self::F32) -> f32;
     fn reduce_max(self, a: Self::F32) -> f32;
 
     fn less(self, a: Self::F32, b: Self::F32) -> Self::Mask;
+    fn less_equal(self, a: Self::F32, b: Self::F32) -> Self::Mask;
     /// `mask ? a : b`.
     fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32;
     /// Bit `i` is the truth of lane `i`.
     fn mask_bits(self, mask: Self::Mask) -> u32;
+    /// Stores the lanes of the mask side by side and returns their number. Writes up to `LANES` elements.
+    unsafe fn store_selected(self, target: *mut f32, value: Self::F32, mask: Self::Mask) -> usize;
     /// Lanes whose index lies in `from..to`.
     fn lane_range(self, from: usize, to: usize) -> Self::Mask;
 
@@ -109,7 +115,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// (second) `LANES` elements of the rows. Reads `count <= 2 * LANES` elements of each; the rest are zero.
     unsafe fn interleave_bf16(self, even: *const Bf16, odd: *const Bf16, count: usize) -> (Self::U32, Self::U32);
     /// Transposes 4 consecutive 32-bit units of `LANES` rows: unit `u` of row `r` goes to `target[u * stride + r]`.
-    unsafe fn transpose_units(self, rows: *const *const u32, offset: usize, target: *mut u32, stride: usize);
+    /// Row `r` begins `r % 4` times `row_words` after `bases[r / 4]`.
+    unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize);
     /// Hints that the cache line at `address` will be read soon. Any address is allowed.
     fn prefetch(self, address: *const u8);
 }

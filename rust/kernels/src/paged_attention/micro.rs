@@ -87,11 +87,13 @@ unsafe fn score_block<S: Simd, const PAIRS: bool, const ROWS: usize, const VECTO
     let mut sums = [[simd.splat(0.0); VECTORS]; ROWS];
     // SAFETY: the caller's promise.
     unsafe {
+        let mut source = keys;
         for unit in 0..units {
             let mut key = [simd.splat_u32(0); VECTORS];
             for (vector, key) in key.iter_mut().enumerate() {
-                *key = simd.load_u32(keys.add(unit * TILE_TOKENS + vector * S::LANES));
+                *key = simd.load_u32(source.add(vector * S::LANES));
             }
+            source = source.wrapping_add(TILE_TOKENS);
             for (row, sums) in sums.iter_mut().enumerate() {
                 let query = simd.splat_u32(*queries.add(row * units + unit));
                 for (sum, key) in sums.iter_mut().zip(key) {
@@ -160,26 +162,57 @@ impl Accumulate {
         row: usize,
         tokens: core::ops::Range<usize>,
     ) {
-        let per_unit = if PAIRS { 2 } else { 1 };
-        let (from, to) = (tokens.start / per_unit, tokens.end.div_ceil(per_unit));
-        let head = if PAIRS && !tokens.start.is_multiple_of(2) { 0xffff_0000 } else { u32::MAX };
-        let tail = if PAIRS && !tokens.end.is_multiple_of(2) { 0x0000_ffff } else { u32::MAX };
-        // SAFETY: the caller's promise.
+        let mut dim = 0;
+        // SAFETY: the caller's promise; `padded_dim` is a multiple of `LANES`.
         unsafe {
-            let weights = self.weights.add(row * TILE_TOKENS);
-            let sums = self.sums.add(row * self.padded_dim);
-            let factor = simd.splat(*self.factors.add(row));
-            for dim in (0..self.padded_dim).step_by(S::LANES) {
-                let mut sum = simd.mul(simd.load(sums.add(dim)), factor);
-                for unit in from..to {
-                    let mask =
-                        if unit == from { head } else { u32::MAX } & if unit + 1 == to { tail } else { u32::MAX };
-                    let value = simd.load_u32(self.values.add(unit * self.padded_dim + dim));
-                    let value = simd.and_u32(value, simd.splat_u32(mask));
-                    sum = multiply_add::<S, PAIRS>(simd, sum, simd.splat_u32(*weights.add(unit)), value);
+            while dim < self.padded_dim {
+                if self.padded_dim - dim >= 4 * S::LANES {
+                    partial_block::<S, PAIRS, 4>(simd, self, row, &tokens, dim);
+                    dim += 4 * S::LANES;
+                } else {
+                    partial_block::<S, PAIRS, 1>(simd, self, row, &tokens, dim);
+                    dim += S::LANES;
                 }
-                simd.store(sums.add(dim), sum);
             }
+        }
+    }
+}
+
+/// # Safety
+/// As [`Accumulate::partial_row`], for `VECTORS` vectors of dimensions from `dim`.
+#[inline(always)]
+unsafe fn partial_block<S: Simd, const PAIRS: bool, const VECTORS: usize>(
+    simd: S,
+    operands: Accumulate,
+    row: usize,
+    tokens: &core::ops::Range<usize>,
+    dim: usize,
+) {
+    let per_unit = if PAIRS { 2 } else { 1 };
+    let (from, to) = (tokens.start / per_unit, tokens.end.div_ceil(per_unit));
+    let head = if PAIRS && !tokens.start.is_multiple_of(2) { 0xffff_0000 } else { u32::MAX };
+    let tail = if PAIRS && !tokens.end.is_multiple_of(2) { 0x0000_ffff } else { u32::MAX };
+    // SAFETY: the caller's promise.
+    unsafe {
+        let sums = operands.sums.add(row * operands.padded_dim + dim);
+        let factor = simd.splat(*operands.factors.add(row));
+        let mut sum = [simd.splat(0.0); VECTORS];
+        for (vector, sum) in sum.iter_mut().enumerate() {
+            *sum = simd.mul(simd.load(sums.add(vector * S::LANES)), factor);
+        }
+        let mut value = operands.values.add(from * operands.padded_dim + dim);
+        let weights = operands.weights.add(row * TILE_TOKENS);
+        for unit in from..to {
+            let mask = if unit == from { head } else { u32::MAX } & if unit + 1 == to { tail } else { u32::MAX };
+            let (mask, weight) = (simd.splat_u32(mask), simd.splat_u32(*weights.add(unit)));
+            for (vector, sum) in sum.iter_mut().enumerate() {
+                let masked = simd.and_u32(simd.load_u32(value.add(vector * S::LANES)), mask);
+                *sum = multiply_add::<S, PAIRS>(simd, *sum, weight, masked);
+            }
+            value = value.wrapping_add(operands.padded_dim);
+        }
+        for (vector, sum) in sum.into_iter().enumerate() {
+            simd.store(sums.add(vector * S::LANES), sum);
         }
     }
 }
@@ -207,11 +240,13 @@ unsafe fn sum_block<S: Simd, const PAIRS: bool, const ROWS: usize, const VECTORS
                 *sum = simd.mul(simd.load(target.add(row * padded_dim + vector * S::LANES)), factor);
             }
         }
+        let mut source = values;
         for unit in 0..token_units {
             let mut value = [simd.splat_u32(0); VECTORS];
             for (vector, value) in value.iter_mut().enumerate() {
-                *value = simd.load_u32(values.add(unit * padded_dim + vector * S::LANES));
+                *value = simd.load_u32(source.add(vector * S::LANES));
             }
+            source = source.wrapping_add(padded_dim);
             for (row, sums) in sums.iter_mut().enumerate() {
                 let weight = simd.splat_u32(*weights.add(row * TILE_TOKENS + unit));
                 for (sum, value) in sums.iter_mut().zip(value) {

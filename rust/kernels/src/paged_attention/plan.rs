@@ -1,7 +1,7 @@
 //! The division of a step's attention into tasks, made once per step and used by every layer.
 //! Owns a checked copy of the index arrays: after construction every block id that a task reads is inside the region.
-//! Tasks are (sequence, kv head, query tile); where that leaves threads idle, a task is cut further along the KV
-//! splits and a merge task joins the parts. Cutting changes who computes, never what: see the parent module.
+//! Tasks are (sequence, kv heads, query tile); where that leaves threads idle, a task is cut further along the KV
+//! splits, which a merge task joins, and then by head. Cutting changes who computes, never what: see the parent module.
 //! O(tasks log tasks + table entries); nothing here touches queries, keys or values.
 
 use super::{AttentionBatch, AttentionShape, SPLIT_TOKENS};
@@ -9,9 +9,9 @@ use crate::error::{KernelError, require_index, require_length};
 use core::cmp::Reverse;
 use core::ops::Range;
 
-/// Query vectors (rows x heads of a group) that a tile aims at: enough to use every packed key and value 8 times over
-/// the width of the micro-kernel, few enough that queries and sums of head size 128 stay in the L2 cache.
-const TILE_VECTORS: usize = 48;
+/// Query vectors (rows x heads) that a tile aims at: enough that packing keys and values, which costs as much as about 6
+/// vectors, is lost in their use, few enough that queries, scores and sums of head size 128 stay in the L2 cache.
+const TILE_VECTORS: usize = 96;
 /// Tasks per thread that the plan aims at, so that claiming evens out unequal ones.
 const TASKS_PER_THREAD: usize = 4;
 
@@ -37,11 +37,13 @@ pub(crate) enum TaskPart {
     Merge { partial: usize },
 }
 
-/// A unit of work: some splits of one query tile of one kv head.
+/// A unit of work: some splits of one query tile for some kv heads.
 #[derive(Clone, Debug)]
 pub(crate) struct Task {
     pub(crate) sequence: usize,
-    pub(crate) kv_head: usize,
+    /// Their keys lie side by side within a block, so decode rows take several heads at once: a longer stretch of memory
+    /// in one go.
+    pub(crate) kv_heads: Range<usize>,
     /// Rows of the sequence, counted from its first row in the step.
     pub(crate) rows: Range<usize>,
     /// Absolute split numbers.
@@ -171,50 +173,63 @@ impl AttentionPlan {
             let block = require_index("block_tables", entry, block, region.blocks)?;
             self.blocks.push(block as u32);
         }
-        let tile_rows = (TILE_VECTORS / self.group()).max(1);
-        for kv_head in 0..region.kv_heads {
+        let tile_rows = (TILE_VECTORS / self.group()).clamp(1, rows);
+        let heads = (TILE_VECTORS / (tile_rows * self.group())).clamp(1, region.kv_heads);
+        for first_head in (0..region.kv_heads).step_by(heads) {
+            let kv_heads = first_head..(first_head + heads).min(region.kv_heads);
             for from in (0..rows).step_by(tile_rows) {
                 let rows = from..(from + tile_rows).min(rows);
                 let start = self.row_range(sequence, rows.start).start / SPLIT_TOKENS;
                 let end = self.row_range(sequence, rows.end - 1).end.div_ceil(SPLIT_TOKENS);
-                self.tasks.push(Task { sequence, kv_head, rows, splits: start..end, part: TaskPart::Whole });
+                let (kv_heads, splits) = (kv_heads.clone(), start..end);
+                self.tasks.push(Task { sequence, kv_heads, rows, splits, part: TaskPart::Whole });
             }
         }
         Ok(())
     }
 
-    /// Cuts tasks that are long for the number of threads along their splits, and puts the longest first.
+    /// Cuts tasks that are long for the number of threads, and puts the longest first.
     fn divide(&mut self, threads: usize) {
         let total: usize = self.tasks.iter().map(Task::cost).sum();
         let target = total / (threads * TASKS_PER_THREAD) + 1;
-        if threads > 1 {
-            let group = self.group();
-            for task in core::mem::take(&mut self.tasks) {
-                let pieces = task.cost().div_ceil(target).min(task.splits.len());
-                if pieces <= 1 {
+        for task in core::mem::take(&mut self.tasks) {
+            let pieces = if threads > 1 { task.cost().div_ceil(target) } else { 1 };
+            let split_pieces = pieces.min(task.splits.len());
+            let head_pieces = pieces.div_ceil(split_pieces).min(task.kv_heads.len());
+            for kv_heads in cut(&task.kv_heads, head_pieces) {
+                let task = Task { kv_heads, ..task.clone() };
+                if split_pieces == 1 {
                     self.tasks.push(task);
-                    continue;
+                } else {
+                    self.cut_splits(task, split_pieces);
                 }
-                let vectors = task.rows.len() * group;
-                let first = self.partial_vectors;
-                self.partial_vectors += vectors * task.splits.len();
-                let (start, splits) = (task.splits.start, task.splits.len());
-                for piece in 0..pieces {
-                    let (from, to) = (piece * splits / pieces, (piece + 1) * splits / pieces);
-                    let part = TaskPart::Some { partial: first + from * vectors };
-                    self.tasks.push(Task { splits: start + from..start + to, part, ..task.clone() });
-                }
-                self.merges.push(Task { part: TaskPart::Merge { partial: first }, ..task });
             }
         }
         self.tasks.sort_by_key(|task| Reverse(task.cost()));
     }
+
+    fn cut_splits(&mut self, task: Task, pieces: usize) {
+        let vectors = task.rows.len() * task.kv_heads.len() * self.group();
+        let first = self.partial_vectors;
+        self.partial_vectors += vectors * task.splits.len();
+        for splits in cut(&task.splits, pieces) {
+            let part = TaskPart::Some { partial: first + (splits.start - task.splits.start) * vectors };
+            self.tasks.push(Task { splits, part, ..task.clone() });
+        }
+        self.merges.push(Task { part: TaskPart::Merge { partial: first }, ..task });
+    }
+}
+
+/// Divides a range into `pieces` parts whose lengths differ by at most one.
+fn cut(range: &Range<usize>, pieces: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let (start, length) = (range.start, range.len());
+    (0..pieces).map(move |piece| start + piece * length / pieces..start + (piece + 1) * length / pieces)
 }
 
 impl Task {
-    /// Proportional to the time: splits to read, for every row of the tile.
+    /// Proportional to the time: splits to read, for every row and head of the tile.
     fn cost(&self) -> usize {
-        self.splits.len() * self.rows.len()
+        self.splits.len() * self.rows.len() * self.kv_heads.len()
     }
 }
 

@@ -11,77 +11,96 @@ use core::ops::Range;
 /// Vectors of a tile's scores at 8 lanes, the narrowest.
 const MAX_VECTORS: usize = TILE_TOKENS / 8;
 
-/// The running state of one query vector within a split.
-#[derive(Clone, Copy)]
-pub(super) struct RowState {
-    /// Greatest raw score so far; minus infinity before the first tile.
-    pub(super) maximum: *mut f32,
-    /// `LANES` partial denominators.
-    pub(super) denominators: *mut f32,
-    /// Written: the factor by which sums so far must be rescaled.
-    pub(super) factor: *mut f32,
+/// Masks the scores outside of `tokens` in the vector that begins at token `first`.
+#[inline(always)]
+fn inside<S: Simd>(simd: S, tokens: &Range<usize>, first: usize) -> S::Mask {
+    let lane = |token: usize| token.saturating_sub(first).min(S::LANES);
+    simd.lane_range(lane(tokens.start), lane(tokens.end))
 }
 
-/// Replaces the scores of `tokens` by their weights relative to the new maximum, others by zero, and updates the state.
-/// `scale` is the softmax scale times log2(e).
+/// Raises the running maximum of one query vector to that of its scores at `tokens`, and writes the exponent of the
+/// factor that brings older sums to the new maximum. `scale` is the softmax scale times log2(e).
 ///
 /// # Safety
-/// `scores` holds `TILE_TOKENS` f32, the state's pointers what their comments say.
+/// `scores` holds `TILE_TOKENS` f32; the other pointers are valid.
 #[inline(always)]
-pub(super) unsafe fn tile_softmax<S: Simd, const PAIRS: bool>(
+pub(super) unsafe fn raise_maximum<S: Simd>(
     simd: S,
-    scores: *mut f32,
-    tokens: Range<usize>,
+    scores: *const f32,
+    tokens: &Range<usize>,
     scale: f32,
-    state: RowState,
+    maximum: *mut f32,
+    factor_exponent: *mut f32,
 ) {
-    let vectors = TILE_TOKENS / S::LANES;
     let minus_infinity = simd.splat(f32::NEG_INFINITY);
-    let partial = tokens.len() < TILE_TOKENS;
-    let mut score = [minus_infinity; MAX_VECTORS];
-    let mut inside = [simd.lane_range(0, S::LANES); MAX_VECTORS];
+    let mut greatest = minus_infinity;
     // SAFETY: the caller's promise.
     unsafe {
-        let mut greatest = minus_infinity;
-        for vector in 0..vectors {
-            score[vector] = simd.load(scores.add(vector * S::LANES));
-            if partial {
-                let lane = |token: usize| token.saturating_sub(vector * S::LANES).min(S::LANES);
-                inside[vector] = simd.lane_range(lane(tokens.start), lane(tokens.end));
-                score[vector] = simd.select(inside[vector], score[vector], minus_infinity);
+        for first in (0..TILE_TOKENS).step_by(S::LANES) {
+            let mut score = simd.load(scores.add(first));
+            if tokens.len() < TILE_TOKENS {
+                score = simd.select(inside(simd, tokens, first), score, minus_infinity);
             }
-            greatest = simd.max(score[vector], greatest);
+            greatest = simd.max(score, greatest);
         }
-        let old = *state.maximum;
-        let tile_maximum = simd.reduce_max(greatest);
-        let maximum = if tile_maximum > old { tile_maximum } else { old };
-        let scale_vector = simd.splat(scale);
-        // 2^0 is exactly 1, so an unchanged maximum leaves sums and denominators as they are.
-        let factor = fast::exp2::<S, true>(simd, simd.splat((old - maximum) * scale));
-        let offset = simd.splat(-maximum * scale);
-        let mut total = simd.splat(0.0);
-        let mut weights = [simd.splat(0.0); MAX_VECTORS];
-        for vector in 0..vectors {
-            let exponent = simd.mul_add(score[vector], scale_vector, offset);
-            let mut weight =
+        let (old, new) = (*maximum, simd.reduce_max(greatest));
+        let new = if new > old { new } else { old };
+        *maximum = new;
+        // Where the maximum stays this is 0, and 2^0 is exactly 1: sums and denominators stay as they are.
+        *factor_exponent = (old - new) * scale;
+    }
+}
+
+/// Turns exponents into factors, in place. Reads and writes whole vectors.
+///
+/// # Safety
+/// `factors` holds `count` f32 rounded up to whole vectors.
+#[inline(always)]
+pub(super) unsafe fn exponents_to_factors<S: Simd>(simd: S, factors: *mut f32, count: usize) {
+    for at in (0..count).step_by(S::LANES) {
+        // SAFETY: the caller's promise.
+        unsafe { simd.store(factors.add(at), fast::exp2::<S, true>(simd, simd.load(factors.add(at)))) };
+    }
+}
+
+/// Replaces the scores at `tokens` by their weights relative to the maximum, others by zero, and adds them to the
+/// denominators, one per lane.
+///
+/// # Safety
+/// `scores` holds `TILE_TOKENS` f32, `denominators` `LANES`.
+#[inline(always)]
+pub(super) unsafe fn scores_to_weights<S: Simd, const PAIRS: bool>(
+    simd: S,
+    scores: *mut f32,
+    tokens: &Range<usize>,
+    scale: f32,
+    maximum: f32,
+    factor: f32,
+    denominators: *mut f32,
+) {
+    let (scale, offset) = (simd.splat(scale), simd.splat(-maximum * scale));
+    let mut weights = [simd.splat(0.0); MAX_VECTORS];
+    let vectors = TILE_TOKENS / S::LANES;
+    // SAFETY: the caller's promise. All scores are read before the first weight is written over them.
+    unsafe {
+        for (vector, weight) in weights.iter_mut().enumerate().take(vectors) {
+            let exponent = simd.mul_add(simd.load(scores.add(vector * S::LANES)), scale, offset);
+            *weight =
                 if PAIRS { fast::exp2::<S, false>(simd, exponent) } else { fast::exp2::<S, true>(simd, exponent) };
-            if partial {
-                weight = simd.select(inside[vector], weight, simd.splat(0.0));
+            if tokens.len() < TILE_TOKENS {
+                *weight = simd.select(inside(simd, tokens, vector * S::LANES), *weight, simd.splat(0.0));
             }
-            total = simd.add(total, weight);
-            weights[vector] = weight;
         }
-        let denominators = simd.load(state.denominators);
-        simd.store(state.denominators, simd.add(simd.mul(denominators, factor), total));
-        simd.store_partial(state.factor, factor, 1);
-        *state.maximum = maximum;
+        let mut total = simd.mul(simd.load(denominators), simd.splat(factor));
         for (vector, weight) in weights.into_iter().enumerate().take(vectors) {
+            total = simd.add(total, weight);
             if PAIRS {
                 simd.store_bf16(scores.cast::<Bf16>().add(vector * S::LANES), weight);
             } else {
                 simd.store(scores.add(vector * S::LANES), weight);
             }
         }
+        simd.store(denominators, total);
     }
 }
 

@@ -1,12 +1,12 @@
 //! Runs one attention task: walks its KV tiles, keeps the state of its query vectors, writes output or partial results.
-//! A query vector is one (row, head of the group) pair; vectors of a row are neighbours. All working memory is this
+//! A query vector is one (kv head, row, head of the group), numbered in this order within the task. All working memory is this
 //! thread's scratch. O(vectors x tokens x head size). Knows the plan, but not how tasks were divided.
 #![expect(unsafe_code, reason = "kernels on scratch memory and disjoint parts of the output")]
 
 use super::micro::{self, Accumulate};
 use super::pack::{TileRows, pack_query};
 use super::plan::{AttentionPlan, Task, TaskPart};
-use super::softmax::{RowState, SplitResult, merge_split, tile_softmax};
+use super::softmax::{SplitResult, exponents_to_factors, merge_split, raise_maximum, scores_to_weights};
 use super::{Partials, SPLIT_TOKENS, TILE_TOKENS};
 use crate::dispatch::Kernel;
 use crate::element::Element;
@@ -68,7 +68,7 @@ impl<T: Element> Kernel for TaskKernel<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
         let head_dim = self.input.plan.shape().region.head_dim;
-        let vectors = self.task.rows.len() * self.input.plan.group();
+        let vectors = self.task.kv_heads.len() * self.task.rows.len() * self.input.plan.group();
         let layout = Layout::new::<S, T>(head_dim, vectors);
         let scratch = self.scratch.words(layout.words);
         let work = Work::new(simd, self.input, self.task, layout, scratch);
@@ -93,7 +93,7 @@ struct Layout {
     queries: usize,
     keys: usize,
     values: usize,
-    widened: usize,
+    staged: usize,
     scores: usize,
     factors: usize,
     maxima: usize,
@@ -122,9 +122,10 @@ impl Layout {
             queries: place(vectors * units + S::LANES),
             keys: place(units * TILE_TOKENS),
             values: place(token_units * padded_dim),
-            widened: place(if T::IS_BF16 && !pairs { S::LANES * head_dim + S::LANES } else { 0 }),
+            staged: place(S::LANES * head_dim + S::LANES),
             scores: place(vectors * TILE_TOKENS),
-            factors: place(vectors),
+            // Two vectors of slack, because factors of a head are made in whole vectors wherever they begin.
+            factors: place(vectors + S::LANES),
             maxima: place(vectors),
             denominators: place(vectors * S::LANES),
             sums: place(vectors * padded_dim),
@@ -162,14 +163,21 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
     #[inline(always)]
     fn query_offset(&self, vector: usize) -> usize {
         let shape = self.input.plan.shape();
-        let row = self.input.plan.step_row(self.task.sequence, self.task.rows.start + vector / self.group);
-        let head = self.task.kv_head * self.group + vector % self.group;
-        (row * shape.query_heads + head) * shape.region.head_dim
+        let (head, in_head) = (vector / self.head_vectors(), vector % self.head_vectors());
+        let row = self.input.plan.step_row(self.task.sequence, self.task.rows.start + in_head / self.group);
+        let query_head = (self.task.kv_heads.start + head) * self.group + in_head % self.group;
+        (row * shape.query_heads + query_head) * shape.region.head_dim
+    }
+
+    /// Vectors of one kv head.
+    #[inline(always)]
+    fn head_vectors(&self) -> usize {
+        self.task.rows.len() * self.group
     }
 
     #[inline(always)]
     fn vectors(&self) -> usize {
-        self.task.rows.len() * self.group
+        self.task.kv_heads.len() * self.head_vectors()
     }
 
     /// # Safety
@@ -231,20 +239,37 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
             }
             self.at(self.layout.denominators).write_bytes(0, self.vectors() * S::LANES);
             self.at(self.layout.sums).write_bytes(0, self.vectors() * self.layout.padded_dim);
-            let mut next = self.tile_rows(split * SPLIT_TOKENS);
+            let mut after = self.tile_rows(split * SPLIT_TOKENS);
             for tile in 0..SPLIT_TOKENS / TILE_TOKENS {
                 let start = split * SPLIT_TOKENS + tile * TILE_TOKENS;
-                let current = next;
-                // The next tile may lie in the next split; past the last one its range is empty.
-                next = self.tile_rows(start + TILE_TOKENS);
-                if !current.tokens.is_empty() {
-                    self.run_tile::<PAIRS>(start, &current, &next);
+                let first_head = after;
+                // The tile after this may lie in the next split; past the last one it is empty.
+                after = self.tile_rows(start + TILE_TOKENS);
+                if !first_head.tokens().is_empty() {
+                    self.run_heads::<PAIRS>(start, first_head, &after);
                 }
             }
         }
     }
 
-    /// The tokens of a tile that some row of the task attends to, and where they lie.
+    /// Runs a tile for every head of the task, prefetching the next head's or the next tile's keys and values.
+    ///
+    /// # Safety
+    /// As [`Self::execute`].
+    #[inline(always)]
+    unsafe fn run_heads<const PAIRS: bool>(&self, start: usize, first_head: TileRows<T>, after: &TileRows<T>) {
+        let (active, full) = self.active_and_full(start);
+        let head_elements = self.input.plan.shape().region.head_elements();
+        let mut current = first_head;
+        for head in 0..self.task.kv_heads.len() {
+            let next = if head + 1 < self.task.kv_heads.len() { current.shifted(head_elements) } else { *after };
+            // SAFETY: the caller's promise.
+            unsafe { self.run_tile::<PAIRS>(start, head, (active.clone(), full.clone()), &current, &next) };
+            current = next;
+        }
+    }
+
+    /// The tokens of a tile that some row of the task attends to, and where those of the task's first head lie.
     #[inline(always)]
     fn tile_rows(&self, start: usize) -> TileRows<T> {
         let plan = self.input.plan;
@@ -252,30 +277,20 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
         let sequence = self.task.sequence;
         let from = plan.row_range(sequence, self.task.rows.start).start.max(start);
         let to = plan.row_range(sequence, self.task.rows.end - 1).end.min(start + TILE_TOKENS);
-        let mut rows = TileRows {
-            keys: [core::ptr::null(); TILE_TOKENS],
-            to_value: region.key_to_value(),
-            head_dim: region.head_dim,
-            tokens: 0..0,
-        };
+        let mut rows = TileRows::new(region.key_to_value(), region.head_dim);
         if from >= to {
             return rows;
         }
-        rows.tokens = from - start..to - start;
-        let mut position = from;
-        while position < to {
-            let block = plan.block(sequence, position);
-            let in_block = position % region.block_tokens;
-            let count = (region.block_tokens - in_block).min(to - position);
+        rows.want(from - start..to - start);
+        for run in (from - start) / 8..(to - start).div_ceil(8) {
+            let position = start + 8 * run;
+            let block = plan.block(sequence, position.max(from));
             let offset = region.layer_offset(block, self.input.layer)
-                + self.task.kv_head * region.head_elements()
-                + in_block * region.head_dim;
-            // Key rows of a run, checked once; their values end `to_value` further.
-            let run = &self.input.kv_region[offset..][..rows.to_value + count * region.head_dim];
-            for token in 0..count {
-                rows.keys[position - start + token] = run.as_ptr().wrapping_add(token * region.head_dim);
-            }
-            position += count;
+                + self.task.kv_heads.start * region.head_elements()
+                + position % region.block_tokens * region.head_dim;
+            // All heads' keys and values of the run, checked once.
+            let end = offset + (self.task.kv_heads.len() - 1) * region.head_elements() + 8 * region.head_dim;
+            rows.set_run(run, self.input.kv_region[offset..end + region.key_to_value()].as_ptr());
         }
         rows
     }
@@ -283,30 +298,67 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
     /// # Safety
     /// As [`Self::execute`].
     #[inline(always)]
-    unsafe fn run_tile<const PAIRS: bool>(&self, start: usize, tile: &TileRows<T>, next: &TileRows<T>) {
+    unsafe fn run_tile<const PAIRS: bool>(
+        &self,
+        start: usize,
+        head: usize,
+        (active, full): (Range<usize>, Range<usize>),
+        tile: &TileRows<T>,
+        next: &TileRows<T>,
+    ) {
         let (simd, layout) = (self.simd, &self.layout);
-        let (active, full) = self.active_and_full(start);
-        let (first, vectors) = (active.start * self.group, active.len() * self.group);
+        let head_first = head * self.head_vectors();
+        let (first, vectors) = (head_first + active.start * self.group, active.len() * self.group);
         // SAFETY: the layout places every array; `first + vectors` is at most the vectors of the task.
         unsafe {
             let (keys, values) = (self.at(layout.keys), self.at(layout.values));
-            tile.pack_keys::<S, PAIRS>(simd, keys, self.at(layout.widened).cast());
-            tile.pack_values::<S, PAIRS>(simd, values, layout.padded_dim);
-            next.prefetch(simd);
+            tile.pack_keys::<S, PAIRS>(simd, keys, self.at(layout.staged), next);
             let scores = self.at(layout.scores + first * TILE_TOKENS).cast::<f32>();
             let queries = self.at(layout.queries + first * layout.units);
-            micro::scores::<S, PAIRS>(simd, vectors, layout.units, queries, keys, scores, tile.tokens.clone());
-            for vector in first..first + vectors {
-                let tokens = self.tile_tokens(self.task.rows.start + vector / self.group, start);
-                let state = RowState {
-                    maximum: self.at(layout.maxima + vector).cast(),
-                    denominators: self.at(layout.denominators + vector * S::LANES).cast(),
-                    factor: self.at(layout.factors + vector).cast(),
-                };
-                let scores = self.at(layout.scores + vector * TILE_TOKENS).cast();
-                tile_softmax::<S, PAIRS>(simd, scores, tokens, self.scale, state);
+            micro::scores::<S, PAIRS>(simd, vectors, layout.units, queries, keys, scores, tile.tokens());
+            self.softmax::<PAIRS>(start, head_first, active.clone());
+            tile.pack_values::<S, PAIRS>(simd, values, layout.padded_dim, next);
+            self.accumulate::<PAIRS>(start, head_first, active, full);
+        }
+    }
+
+    /// Turns the active rows' scores of a tile into weights and updates their state.
+    ///
+    /// # Safety
+    /// As [`Self::execute`].
+    #[inline(always)]
+    unsafe fn softmax<const PAIRS: bool>(&self, start: usize, head_first: usize, active: Range<usize>) {
+        let (simd, layout) = (self.simd, &self.layout);
+        // SAFETY: the layout places every array.
+        unsafe {
+            let factors = self.at(layout.factors).cast::<f32>();
+            let maxima = self.at(layout.maxima).cast::<f32>();
+            let scores = |vector: usize| self.at(layout.scores + vector * TILE_TOKENS).cast::<f32>();
+            for row in active.clone() {
+                let tokens = self.tile_tokens(self.task.rows.start + row, start);
+                for vector in (head_first + row * self.group)..(head_first + (row + 1) * self.group) {
+                    let (maximum, factor) = (maxima.add(vector), factors.add(vector));
+                    raise_maximum(simd, scores(vector), &tokens, self.scale, maximum, factor);
+                }
             }
-            self.accumulate::<PAIRS>(start, active, full);
+            let first = head_first + active.start * self.group;
+            exponents_to_factors(simd, factors.add(first), active.len() * self.group);
+            for row in active {
+                let tokens = self.tile_tokens(self.task.rows.start + row, start);
+                for vector in (head_first + row * self.group)..(head_first + (row + 1) * self.group) {
+                    let denominators = self.at(layout.denominators + vector * S::LANES).cast();
+                    let (maximum, factor) = (*maxima.add(vector), *factors.add(vector));
+                    scores_to_weights::<S, PAIRS>(
+                        simd,
+                        scores(vector),
+                        &tokens,
+                        self.scale,
+                        maximum,
+                        factor,
+                        denominators,
+                    );
+                }
+            }
         }
     }
 
@@ -315,7 +367,13 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
     /// # Safety
     /// As [`Self::execute`], after the weights of the active rows were made.
     #[inline(always)]
-    unsafe fn accumulate<const PAIRS: bool>(&self, start: usize, active: Range<usize>, full: Range<usize>) {
+    unsafe fn accumulate<const PAIRS: bool>(
+        &self,
+        start: usize,
+        head_first: usize,
+        active: Range<usize>,
+        full: Range<usize>,
+    ) {
         let layout = &self.layout;
         let operands = |vector: usize| Accumulate {
             weights: self.at(layout.scores + vector * TILE_TOKENS),
@@ -329,12 +387,16 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
             if !full.is_empty() {
                 let token_units = if PAIRS { TILE_TOKENS / 2 } else { TILE_TOKENS };
                 let vectors = full.len() * self.group;
-                operands(full.start * self.group).full_rows::<S, PAIRS>(self.simd, vectors, token_units);
+                operands(head_first + full.start * self.group).full_rows::<S, PAIRS>(self.simd, vectors, token_units);
             }
             for row in active.filter(|row| !full.contains(row)) {
                 let tokens = self.tile_tokens(self.task.rows.start + row, start);
                 for head in 0..self.group {
-                    operands(0).partial_row::<S, PAIRS>(self.simd, row * self.group + head, tokens.clone());
+                    operands(0).partial_row::<S, PAIRS>(
+                        self.simd,
+                        head_first + row * self.group + head,
+                        tokens.clone(),
+                    );
                 }
             }
         }

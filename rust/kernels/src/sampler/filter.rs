@@ -1,8 +1,9 @@
 //! Turns min-p, top-k and top-p into one threshold on the scaled scores.
 //! A kept token has a score above the threshold, or equal to it and an id not after the last tied one, so the race needs
-//! no list. Top-k selects among the scores that reach the k-th greatest block maximum. Top-p sums the survivors, bounds
-//! from below the scores that can matter, puts their masses into a histogram and sorts only the bin in which the sum
-//! crosses. O(vocabulary) for the sums, the rest is proportional to the survivors. Sums are f64 in one order at every level.
+//! no list. Top-k selects among the scores that reach the k-th greatest block maximum. Top-p sums the survivors, keeps
+//! those above a floor below which the cut cannot lie, narrows them to the few around the cut by sums above a handful of
+//! pivots, and sorts only these. O(vocabulary) for the sum, the rest is proportional to the survivors.
+//! All sums are f64 in an order that is the same at every level.
 #![expect(unsafe_code, reason = "vector loads and stores on raw pointers")]
 
 use super::scan::{Scores, lower_bound_of_nth, most_likely_first};
@@ -47,10 +48,12 @@ impl Scale {
     }
 }
 
-/// Bins of the histogram: each spans about a thousandth of the range of scores.
-const BINS: usize = 1024;
-/// 2^23: added to a small positive f32, it leaves the rounded integer in the low bits.
-const INTEGER_BITS: f32 = 8_388_608.0;
+/// Sums above this many pivots are taken in one pass of the search for the cut.
+const PIVOTS: usize = 3;
+/// So few scores are sorted rather than narrowed further.
+const MAX_SORTED: usize = 64;
+/// Each pass narrows the range of scores to a quarter; what is left after these is a tie, or as good as one.
+const MAX_PASSES: usize = 12;
 
 /// One block of scaled scores.
 #[derive(Clone, Copy)]
@@ -62,8 +65,23 @@ struct Block([f32; BLOCK_TOKENS]);
 pub(super) struct FilterScratch {
     values: Vec<f32>,
     entries: Vec<(f32, u32)>,
-    /// Two tables that take turns, so that neighbouring tokens in one bin do not wait for each other's addition.
-    masses: Vec<[f64; 2]>,
+    candidates: Candidates,
+}
+
+/// Scores around the cut, in order of token, and their masses. Both arrays have room for one more vector than is used.
+#[derive(Default)]
+struct Candidates {
+    scores: Vec<f32>,
+    masses: Vec<f32>,
+    count: usize,
+}
+
+/// The scores `low <= score < high` among which the cut lies, and the mass at and above `high`.
+#[derive(Clone, Copy)]
+struct Bracket {
+    low: f32,
+    high: f32,
+    mass_above: f64,
 }
 
 /// The row under the filters.
@@ -74,30 +92,6 @@ pub(super) struct Filter<'a, S> {
     pub(super) maxima: &'a [f32],
     pub(super) scale: Scale,
     pub(super) scratch: &'a mut FilterScratch,
-}
-
-/// How scores from 0 down to `floor` fall into bins.
-#[derive(Clone, Copy)]
-struct Bins {
-    floor: f32,
-    /// Bins per unit of score, negative because scores are.
-    slope: f32,
-}
-
-impl Bins {
-    fn new(floor: f32) -> Self {
-        // A floor of 0 means that only the greatest score counts; then everything is in bin 0.
-        let slope = (BINS - 2) as f32 / floor;
-        Self { floor, slope: if slope.is_finite() { slope } else { 0.0 } }
-    }
-
-    /// The bin of every lane; lanes below the floor get the floor's.
-    #[inline(always)]
-    fn index<S: Simd>(self, simd: S, score: S::F32) -> S::U32 {
-        let clamped = simd.max(score, simd.splat(self.floor));
-        let position = simd.add(simd.mul(clamped, simd.splat(self.slope)), simd.splat(INTEGER_BITS));
-        simd.and_u32(simd.f32_to_bits(position), simd.splat_u32(0x007f_ffff))
-    }
 }
 
 impl<S: Simd> Filter<'_, S> {
@@ -153,109 +147,165 @@ impl<S: Simd> Filter<'_, S> {
     /// The threshold of the fewest greatest scores, all at least `least`, whose masses reach `share` of their sum.
     #[inline(always)]
     fn top_p(&mut self, share: f32, least: f32) -> Threshold {
-        let total = self.mass_at_least(least);
-        let target = f64::from(share) * total;
-        // Even if every token lay below this floor, together they would hold less than the share that is cut off, so the
-        // sum reaches its target above it. The margin covers the rounding of the masses.
-        let cut_each = (1.0 - f64::from(share)) * total / self.scores.vocabulary() as f64;
-        let bins = Bins::new((cut_each.ln() as f32 - 1e-3).max(least));
-        self.fill_histogram(bins);
-        let mut mass = 0.0;
-        for bin in 0..BINS {
-            let [even, odd] = self.scratch.masses[bin];
-            if mass + (even + odd) >= target {
-                return self.threshold_in_bin(bins, bin as u32, mass, target);
+        let mut candidates = core::mem::take(&mut self.scratch.candidates);
+        let floor = self.floor(share, least);
+        let total = self.gather(least, floor, &mut candidates);
+        // Above zero, so that a share of 0 still needs the greatest score.
+        let target = (f64::from(share) * total).max(f64::MIN_POSITIVE);
+        // The greatest score is 0; the bracket begins with everything.
+        let mut bracket = Bracket { low: floor, high: f32::MIN_POSITIVE, mass_above: 0.0 };
+        for _ in 0..MAX_PASSES {
+            if candidates.count <= MAX_SORTED {
+                break;
             }
-            mass += even + odd;
+            bracket = self.narrow(bracket, target, &mut candidates);
         }
-        // Only rounding can bring the sum here, with everything above the floor needed.
-        Threshold { value: bins.floor, last_tied: u32::MAX }
+        self.scratch.candidates = candidates;
+        self.cut(bracket, target)
     }
 
-    /// The sum of e^score over scores of at least `least`.
+    /// A score below which the cut cannot lie: even if every token had such a score, together they would hold less than
+    /// the share that is cut off, so the sum of the others reaches its target. Uses the sum of the block maxima as a
+    /// lower bound of the total; the margin covers the rounding of the masses.
     #[inline(always)]
-    fn mass_at_least(&self, least: f32) -> f64 {
+    fn floor(&self, share: f32, least: f32) -> f32 {
         let simd = self.simd;
+        let mut sums = simd.zero_sums();
+        for (vector, first) in (0..self.maxima.len()).step_by(S::LANES).enumerate() {
+            let count = (self.maxima.len() - first).min(S::LANES);
+            // SAFETY: `count` maxima remain.
+            let maximum = unsafe { simd.load_partial(self.maxima.as_ptr().add(first), count) };
+            let counted =
+                simd.select(simd.less(maximum, simd.splat(least)), simd.splat(0.0), exact::exp(simd, maximum));
+            sums = simd.add_to_sums(sums, vector, simd.select(simd.lane_range(0, count), counted, simd.splat(0.0)));
+        }
+        let cut_each = (1.0 - f64::from(share)) * simd.total_of_sums(sums) / self.scores.vocabulary() as f64;
+        (cut_each.ln() as f32 - 1e-3).max(least)
+    }
+
+    /// Collects the scores of at least `floor` with their masses e^score, and returns the sum of the masses of all
+    /// scores of at least `least`.
+    #[inline(always)]
+    fn gather(&self, least: f32, floor: f32, candidates: &mut Candidates) -> f64 {
+        let simd = self.simd;
+        let room = self.maxima.len() * BLOCK_TOKENS + S::LANES;
+        if candidates.scores.len() < room {
+            candidates.scores.resize(room, 0.0);
+            candidates.masses.resize(room, 0.0);
+        }
+        let mut count = 0;
         let mut sums = simd.zero_sums();
         // Blocks left out would add zeros, which change no bit.
         for (block, _) in self.maxima.iter().enumerate().filter(|&(_, &maximum)| maximum >= least) {
             let source = self.scores.block(block);
             for (vector, offset) in (0..BLOCK_TOKENS).step_by(S::LANES).enumerate() {
-                // SAFETY: a block has 64 values.
-                let score = self.scale.apply_vector(simd, unsafe { simd.load(source.add(offset)) });
-                let below = simd.less(score, simd.splat(least));
-                let mass = simd.select(below, simd.splat(0.0), exact::exp(simd, score));
-                sums = simd.add_to_sums(sums, vector, mass);
+                // SAFETY: a block has 64 values; at most one candidate per score so far is stored, and a vector beyond.
+                unsafe {
+                    let score = self.scale.apply_vector(simd, simd.load(source.add(offset)));
+                    let below = simd.less(score, simd.splat(least));
+                    let mass = simd.select(below, simd.splat(0.0), exact::exp(simd, score));
+                    sums = simd.add_to_sums(sums, vector, mass);
+                    let near = simd.less_equal(simd.splat(floor), score);
+                    simd.store_selected(candidates.masses.as_mut_ptr().add(count), mass, near);
+                    count += simd.store_selected(candidates.scores.as_mut_ptr().add(count), score, near);
+                }
             }
         }
+        candidates.count = count;
         simd.total_of_sums(sums)
     }
 
+    /// Finds the part of the bracket, between neighbouring pivots, in which the sum reaches the target, and drops the
+    /// candidates outside of it.
     #[inline(always)]
-    fn fill_histogram(&mut self, bins: Bins) {
+    fn narrow(&self, bracket: Bracket, target: f64, candidates: &mut Candidates) -> Bracket {
         let simd = self.simd;
-        self.scratch.masses.clear();
-        self.scratch.masses.resize(BINS, [0.0; 2]);
-        for block in 0..self.maxima.len() {
-            if self.maxima[block] < bins.floor {
-                continue;
-            }
-            let scaled = self.scaled(block);
-            let (mut mass, mut bin) = (Block([0.0; BLOCK_TOKENS]), [0; BLOCK_TOKENS]);
-            for offset in (0..BLOCK_TOKENS).step_by(S::LANES) {
-                // SAFETY: the three arrays hold 64 values.
-                unsafe {
-                    let score = simd.load(scaled.0.as_ptr().add(offset));
-                    let below = simd.less(score, simd.splat(bins.floor));
-                    let value = simd.select(below, simd.splat(0.0), exact::exp(simd, score));
-                    simd.store(mass.0.as_mut_ptr().add(offset), value);
-                    simd.store_u32(bin.as_mut_ptr().add(offset), bins.index(simd, score));
+        let step = (bracket.high - bracket.low) / (PIVOTS + 1) as f32;
+        let pivots: [f32; PIVOTS] = core::array::from_fn(|pivot| bracket.low + step * (pivot + 1) as f32);
+        let mut sums = [simd.zero_sums(); PIVOTS];
+        for (vector, first) in (0..candidates.count).step_by(S::LANES).enumerate() {
+            let inside = simd.lane_range(0, (candidates.count - first).min(S::LANES));
+            // SAFETY: the arrays have a vector of slack.
+            unsafe {
+                let score = simd.load(candidates.scores.as_ptr().add(first));
+                let mass = simd.load(candidates.masses.as_ptr().add(first));
+                let mass = simd.select(inside, mass, simd.splat(0.0));
+                for (sums, &pivot) in sums.iter_mut().zip(&pivots) {
+                    let counted = simd.select(simd.less(score, simd.splat(pivot)), simd.splat(0.0), mass);
+                    *sums = simd.add_to_sums(*sums, vector, counted);
                 }
             }
-            for (index, (&mass, &bin)) in mass.0.iter().zip(&bin).enumerate() {
-                self.scratch.masses[bin as usize % BINS][index % 2] += f64::from(mass);
+        }
+        let mut narrowed = bracket;
+        for (sums, pivot) in sums.into_iter().zip(pivots) {
+            let mass = bracket.mass_above + simd.total_of_sums(sums);
+            if mass >= target {
+                narrowed.low = pivot;
+            } else {
+                narrowed.high = pivot;
+                narrowed.mass_above = mass;
+                break;
             }
         }
+        self.keep_inside(narrowed, candidates);
+        narrowed
     }
 
-    /// Finds the token at which the sum, `mass` before this bin, reaches its target.
+    /// Drops the candidates outside of the bracket, in place.
     #[inline(always)]
-    fn threshold_in_bin(&mut self, bins: Bins, bin: u32, mut mass: f64, target: f64) -> Threshold {
-        let mut threshold = Threshold { value: bins.floor, last_tied: u32::MAX };
-        for &(score, token) in self.entries_in_bin(bins, bin) {
+    fn keep_inside(&self, bracket: Bracket, candidates: &mut Candidates) {
+        let simd = self.simd;
+        let mut count = 0;
+        for first in (0..candidates.count).step_by(S::LANES) {
+            let left = (candidates.count - first).min(S::LANES);
+            // SAFETY: the arrays have a vector of slack, and writing never overtakes reading.
+            unsafe {
+                let score = simd.load(candidates.scores.as_ptr().add(first));
+                let mass = simd.load(candidates.masses.as_ptr().add(first));
+                // Lanes past the count hold old scores; they are made to lie above the bracket.
+                let score = simd.select(simd.lane_range(0, left), score, simd.splat(f32::MAX));
+                let reached =
+                    simd.select(simd.less(score, simd.splat(bracket.high)), score, simd.splat(f32::NEG_INFINITY));
+                let inside = simd.less_equal(simd.splat(bracket.low), reached);
+                simd.store_selected(candidates.masses.as_mut_ptr().add(count), mass, inside);
+                count += simd.store_selected(candidates.scores.as_mut_ptr().add(count), score, inside);
+            }
+        }
+        candidates.count = count;
+    }
+
+    /// Adds up the scores of the bracket from the greatest, the lower id first among equals, and cuts where the sum
+    /// reaches the target.
+    #[inline(always)]
+    fn cut(&mut self, bracket: Bracket, target: f64) -> Threshold {
+        let mut entries = core::mem::take(&mut self.scratch.entries);
+        entries.clear();
+        for (block, _) in self.maxima.iter().enumerate().filter(|&(_, &maximum)| maximum >= bracket.low) {
+            let scaled = self.scaled(block);
+            for offset in (0..BLOCK_TOKENS).step_by(S::LANES) {
+                // SAFETY: a block has 64 values.
+                let score = unsafe { self.simd.load(scaled.0.as_ptr().add(offset)) };
+                let above_low = self.simd.mask_bits(self.simd.less_equal(self.simd.splat(bracket.low), score));
+                let mut inside = above_low & self.simd.mask_bits(self.simd.less(score, self.simd.splat(bracket.high)));
+                while inside != 0 {
+                    let at = offset + inside.trailing_zeros() as usize;
+                    inside &= inside - 1;
+                    entries.push((scaled.0[at], (block * BLOCK_TOKENS + at) as u32));
+                }
+            }
+        }
+        entries.sort_unstable_by(most_likely_first);
+        // Only rounding can leave the target unreached; then everything above the floor is needed.
+        let mut threshold = Threshold { value: bracket.low, last_tied: u32::MAX };
+        let mut mass = bracket.mass_above;
+        for &(score, token) in &entries {
             threshold = Threshold { value: score, last_tied: token };
             mass += f64::from(exact::exp_scalar(score));
             if mass >= target {
                 break;
             }
         }
-        threshold
-    }
-
-    /// The (score, token) of one bin, the greatest first and the lower id first among equals.
-    #[inline(always)]
-    fn entries_in_bin(&mut self, bins: Bins, bin: u32) -> &[(f32, u32)] {
-        let simd = self.simd;
-        let mut entries = core::mem::take(&mut self.scratch.entries);
-        entries.clear();
-        for (block, _) in self.maxima.iter().enumerate().filter(|&(_, &maximum)| maximum >= bins.floor) {
-            let scaled = self.scaled(block);
-            let mut bin_of = [0; BLOCK_TOKENS];
-            for offset in (0..BLOCK_TOKENS).step_by(S::LANES) {
-                // SAFETY: both arrays hold 64 values.
-                unsafe {
-                    let index = bins.index(simd, simd.load(scaled.0.as_ptr().add(offset)));
-                    simd.store_u32(bin_of.as_mut_ptr().add(offset), index);
-                }
-            }
-            for (offset, (&score, &bin_of)) in scaled.0.iter().zip(&bin_of).enumerate() {
-                if bin_of == bin && score >= bins.floor {
-                    entries.push((score, (block * BLOCK_TOKENS + offset) as u32));
-                }
-            }
-        }
-        entries.sort_unstable_by(most_likely_first);
         self.scratch.entries = entries;
-        &self.scratch.entries
+        threshold
     }
 }

@@ -67,17 +67,17 @@ macro_rules! reduce {
     };
 }
 
-/// Four consecutive words of rows 0 and 4, one row in each half, so that a 4x4 transposition of every half leaves the
-/// rows in order. A function and not a closure, because a closure would be compiled for the baseline.
+/// Four consecutive words of one row behind each of the first two bases, so that a 4x4 transposition of every half
+/// leaves the rows in order. A function and not a closure, because a closure would be compiled for the baseline.
 ///
 /// # Safety
-/// `rows` holds 5 pointers, each valid for 4 words at `offset`.
+/// Both bases are valid for 4 words at `offset`.
 #[inline(always)]
-unsafe fn halves(rows: *const *const u32, offset: usize) -> __m256i {
+unsafe fn halves(bases: [*const u32; 4], offset: usize) -> __m256i {
     proven!({
-        let r0 = _mm_loadu_si128((*rows).add(offset).cast());
-        let r4 = _mm_loadu_si128((*rows.add(4)).add(offset).cast());
-        _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(r0), r4)
+        let low = _mm_loadu_si128(bases[0].add(offset).cast());
+        let high = _mm_loadu_si128(bases[1].add(offset).cast());
+        _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(low), high)
     })
 }
 
@@ -163,6 +163,15 @@ impl Simd for Avx2 {
         proven!(_mm256_fmadd_ps(a, b, c))
     }
     #[inline(always)]
+    fn split_exponent(self, a: Self::F32) -> (Self::F32, Self::F32) {
+        proven!({
+            // In this order a NaN stays.
+            let a = _mm256_max_ps(_mm256_set1_ps(-126.0), a);
+            let whole = _mm256_floor_ps(a);
+            (_mm256_sub_ps(a, whole), whole)
+        })
+    }
+    #[inline(always)]
     fn exp2_scale(self, value: Self::F32, exponent: Self::F32) -> Self::F32 {
         proven!({
             let biased = _mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127));
@@ -183,12 +192,29 @@ impl Simd for Avx2 {
         proven!(_mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
     }
     #[inline(always)]
+    fn less_equal(self, a: Self::F32, b: Self::F32) -> Self::Mask {
+        proven!(_mm256_cmp_ps::<_CMP_LE_OQ>(a, b))
+    }
+    #[inline(always)]
     fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32 {
         proven!(_mm256_blendv_ps(b, a, mask))
     }
     #[inline(always)]
     fn mask_bits(self, mask: Self::Mask) -> u32 {
         proven!(_mm256_movemask_ps(mask) as u32)
+    }
+    #[inline(always)]
+    unsafe fn store_selected(self, target: *mut f32, value: Self::F32, mask: Self::Mask) -> usize {
+        let (mut lanes, bits) = ([0.0; 8], self.mask_bits(mask));
+        proven!({
+            self.store(lanes.as_mut_ptr(), value);
+            let mut count = 0;
+            for (lane, value) in lanes.into_iter().enumerate() {
+                *target.add(count) = value;
+                count += (bits >> lane & 1) as usize;
+            }
+            count
+        })
     }
     #[inline(always)]
     fn lane_range(self, from: usize, to: usize) -> Self::Mask {
@@ -293,13 +319,13 @@ impl Simd for Avx2 {
         unreachable!("guarded by BF16_DOT")
     }
     #[inline(always)]
-    unsafe fn transpose_units(self, rows: *const *const u32, offset: usize, target: *mut u32, stride: usize) {
+    unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize) {
         proven!({
             let (r0, r1, r2, r3) = (
-                halves(rows, offset),
-                halves(rows.add(1), offset),
-                halves(rows.add(2), offset),
-                halves(rows.add(3), offset),
+                halves(bases, 0),
+                halves(bases, row_words),
+                halves(bases, 2 * row_words),
+                halves(bases, 3 * row_words),
             );
             let (a, b) = (_mm256_unpacklo_epi32(r0, r1), _mm256_unpackhi_epi32(r0, r1));
             let (c, d) = (_mm256_unpacklo_epi32(r2, r3), _mm256_unpackhi_epi32(r2, r3));

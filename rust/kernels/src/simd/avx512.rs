@@ -76,20 +76,20 @@ macro_rules! reduce {
     };
 }
 
-/// Four consecutive words of rows 0, 4, 8 and 12, one row in each quarter, so that a 4x4 transposition of every quarter
-/// leaves the rows in order. A function and not a closure, because a closure would be compiled for the baseline.
+/// Four consecutive words of one row behind each base, so that a 4x4 transposition of every quarter leaves the rows in
+/// order. A function and not a closure, because a closure would be compiled for the baseline.
 ///
 /// # Safety
-/// `rows` holds 13 pointers, each valid for 4 words at `offset`.
+/// Every base is valid for 4 words at `offset`.
 #[inline(always)]
-unsafe fn quarters(rows: *const *const u32, offset: usize) -> __m512i {
+unsafe fn quarters(bases: [*const u32; 4], offset: usize) -> __m512i {
     proven!({
-        let r0 = _mm_loadu_si128((*rows).add(offset).cast());
-        let r4 = _mm_loadu_si128((*rows.add(4)).add(offset).cast());
-        let r8 = _mm_loadu_si128((*rows.add(8)).add(offset).cast());
-        let r12 = _mm_loadu_si128((*rows.add(12)).add(offset).cast());
-        let low = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(r0), r4);
-        let high = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(r8), r12);
+        let q0 = _mm_loadu_si128(bases[0].add(offset).cast());
+        let q1 = _mm_loadu_si128(bases[1].add(offset).cast());
+        let q2 = _mm_loadu_si128(bases[2].add(offset).cast());
+        let q3 = _mm_loadu_si128(bases[3].add(offset).cast());
+        let low = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(q0), q1);
+        let high = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(q2), q3);
         _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
     })
 }
@@ -168,6 +168,11 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
         proven!(_mm512_fmadd_ps(a, b, c))
     }
     #[inline(always)]
+    fn split_exponent(self, a: Self::F32) -> (Self::F32, Self::F32) {
+        // The scaling instruction floors its exponent itself. Control 9 is the distance from the floor, no exceptions.
+        proven!((_mm512_reduce_ps::<9>(a), a))
+    }
+    #[inline(always)]
     fn exp2_scale(self, value: Self::F32, exponent: Self::F32) -> Self::F32 {
         proven!(_mm512_scalef_ps(value, exponent))
     }
@@ -185,12 +190,22 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
         proven!(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b))
     }
     #[inline(always)]
+    fn less_equal(self, a: Self::F32, b: Self::F32) -> Self::Mask {
+        proven!(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b))
+    }
+    #[inline(always)]
     fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32 {
         proven!(_mm512_mask_blend_ps(mask, b, a))
     }
     #[inline(always)]
     fn mask_bits(self, mask: Self::Mask) -> u32 {
         u32::from(mask)
+    }
+    #[inline(always)]
+    unsafe fn store_selected(self, target: *mut f32, value: Self::F32, mask: Self::Mask) -> usize {
+        // Compressing in a register and storing all of it: the form with a memory operand is microcoded on AMD.
+        proven!(_mm512_storeu_ps(target, _mm512_maskz_compress_ps(mask, value)));
+        mask.count_ones() as usize
     }
     #[inline(always)]
     fn lane_range(self, from: usize, to: usize) -> Self::Mask {
@@ -309,13 +324,13 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
         })
     }
     #[inline(always)]
-    unsafe fn transpose_units(self, rows: *const *const u32, offset: usize, target: *mut u32, stride: usize) {
+    unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize) {
         proven!({
             let (r0, r1, r2, r3) = (
-                quarters(rows, offset),
-                quarters(rows.add(1), offset),
-                quarters(rows.add(2), offset),
-                quarters(rows.add(3), offset),
+                quarters(bases, 0),
+                quarters(bases, row_words),
+                quarters(bases, 2 * row_words),
+                quarters(bases, 3 * row_words),
             );
             let (a, b) = (_mm512_unpacklo_epi32(r0, r1), _mm512_unpackhi_epi32(r0, r1));
             let (c, d) = (_mm512_unpacklo_epi32(r2, r3), _mm512_unpackhi_epi32(r2, r3));

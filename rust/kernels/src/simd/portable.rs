@@ -7,6 +7,8 @@ use super::{Simd, total_of_sixteen};
 use crate::element::Bf16;
 
 const LANES: usize = 8;
+/// 1.5 * 2^23: adding and subtracting it rounds an f32 below 2^22 to an integer, ties to even.
+const ROUNDER: f32 = 12_582_912.0;
 
 /// Token of the portable level; it proves nothing, so anyone may make one.
 #[derive(Clone, Copy)]
@@ -115,8 +117,18 @@ impl Simd for Portable {
         self.add(self.mul(a, b), c)
     }
     #[inline(always)]
+    fn split_exponent(self, a: Self::F32) -> (Self::F32, Self::F32) {
+        // Rounding a - 1/2 to an integer is a floor that may give a fraction of 1; `f32::floor` would be a call.
+        let a = a.map(|a| if a < -126.0 { -126.0 } else { a });
+        let whole = a.map(|a| (a - 0.5 + ROUNDER) - ROUNDER);
+        (lanes(a, whole, |a, whole| a - whole), whole)
+    }
+    #[inline(always)]
     fn exp2_scale(self, value: Self::F32, exponent: Self::F32) -> Self::F32 {
-        lanes(value, exponent, |value, exponent| value * f32::from_bits(((exponent as i32 + 127) << 23) as u32))
+        // Lanes that will be masked out may hold anything, so the addition wraps.
+        lanes(value, exponent, |value, exponent| {
+            value * f32::from_bits(((exponent as i32).wrapping_add(127) << 23) as u32)
+        })
     }
     #[inline(always)]
     fn reduce_add(self, a: Self::F32) -> f32 {
@@ -133,6 +145,10 @@ impl Simd for Portable {
         lanes(a, b, |a, b| a < b)
     }
     #[inline(always)]
+    fn less_equal(self, a: Self::F32, b: Self::F32) -> Self::Mask {
+        lanes(a, b, |a, b| a <= b)
+    }
+    #[inline(always)]
     fn select(self, mask: Self::Mask, a: Self::F32, b: Self::F32) -> Self::F32 {
         let mut result = b;
         for lane in 0..LANES {
@@ -145,6 +161,16 @@ impl Simd for Portable {
     #[inline(always)]
     fn mask_bits(self, mask: Self::Mask) -> u32 {
         mask.into_iter().enumerate().map(|(lane, truth)| u32::from(truth) << lane).sum()
+    }
+    #[inline(always)]
+    unsafe fn store_selected(self, target: *mut f32, value: Self::F32, mask: Self::Mask) -> usize {
+        let mut count = 0;
+        for lane in 0..LANES {
+            // SAFETY: the caller promises `LANES` writable elements.
+            unsafe { target.add(count).write_unaligned(value[lane]) };
+            count += usize::from(mask[lane]);
+        }
+        count
     }
     #[inline(always)]
     fn lane_range(self, from: usize, to: usize) -> Self::Mask {
@@ -235,12 +261,12 @@ impl Simd for Portable {
         unreachable!("guarded by BF16_DOT")
     }
     #[inline(always)]
-    unsafe fn transpose_units(self, rows: *const *const u32, offset: usize, target: *mut u32, stride: usize) {
+    unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize) {
         for row in 0..LANES {
             for unit in 0..4 {
-                // SAFETY: the caller promises `LANES` row pointers with 4 units at `offset`, and a target of 4 strides.
+                // SAFETY: the caller promises rows of 4 units behind the bases, and a target of 4 strides.
                 unsafe {
-                    let value = (*rows.add(row)).add(offset + unit).read_unaligned();
+                    let value = bases[row / 4].add(row % 4 * row_words + unit).read_unaligned();
                     target.add(unit * stride + row).write_unaligned(value);
                 }
             }
