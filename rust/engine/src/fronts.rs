@@ -21,13 +21,13 @@ struct Connection {
 pub(crate) struct Fronts {
     connections: BTreeMap<PeerId, Connection>,
     peers: BTreeMap<FrontId, PeerId>,
-    max_fronts: u32,
+    max_connections: u32,
     max_silence: Duration,
 }
 
 impl Fronts {
-    pub(crate) fn new(max_fronts: u32, max_silence: Duration) -> Self {
-        Self { connections: BTreeMap::new(), peers: BTreeMap::new(), max_fronts, max_silence }
+    pub(crate) fn new(max_connections: u32, max_silence: Duration) -> Self {
+        Self { connections: BTreeMap::new(), peers: BTreeMap::new(), max_connections, max_silence }
     }
 
     pub(crate) fn len(&self) -> u32 {
@@ -47,7 +47,7 @@ impl Fronts {
         if let Some(front) = self.heard(peer, now) {
             return Some(front);
         }
-        let front = (1..=self.max_fronts).map(FrontId).find(|front| !self.peers.contains_key(front))?;
+        let front = (1..=self.max_connections).map(FrontId).find(|front| !self.peers.contains_key(front))?;
         self.connections.insert(peer, Connection { front, heard: now });
         self.peers.insert(front, peer);
         Some(front)

@@ -27,7 +27,7 @@ struct Inner {
     epoch: Epoch,
 }
 
-/// Something that the supervisor of the workers has to know: "worker_ready", "worker_failed", "ready" or "drained".
+/// Something that the supervisor of the workers has to know: `worker_ready`, `worker_failed`, `ready` or `drained`.
 #[pyclass(frozen, get_all, name = "NodeEvent", module = "llmscale._core")]
 pub(crate) struct PyNodeEvent {
     kind: &'static str,
@@ -164,7 +164,7 @@ impl Engine {
         Ok(handle.report().map_or_else(PyNodeReport::default, PyNodeReport::from))
     }
 
-    /// Ends the engine's thread. Afterwards every other call raises WorkerError.
+    /// Ends the engine's thread. Afterwards every other call raises `WorkerError`.
     fn close(&self, py: Python<'_>) {
         let handle = self.lock().handle.take();
         crate::detach::detached(py, || drop(handle));

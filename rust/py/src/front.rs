@@ -97,8 +97,8 @@ impl PyFront {
         Ok(self.handle()?.reader().descriptor())
     }
 
-    /// Takes a request and returns its number. Raises Overloaded, RequestTooLong, UnknownModel, Unavailable or
-    /// InvalidField; nothing was started then.
+    /// Takes a request and returns its number. Raises `Overloaded`, `RequestTooLong`, `UnknownModel`, `Unavailable` or
+    /// `InvalidField`; nothing was started then.
     #[pyo3(signature = (tenant, model, prompt, sampling, *, priority = "standard", timeout_us = None, detached = false))]
     #[expect(clippy::too_many_arguments, reason = "a request's parts")]
     fn submit(

@@ -1,4 +1,5 @@
 //! The Python module `llmscale._core`: names only. Each door is one file beside this one.
+#![expect(clippy::needless_pass_by_value, reason = "what PyO3 extracts from Python's arguments is owned")]
 
 pub mod measure;
 

@@ -54,7 +54,7 @@ pub fn steady_decode(running: u32, steps: u32) -> Vec<SteadyStep> {
     assert!(fits, "a fresh worker fits");
     for request in 0..running {
         // Lengths are spread so that about one sequence in 32 fills a block in each step.
-        let context = (0..1 + request % 32).map(|at| 10 + (request * 7 + at) % 30_000).collect::<Vec<_>>();
+        let context = (0..=request % 32).map(|at| 10 + (request * 7 + at) % 30_000).collect::<Vec<_>>();
         let submission = Submission {
             key: SequenceKey { front: FrontId(0), request: RequestId(u64::from(request)), attempt: Attempt(1) },
             namespace: [2; 32],

@@ -5,7 +5,7 @@ use crate::error;
 use pyo3::prelude::*;
 
 /// Makes the kernel kill this process when the parent dies, however it dies. `parent` is the parent that the caller
-/// expects: if another process has adopted this one meanwhile, the parent is dead already and WorkerError is raised.
+/// expects: if another process has adopted this one meanwhile, the parent is dead already and `WorkerError` is raised.
 #[pyfunction]
 pub(crate) fn end_with_parent(parent: i32) -> PyResult<()> {
     // SAFETY: PR_SET_PDEATHSIG takes a signal number by value and touches no memory.

@@ -107,7 +107,6 @@ impl Connection {
                 self.offer(&ToNode::Hello(hello), codec);
                 None
             }
-            Stage::Greeting { .. } => None,
             Stage::Welcome { heard, .. } if !connected || now.since(heard) > config.max_node_silence => self.lose(now),
             Stage::Welcome { node, heard, ping_at } if now >= ping_at => {
                 self.stage = Stage::Welcome { node, heard, ping_at: now + PING_INTERVAL };
@@ -115,7 +114,7 @@ impl Connection {
                 self.offer(&ToNode::Ping(Ping { nonce: self.pings }), codec);
                 None
             }
-            Stage::Welcome { .. } => None,
+            Stage::Greeting { .. } | Stage::Welcome { .. } => None,
         }
     }
 
