@@ -25,6 +25,7 @@ from llmscale.template_budget import DEFAULT_LIMITS, TemplateLimits
 
 _MAX_TOKENIZER_FILE_BYTES: Final = 256 << 20
 _MAX_CONFIG_FILE_BYTES: Final = 8 << 20
+_LARGE_TEXT: Final = 2_048
 _NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_FALLBACK: Final = re.compile(r"<0x([0-9A-F]{2})>")
 TEMPLATE_VARIABLES: Final = frozenset({"enable_thinking", "thinking", "reasoning_effort", "documents", "date_string"})
@@ -230,7 +231,7 @@ class _SafeEncoder:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text from a request."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._ids(text)
         if not self._control_ids.isdisjoint(ids):
             raise AssertionError("a text was encoded to a control token")
         return ids
@@ -242,9 +243,17 @@ class _SafeEncoder:
             text, expected = self._pattern.subn(lambda match: self._spelling[match[0]], text)
         if self._mark in text:
             text = self._marked.sub(lambda match: chr(int(match[1], 16)), text)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._ids(text)
         if sum(map(self._control_ids.__contains__, ids)) > expected:
             raise AssertionError("a message was encoded to a control token")
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        if len(text) < _LARGE_TEXT:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            # Only the batch call gives other threads a turn: 1 MB in `encode` held the event loop up for 0.4 s.
+            ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def protect(self, value: Any) -> Any:
@@ -265,15 +274,19 @@ class _SafeEncoder:
             text = self._pattern.sub(lambda match: self._masked(match[0], 0), text)
         # A template may put two texts next to each other, or trim them first: neither edge may begin or end a token.
         end = len(text.rstrip())
-        for start in range(max(0, end - self._longest + 1), end):
-            if text[start] in self._first_characters and text[start:end] in self._prefixes:
-                text = self._masked(text, start)
-                break
+        first = max(0, end - self._longest + 1)
+        if not self._first_characters.isdisjoint(text[first:end]):
+            for start in range(first, end):
+                if text[start:end] in self._prefixes:
+                    text = self._masked(text, start)
+                    break
         begin = len(text) - len(text.lstrip())
-        for stop in range(begin + 1, min(len(text), begin + self._longest) + 1):
-            if text[stop - 1] in self._last_characters and text[begin:stop] in self._suffixes:
-                text = self._masked(text, begin)
-                break
+        last = min(len(text), begin + self._longest)
+        if not self._last_characters.isdisjoint(text[begin:last]):
+            for stop in range(begin + 1, last + 1):
+                if text[begin:stop] in self._suffixes:
+                    text = self._masked(text, begin)
+                    break
         return text
 
     def _masked(self, text: str, position: int) -> str:

@@ -49,7 +49,7 @@ async def completions(services: Services, exchange: Exchange, tenant: str) -> No
     if request.echo and request.logprobs is not None:
         raise InvalidField("echo with logprobs is not supported: prompts have no log probabilities here", field="echo")
     params = _params(request, model, request.max_tokens or _DEFAULT_COMPLETION_TOKENS, request.logprobs)
-    _check_products(services, model, len(prompts), params)
+    _check(services, model, len(prompts), params)
 
     def tokenize() -> list[list[int]]:
         return [
@@ -81,7 +81,7 @@ async def chat_completions(services: Services, exchange: Exchange, tenant: str) 
     max_tokens = request.max_completion_tokens or request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = _params(request, model, max_tokens, logprobs)
-    _check_products(services, model, 1, params)
+    _check(services, model, 1, params)
 
     def tokenize() -> list[int]:
         return model.tokenizer.encode_chat(
@@ -141,6 +141,10 @@ def _submit(services: Services, job: _Job, reply: Reply) -> None:
                 " shorten the prompt or lower max_tokens",
                 field="max_tokens" if params.max_tokens is not None else None,
             )
+        if params.min_tokens > most:
+            raise InvalidField(
+                f"min_tokens is {params.min_tokens}, the sequence has room for {most}; lower it", field="min_tokens"
+            )
         reply.prompt_tokens += len(prompt)
         for number in range(params.n):
             sampling = services.sampling(
@@ -156,7 +160,7 @@ def _submit(services: Services, job: _Job, reply: Reply) -> None:
                 logprobs=params.logprobs,
                 logit_bias=params.logit_bias,
                 max_tokens=most,
-                min_tokens=min(params.min_tokens, most),
+                min_tokens=params.min_tokens,
                 stop_tokens=params.stop_token_ids,
                 ignore_eos=params.ignore_eos,
             )
@@ -217,8 +221,16 @@ def _wants_usage(request: openai.SamplingFields) -> bool:
     return request.stream_options.include_usage
 
 
-def _check_products(services: Services, model: ServedModel, prompts: int, params: SamplingParams) -> None:
-    """Each field may be in bounds and their product still far too much."""
+def _check(services: Services, model: ServedModel, prompts: int, params: SamplingParams) -> None:
+    """Each field may be in bounds and their product still far too much, or an id outside this model's vocabulary."""
+    for field, tokens in (
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", [token for token, _ in params.logit_bias]),
+    ):
+        if tokens and max(tokens) >= model.vocabulary:
+            raise InvalidField(
+                f"{field} has the token id {max(tokens)}, the vocabulary is {model.vocabulary}", field=field
+            )
     sequences = prompts * params.n
     if sequences > services.limits.max_sequences:
         raise InvalidField(

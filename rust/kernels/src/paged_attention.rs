@@ -6,9 +6,11 @@
 //! chunking, block size or threads. They do depend on the level and on the element type.
 //! Keys and values outside of a row's causal window are never multiplied, so stale or non-finite memory cannot leak in.
 
+mod layout;
 mod micro;
 mod pack;
 mod plan;
+mod results;
 mod softmax;
 mod tile;
 
@@ -22,8 +24,9 @@ use crate::pool::Pool;
 use crate::scratch::{Scratch, with_thread_scratch};
 use crate::shared_output::SharedOutput;
 use core::cell::RefCell;
+use layout::PartialLayout;
 use plan::Task;
-use tile::{PartialLayout, TaskInput, TaskKernel};
+use tile::{TaskInput, TaskKernel};
 
 /// Tokens per tile: scores of a tile fill four 512-bit vectors per query.
 pub(crate) const TILE_TOKENS: usize = 64;

@@ -117,7 +117,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Transposes 4 consecutive 32-bit units of `LANES` rows: unit `u` of row `r` goes to `target[u * stride + r]`.
     /// Row `r` begins `r % 4` times `row_words` after `bases[r / 4]`.
     unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize);
-    /// Hints that the cache line at `address` will be read soon. Any address is allowed.
+    /// Hints that the cache line at `address` will be read soon, and should come to the second-level cache. Any address is
+    /// allowed.
     fn prefetch(self, address: *const u8);
 }
 

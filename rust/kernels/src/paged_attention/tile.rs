@@ -3,16 +3,17 @@
 //! thread's scratch. O(vectors x tokens x head size). Knows the plan, but not how tasks were divided.
 #![expect(unsafe_code, reason = "kernels on scratch memory and disjoint parts of the output")]
 
+use super::layout::{Layout, PartialLayout};
 use super::micro::{self, Accumulate};
 use super::pack::{TileRows, pack_query};
 use super::plan::{AttentionPlan, Task, TaskPart};
-use super::softmax::{SplitResult, exponents_to_factors, merge_split, raise_maximum, scores_to_weights};
+use super::softmax::{exponents_to_factors, raise_maximum, scores_to_weights};
 use super::{Partials, SPLIT_TOKENS, TILE_TOKENS};
 use crate::dispatch::Kernel;
 use crate::element::Element;
-use crate::scratch::{Scratch, line_rounded};
+use crate::scratch::Scratch;
 use crate::shared_output::SharedOutput;
-use crate::simd::{Simd, store_element, store_element_partial};
+use crate::simd::Simd;
 use core::ops::Range;
 
 /// What all tasks of a layer share.
@@ -33,33 +34,6 @@ pub(super) struct TaskKernel<'a, T> {
     pub(super) input: &'a TaskInput<'a, T>,
     pub(super) task: &'a Task,
     pub(super) scratch: &'a mut Scratch,
-}
-
-/// The layout of one vector's partial result: maximum and denominator in a line of their own, then the sums.
-#[derive(Clone, Copy)]
-pub(super) struct PartialLayout {
-    padded_dim: usize,
-}
-
-impl PartialLayout {
-    pub(super) const fn new(head_dim: usize) -> Self {
-        Self { padded_dim: line_rounded(head_dim) }
-    }
-
-    pub(super) const fn words(self) -> usize {
-        line_rounded(2) + self.padded_dim
-    }
-
-    /// # Safety
-    /// `base` holds more than `vector` results of [`Self::words`] words.
-    #[inline(always)]
-    unsafe fn result(self, base: *mut u32, vector: usize) -> SplitResult {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let start = base.add(vector * self.words()).cast::<f32>();
-            SplitResult { maximum: start, denominator: start.add(1), sums: start.add(line_rounded(2)) }
-        }
-    }
 }
 
 impl<T: Element> Kernel for TaskKernel<'_, T> {
@@ -83,67 +57,16 @@ impl<T: Element> Kernel for TaskKernel<'_, T> {
     }
 }
 
-/// Offsets in words of the working arrays in the scratch, each at a cache line.
-#[derive(Clone, Copy)]
-struct Layout {
-    /// Words of a query vector: `head_dim`, or half of it for pairs.
-    units: usize,
-    /// `head_dim` rounded up to whole vectors.
-    padded_dim: usize,
-    queries: usize,
-    keys: usize,
-    values: usize,
-    staged: usize,
-    scores: usize,
-    factors: usize,
-    maxima: usize,
-    denominators: usize,
-    sums: usize,
-    totals: usize,
-    words: usize,
-}
-
-impl Layout {
-    fn new<S: Simd, T: Element>(head_dim: usize, vectors: usize) -> Self {
-        let pairs = S::BF16_DOT && T::IS_BF16;
-        let units = if pairs { head_dim / 2 } else { head_dim };
-        let padded_dim = head_dim.next_multiple_of(S::LANES);
-        let token_units = if pairs { TILE_TOKENS / 2 } else { TILE_TOKENS };
-        let mut words = 0;
-        let mut place = |length: usize| {
-            let offset = words;
-            words += line_rounded(length);
-            offset
-        };
-        Self {
-            units,
-            padded_dim,
-            // One vector of slack, because the last query is written in whole vectors.
-            queries: place(vectors * units + S::LANES),
-            keys: place(units * TILE_TOKENS),
-            values: place(token_units * padded_dim),
-            staged: place(S::LANES * head_dim + S::LANES),
-            scores: place(vectors * TILE_TOKENS),
-            // Two vectors of slack, because factors of a head are made in whole vectors wherever they begin.
-            factors: place(vectors + S::LANES),
-            maxima: place(vectors),
-            denominators: place(vectors * S::LANES),
-            sums: place(vectors * padded_dim),
-            totals: place(vectors * PartialLayout::new(head_dim).words()),
-            words,
-        }
-    }
-}
-
-struct Work<'a, S, T> {
-    simd: S,
-    input: &'a TaskInput<'a, T>,
-    task: &'a Task,
-    layout: Layout,
-    scratch: *mut u32,
-    group: usize,
+/// A task at work: its parameters and its scratch.
+pub(super) struct Work<'a, S, T> {
+    pub(super) simd: S,
+    pub(super) input: &'a TaskInput<'a, T>,
+    pub(super) task: &'a Task,
+    pub(super) layout: Layout,
+    pub(super) scratch: *mut u32,
+    pub(super) group: usize,
     /// Softmax scale times log2(e).
-    scale: f32,
+    pub(super) scale: f32,
 }
 
 impl<'a, S: Simd, T: Element> Work<'a, S, T> {
@@ -154,14 +77,14 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
     }
 
     #[inline(always)]
-    fn at(&self, offset: usize) -> *mut u32 {
+    pub(super) fn at(&self, offset: usize) -> *mut u32 {
         // Offsets come from the layout that sized the scratch.
         self.scratch.wrapping_add(offset)
     }
 
     /// Where a vector's query and output begin.
     #[inline(always)]
-    fn query_offset(&self, vector: usize) -> usize {
+    pub(super) fn query_offset(&self, vector: usize) -> usize {
         let shape = self.input.plan.shape();
         let (head, in_head) = (vector / self.head_vectors(), vector % self.head_vectors());
         let row = self.input.plan.step_row(self.task.sequence, self.task.rows.start + in_head / self.group);
@@ -176,7 +99,7 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
     }
 
     #[inline(always)]
-    fn vectors(&self) -> usize {
+    pub(super) fn vectors(&self) -> usize {
         self.task.kv_heads.len() * self.head_vectors()
     }
 
@@ -425,94 +348,5 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
         let range = self.input.plan.row_range(self.task.sequence, row);
         let from = range.start.saturating_sub(start).min(TILE_TOKENS);
         from..range.end.saturating_sub(start).min(TILE_TOKENS).max(from)
-    }
-
-    /// The finished state of the current split, its denominators summed into the first lane.
-    ///
-    /// # Safety
-    /// As [`Self::execute`], once per split.
-    #[inline(always)]
-    unsafe fn current(&self, vector: usize) -> SplitResult {
-        // SAFETY: the layout places every array.
-        unsafe {
-            let denominators = self.at(self.layout.denominators + vector * S::LANES).cast::<f32>();
-            *denominators = self.simd.reduce_add(self.simd.load(denominators));
-            SplitResult {
-                maximum: self.at(self.layout.maxima + vector).cast(),
-                denominator: denominators,
-                sums: self.at(self.layout.sums + vector * self.layout.padded_dim).cast(),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`Self::execute`], once per split.
-    #[inline(always)]
-    unsafe fn merge_current(&self) {
-        let layout = PartialLayout::new(self.input.plan.shape().region.head_dim);
-        for vector in 0..self.vectors() {
-            // SAFETY: totals and state are different arrays of the layout.
-            unsafe {
-                let total = layout.result(self.at(self.layout.totals), vector);
-                merge_split(self.simd, total, self.current(vector), self.layout.padded_dim, self.scale);
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`Self::execute`]; `partials` holds `first + vectors` results.
-    #[inline(always)]
-    unsafe fn merge(&self, partials: *mut u32, first: usize) {
-        let layout = PartialLayout::new(self.input.plan.shape().region.head_dim);
-        for vector in 0..self.vectors() {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let total = layout.result(self.at(self.layout.totals), vector);
-                let next = layout.result(partials, first + vector);
-                merge_split(self.simd, total, next, self.layout.padded_dim, self.scale);
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`Self::execute`], once per split; `partials` holds `first + vectors` results.
-    #[inline(always)]
-    unsafe fn store_split(&self, partials: *mut u32, first: usize) {
-        let layout = PartialLayout::new(self.input.plan.shape().region.head_dim);
-        for vector in 0..self.vectors() {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let (target, source) = (layout.result(partials, first + vector), self.current(vector));
-                *target.maximum = *source.maximum;
-                *target.denominator = *source.denominator;
-                core::ptr::copy_nonoverlapping(source.sums, target.sums, self.layout.padded_dim);
-            }
-        }
-    }
-
-    /// Divides the totals by their denominators and writes them as elements.
-    ///
-    /// # Safety
-    /// As [`Self::execute`].
-    #[inline(always)]
-    unsafe fn write_output(&self) {
-        let head_dim = self.input.plan.shape().region.head_dim;
-        let layout = PartialLayout::new(head_dim);
-        for vector in 0..self.vectors() {
-            // SAFETY: each (row, head) belongs to one writing task; totals hold `padded_dim` sums.
-            unsafe {
-                let total = layout.result(self.at(self.layout.totals), vector);
-                let output = self.input.output.part(self.query_offset(vector), head_dim).as_mut_ptr();
-                let inverse = self.simd.splat(1.0 / *total.denominator);
-                for dim in (0..head_dim).step_by(S::LANES) {
-                    let value = self.simd.mul(self.simd.load(total.sums.add(dim)), inverse);
-                    if dim + S::LANES <= head_dim {
-                        store_element(self.simd, output.add(dim), value);
-                    } else {
-                        store_element_partial(self.simd, output.add(dim), value, head_dim - dim);
-                    }
-                }
-            }
-        }
     }
 }

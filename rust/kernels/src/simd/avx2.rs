@@ -337,6 +337,6 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
-        proven!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+        proven!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
     }
 }

@@ -342,6 +342,6 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
     }
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
-        proven!(_mm_prefetch::<_MM_HINT_T0>(address.cast()));
+        proven!(_mm_prefetch::<_MM_HINT_T1>(address.cast()));
     }
 }

@@ -1,0 +1,49 @@
+"""Large prompts are tokenized beside the event loop, one after the other, and only so many may wait."""
+
+from __future__ import annotations
+
+import asyncio
+
+import openai
+import pytest
+
+from llmscale.gateway.config import GatewayLimits
+from llmscale.tokenizer import Tokenizer
+from tests.fakes.gateway_server import serving
+
+LARGE = "the quick brown fox jumps over the lazy dog " * 20_000
+
+
+async def test_others_are_served_while_a_large_prompt_is_tokenized(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer, max_sequence_tokens=1 << 20) as gateway:
+        client = gateway.client()
+        large = asyncio.ensure_future(client.completions.create(model="tiny", prompt=LARGE, max_tokens=1))
+        served = 0
+        while not large.done():
+            await client.completions.create(model="tiny", prompt="x", max_tokens=1)
+            served += 1
+        answer = await large
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > 100_000
+    # Tokenizing takes some hundred milliseconds, a small request a few.
+    assert served > 10
+
+
+async def test_large_prompts_beyond_the_limit_are_refused_with_a_time_to_retry(tokenizer: Tokenizer) -> None:
+    limits = GatewayLimits(max_waiting_large_prompts=2, max_drain_seconds=1)
+    async with serving(tokenizer, limits=limits, max_sequence_tokens=1 << 20) as gateway:
+        client = gateway.client()
+        asking = [client.completions.create(model="tiny", prompt=LARGE, max_tokens=1) for _ in range(6)]
+        results = await asyncio.gather(*asking, return_exceptions=True)
+    refused = [result for result in results if isinstance(result, openai.RateLimitError)]
+    assert len(refused) >= 1
+    assert sum(not isinstance(result, Exception) for result in results) == 6 - len(refused)
+    assert {error.response.headers["retry-after"] for error in refused} == {"1"}
+
+
+async def test_a_prompt_that_is_too_long_is_refused_whether_or_not_it_is_tokenized(tokenizer: Tokenizer) -> None:
+    async with serving(tokenizer) as gateway:
+        for prompt in (LARGE, "x y " * 3_000):
+            with pytest.raises(openai.BadRequestError) as refused:
+                await gateway.client().completions.create(model="tiny", prompt=prompt, max_tokens=1)
+            assert refused.value.code == "request_too_long"
