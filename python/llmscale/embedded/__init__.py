@@ -1,7 +1,7 @@
 """The models that ship inside the package, by name: the door to their folders and nothing else.
 
-`tiny-chat` and `tiny-chat-mini` are trained by this project (`examples/tiny_chat/`). A name resolves in O(1) to a folder that
-any loader of Hugging Face folders reads. This module knows no tensor library and reads no weights.
+`tiny-chat` and `tiny-chat-mini` are trained by this project (`examples/tiny_chat/`). A name resolves in O(1) to a
+folder that any loader of Hugging Face folders reads. This module knows no tensor library and reads no weights.
 """
 
 from pathlib import Path

@@ -223,13 +223,13 @@ def _wants_usage(request: openai.SamplingFields) -> bool:
 
 def _check(services: Services, model: ServedModel, prompts: int, params: SamplingParams) -> None:
     """Each field may be in bounds and their product still far too much, or an id outside this model's vocabulary."""
-    for field, tokens in (
+    for field, ids in (
         ("stop_token_ids", params.stop_token_ids),
-        ("logit_bias", [token for token, _ in params.logit_bias]),
+        ("logit_bias", tuple(token for token, _ in params.logit_bias)),
     ):
-        if tokens and max(tokens) >= model.vocabulary:
+        if ids and max(ids) >= model.vocabulary:
             raise InvalidField(
-                f"{field} has the token id {max(tokens)}, the vocabulary is {model.vocabulary}", field=field
+                f"{field} has the token id {max(ids)}, the vocabulary is {model.vocabulary}", field=field
             )
     sequences = prompts * params.n
     if sequences > services.limits.max_sequences:
