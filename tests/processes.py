@@ -125,21 +125,39 @@ def serving(model: str = "tiny-chat", *options: str) -> Iterator[Server]:
         assert not left, f"left running after SIGTERM: {left}"
 
 
-def token_ids(server: Server, body: dict[str, Any], on_tokens: Callable[[int], None] | None = None) -> list[str]:
-    """Streams a completion with logprobs and returns the text of every token, calling back with the count so far."""
-    tokens: list[str] = []
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token of a stream by its text, with its log probability and those of the best tokens, the likeliest first."""
+
+    text: str
+    logprob: float
+    best: tuple[float, ...]
+
+
+def sampled(
+    server: Server, body: dict[str, Any], on_tokens: Callable[[int], None] | None = None, best: int = 0
+) -> list[Sampled]:
+    """Streams a completion with log probabilities and returns every token, calling back with the count so far."""
+    tokens: list[Sampled] = []
     with server.client.stream(
-        "POST", server.base + "/v1/completions", json={**body, "stream": True, "logprobs": 0}
+        "POST", server.base + "/v1/completions", json={**body, "stream": True, "logprobs": best}
     ) as response:
         assert response.status_code == 200, response.read()
         for data in _events(response):
             assert "error" not in data, data
             for choice in data["choices"]:
-                if choice["logprobs"] is not None:
-                    tokens += choice["logprobs"]["tokens"]
+                rows = choice["logprobs"]
+                if rows is not None:
+                    tops = (tuple(sorted(row.values(), reverse=True)) for row in rows["top_logprobs"])
+                    tokens += map(Sampled, rows["tokens"], rows["token_logprobs"], tops)
             if on_tokens is not None:
                 on_tokens(len(tokens))
     return tokens
+
+
+def token_ids(server: Server, body: dict[str, Any], on_tokens: Callable[[int], None] | None = None) -> list[str]:
+    """The texts of the tokens of `sampled`."""
+    return [token.text for token in sampled(server, body, on_tokens)]
 
 
 def _events(response: httpx2.Response) -> Iterator[dict[str, Any]]:
