@@ -60,7 +60,8 @@ def main() -> int:
                 sys.stdout.write("-- undisturbed\n")
                 undisturbed, *_ = stream(client, None)
                 sys.stdout.write("-- with a killed worker\n")
-                worker = psutil.Process(node.pid).children()[0]
+                # The oldest child works, the youngest is the spare.
+                worker = min(psutil.Process(node.pid).children(), key=psutil.Process.create_time)
                 survived, first, rate, gap = stream(client, worker)
         finally:
             node.terminate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,11 +35,10 @@ class NodeProcess:
         return self.log_path.read_text()
 
     def worker(self) -> psutil.Process:
-        """The worker that lives now."""
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            if "llmscale.worker" in " ".join(child.cmdline()):
-                return child
-        raise AssertionError(f"the node has no worker:\n{self.log()}")
+        """The worker that serves now; the spare beside it has the same command."""
+        found = re.findall(r"worker ready.*?pid\W+(\d+)", self.log())
+        assert found, f"the node has no worker:\n{self.log()}"
+        return psutil.Process(int(found[-1]))
 
     def kill(self) -> None:
         """Ends node and worker without a word."""

@@ -31,6 +31,8 @@ class NodeSettings:
     """None: room for about 64k tokens, at most a quarter of the machine's memory."""
     threads: int | None = None
     """CPU threads of a worker; None: as many as the process may use."""
+    spare_worker: bool = True
+    """Whether a second process waits with torch imported, to take over from a dead worker."""
     fleet: str = "llmscale"
     max_fronts: int = 64
     max_step_seconds: float = 120.0

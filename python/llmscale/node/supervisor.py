@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import signal
-import sys
 import time
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ import structlog
 from llmscale._core import Engine, NodeEvent
 from llmscale.errors import WorkerError
 from llmscale.node.plan import ReplicaPlan
+from llmscale.node.worker_process import WorkerProcess, WorkerProcesses
 
 _log = structlog.get_logger("llmscale.node")
 
@@ -26,7 +26,6 @@ MAX_FRUITLESS_DEATHS = 5
 FRUITLESS_WINDOW_SECONDS = 60.0
 FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 30.0
-STOP_SECONDS = 2.0
 
 
 @dataclass(slots=True)
@@ -34,7 +33,7 @@ class _Life:
     """One worker process."""
 
     epoch: int
-    process: asyncio.subprocess.Process
+    process: WorkerProcess
     steps_before: int
     failure: str | None = None
 
@@ -54,12 +53,13 @@ class _Deaths:
 
 
 class WorkerSupervisor:
-    """Owns the worker process of a node."""
+    """Decides when a node's worker process starts and ends."""
 
-    def __init__(self, engine: Engine, plan: ReplicaPlan, threads: int | None) -> None:
+    def __init__(self, engine: Engine, plan: ReplicaPlan, processes: WorkerProcesses) -> None:
         self._engine = engine
         self._plan = plan
-        self._threads = threads
+        self._processes = processes
+        self._preparing: asyncio.Task[None] | None = None
         self._deaths = _Deaths()
         self._life: _Life | None = None
         self._stopping = False
@@ -81,22 +81,15 @@ class WorkerSupervisor:
     async def stop(self) -> None:
         """Ends the worker process: asks first, insists after two seconds."""
         self._stopping = True
-        life = self._life
-        if life is None or life.process.returncode is not None:
-            return
-        life.process.terminate()
-        try:
-            await asyncio.wait_for(life.process.wait(), STOP_SECONDS)
-        except TimeoutError:
-            life.process.kill()
-            await life.process.wait()
+        if self._preparing is not None:
+            await self._preparing
+        await self._processes.close()
+        if self._life is not None:
+            await self._life.process.stop()
 
     async def _start(self) -> _Life:
         epoch, address = self._engine.prepare_worker(str(self._plan.folder), self._plan.dtype)
-        arguments = ["--link", address, "--epoch", str(epoch)]
-        if self._threads is not None:
-            arguments += ["--threads", str(self._threads)]
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "llmscale.worker", *arguments)
+        process = await self._processes.start(address, epoch)
         _log.info("worker started", epoch=epoch, pid=process.pid)
         return _Life(epoch, process, self._engine.report().steps)
 
@@ -124,12 +117,18 @@ class WorkerSupervisor:
     def _note(self, event: NodeEvent) -> None:
         if event.kind == "worker_ready":
             _log.info("worker ready", epoch=event.epoch, pid=event.pid, loading_ms=event.loading_ns // 1_000_000)
+            if self.ready.is_set():
+                self._prepare_spare()
         elif event.kind == "ready":
             self.ready.set()
+            self._prepare_spare()
         elif event.kind == "drained":
             self.drained.set()
         elif event.kind == "worker_failed" and self._life is not None and self._life.epoch == event.epoch:
             self._life.failure = event.message
             # It may hang rather than exit; what it computes is lost either way.
-            if self._life.process.returncode is None:
-                self._life.process.kill()
+            self._life.process.send_signal(signal.SIGKILL)
+
+    def _prepare_spare(self) -> None:
+        if not self._stopping:
+            self._preparing = asyncio.create_task(self._processes.prepare())

@@ -1,4 +1,8 @@
-"""`python -m llmscale.worker`: the process that owns one device. Started by a node, never by hand."""
+"""`python -m llmscale.worker`: the process that owns one device. Started by a node, never by hand.
+
+It imports everything first and then reads its assignment, one line of JSON, from standard input: a spare waits there
+until it is needed.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,49 @@ import argparse
 import os
 import sys
 
+import msgspec
+
 from llmscale import env, logs
 from llmscale._core import WorkerSession, end_with_parent
+from llmscale.errors import WorkerError
+
+MAX_ASSIGNMENT_BYTES = 4_096
+
+
+class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which engine to serve, as which incarnation."""
+
+    link: str
+    epoch: int
 
 
 def main() -> int:
-    """Connects to the node that started this process and computes steps until told to stop."""
+    """Imports torch, waits for an assignment, connects to the node and computes steps until told to stop."""
     parser = argparse.ArgumentParser(prog="python -m llmscale.worker", description=main.__doc__)
-    parser.add_argument("--link", required=True, help="address of the engine's link")
-    parser.add_argument("--epoch", type=int, required=True, help="incarnation of this worker")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all that the process may use)")
     arguments = parser.parse_args()
     end_with_parent(os.getppid())
     logs.configure()
     env.prepare_for_torch()
-    # Connected before torch is imported, so that the engine's configuration is there when the import is done.
-    session = WorkerSession(arguments.link, arguments.epoch)
-    from llmscale.worker.loop import WorkerLoop
+    from llmscale.worker.loop import WorkerLoop, warm_up
 
-    WorkerLoop(session, arguments.threads).run()
+    warm_up()
+    assignment = read_assignment()
+    if assignment is None:
+        return 0
+    WorkerLoop(WorkerSession(assignment.link, assignment.epoch), arguments.threads).run()
     return 0
+
+
+def read_assignment() -> Assignment | None:
+    """Waits for one line. None: the node closed the pipe, this process is not needed. Raises WorkerError."""
+    line = sys.stdin.buffer.readline(MAX_ASSIGNMENT_BYTES)
+    if not line:
+        return None
+    try:
+        return msgspec.json.decode(line, type=Assignment)
+    except msgspec.DecodeError as error:
+        raise WorkerError(f"a worker is started by a node, which tells it its link and epoch; got {line!r}") from error
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import structlog
+import torch
 
 from llmscale._core import WorkerOrder, WorkerSession
 from llmscale.errors import LlmscaleError, ModelError
@@ -60,6 +61,12 @@ class WorkerLoop:
         assert self._buffers is not None, "a step before the configuration"
         logits = self._runner.forward(self._buffers.inputs(order.counts))
         self._session.sample(self._runner.kernels, logits, self._runner.dtype)
+
+
+def warm_up() -> None:
+    """Makes oneDNN set itself up, which takes 30 ms that need not be part of anybody's pause."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.ones(2, 32, dtype=dtype) @ torch.ones(32, 32, dtype=dtype)
 
 
 class _LoadingProgress:
