@@ -9,10 +9,12 @@ use crate::queue::Queue;
 use crate::request::Place;
 use crate::timers::Due;
 use llmscale_fleet::{Need, Offer, PoolId, ReplicaState, Report};
-use llmscale_types::{ReplicaId, RequestId, Time};
+use llmscale_types::{EngineLimits, ReplicaId, RequestId, Time};
 
 impl Front {
-    pub(crate) fn replica_up(&mut self, now: Time, replica: ReplicaId, offer: Offer, out: &mut Vec<FrontAction>) {
+    pub(crate) fn replica_up(&mut self, now: Time, replica: ReplicaId, mut offer: Offer, out: &mut Vec<FrontAction>) {
+        // No node may make this front take a request whose submission would not fit a frame.
+        offer.limits.max_sequence_tokens = offer.limits.max_sequence_tokens.min(EngineLimits::MAX_SEQUENCE_TOKENS);
         // A connection that comes up twice went down unseen, and the node has dropped what it ran for it.
         self.replica_down(now, replica, out);
         let Ok(pool) = self.fleet.join(replica, offer) else {

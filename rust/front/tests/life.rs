@@ -8,7 +8,8 @@ use llmscale_front::{
 };
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
-    Attempt, Class, Duration, FinishReason, FrontLimits, LimitError, Refusal, ReplicaId, RequestId, StepId, Time,
+    Attempt, Class, Duration, EngineLimits, FinishReason, FrontLimits, LimitError, Refusal, ReplicaId, RequestId,
+    StepId, Time,
 };
 
 fn options(limits: FrontLimits) -> FrontOptions {
@@ -27,6 +28,18 @@ fn a_request_runs_and_ends_once_with_its_usage() {
     assert_eq!(bench.tokens(request), [41, 42]);
     assert_eq!(bench.ends[&request], (LENGTH, 2, 2, 0));
     assert_eq!(bench.front.status(bench.now).live_requests, 0);
+}
+
+#[test]
+fn a_node_that_offers_more_than_a_frame_carries_is_taken_at_what_a_frame_carries() {
+    let mut bench = Bench::new(FrontOptions::default());
+    let mut boastful = offer(100);
+    boastful.limits.max_sequence_tokens = u32::MAX;
+    bench.event(FrontEvent::ReplicaUp { replica: ReplicaId(0), offer: Box::new(boastful) });
+    let prompt = vec![5; EngineLimits::MAX_SEQUENCE_TOKENS as usize];
+    let refused = bench.submit(NewRequest { prompt, ..new_request(1) });
+    let limit = u64::from(EngineLimits::MAX_SEQUENCE_TOKENS);
+    assert_eq!(refused, Err(SubmitError::Refused(Refusal::TooLong { needed: limit + 1, limit })));
 }
 
 #[test]

@@ -48,7 +48,7 @@ pub struct EndpointOptions {
 impl Default for EndpointOptions {
     fn default() -> Self {
         Self {
-            max_frame_bytes: 16 << 20,
+            max_frame_bytes: llmscale_types::frame::MAX_FRAME_BYTES,
             max_parts: 16,
             max_send_queue_frames: 256,
             max_receive_queue_frames: 256,

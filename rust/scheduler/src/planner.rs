@@ -1,11 +1,12 @@
 //! Makes the next step. A steady decoding step costs the sequences that end, the sequences that need a block and the
 //! delta that names them; nobody else is touched. Prefill chunks share what the decodes leave of the step's token budget,
-//! then waiting records are admitted while slots, blocks and budget last.
+//! then waiting records are admitted while slots, blocks, budget and the delta's frame last.
 
 use crate::event::Actions;
 use crate::record::Record;
 use crate::replica::{At, Flight, Location, Replica};
 use crate::sequences::{Ends, Phase};
+use llmscale_types::frame::admission_bytes;
 use llmscale_types::{Admission, Chunk, Delta, Slot};
 
 impl Replica {
@@ -153,12 +154,19 @@ impl Replica {
         self.endings.entry(self.round + u64::from(rows)).or_default().push((slot, admitted_step));
     }
 
-    /// Admits in order while budget, slots and blocks last. Nobody overtakes: a first record that does not fit waits,
-    /// and so does everybody behind it. What waits while the node drains had run before and was preempted, or lost its
-    /// worker: it is finished here like everything else that runs.
+    /// Admits in order while budget, slots, blocks and room in the frame last. Nobody overtakes: a first record that does
+    /// not fit waits, and so does everybody behind it. What waits while the node drains had run before and was preempted,
+    /// or lost its worker: it is finished here like everything else that runs.
     fn admit_waiting(&mut self, draft: &mut Delta, mut budget: u32) {
+        let mut frame_bytes = 0;
         while budget > 0 && self.sequences.has_free_slot() {
             let Some(record) = self.queue.first() else { break };
+            // A long context may be found in the prefix cache whole: then it costs the step's budget next to nothing and
+            // the frame all its ids. One admission alone always fits, by the bounds of `EngineLimits`.
+            frame_bytes += self.admission_bytes(record);
+            if !draft.admit.is_empty() && frame_bytes > self.max_admission_bytes {
+                break;
+            }
             // A little room stays for the running sequences' next blocks, or an admission would preempt at once.
             let spare = if self.running.is_empty() { 0 } else { self.blocks.total() / 128 };
             if !self.fits(record, spare) {
@@ -167,6 +175,20 @@ impl Replica {
             let slot = self.admit_first(draft, false);
             budget -= self.plan_chunk(draft, slot, budget);
         }
+    }
+
+    /// Most bytes that a waiting record takes in a delta.
+    fn admission_bytes(&self, record: &Record) -> u64 {
+        let context_tokens = record.submission.context.len() as u32;
+        admission_bytes(context_tokens, self.limits.blocks_for(context_tokens), &record.submission.sampling)
+    }
+
+    /// Lowers the bytes that the admissions of one delta take together, one alone excepted: for worlds that are too
+    /// small to ever fill a frame.
+    #[must_use]
+    pub fn with_max_admission_bytes(mut self, max_admission_bytes: u64) -> Self {
+        self.max_admission_bytes = self.max_admission_bytes.min(max_admission_bytes);
+        self
     }
 
     fn fits(&self, record: &Record, spare: u32) -> bool {

@@ -10,6 +10,7 @@ use crate::sequences::{Phase, Sequences};
 use crate::wheel::BlockWheel;
 use llmscale_blocks::{BlockStore, CacheCounters, ChainHasher};
 use llmscale_types::error::QueueUnit;
+use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
     Attempt, Chunk, Duration, EngineLimits, Epoch, FinishReason, FrontId, LimitError, Refusal, RequestId, SequenceKey,
     Slot, StepId, Submission, Time, Token,
@@ -47,6 +48,8 @@ pub(crate) enum At {
 #[derive(Debug)]
 pub struct Replica {
     pub(crate) limits: EngineLimits,
+    /// Most bytes that the admissions of one delta take on the wire, unless it has only one.
+    pub(crate) max_admission_bytes: u64,
     policy: Box<dyn Policy>,
     pub(crate) blocks: BlockStore,
     pub(crate) queue: WaitingQueue,
@@ -112,6 +115,7 @@ impl Replica {
             counters: ReplicaCounters::default(),
             policy,
             limits,
+            max_admission_bytes: MAX_ADMISSION_BYTES,
         })
     }
 

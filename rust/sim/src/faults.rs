@@ -3,6 +3,7 @@
 //! drawn once.
 
 use crate::random::Random;
+use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{Duration, EngineLimits, FrontLimits, Token};
 
 /// Something that goes wrong by itself.
@@ -64,6 +65,8 @@ pub struct Mix {
     pub faults: Vec<(Fault, Duration)>,
     /// Sizes of every replica.
     pub engine: EngineLimits,
+    /// Most bytes that the admissions of one delta take, unless it has only one.
+    pub max_admission_bytes: u64,
     /// Bounds of every front.
     pub front: FrontLimits,
     /// How long a ready replica may be silent about an attempt.
@@ -97,6 +100,8 @@ pub struct Mix {
 impl Mix {
     /// What this seed draws.
     pub(crate) fn draw(random: &mut Random) -> Self {
+        // What was added later is drawn from a generator of its own, so that earlier seeds keep their worlds.
+        let mut added = random.branch();
         let faults = Fault::ALL.into_iter().filter_map(|fault| {
             let on = random.chance(350);
             on.then(|| (fault, random.span(200_000, 2_000_000)))
@@ -108,6 +113,7 @@ impl Mix {
             nodes: random.between(1, 3) as usize,
             faults,
             engine: draw_engine(random),
+            max_admission_bytes: *added.pick(&[300, 600, MAX_ADMISSION_BYTES]),
             front: FrontLimits {
                 max_queued_requests: if tiny_queues { random.count(1, 4) } else { 64 },
                 max_queued_tokens: if random.chance(200) { random.between(20, 120) } else { 10_000 },

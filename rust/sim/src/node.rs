@@ -83,7 +83,9 @@ impl NodeProcess {
         let mut process = Self {
             place,
             node,
-            replica: replica.expect("a mix draws sizes that fit together"),
+            replica: replica
+                .expect("a mix draws sizes that fit together")
+                .with_max_admission_bytes(around.mix.max_admission_bytes),
             worker: None,
             paused: false,
             state: NodeState::Starting,

@@ -16,6 +16,11 @@ impl Random {
         Self { state: seed }
     }
 
+    /// Another sequence that begins here; this one goes on as if nothing had been drawn.
+    pub(crate) fn branch(&self) -> Self {
+        Self { state: self.state ^ 0xd1b5_4a32_d192_ed03 }
+    }
+
     /// The next 64 bits.
     pub(crate) fn draw(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);

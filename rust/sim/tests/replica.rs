@@ -3,9 +3,10 @@
 
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Replica};
 use llmscale_sim::{HashWorker, WorkerDeath, hash_token};
+use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
 use llmscale_types::{
-    Attempt, Class, Delta, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling, SequenceKey, Submission,
-    Time, Token,
+    Admission, Attempt, Class, Delta, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling, SequenceKey,
+    Submission, Time, Token,
 };
 use proptest::prelude::*;
 use std::collections::{BTreeMap, VecDeque};
@@ -36,6 +37,7 @@ struct Wanted {
 /// One replica with its worker, the steps between them and what the fronts have seen.
 struct World {
     deadly: Option<Token>,
+    max_admission_bytes: u64,
     replica: Replica,
     worker: Option<HashWorker>,
     epoch: Epoch,
@@ -54,6 +56,7 @@ impl World {
         let replica = Replica::new(limits, [9; 32], Box::new(FirstComeFirstServed)).unwrap();
         let mut world = Self {
             deadly,
+            max_admission_bytes: MAX_ADMISSION_BYTES,
             replica,
             worker: None,
             epoch: Epoch(0),
@@ -64,6 +67,13 @@ impl World {
         };
         world.restart();
         world
+    }
+
+    /// As if frames were this small.
+    fn with_max_admission_bytes(mut self, bytes: u64) -> Self {
+        self.max_admission_bytes = bytes;
+        self.replica = self.replica.with_max_admission_bytes(bytes);
+        self
     }
 
     fn restart(&mut self) {
@@ -133,6 +143,11 @@ impl World {
     fn plan(&mut self) -> bool {
         let planned = self.replica.plan(&mut self.out);
         if let Some(delta) = self.out.execute.take() {
+            let bytes = |admission: &Admission| {
+                admission_bytes(admission.context.len() as u32, admission.blocks.len() as u32, &admission.sampling)
+            };
+            let total: u64 = delta.admit.iter().map(bytes).sum();
+            assert!(total <= self.max_admission_bytes || delta.admit.len() == 1, "{total} bytes are admitted at once");
             self.sent.push_back(delta);
         }
         self.collect();
@@ -213,9 +228,11 @@ proptest! {
         max_step_tokens in 1_u32..24,
         steps in 1_u32..4,
         deadly in prop::option::weighted(0.2, Just(49)),
+        max_admission_bytes in prop::sample::select(vec![1, 400, 700, MAX_ADMISSION_BYTES]),
         operations in prop::collection::vec(operation(), 0..150),
     ) {
-        let mut world = World::with_deadly_token(limits(total_blocks, max_sequences, max_step_tokens, steps), deadly);
+        let mut world = World::with_deadly_token(limits(total_blocks, max_sequences, max_step_tokens, steps), deadly)
+            .with_max_admission_bytes(max_admission_bytes);
         for operation in operations {
             let keys: Vec<SequenceKey> = world.wanted.keys().copied().collect();
             match operation {
@@ -255,6 +272,26 @@ fn a_prefix_of_an_earlier_request_is_not_computed_again() {
     world.finish_all();
     assert_eq!(world.replica.cache_counters().hit_tokens, 16);
     assert_eq!(world.replica.counters().prefill_tokens - before, 21 - 16);
+}
+
+#[test]
+fn contexts_that_are_cached_whole_are_admitted_over_as_many_steps_as_their_frames_need() {
+    let mut world = World::new(limits(64, 8, 64, 1));
+    let prompt: Vec<Token> = (10..43).collect();
+    world.submit(0, prompt.clone(), 1, Class::Standard);
+    world.finish_all();
+    // A context of 33 ids takes about 330 bytes, and all but one of them are in the prefix cache.
+    world = world.with_max_admission_bytes(700);
+    for _ in 0..7 {
+        world.submit(0, prompt.clone(), 4, Class::Standard);
+    }
+    let mut admitted = Vec::new();
+    while world.plan() {
+        admitted.push(world.sent[0].admit.len());
+        world.complete();
+    }
+    assert_eq!(admitted[..5], [2, 2, 2, 1, 0], "{admitted:?}");
+    world.finish_all();
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! A leaf: it depends on nothing of ours and holds no behaviour beyond checks of its own values.
 
 pub mod error;
+pub mod frame;
 pub mod ids;
 pub mod limits;
 pub mod output;

@@ -29,6 +29,15 @@ pub struct EngineLimits {
 }
 
 impl EngineLimits {
+    /// Longest sequence that any node may serve: its ids fill two thirds of the largest frame.
+    pub const MAX_SEQUENCE_TOKENS: u32 = 2 << 20;
+    /// Most blocks of one sequence.
+    pub const MAX_SEQUENCE_BLOCKS: u32 = 1 << 19;
+    /// Most rows that can be in flight, so that what they give fits one frame though all results arrive at once.
+    pub const MAX_ROWS_IN_FLIGHT: u32 = 1 << 15;
+    /// Most sequences that any node may keep waiting.
+    pub const MAX_WAITING_SEQUENCES: u32 = 1 << 16;
+
     /// Checks that the sizes fit together.
     pub fn check(&self) -> Result<(), LimitError> {
         if !self.block_tokens.is_power_of_two() {
@@ -36,17 +45,25 @@ impl EngineLimits {
         }
         LimitError::at_most("block_tokens", u64::from(self.block_tokens), 1_024)?;
         LimitError::at_least("max_sequences", u64::from(self.max_sequences), 1)?;
-        LimitError::at_most("max_sequences", u64::from(self.max_sequences), 65_536)?;
         LimitError::at_least("max_step_tokens", u64::from(self.max_step_tokens), u64::from(self.max_sequences))?;
         LimitError::at_least("max_sequence_tokens", u64::from(self.max_sequence_tokens), 2)?;
-        LimitError::at_most("max_sequence_tokens", u64::from(self.max_sequence_tokens), 1 << 24)?;
-        LimitError::at_least("max_waiting_sequences", u64::from(self.max_waiting_sequences), 1)?;
+        LimitError::at_most(
+            "max_sequence_tokens",
+            u64::from(self.max_sequence_tokens),
+            u64::from(Self::MAX_SEQUENCE_TOKENS),
+        )?;
+        let blocks = self.blocks_for(self.max_sequence_tokens);
+        LimitError::at_most("blocks of the longest sequence", u64::from(blocks), u64::from(Self::MAX_SEQUENCE_BLOCKS))?;
+        let waiting = u64::from(self.max_waiting_sequences);
+        LimitError::at_least("max_waiting_sequences", waiting, 1)?;
+        LimitError::at_most("max_waiting_sequences", waiting, u64::from(Self::MAX_WAITING_SEQUENCES))?;
         LimitError::at_least("max_steps_in_flight", u64::from(self.max_steps_in_flight), 1)?;
         LimitError::at_most("max_steps_in_flight", u64::from(self.max_steps_in_flight), 64)?;
+        let rows = u64::from(self.max_sequences) * u64::from(self.max_steps_in_flight);
+        LimitError::at_most("max_sequences times max_steps_in_flight", rows, u64::from(Self::MAX_ROWS_IN_FLIGHT))?;
         LimitError::at_least("vocabulary", u64::from(self.vocabulary), 1)?;
         LimitError::at_most("eos_tokens", self.eos_tokens.len() as u64, 64)?;
         // The longest sequence must fit alone, or it could be admitted and never finish.
-        let blocks = self.max_sequence_tokens.div_ceil(self.block_tokens);
         LimitError::at_least("total_blocks", u64::from(self.total_blocks), u64::from(blocks))
     }
 
@@ -97,5 +114,44 @@ impl FrontLimits {
         LimitError::at_least("max_live_requests", u64::from(self.max_live_requests), 1)?;
         LimitError::at_least("max_attempts", u64::from(self.max_attempts), 1)?;
         LimitError::at_least("max_unread_tokens", u64::from(self.max_unread_tokens), 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits() -> EngineLimits {
+        EngineLimits {
+            block_tokens: 32,
+            total_blocks: 1 << 16,
+            max_sequences: 256,
+            max_step_tokens: 1 << 16,
+            max_sequence_tokens: 1 << 20,
+            max_waiting_sequences: 1_024,
+            max_steps_in_flight: 2,
+            eos_tokens: vec![2],
+            vocabulary: 32_000,
+        }
+    }
+
+    #[test]
+    fn sizes_whose_frames_could_not_be_sent_are_refused_by_name() {
+        let refusal = |change: fn(&mut EngineLimits)| {
+            let mut limits = limits();
+            change(&mut limits);
+            limits.check().expect_err("out of bounds").to_string()
+        };
+        assert_eq!(limits().check(), Ok(()));
+        assert!(refusal(|limits| limits.max_sequence_tokens = 2_097_153).contains("the limit is 2097152; lower it"));
+        assert!(refusal(|limits| limits.block_tokens = 1).contains("blocks of the longest sequence is 1048576"));
+        assert!(refusal(|limits| limits.max_sequences = 16_385).contains("max_steps_in_flight is 32770"));
+        assert!(refusal(|limits| limits.max_waiting_sequences = 65_537).contains("max_waiting_sequences is 65537"));
+    }
+
+    #[test]
+    fn the_longest_sequence_must_fit_the_pool() {
+        let limits = EngineLimits { total_blocks: (1 << 15) - 1, ..limits() };
+        assert!(limits.check().expect_err("one block too few").to_string().contains("total_blocks is 32767"));
     }
 }

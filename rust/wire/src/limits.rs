@@ -1,6 +1,8 @@
 //! Every bound of the codec in one place. The defaults fit links between hosts; a link to a local worker may raise
 //! `max_frame_bytes`. A frame is refused by the same numbers when it is made and when it arrives.
 
+use llmscale_types::frame::MAX_FRAME_BYTES;
+
 /// Bounds of a frame and of what it carries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct CodecLimits {
@@ -35,7 +37,7 @@ impl CodecLimits {
 impl Default for CodecLimits {
     fn default() -> Self {
         Self {
-            max_frame_bytes: 16 << 20,
+            max_frame_bytes: MAX_FRAME_BYTES as usize,
             max_depth: Self::MAX_DEPTH,
             max_name_bytes: 256,
             max_text_bytes: 4_096,

@@ -268,7 +268,7 @@ pub(crate) fn from_node() -> impl Strategy<Value = FromNode> {
     ]
 }
 
-fn admission() -> impl Strategy<Value = Admission> {
+pub(crate) fn admission() -> impl Strategy<Value = Admission> {
     (
         number(),
         vec(number(), 1..60),
@@ -315,14 +315,14 @@ fn delta() -> impl Strategy<Value = Delta> {
 
 /// Limits of an engine that pass their own check.
 fn engine_limits() -> impl Strategy<Value = EngineLimits> {
-    (0_u32..=10, 1_u32..65_536, 2_u32..1 << 20, number(), vec(number(), 0..5)).prop_map(
+    (2_u32..=10, 1_u32..=16_384, 2_u32..=1 << 21, number(), vec(number(), 0..5)).prop_map(
         |(shift, max_sequences, max_sequence_tokens, more, eos_tokens)| EngineLimits {
             block_tokens: 1 << shift,
             total_blocks: max_sequence_tokens.saturating_add(more),
             max_sequences,
             max_step_tokens: max_sequences.saturating_add(more),
             max_sequence_tokens,
-            max_waiting_sequences: more.max(1),
+            max_waiting_sequences: more.clamp(1, 65_536),
             max_steps_in_flight: 2,
             eos_tokens,
             vocabulary: more.max(1),
