@@ -12,12 +12,12 @@ from typing import Any
 
 from llmscale import env
 from llmscale._core import LocalReplica, Sampling
+from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
-from llmscale.gateway.choice import Choice, failure
 from llmscale.node.plan import plan_replica
 from llmscale.tokenizer import Tokenizer
-from llmscale.types import CompletionOutput, Logprob, RequestOutput, SamplingParams, Usage
+from llmscale.types import CompletionOutput, RequestOutput, SamplingParams, Usage
 
 Prompt = str | Sequence[int]
 _SEED_MASK = (1 << 64) - 1
@@ -171,7 +171,7 @@ class LLM:
     def _output(self, name: str, text: str | None, ids: Sequence[int], choices: Sequence[Choice]) -> RequestOutput:
         for choice in choices:
             reason = choice.finish_reason
-            if reason not in ("stop", "length"):
+            if reason not in ENDED_WELL:
                 raise failure(reason or "unavailable")
         usage = Usage(
             prompt_tokens=len(ids),
@@ -189,17 +189,11 @@ class LLM:
             token_ids=tuple(self._ids[choice.request or 0][: choice.output_tokens]),
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
-            logprobs=tuple(self._logprobs(*row) for row in rows) if rows else None,
+            logprobs=tuple(ranked(*row, self._text_of) for row in rows) if rows else None,
         )
 
-    def _logprobs(self, token: int, chosen: float, top: Sequence[tuple[int, float]]) -> tuple[Logprob, ...]:
-        ranks = {other: rank for rank, (other, _) in enumerate(top, start=1)}
-        drawn = Logprob(token, chosen, self.tokenizer.decode([token], skip_special_tokens=False), ranks.get(token))
-        others = (
-            Logprob(other, value, self.tokenizer.decode([other], skip_special_tokens=False), rank)
-            for rank, (other, value) in enumerate(top, start=1)
-        )
-        return (drawn, *others)
+    def _text_of(self, token: int) -> str:
+        return self.tokenizer.decode([token], skip_special_tokens=False)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -104,7 +104,7 @@ def test_every_code_that_the_gateway_compares_or_writes_exists() -> None:
     "reason", ["deadline_exceeded", "request_poisoned", "not_a_number", "unavailable", "nothing_to_sample"]
 )
 def test_every_bad_end_of_a_request_is_an_exception_that_names_it(reason: str) -> None:
-    from llmscale.gateway.choice import failure
+    from llmscale.choice import failure
 
     assert reason not in GOOD_ENDS
     error = failure(reason)

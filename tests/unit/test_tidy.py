@@ -68,14 +68,15 @@ PARTS = {
     "template_sandbox": {"errors", "template_budget"},
     "chat_template": {"errors", "template_budget", "template_sandbox"},
     "tokenizer": {"errors", "chat_template", "detokenizer", "template_budget"},
+    "choice": {"errors", "stop_strings", "types"},
     "models": {"errors", "env", "embedded"},
     "layers": {"models", "quant", "_core"},
     "quant": {"errors", "types"},
     "worker": {"_core", "errors", "env", "logs", "config", "models", "layers", "quant"},
     "node": {"_core", "errors", "env", "logs", "config", "models"},
-    "client": {"errors", "types", "tokenizer", "models"},
-    "gateway": {"_core", "errors", "types", "metrics", "logs", "tokenizer", "detokenizer", "stop_strings", "models"},
-    "llm": {"_core", "errors", "env", "types", "config", "tokenizer", "node", "worker"},
+    "client": {"errors", "types", "choice", "tokenizer", "models"},
+    "gateway": {"_core", "errors", "types", "choice", "metrics", "logs", "tokenizer", "models"},
+    "llm": {"_core", "errors", "env", "types", "choice", "config", "tokenizer", "node", "worker"},
     "cli": {
         "_core",
         "errors",
@@ -91,10 +92,6 @@ PARTS = {
         "client",
     },
     "__init__": {"client", "errors", "llm", "types"},
-}
-PARTS_EXCEPTIONS = {
-    ("client", "gateway.choice"): "a client of a node makes text from ids as the gateway does, stop strings included",
-    ("llm", "gateway.choice"): "offline use makes text from ids as the gateway does, stop strings included",
 }
 # Only these may reach torch when they are imported.
 TORCH_PARTS = {"layers", "worker", "quant", "llm", "cli"}
@@ -248,21 +245,16 @@ def test_decisions_are_made_in_integers(crate: str) -> None:
 
 
 def test_a_part_of_the_package_imports_its_allowed_neighbours_only() -> None:
-    wrong, used_exceptions = [], set()
+    wrong = []
     for name in ours(".py", under="python/llmscale/"):
         part = module_of(name).split(".")[0]
         assert part in PARTS, f"say in PARTS what the new part {part} may import"
         for full in imports(name):
             module = full.removeprefix("llmscale").removeprefix(".")
             other = module.split(".")[0]
-            if not full.startswith("llmscale") or not module or other == part or other in PARTS[part]:
-                continue
-            if (part, module) in PARTS_EXCEPTIONS:
-                used_exceptions.add((part, module))
-            else:
+            if full.startswith("llmscale") and module and other != part and other not in PARTS[part]:
                 wrong.append(f"{name} -> {module}")
     assert not wrong
-    assert used_exceptions == set(PARTS_EXCEPTIONS), "an exception is no longer needed: remove it"
 
 
 def test_only_workers_layers_and_the_loader_import_torch() -> None:

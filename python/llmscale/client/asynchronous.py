@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import hashlib
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -282,26 +281,16 @@ def _transport(
 def _load_tokenizer(source: str | Path | Tokenizer | None, welcome: wire.Welcome) -> Tokenizer | None:
     if source is None:
         return None
+    from llmscale.models.fingerprint import tokenizer_digest
     from llmscale.models.locate import locate_model
     from llmscale.tokenizer import Tokenizer
 
     if isinstance(source, Tokenizer):
         return source
     folder = locate_model(str(source))
-    if _digest(folder) != welcome.model.tokenizer_digest:
+    if tokenizer_digest(folder) != welcome.model.tokenizer_digest:
         raise errors.InvalidTokenizer(
             f"the tokenizer in {folder} is not the one of {welcome.model.name!r}, which the node serves; give that"
             " model's folder"
         )
     return Tokenizer(folder, vocabulary=welcome.limits.vocabulary)
-
-
-def _digest(folder: Path) -> bytes:
-    """What a node says of its tokenizer: each file's length and bytes, absent ones as empty."""
-    digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        file = folder / name
-        content = file.read_bytes() if file.is_file() else b""
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.digest()

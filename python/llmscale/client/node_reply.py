@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from llmscale import errors
+from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.client import wire
 from llmscale.client.calls import Call
 from llmscale.client.results import Assembly, StreamChunk
 from llmscale.client.session import Delivery
-from llmscale.types import Logprob, SamplingParams, Usage
+from llmscale.types import SamplingParams, Usage
 
 if TYPE_CHECKING:
-    from llmscale.gateway.choice import Choice
     from llmscale.tokenizer import Tokenizer
 
-_ENDED_WELL: Final = ("stop", "length")
 _TEXT_NEEDED: Final = (
     "text needs the model's tokenizer: give the client tokenizer=, a model folder or the name of an embedded model"
     " such as 'tiny-chat'; or send token ids and read token_ids"
@@ -76,11 +75,7 @@ class NodeReply:
 
     def started(self, request: int, index: int) -> None:
         """The request that computes a choice."""
-        choice = None
-        if self._tokenizer is not None:
-            from llmscale.gateway.choice import Choice
-
-            choice = Choice(index, 0, self._tokenizer, self.params)
+        choice = None if self._tokenizer is None else Choice(index, 0, self._tokenizer, self.params)
         self._sequences[request] = _Sequence(index, choice)
 
     def accept(self, delivery: Delivery) -> int | None:
@@ -100,8 +95,8 @@ class NodeReply:
         if reason is not None:
             sequence.ended = True
             self._remaining -= 1
-            if reason not in _ENDED_WELL:
-                self.error = _failure(reason)
+            if reason not in ENDED_WELL:
+                self.error = failure(reason)
                 return kept
         self._chunks.append(self._chunk(sequence, tokens, delivery, reason))
         if self._remaining == 0:
@@ -124,7 +119,7 @@ class NodeReply:
         logprobs = None
         if self.params.logprobs is not None:
             rows = zip(tokens, delivery.logprobs or (), strict=False)
-            logprobs = tuple(self._logprobs(token, *row) for token, row in rows)
+            logprobs = tuple(ranked(token, *row, self._text_of) for token, row in rows)
         return StreamChunk(
             request_id=self._id,
             index=sequence.index,
@@ -135,11 +130,6 @@ class NodeReply:
             logprobs=logprobs,
             restarts=delivery.restarts,
         )
-
-    def _logprobs(self, token: int, chosen: float, top: Sequence[tuple[int, float]]) -> tuple[Logprob, ...]:
-        ranks = {other: rank for rank, (other, _) in enumerate(top, start=1)}
-        drawn = Logprob(token, chosen, self._text_of(token), ranks.get(token))
-        return (drawn, *(Logprob(other, value, self._text_of(other), ranks[other]) for other, value in top))
 
     def _text_of(self, token: int) -> str:
         return "" if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)
@@ -192,9 +182,3 @@ def _max_tokens(params: SamplingParams, prompt_tokens: int, max_sequence_tokens:
             f" {max_sequence_tokens} (max_sequence_tokens); shorten the prompt or lower max_tokens"
         )
     return wanted
-
-
-def _failure(reason: str) -> errors.LlmscaleError:
-    from llmscale.gateway.choice import failure
-
-    return failure(reason)

@@ -12,8 +12,8 @@ from typing import Final, Protocol
 
 import msgspec
 
+from llmscale.choice import ENDED_WELL, Choice, TokenLogprobs
 from llmscale.gateway import openai
-from llmscale.gateway.choice import ENDED_WELL, Choice, TokenLogprobs
 from llmscale.gateway.reply import Reply
 from llmscale.tokenizer import Tokenizer
 from llmscale.types import Usage

@@ -14,9 +14,9 @@ from typing import Any
 
 import structlog
 
+from llmscale.choice import ENDED_WELL, Choice, Delivery, failure
 from llmscale.errors import LlmscaleError, Unavailable
-from llmscale.gateway.choice import ENDED_WELL, Choice, failure
-from llmscale.gateway.front import Delivery, Front
+from llmscale.gateway.front import Front
 from llmscale.gateway.http import trace_of
 from llmscale.gateway.reply import Reply
 from llmscale.metrics import RequestMetrics

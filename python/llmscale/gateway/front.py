@@ -9,30 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from llmscale.choice import Delivery
+
 PRIORITIES = ("interactive", "standard", "batch", "background")
-
-
-class Delivery(Protocol):
-    """What is new of one request: tokens in order, and the end if it has ended."""
-
-    @property
-    def request(self) -> int: ...
-    @property
-    def index(self) -> int:
-        """Output position of the first token."""
-
-    @property
-    def tokens(self) -> list[int]: ...
-    @property
-    def logprobs(self) -> list[tuple[float, list[tuple[int, float]]]] | None: ...
-    @property
-    def finish_reason(self) -> str | None: ...
-    @property
-    def cached_tokens(self) -> int: ...
-    @property
-    def output_tokens(self) -> int: ...
-    @property
-    def restarts(self) -> int: ...
 
 
 class ReplicaStatus(Protocol):

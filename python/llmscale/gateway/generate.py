@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llmscale.choice import Choice
 from llmscale.errors import InvalidField, RequestTooLong
 from llmscale.gateway import connection, openai
 from llmscale.gateway.answers import ChatFormat, CompletionFormat, Format
 from llmscale.gateway.body import read_body
-from llmscale.gateway.choice import Choice
 from llmscale.gateway.config import ServedModel
 from llmscale.gateway.http import Exchange
 from llmscale.gateway.reply import Reply

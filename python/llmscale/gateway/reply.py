@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 
+from llmscale.choice import Choice
 from llmscale.errors import LlmscaleError
-from llmscale.gateway.choice import Choice
 from llmscale.types import Usage
 
 

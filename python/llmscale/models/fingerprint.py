@@ -1,9 +1,11 @@
-"""A fast fingerprint of a checkpoint, for peers to notice that they serve different weights.
+"""What peers compare to notice that they serve different weights or tokenizers: a fast fingerprint of a checkpoint,
+and a digest of the files that make text.
 
-SHA-256 over every tensor's name, dtype and shape and over up to sixteen evenly spaced pages of its data, the first and
-the last among them; tensors up to 64 KiB are read whole. It does not depend on how tensors are spread over files. It
-tells checkpoints apart that were trained differently, since training changes all of a tensor; it is no proof against
-someone who changes single weights on purpose. Reads at most 64 KiB per tensor, about 20 MB for a 7 B model.
+The fingerprint is SHA-256 over every tensor's name, dtype and shape and over up to sixteen evenly spaced pages of its
+data, the first and the last among them; tensors up to 64 KiB are read whole. It does not depend on how tensors are
+spread over files. It tells checkpoints apart that were trained differently, since training changes all of a tensor; it
+is no proof against someone who changes single weights on purpose. Reads at most 64 KiB per tensor, about 20 MB for a
+7 B model.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from llmscale.models.safetensors_header import TensorEntry
 PAGE_BYTES = 4_096
 PAGES_PER_TENSOR = 16
 SCHEME = "sampled-sha256-1"
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def weights_fingerprint(checkpoint: Checkpoint) -> str:
@@ -31,6 +34,17 @@ def weights_fingerprint(checkpoint: Checkpoint) -> str:
     for name in sorted(digests):
         total.update(digests[name])
     return f"{SCHEME}:{total.hexdigest()}"
+
+
+def tokenizer_digest(folder: Path) -> bytes:
+    """SHA-256 (32 bytes) over length and bytes of each of `TEXT_FILES`, absent ones as empty; part of the wire."""
+    digest = hashlib.sha256()
+    for name in TEXT_FILES:
+        file = folder / name
+        content = file.read_bytes() if file.is_file() else b""
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.digest()
 
 
 def _digest_file(path: Path, entries: list[TensorEntry]) -> dict[str, bytes]:

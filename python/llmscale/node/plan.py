@@ -14,7 +14,7 @@ from llmscale._core import EngineLimits
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError
 from llmscale.models.checkpoint import Checkpoint, match_tensors, open_checkpoint
-from llmscale.models.fingerprint import weights_fingerprint
+from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
 from llmscale.models.locate import locate_model, model_name
 from llmscale.models.registry import describe_model
 from llmscale.models.spec import ModelSpec
@@ -67,7 +67,7 @@ def plan_replica(settings: NodeSettings) -> ReplicaPlan:
         dtype=dtype,
         limits=limits,
         weights_digest=hashlib.sha256(fingerprint.encode()).digest(),
-        tokenizer_digest=_tokenizer_digest(folder),
+        tokenizer_digest=tokenizer_digest(folder),
         revision=fingerprint.rpartition(":")[2][:16],
         block_bytes=block_bytes,
     )
@@ -99,13 +99,3 @@ def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens:
         return blocks
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MAX_MEMORY_SHARE
     return max(needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, memory // block_bytes))
-
-
-def _tokenizer_digest(folder: Path) -> bytes:
-    digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        file = folder / name
-        content = file.read_bytes() if file.is_file() else b""
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.digest()

@@ -1,21 +1,23 @@
-"""One sequence of an answer: turns the front's deliveries into text.
+"""One sequence of an answer: turns deliveries of ids into text, in the same way for gateway, SDK and offline use.
 
 `Choice.accept` detokenizes each token in O(1), looks for stop strings at exact token positions and collects what a
-writer has not taken yet. It runs on the event loop only and knows nothing of HTTP, JSON, sockets or of the other
-choices of its request.
+reader has not taken yet. It belongs to one thread and knows nothing of HTTP, JSON, sockets or of the other choices of
+its request.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, Protocol
 
 from llmscale import errors
-from llmscale.detokenizer import Detokenizer
-from llmscale.gateway.front import Delivery
 from llmscale.stop_strings import StopMatcher
-from llmscale.tokenizer import Tokenizer
-from llmscale.types import SamplingParams
+from llmscale.types import Logprob, SamplingParams
+
+if TYPE_CHECKING:
+    # A client that reads ids alone has no tokenizer and does not pay for loading the library.
+    from llmscale.detokenizer import Detokenizer
+    from llmscale.tokenizer import Tokenizer
 
 TokenLogprobs = tuple[int, float, list[tuple[int, float]]]
 """A token, its log probability, and the most likely tokens with theirs."""
@@ -43,10 +45,42 @@ _FAILURES: Final[dict[str, tuple[type[errors.LlmscaleError], str]]] = {
 }
 
 
+class Delivery(Protocol):
+    """What is new of one sequence: tokens in order, and the end if it has ended."""
+
+    @property
+    def request(self) -> int: ...
+    @property
+    def index(self) -> int:
+        """Output position of the first token."""
+
+    @property
+    def tokens(self) -> Sequence[int]: ...
+    @property
+    def logprobs(self) -> Sequence[tuple[float, list[tuple[int, float]]]] | None: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def output_tokens(self) -> int: ...
+    @property
+    def restarts(self) -> int: ...
+
+
 def failure(reason: str) -> errors.LlmscaleError:
     """The error that a finish reason other than "stop" and "length" stands for."""
     kind, message = _FAILURES.get(reason, (errors.RequestFailed, f"the request ended with {reason!r}"))
     return kind(message)
+
+
+def ranked(
+    token: int, chosen: float, top: Sequence[tuple[int, float]], text_of: Callable[[int], str]
+) -> tuple[Logprob, ...]:
+    """The row of one output token as applications read it: the drawn token, then the most likely ones, best first."""
+    ranks = {other: rank for rank, (other, _) in enumerate(top, start=1)}
+    drawn = Logprob(token, chosen, text_of(token), ranks.get(token))
+    return (drawn, *(Logprob(other, value, text_of(other), ranks[other]) for other, value in top))
 
 
 class Choice:
