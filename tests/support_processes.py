@@ -36,9 +36,10 @@ class NodeProcess:
 
     def worker(self) -> psutil.Process:
         """The worker that serves now; the spare beside it has the same command."""
-        found = re.findall(r"worker ready.*?pid\W+(\d+)", self.log())
+        ready = [line for line in self.log().splitlines() if "worker ready" in line]
+        found = re.findall(r"\bpid\W+(\d+)", ready[-1]) if ready else []
         assert found, f"the node has no worker:\n{self.log()}"
-        return psutil.Process(int(found[-1]))
+        return psutil.Process(int(found[0]))
 
     def kill(self) -> None:
         """Ends node and worker without a word."""
