@@ -145,11 +145,11 @@ impl FrontHandle {
             reader: Waker::new().map_err(FrontError::Thread)?,
             sender: poller.waker(),
         });
+        let endpoint = endpoint_options(config.options.limits.max_live_requests);
         let mut connections = Vec::with_capacity(nodes.len());
         for (number, node) in nodes.iter().enumerate() {
             let replica = ReplicaId(number as u32);
-            let options = EndpointOptions::default();
-            let connection = Connection::open(context, replica, node, &options)?;
+            let connection = Connection::open(context, replica, node, &endpoint)?;
             connection.wake_on_connections(poller.waker());
             connections.push(connection);
         }
@@ -206,6 +206,15 @@ impl Drop for FrontHandle {
             assert!(outcome.is_ok() || std::thread::panicking(), "the front's thread panicked");
         }
     }
+}
+
+/// Everything that waits may leave for one node in one go, when that is the first to come up: 1,000 requests overran a
+/// queue of 256 frames, and the front took a node that was reading for a lost one until the requests had no attempts left.
+/// An attempt is submitted, asked back and aborted at most once each.
+fn endpoint_options(max_live_requests: u32) -> EndpointOptions {
+    let default = EndpointOptions::default();
+    let burst = max_live_requests.saturating_mul(3).saturating_add(default.max_send_queue_frames);
+    EndpointOptions { max_send_queue_frames: burst.min(EndpointOptions::MAX_QUEUE_FRAMES), ..default }
 }
 
 /// The thread's state.

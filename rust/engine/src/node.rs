@@ -75,6 +75,9 @@ pub enum Command {
     Stop,
 }
 
+/// Frames that a front may leave unread before it counts as gone: more than its live requests, so that only one that does
+/// not read gets there.
+const MAX_UNREAD_FRAMES: u32 = 16_384;
 /// Most commands that wait; there are never more than a few.
 const MAX_COMMANDS: usize = 256;
 
@@ -97,7 +100,10 @@ impl NodeHandle {
         options: &EndpointOptions,
     ) -> Result<Self, NodeError> {
         let replica = Replica::new(config.limits.clone(), config.secret, Box::new(FirstComeFirstServed))?;
-        let server = ServerEndpoint::bind(context, address, keys, options)?;
+        // A node hands attempts back one frame each: all that wait when it drains, and a front's whole burst if it is full.
+        let burst = options.max_send_queue_frames.max(MAX_UNREAD_FRAMES);
+        let options = EndpointOptions { max_send_queue_frames: burst, ..options.clone() };
+        let server = ServerEndpoint::bind(context, address, keys, &options)?;
         let address = server.address().clone();
         let poller = Poller::new()?;
         let waker = poller.waker();

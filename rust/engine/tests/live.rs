@@ -101,6 +101,7 @@ struct Node {
     handle: NodeHandle,
     context: Context,
     folder: String,
+    limits: EngineLimits,
     epoch: Epoch,
 }
 
@@ -108,12 +109,16 @@ static NEXT_FOLDER: AtomicU64 = AtomicU64::new(0);
 
 impl Node {
     fn start(address: Option<&Address>, node: u64) -> Self {
+        Self::with_limits(address, node, limits())
+    }
+
+    fn with_limits(address: Option<&Address>, node: u64, limits: EngineLimits) -> Self {
         let number = NEXT_FOLDER.fetch_add(1, Ordering::Relaxed);
         let folder = format!("{}/llmscale-live-{}-{number}", std::env::temp_dir().display(), std::process::id());
         std::fs::create_dir_all(&folder).unwrap();
         let own: Address = format!("ipc://{folder}/node").parse().unwrap();
         let config = NodeConfig {
-            limits: limits(),
+            limits: limits.clone(),
             model: ModelIdentity {
                 name: "hash".to_owned(),
                 revision: "1".to_owned(),
@@ -133,7 +138,7 @@ impl Node {
         let context = Context::new(AllowList::default(), 1).unwrap();
         let address = address.unwrap_or(&own);
         let handle = NodeHandle::start(config, &context, address, None, &EndpointOptions::default()).unwrap();
-        Self { handle, context, folder, epoch: Epoch(0) }
+        Self { handle, context, folder, limits, epoch: Epoch(0) }
     }
 
     fn give_worker(&mut self, steps: u64) -> Worker {
@@ -142,7 +147,8 @@ impl Node {
         let address: Address = format!("ipc://{}/worker-{epoch}", self.folder).parse().unwrap();
         let waker = self.handle.link_waker();
         let link = SocketLink::listen(&self.context, &address, None, &EndpointOptions::default(), waker).unwrap();
-        let configure = Configure { epoch, model_folder: "/".to_owned(), dtype: Dtype::Float32, limits: limits() };
+        let limits = self.limits.clone();
+        let configure = Configure { epoch, model_folder: "/".to_owned(), dtype: Dtype::Float32, limits };
         let order = Command::WorkerStarted { epoch, link: Box::new(link), configure: Box::new(configure) };
         assert!(self.handle.order(order));
         Worker::start(&address, epoch, steps)
@@ -323,5 +329,29 @@ fn draining_lets_running_work_end_and_says_so() {
     assert!(node.handle.order(Command::Drain));
     reader.finish(&front);
     node.wait_for(|event| *event == NodeEvent::Drained);
+    node.bury(worker);
+}
+
+#[test]
+fn a_thousand_requests_that_waited_for_a_node_reach_it_at_once() {
+    let mut node = Node::with_limits(
+        None,
+        1,
+        EngineLimits { max_sequences: 1_024, max_step_tokens: 2_048, total_blocks: 4_096, ..limits() },
+    );
+    let first = node.give_worker(u64::MAX);
+    node.wait_for(|event| *event == NodeEvent::Ready);
+    let front = front(&node.handle);
+    node.bury(first);
+    wait_until("the front sees that the node recovers", || {
+        front.status().replicas.iter().any(|replica| replica.state == Some(ReplicaState::Recovering))
+    });
+    let mut reader = Reader::default();
+    for seed in 0..1_000 {
+        reader.submit(&front, request(vec![1, 2, 3], seed, 2));
+    }
+    let worker = node.give_worker(u64::MAX);
+    reader.finish(&front);
+    assert_eq!(front.status().counters.lost_attempts, 0, "{:?}", front.status().counters);
     node.bury(worker);
 }

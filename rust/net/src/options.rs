@@ -67,6 +67,9 @@ impl Default for EndpointOptions {
 }
 
 impl EndpointOptions {
+    /// Most frames that any queue may hold.
+    pub const MAX_QUEUE_FRAMES: u32 = 1 << 20;
+
     /// Many small messages: requests, credits, outputs.
     pub fn control() -> Self {
         Self {
@@ -89,8 +92,9 @@ impl EndpointOptions {
         };
         range("max_frame_bytes", self.max_frame_bytes, 64, MAX_FRAME_BYTES)?;
         range("max_parts", u64::from(self.max_parts), 1, 1024)?;
-        range("max_send_queue_frames", u64::from(self.max_send_queue_frames), 1, 1 << 20)?;
-        range("max_receive_queue_frames", u64::from(self.max_receive_queue_frames), 1, 1 << 20)?;
+        let most = u64::from(Self::MAX_QUEUE_FRAMES);
+        range("max_send_queue_frames", u64::from(self.max_send_queue_frames), 1, most)?;
+        range("max_receive_queue_frames", u64::from(self.max_receive_queue_frames), 1, most)?;
         range("max_handshake_us", self.max_handshake_us, 1000, MAX_TIME_US)?;
         range("heartbeat_us", self.heartbeat_us, 1000, MAX_TIME_US)?;
         // A limit below the question's own period would cut every idle connection.

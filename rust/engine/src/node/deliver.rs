@@ -36,13 +36,18 @@ impl Node {
                 continue;
             }
             let frame = FromNode::Outputs(NodeOutputs { node: self.config.node, epoch: self.epoch, outputs });
-            if !self.fronts.send(&mut self.server, front, &frame, &self.codec) {
-                // It is gone, or so far behind that it can never catch up: it will start over and be told everything.
-                self.dropped_frames += 1;
-                // Its next frame is answered with "greet first", so it knows that its attempts here are gone.
-                self.fronts.forget(front);
-                let _ = self.replica.on_event(self.clock.now(), Event::FrontGone(front), &mut self.out);
-            }
+            self.hand_over(front, &frame);
+        }
+    }
+
+    /// Sends what a front must not miss.
+    fn hand_over(&mut self, front: FrontId, frame: &FromNode) {
+        if !self.fronts.send(&mut self.server, front, frame, &self.codec) {
+            // It is gone, or so far behind that it can never catch up: it will start over and be told everything.
+            self.dropped_frames += 1;
+            // Its next frame is answered with "greet first", so it knows that its attempts here are gone.
+            self.fronts.forget(front);
+            let _ = self.replica.on_event(self.clock.now(), Event::FrontGone(front), &mut self.out);
         }
     }
 
@@ -59,7 +64,10 @@ impl Node {
                 attempt: key.attempt,
                 refusal,
             };
-            self.tell(key.front, &FromNode::GiveBack(give_back));
+            // A probe that finds a full queue comes back: an earlier one waits there and does as well.
+            if key.front != PROBE {
+                self.hand_over(key.front, &FromNode::GiveBack(give_back));
+            }
         }
     }
 

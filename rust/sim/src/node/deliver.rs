@@ -39,10 +39,14 @@ impl NodeProcess {
             let (rows, ends) = (outputs.requests.len() as u64, outputs.finished.len() as u64);
             let frame = FromNode::Outputs(NodeOutputs { node: self.node, epoch: self.epoch, outputs });
             around.note("node sends outputs", [self.place as u64, index as u64, rows, ends]);
-            if !self.tell(front, &frame, around) {
-                // It is gone: its next connection starts over and is told everything.
-                self.event(now, Event::FrontGone(front));
-            }
+            self.hand_over(front, &frame, around);
+        }
+    }
+
+    fn hand_over(&mut self, front: FrontId, frame: &FromNode, around: &mut Around) {
+        if !self.tell(front, frame, around) {
+            // It is gone: its next connection starts over and is told everything.
+            self.event(around.now(), Event::FrontGone(front));
         }
     }
 
@@ -63,7 +67,9 @@ impl NodeProcess {
                 refusal,
             };
             around.note("node gives back", [self.place as u64, u64::from(key.front.0), key.request.0, 0]);
-            self.tell(key.front, &FromNode::GiveBack(give_back), around);
+            if key.front != PROBE {
+                self.hand_over(key.front, &FromNode::GiveBack(give_back), around);
+            }
         }
     }
 
