@@ -212,10 +212,16 @@ impl Node {
     }
 
     fn read_worker(&mut self) {
+        self.hear_frames();
+        // After the frames, because a worker attaches by one: asked before them, the configuration waited for the next
+        // status report, a quarter of a second of every stream's pause.
         let attached = self.worker.as_mut().filter(|worker| worker.link.is_attached());
         if let Some(order) = attached.and_then(|worker| worker.configure.take()) {
             self.send_to_worker(order);
         }
+    }
+
+    fn hear_frames(&mut self) {
         for _ in 0..MAX_FRAMES_PER_ROUND {
             let Some(worker) = &mut self.worker else { return };
             let epoch = worker.epoch;
