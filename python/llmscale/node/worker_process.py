@@ -81,10 +81,10 @@ class WorkerProcess:
 class WorkerProcesses:
     """Starts workers, and keeps a spare if it may: about 0.2 GB of memory for a pause that is a second shorter."""
 
-    def __init__(
-        self, threads: int | None, *, keep_spare: bool, command: Sequence[str] = (sys.executable, "-m", WORKER_MODULE)
-    ) -> None:
-        self._command = [*command] if threads is None else [*command, "--threads", str(threads)]
+    def __init__(self, threads: int | None, *, keep_spare: bool, command: Sequence[str] | None = None) -> None:
+        # The child compares: one that starts while this process dies would take its foster parent for its parent.
+        words = command or (sys.executable, "-m", WORKER_MODULE, "--parent", str(os.getpid()))
+        self._command = [*words] if threads is None else [*words, "--threads", str(threads)]
         self._keep_spare = keep_spare
         self._spare: WorkerProcess | None = None
         self._preparing = asyncio.Lock()

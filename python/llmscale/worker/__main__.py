@@ -7,7 +7,6 @@ until it is needed.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 import msgspec
@@ -30,8 +29,9 @@ def main() -> int:
     """Imports torch, waits for an assignment, connects to the node and computes steps until told to stop."""
     parser = argparse.ArgumentParser(prog="python -m llmscale.worker", description=main.__doc__)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all that the process may use)")
+    parser.add_argument("--parent", type=int, required=True, help="the node's process id; the worker ends with it")
     arguments = parser.parse_args()
-    end_with_parent(os.getppid())
+    end_with_parent(arguments.parent)
     logs.configure()
     env.prepare_for_torch()
     from llmscale.worker.loop import WorkerLoop, warm_up

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -111,3 +112,13 @@ def test_an_assignment_is_one_line_and_its_absence_means_not_needed(monkeypatch:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line)))
     assert read_assignment() == Assignment("ipc://x", 3)
     assert read_assignment() is None
+
+
+def test_a_worker_whose_node_is_gone_ends_before_it_imports_anything_large() -> None:
+    """A node that dies while its spare starts leaves it with a foster parent; the pipe alone would be looked at only
+    after the import of torch."""
+    command = [sys.executable, "-X", "importtime", "-m", "llmscale.worker", "--parent", "1"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "the parent process 1 is gone" in done.stderr
+    assert " torch" not in done.stderr
