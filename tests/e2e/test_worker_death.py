@@ -20,6 +20,9 @@ BODY = {"model": "tiny-chat", "prompt": "Once upon a time", "max_tokens": 400, "
 # The prompt has 4 ids and a block of KV 32 tokens, so blocks end at output tokens 28, 60, 92 and 124.
 POSITIONS = (1, 2, 3, 4, 8, 16, 24, 26, 27, 28, 29, 30, 32, 48, 60, 64, 92, 96, 128, 240)
 SEEDS = 4
+# How many tokens follow the kill. On two busy cores a reader was seen 150 tokens behind, and a kill that comes after
+# the last token shows nothing.
+MARGIN_TOKENS = 500
 # In bfloat16 a logit from 8 to 16, where those of the best tokens lie, is a multiple of 1/16. A context that is
 # computed again goes through the linear layers in chunks of another shape, which may move each logit by its last bits;
 # two of them in each of two logits are 1/4, in a log probability as in the distance of the two best tokens.
@@ -57,30 +60,31 @@ def first_difference(one: list[str], other: list[str]) -> int | None:
 def exact() -> Iterator[Server]:
     """tiny-chat in float32: with torch's linear layers the last bits of a product depend on the batch's shape, which in
     bfloat16 turns into another token every few hundred, and in float32 in one of millions."""
-    with serving("tiny-chat", "--dtype", "float32") as server:
+    # One thread leaves a core to the reader, who decides when to kill.
+    with serving("tiny-chat", "--dtype", "float32", "--threads", "1") as server:
         yield server
 
 
 @pytest.mark.timeout(300)
 def test_a_stream_goes_on_with_the_same_ids_wherever_its_worker_is_killed(exact: Server) -> None:
     server = exact
-    undisturbed = [token_ids(server, {**BODY, "seed": seed}) for seed in range(SEEDS)]
+    longest = max(POSITIONS) + MARGIN_TOKENS
+    undisturbed = [token_ids(server, {**BODY, "seed": seed, "max_tokens": longest}) for seed in range(SEEDS)]
     assert len(POSITIONS) == 20
     for number, at in enumerate(POSITIONS):
         seed = number % SEEDS
-        # 150 more tokens take 0.3 s: the kill is sent long before they are there.
-        body = {**BODY, "seed": seed, "max_tokens": at + 150}
+        body = {**BODY, "seed": seed, "max_tokens": at + MARGIN_TOKENS}
         before = restarts(server)
         survived = token_ids(server, body, kill_once(server, at))
         assert restarts(server) == before + 1, "the kill came in the middle of the answer"
-        assert first_difference(survived, undisturbed[seed][: at + 150]) is None, f"killed at token {at}"
+        assert first_difference(survived, undisturbed[seed][: at + MARGIN_TOKENS]) is None, f"killed at token {at}"
         wait_until(server.is_ready, 30, "the server is ready again")
 
 
 def test_eight_streams_at_once_survive_three_deaths_of_their_worker(exact: Server) -> None:
     server = exact
     wait_until(server.is_ready, 30, "the server is ready")
-    bodies = [{**BODY, "seed": seed % SEEDS, "prompt": BODY["prompt"] + " " * (seed // SEEDS)} for seed in range(8)]
+    bodies = [{**BODY, "seed": seed, "max_tokens": 200 + MARGIN_TOKENS} for seed in range(8)]
     undisturbed = [token_ids(server, body) for body in bodies]
     before = restarts(server)
     counts = [0] * len(bodies)
@@ -104,9 +108,9 @@ def test_eight_streams_at_once_survive_three_deaths_of_their_worker(exact: Serve
 
 
 def test_in_bfloat16_a_killed_worker_changes_no_id_before_the_best_two_tokens_lie_within_its_rounding() -> None:
-    with serving("tiny-chat", "--dtype", "bfloat16") as server:
-        for number, at in enumerate((1, 28, 200)):
-            body = {**BODY, "temperature": 0, "prompt": BODY["prompt"] + " there was" * number}
+    with serving("tiny-chat", "--dtype", "bfloat16", "--threads", "1") as server:
+        for prompt, at in (("Once upon a time", 1), ("The old sailor", 28), ("In a small house", 200)):
+            body = {**BODY, "temperature": 0, "prompt": prompt, "max_tokens": at + MARGIN_TOKENS}
             undisturbed = sampled(server, body, best=2)
             before = restarts(server)
             survived = sampled(server, body, kill_once(server, at), best=2)
@@ -117,7 +121,7 @@ def test_in_bfloat16_a_killed_worker_changes_no_id_before_the_best_two_tokens_li
 
 def check_up_to_rounding(undisturbed: list[Sampled], survived: list[Sampled], what: str) -> None:
     """Ids are equal up to where the two best tokens are too close to tell apart, log probabilities to the bound."""
-    assert len(survived) == len(undisturbed) == BODY["max_tokens"]
+    assert len(survived) == len(undisturbed)
     for at, (expected, found) in enumerate(zip(undisturbed, survived, strict=True)):
         if expected.text != found.text:
             distance = expected.best[0] - expected.best[1]
