@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +43,7 @@ def free_port() -> int:
 
 @dataclass
 class Server:
-    """`llmscale serve` as a child of the test."""
+    """`llmscale serve`, or a gateway alone, as a child of the test."""
 
     process: subprocess.Popen[str]
     port: int
@@ -91,6 +91,21 @@ def serving(model: str = "tiny-chat", *options: str) -> Iterator[Server]:
     """A server that is ready; afterwards it is ended and nothing of it is left."""
     port = free_port()
     command = [sys.executable, "-m", "llmscale.cli", "serve", model, "--port", str(port), *options]
+    with _running(command, port) as server:
+        yield server
+
+
+@contextmanager
+def gateway(nodes: Sequence[str], *options: str) -> Iterator[Server]:
+    """A gateway for tiny-chat in front of running nodes, ready; afterwards nothing of it is left."""
+    port = free_port()
+    command = [sys.executable, "-m", "llmscale.gateway", "--model", "tiny-chat", "--port", str(port)]
+    with _running([*command, "--nodes", *nodes, *options], port) as server:
+        yield server
+
+
+@contextmanager
+def _running(command: list[str], port: int) -> Iterator[Server]:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )

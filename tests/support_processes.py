@@ -48,11 +48,14 @@ class NodeProcess:
 
 
 @contextmanager
-def node(folder: Path, *options: str, address: str = "", keys: CurveKeys | None = None) -> Iterator[NodeProcess]:
-    """A node on tiny-chat that has run its first step; afterwards nothing of it is left."""
+def node(
+    folder: Path, *options: str, address: str = "", listen: str = "", keys: CurveKeys | None = None
+) -> Iterator[NodeProcess]:
+    """A node on tiny-chat that has run its first step; afterwards nothing of it is left. `listen` says where it
+    listens when that is not the address at which it is reached."""
     address = address or f"ipc://{folder}/node.sock"
     log_path = folder / "node.log"
-    command = [sys.executable, "-m", "llmscale.node", "--model", "tiny-chat", "--listen", address, *options]
+    command = [sys.executable, "-m", "llmscale.node", "--model", "tiny-chat", "--listen", listen or address, *options]
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     started = NodeProcess(process, address, log_path)

@@ -127,6 +127,18 @@ def test_every_option_of_a_command_that_is_named_exists(module: str) -> None:
     assert not named - known
 
 
+def test_the_guides_commands_for_keys_make_the_files_that_its_other_commands_name(tmp_path: Path) -> None:
+    guide = (ROOT / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\.venv/bin/llmscale (keys .*?)(?: +#.*)?$", guide, flags=re.MULTILINE)
+    assert commands
+    for words in commands:
+        command = [sys.executable, "-m", "llmscale.cli", *words.split()]
+        subprocess.run(command, cwd=tmp_path, stdout=subprocess.DEVNULL, check=True, timeout=60)
+    named = set(re.findall(r"--(?:key-file|allow-list) (\S+)", guide)) | set(re.findall(r"\$\(cat (\S+?)\)", guide))
+    assert {"node.key", "allowed", "node.public"} <= named
+    assert {name for name in named if not (tmp_path / "keys" / name).exists()} == set()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_that_is_named_exists(document: str) -> None:
     named = set(PATH.findall((ROOT / document).read_text(encoding="utf-8")))

@@ -6,6 +6,7 @@ Each command is one file; heavy modules are imported inside the commands, so tha
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -80,6 +81,21 @@ def generate(
     from llmscale.cli.generate import run
 
     run(prompt, model, max_tokens, temperature)
+
+
+@app.command()
+def keys(
+    folder: Annotated[Path, typer.Argument(help="Where the keys are written.")] = Path("keys"),
+    holders: Annotated[
+        list[str] | None,
+        typer.Argument(help="node, gateway:NAME or client:NAME:TENANT; without any: node gateway:first."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the keys of these holders if they exist.")] = False,
+) -> None:
+    """Make CURVE key pairs for a fleet, and the list of those that its nodes admit."""
+    from llmscale.cli.keys import run
+
+    run(folder, holders or ("node", "gateway:first"), force=force)
 
 
 def main() -> None:
