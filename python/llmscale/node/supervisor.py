@@ -124,6 +124,8 @@ class WorkerSupervisor:
             self._prepare_spare()
         elif event.kind == "drained":
             self.drained.set()
+        elif event.kind == "worker_reset":
+            _log.warning("worker gave up its steps and goes on", epoch=event.epoch, said=event.message)
         elif event.kind == "worker_failed" and self._life is not None and self._life.epoch == event.epoch:
             self._life.failure = event.message
             # It may hang rather than exit; what it computes is lost either way.

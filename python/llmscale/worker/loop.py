@@ -1,7 +1,7 @@
 """The worker's loop: receive, execute, sample, reply; the last two are one call of the core.
 
-Errors of the model end the process with a last word to the engine: its sequences are computed again, and a request that
-did it twice ends.
+A step that raises is given up: the engine tells the worker anew what runs, computes the step's sequences one by one,
+and ends a request that raised twice. Any other error ends the process with a last word to the engine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WorkerLoop:
         self._buffers: StepBuffers | None = None
 
     def run(self) -> None:
-        """Returns when the engine says stop. Any error is told to the engine and raised."""
+        """Returns when the engine says stop. An error outside a step is told to the engine and raised."""
         try:
             while True:
                 order = self._session.receive(WAIT_US)
@@ -59,8 +59,12 @@ class WorkerLoop:
     def _step(self, order: WorkerOrder) -> None:
         assert self._runner is not None, "a step before the configuration"
         assert self._buffers is not None, "a step before the configuration"
-        logits = self._runner.forward(self._buffers.inputs(order.counts))
-        self._session.sample(self._runner.kernels, logits, self._runner.dtype)
+        try:
+            logits = self._runner.forward(self._buffers.inputs(order.counts))
+            self._session.sample(self._runner.kernels, logits, self._runner.dtype)
+        except Exception as error:  # noqa: BLE001 - logged, and told to the engine
+            _log.exception("a step raised")
+            self._session.step_failed(f"{type(error).__name__}: {error}")
 
 
 def warm_up() -> None:

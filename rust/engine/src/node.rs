@@ -172,6 +172,8 @@ struct Worker {
     pid: Option<u32>,
     /// It failed and is ignored until it is dead.
     failed: bool,
+    /// Steps that had been completed when it gave up its steps for the last time.
+    steps_at_reset: Option<u64>,
 }
 
 /// A step that the worker has been sent, with what it should cost.

@@ -26,6 +26,13 @@ pub enum NodeEvent {
         /// What it said, or what it did wrong.
         message: String,
     },
+    /// A worker gave up its steps in flight and goes on.
+    WorkerReset {
+        /// Its incarnation.
+        epoch: Epoch,
+        /// What it said.
+        message: String,
+    },
     /// The first step has run: the node takes work.
     Ready,
     /// Nothing runs any more after an order to drain.

@@ -2,8 +2,8 @@
 //! Knows frames and deltas; the model, the device and the sampler belong to whoever drives it.
 
 use llmscale_net::link::{LinkError, WorkerSide};
-use llmscale_scheduler::{Gap, Mirror, StepCounts};
-use llmscale_types::{Epoch, StepId, StepResult};
+use llmscale_scheduler::{Mirror, StepCounts};
+use llmscale_types::{Delta, Epoch, StepId, StepResult};
 use llmscale_wire::{
     CodecLimits, Configure, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker, WireError, decode, encode,
 };
@@ -28,9 +28,6 @@ pub enum SessionError {
     /// The engine sent something that cannot be read.
     #[error("the engine sent a frame that cannot be read: {0}")]
     Wire(#[from] WireError),
-    /// A delta did not follow from the one before; the engine has been told.
-    #[error(transparent)]
-    Gap(#[from] Gap),
     /// Orders came in an order that makes no sense.
     #[error("{0}")]
     Order(&'static str),
@@ -51,7 +48,7 @@ impl WorkerSession {
         Self { link, codec: CodecLimits::default(), epoch, configured: None, mirror: None }
     }
 
-    /// Waits for the next order, at most this long.
+    /// Waits for the next order, at most this long. A step that was passed over is no order.
     pub fn receive(&mut self, max_wait_us: u64) -> Result<Option<Order>, SessionError> {
         let Some(frame) = self.link.receive(max_wait_us)? else { return Ok(None) };
         match decode::<ToWorker>(&frame, &self.codec)? {
@@ -63,18 +60,35 @@ impl WorkerSession {
                 self.configured = Some(Box::new(configure.clone()));
                 Ok(Some(Order::Configure(Box::new(configure))))
             }
-            ToWorker::Step(delta) => {
-                let mirror = self.mirror.as_mut().ok_or(SessionError::Order("a step before the worker is ready"))?;
-                match mirror.expand(&delta) {
-                    Ok(counts) => Ok(Some(Order::Step(counts))),
-                    Err(gap) => {
-                        let (epoch, step) = (self.epoch, delta.step);
-                        self.send(&FromWorker::NeedSnapshot(NeedSnapshot { epoch, step, last: None }))?;
-                        Err(SessionError::Gap(gap))
-                    }
-                }
+            ToWorker::Step(delta) => Ok(self.expand(&delta)?.map(Order::Step)),
+        }
+    }
+
+    /// A step that does not follow is passed over, and so is what comes behind it until the snapshot that is asked for.
+    fn expand(&mut self, delta: &Delta) -> Result<Option<StepCounts>, SessionError> {
+        let mirror = self.mirror.as_mut().ok_or(SessionError::Order("a step before the worker is ready"))?;
+        if mirror.passes_over(delta) {
+            return Ok(None);
+        }
+        let (_, last) = mirror.step();
+        match mirror.expand(delta) {
+            Ok(counts) => Ok(Some(counts)),
+            Err(gap) => {
+                let last = (last != Delta::NOTHING).then_some(last);
+                let need = NeedSnapshot { epoch: self.epoch, step: gap.step, last };
+                self.send(&FromWorker::NeedSnapshot(need))?;
+                Ok(None)
             }
         }
+    }
+
+    /// The step that was received last raised. The worker lives, and passes over what was sent behind it until it is told
+    /// anew what runs.
+    pub fn give_up_step(&mut self, message: &str) -> Result<(), SessionError> {
+        let mirror = self.mirror.as_mut().ok_or(SessionError::Order("a step before the worker is ready"))?;
+        mirror.lose();
+        let (_, step) = mirror.step();
+        self.tell_failure(Some(step), FailureCode::Step, message)
     }
 
     /// The model is loaded: makes the mirror and tells the engine.
@@ -92,7 +106,11 @@ impl WorkerSession {
     }
 
     /// Last words.
-    pub fn fail(&mut self, step: Option<StepId>, code: FailureCode, message: &str) -> Result<(), SessionError> {
+    pub fn fail(&mut self, code: FailureCode, message: &str) -> Result<(), SessionError> {
+        self.tell_failure(None, code, message)
+    }
+
+    fn tell_failure(&mut self, step: Option<StepId>, code: FailureCode, message: &str) -> Result<(), SessionError> {
         let message = self.codec.bounded_text(message).to_owned();
         let epoch = self.epoch;
         self.send(&FromWorker::Failed(Failed { epoch, step, code, message }))
@@ -111,5 +129,128 @@ impl WorkerSession {
     fn send(&mut self, message: &FromWorker) -> Result<(), SessionError> {
         let frame = encode(message, &self.codec)?;
         Ok(self.link.send(frame)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use llmscale_types::{Admission, BlockId, Chunk, EngineLimits, Sampling, Slot};
+    use llmscale_wire::Dtype;
+    use std::collections::VecDeque;
+    use std::sync::{Arc, Mutex};
+
+    /// The engine's end, written down before and read afterwards.
+    #[derive(Clone, Default)]
+    struct Paper {
+        orders: Arc<Mutex<VecDeque<ToWorker>>>,
+        said: Arc<Mutex<Vec<FromWorker>>>,
+    }
+
+    impl WorkerSide for Paper {
+        fn send(&mut self, frame: Vec<u8>) -> Result<(), LinkError> {
+            self.said.lock().unwrap().push(decode(&frame, &CodecLimits::default()).unwrap());
+            Ok(())
+        }
+
+        fn receive(&mut self, _: u64) -> Result<Option<Vec<u8>>, LinkError> {
+            let order = self.orders.lock().unwrap().pop_front();
+            Ok(order.map(|order| encode(&order, &CodecLimits::default()).unwrap()))
+        }
+    }
+
+    impl Paper {
+        fn order(&self, order: ToWorker) {
+            self.orders.lock().unwrap().push_back(order);
+        }
+
+        fn said(&self) -> Vec<FromWorker> {
+            std::mem::take(&mut *self.said.lock().unwrap())
+        }
+    }
+
+    const EPOCH: Epoch = Epoch(3);
+
+    fn session() -> (Paper, WorkerSession) {
+        let paper = Paper::default();
+        let limits = EngineLimits {
+            block_tokens: 4,
+            total_blocks: 64,
+            max_sequences: 4,
+            max_step_tokens: 16,
+            max_sequence_tokens: 64,
+            max_waiting_sequences: 4,
+            max_steps_in_flight: 2,
+            eos_tokens: vec![2],
+            vocabulary: 50,
+        };
+        let configure = Configure { epoch: EPOCH, model_folder: "/".to_owned(), dtype: Dtype::Auto, limits };
+        paper.order(ToWorker::Configure(configure));
+        let mut session = WorkerSession::new(Box::new(paper.clone()), EPOCH);
+        assert!(matches!(session.receive(0), Ok(Some(Order::Configure(_)))));
+        session.ready(1, 1, "hash".to_owned(), 1).unwrap();
+        assert_eq!(paper.said().len(), 1);
+        (paper, session)
+    }
+
+    /// A step that admits a sequence of three ids into slot 0, or decodes.
+    fn step(step: u64, base: u64, admits: bool) -> ToWorker {
+        let mut delta = Delta::new(EPOCH, StepId(step), StepId(base));
+        delta.decodes = !admits;
+        if admits {
+            delta.admit.push(Admission {
+                slot: Slot(0),
+                context: vec![7, 8, 9],
+                prompt_tokens: 3,
+                computed_tokens: 0,
+                blocks: vec![BlockId(1)],
+                sampling: Sampling::default(),
+            });
+            delta.chunks.push(Chunk { slot: Slot(0), start_tokens: 0, tokens: 3 });
+        }
+        ToWorker::Step(delta)
+    }
+
+    fn rows(order: Result<Option<Order>, SessionError>) -> Option<u32> {
+        match order.unwrap() {
+            Some(Order::Step(counts)) => Some(counts.rows),
+            None => None,
+            Some(other) => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_step_that_does_not_follow_is_answered_once_and_passed_over_until_a_snapshot() {
+        let (paper, mut session) = session();
+        for order in [step(5, 0, true), step(7, 6, false), step(8, 7, false), step(9, 0, true), step(10, 9, false)] {
+            paper.order(order);
+        }
+        let seen: Vec<_> = (0..5).map(|_| rows(session.receive(0))).collect();
+        assert_eq!(seen, [Some(3), None, None, Some(3), Some(1)]);
+        let need = NeedSnapshot { epoch: EPOCH, step: StepId(7), last: Some(StepId(5)) };
+        assert_eq!(paper.said(), [FromWorker::NeedSnapshot(need)]);
+    }
+
+    #[test]
+    fn the_first_step_of_a_worker_has_to_be_a_snapshot() {
+        let (paper, mut session) = session();
+        paper.order(step(7, 6, true));
+        assert_eq!(rows(session.receive(0)), None);
+        let need = NeedSnapshot { epoch: EPOCH, step: StepId(7), last: None };
+        assert_eq!(paper.said(), [FromWorker::NeedSnapshot(need)]);
+    }
+
+    #[test]
+    fn a_step_that_raised_is_named_and_what_was_sent_behind_it_is_passed_over() {
+        let (paper, mut session) = session();
+        for order in [step(1, 0, true), step(2, 1, false), step(3, 0, true)] {
+            paper.order(order);
+        }
+        assert_eq!(rows(session.receive(0)), Some(3));
+        session.give_up_step("out of patience").unwrap();
+        assert_eq!([rows(session.receive(0)), rows(session.receive(0))], [None, Some(3)]);
+        let message = "out of patience".to_owned();
+        let failed = Failed { epoch: EPOCH, step: Some(StepId(1)), code: FailureCode::Step, message };
+        assert_eq!(paper.said(), [FromWorker::Failed(failed)]);
     }
 }

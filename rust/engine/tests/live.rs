@@ -6,9 +6,12 @@ use llmscale_front::{EndReason, FrontEvent, FrontOptions, NewRequest, ReplicaSta
 use llmscale_net::link::socket::{SocketLink, SocketWorker};
 use llmscale_net::link::{LinkError, WorkerSide};
 use llmscale_net::{Address, AllowList, Context, EndpointOptions};
-use llmscale_sim::{HashWorker, hash_token};
-use llmscale_types::{Class, Duration, EngineLimits, Epoch, FinishReason, NodeId, RequestId, Sampling, Token};
-use llmscale_wire::{CodecLimits, Configure, Dtype, FromWorker, ModelIdentity, Ready, ToWorker, decode, encode};
+use llmscale_sim::{HashWorker, StepFailure, hash_token};
+use llmscale_types::{Class, Delta, Duration, EngineLimits, Epoch, FinishReason, NodeId, RequestId, Sampling, Token};
+use llmscale_wire::{
+    CodecLimits, Configure, Dtype, Failed, FailureCode, FromWorker, ModelIdentity, NeedSnapshot, Ready, ToWorker,
+    decode, encode,
+};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -39,6 +42,14 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// When a worker that lives on gives up a step.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Lapses {
+    Never,
+    /// In every fiftieth step it finds its mirror void, or the step raises.
+    Now,
+}
+
 /// A worker process played by a thread: it dies when told to, or after a number of steps.
 struct Worker {
     die: Arc<AtomicBool>,
@@ -46,10 +57,10 @@ struct Worker {
 }
 
 impl Worker {
-    fn start(address: &Address, epoch: Epoch, steps: u64) -> Self {
+    fn start(address: &Address, epoch: Epoch, steps: u64, lapses: Lapses) -> Self {
         let die = Arc::new(AtomicBool::new(false));
         let (address, told) = (address.clone(), Arc::clone(&die));
-        let thread = std::thread::spawn(move || work(&address, epoch, steps, &told));
+        let thread = std::thread::spawn(move || work(&address, epoch, steps, lapses, &told));
         Self { die, thread }
     }
 
@@ -59,7 +70,7 @@ impl Worker {
     }
 }
 
-fn work(address: &Address, epoch: Epoch, max_steps: u64, told: &AtomicBool) {
+fn work(address: &Address, epoch: Epoch, max_steps: u64, lapses: Lapses, told: &AtomicBool) {
     let context = Context::new(AllowList::default(), 1).unwrap();
     let mut link = SocketWorker::connect(&context, address, None, &EndpointOptions::default()).unwrap();
     let codec = CodecLimits::default();
@@ -87,13 +98,39 @@ fn work(address: &Address, epoch: Epoch, max_steps: u64, told: &AtomicBool) {
             }
             ToWorker::Step(delta) => {
                 steps += 1;
-                FromWorker::Result(worker.as_mut().unwrap().run(&delta, 1_000).unwrap())
+                let lapse = lapses == Lapses::Now && steps % 50 == 0;
+                match compute(worker.as_mut().unwrap(), &delta, lapse, steps % 100 == 0) {
+                    Some(answer) => answer,
+                    None => continue,
+                }
             }
             ToWorker::Stop => return,
         };
         // The engine may be gone by now: then the next receive says so.
         let _ = link.send(encode(&answer, &codec).unwrap());
     }
+}
+
+/// What a worker says about a step; nothing, if it passes it over.
+fn compute(worker: &mut HashWorker, delta: &Delta, lapse: bool, raises: bool) -> Option<FromWorker> {
+    if worker.passes_over(delta) {
+        return None;
+    }
+    if lapse && !raises {
+        worker.lose_mirror();
+    }
+    Some(match worker.run(delta, 1_000) {
+        Ok(_) if lapse && raises => {
+            worker.lose_mirror();
+            let (code, message) = (FailureCode::Step, "it raised".to_owned());
+            FromWorker::Failed(Failed { epoch: delta.epoch, step: Some(delta.step), code, message })
+        }
+        Ok(result) => FromWorker::Result(result),
+        Err(StepFailure::Gap(gap)) => {
+            FromWorker::NeedSnapshot(NeedSnapshot { epoch: gap.epoch, step: gap.step, last: None })
+        }
+        Err(StepFailure::Poison) => unreachable!("no token is deadly here"),
+    })
 }
 
 /// A node with the means to give it workers.
@@ -142,6 +179,10 @@ impl Node {
     }
 
     fn give_worker(&mut self, steps: u64) -> Worker {
+        self.give_worker_that(steps, Lapses::Never)
+    }
+
+    fn give_worker_that(&mut self, steps: u64, lapses: Lapses) -> Worker {
         self.epoch = self.epoch.next();
         let epoch = self.epoch;
         let address: Address = format!("ipc://{}/worker-{epoch}", self.folder).parse().unwrap();
@@ -151,7 +192,7 @@ impl Node {
         let configure = Configure { epoch, model_folder: "/".to_owned(), dtype: Dtype::Float32, limits };
         let order = Command::WorkerStarted { epoch, link: Box::new(link), configure: Box::new(configure) };
         assert!(self.handle.order(order));
-        Worker::start(&address, epoch, steps)
+        Worker::start(&address, epoch, steps, lapses)
     }
 
     fn bury(&self, worker: Worker) {
@@ -273,6 +314,29 @@ fn streams_go_on_when_their_worker_dies_again_and_again() {
     }
     reader.finish(&front);
     assert!(reader.restarts >= 1, "streams say what they survived");
+    node.bury(worker);
+}
+
+#[test]
+fn streams_go_on_when_a_worker_loses_the_order_of_steps_or_a_step_raises() {
+    let mut node = Node::start(None, 1);
+    let worker = node.give_worker_that(u64::MAX, Lapses::Now);
+    node.wait_for(|event| *event == NodeEvent::Ready);
+    let front = front(&node.handle);
+    let mut reader = Reader::default();
+    for seed in 0..8 {
+        reader.submit(&front, request(vec![9, seed as u32 + 1], seed, 300));
+    }
+    reader.finish(&front);
+    let events = node.handle.take_events();
+    let resets = |why: &str| {
+        let said =
+            |event: &&NodeEvent| matches!(event, NodeEvent::WorkerReset { message, .. } if message.contains(why));
+        events.iter().filter(said).count()
+    };
+    assert!(resets("lost the order") > 0 && resets("it raised") > 0, "{events:?}");
+    assert_eq!(reader.restarts, 0, "no worker was replaced");
+    assert_eq!(node.handle.report().map(|report| report.status.worker_restarts), Some(0));
     node.bury(worker);
 }
 

@@ -27,7 +27,8 @@ struct Inner {
     epoch: Epoch,
 }
 
-/// Something that the supervisor of the workers has to know: `worker_ready`, `worker_failed`, `ready` or `drained`.
+/// Something that the supervisor of the workers has to know: `worker_ready`, `worker_failed`,
+/// `worker_reset` (it gave up its steps and goes on), `ready` or `drained`.
 #[pyclass(frozen, get_all, name = "NodeEvent", module = "llmscale._core")]
 pub(crate) struct PyNodeEvent {
     kind: &'static str,
@@ -199,6 +200,7 @@ impl From<NodeEvent> for PyNodeEvent {
                 Self { epoch: epoch.0, pid, loading_ns, ..plain("worker_ready") }
             }
             NodeEvent::WorkerFailed { epoch, message } => Self { epoch: epoch.0, message, ..plain("worker_failed") },
+            NodeEvent::WorkerReset { epoch, message } => Self { epoch: epoch.0, message, ..plain("worker_reset") },
             NodeEvent::Ready => plain("ready"),
             NodeEvent::Drained => plain("drained"),
         }

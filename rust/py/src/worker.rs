@@ -122,6 +122,11 @@ impl PyWorkerSession {
         })
     }
 
+    /// The step that was received last raised. The session goes on; what the step computed is told and computed again.
+    fn step_failed(&self, message: &str) -> PyResult<()> {
+        self.lock().give_up_step(message).map_err(|error| session_error(&error))
+    }
+
     /// Last words to the engine. `code` is configuration, model, memory or step.
     fn failed(&self, code: &str, message: &str) -> PyResult<()> {
         let code = match code {
@@ -131,7 +136,7 @@ impl PyWorkerSession {
             "step" => FailureCode::Step,
             other => return Err(error::config(format!("there is no failure code {other:?}"))),
         };
-        self.lock().fail(None, code, message).map_err(|error| session_error(&error))
+        self.lock().fail(code, message).map_err(|error| session_error(&error))
     }
 }
 

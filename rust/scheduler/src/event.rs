@@ -1,7 +1,7 @@
 //! What happens to a replica and what it wants done. Drivers and the simulator own everything in between.
 
 use llmscale_types::{
-    Attempt, Delta, Epoch, FrontId, Outputs, Refusal, RequestId, SequenceKey, StepResult, Submission,
+    Attempt, Delta, Epoch, FrontId, Outputs, Refusal, RequestId, SequenceKey, StepId, StepResult, Submission,
 };
 
 /// Something happened.
@@ -21,6 +21,12 @@ pub enum Event {
     WorkerUp(Epoch),
     /// The worker group died: KV memory is gone, sequences are not.
     WorkerDown,
+    /// The worker group lives and its memory is whole, but it has given up all steps in flight: it lost their order, or one
+    /// raised. It waits for a snapshot.
+    StepsLost {
+        /// The step that raised; it is the oldest one, as workers work in order.
+        raised: Option<StepId>,
+    },
     /// The node goes down: hand waiting work back, take no more.
     Drain,
     /// Time has passed.
@@ -98,7 +104,9 @@ pub struct ReplicaCounters {
     pub preemptions: u64,
     /// Worker groups lost.
     pub worker_losses: u64,
-    /// Sequences ended because a worker died twice while computing them.
+    /// Steps that a living worker group gave up.
+    pub steps_lost: u64,
+    /// Sequences ended because a worker died or a step raised twice while computing them.
     pub poisoned: u64,
     /// Results of an older epoch or an unknown step, dropped.
     pub stale_results: u64,

@@ -53,7 +53,7 @@ impl SlotSampling {
     }
 }
 
-/// A delta that does not follow from what the mirror holds.
+/// A delta that does not follow from what the mirror holds. Until a snapshot comes, nothing does.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("step {step} of epoch {epoch} does not follow: {why}")]
 pub struct Gap {
@@ -97,6 +97,8 @@ pub struct Mirror {
     max_blocks: usize,
     epoch: Epoch,
     step: StepId,
+    /// What it holds is void.
+    lost: bool,
     rows: Vec<Option<Row>>,
     decoding: Vec<Slot>,
     /// The token that the next decode row of a slot reads.
@@ -140,6 +142,7 @@ impl Mirror {
             max_blocks,
             epoch,
             step: StepId(0),
+            lost: false,
             rows: (0..sequences).map(|_| None).collect(),
             decoding: Vec::with_capacity(sequences),
             last_token: vec![0; sequences],
@@ -160,39 +163,68 @@ impl Mirror {
         }
     }
 
-    /// Takes a delta: afterwards the buffers hold the step. A delta that does not follow changes nothing that matters:
-    /// the caller asks for a fresh start.
+    /// Takes a delta: afterwards the buffers hold the step. A delta that does not follow leaves the mirror lost: the caller
+    /// asks for a snapshot, and passes over what comes before it.
     pub fn expand(&mut self, delta: &Delta) -> Result<StepCounts, Gap> {
-        let gap = |why| Gap { epoch: delta.epoch, step: delta.step, why };
-        if delta.epoch != self.epoch {
-            return Err(gap("it is of another epoch"));
+        let follows = if delta.epoch != self.epoch {
+            Err("it is of another epoch")
+        } else if delta.step <= self.step {
+            Err("it is not newer than the last step seen")
+        } else if delta.is_snapshot() {
+            self.clear();
+            Ok(())
+        } else if self.lost || delta.base != self.step {
+            Err("its base is not the last step seen")
+        } else {
+            Ok(())
+        };
+        let outcome = follows.and_then(|()| self.apply(delta));
+        self.lost = outcome.is_err();
+        if !self.lost {
+            self.step = delta.step;
         }
-        if self.step != StepId(0) && delta.base != self.step {
-            return Err(gap("its base is not the last step seen"));
-        }
+        outcome.map_err(|why| Gap { epoch: delta.epoch, step: delta.step, why })
+    }
+
+    /// What the mirror holds is void, because the step that it expanded last was not computed to its end.
+    pub fn lose(&mut self) {
+        self.lost = true;
+    }
+
+    /// Whether this delta is to be passed over, because a snapshot was asked for and comes behind it.
+    pub fn passes_over(&self, delta: &Delta) -> bool {
+        self.lost && !delta.is_snapshot()
+    }
+
+    fn clear(&mut self) {
+        self.rows.iter_mut().for_each(|row| *row = None);
+        self.decoding.clear();
+        self.joining.clear();
+    }
+
+    fn apply(&mut self, delta: &Delta) -> Result<StepCounts, &'static str> {
         self.join_decoding();
         for &slot in &delta.leave {
-            self.leave(slot).ok_or_else(|| gap("a slot leaves that is empty"))?;
+            self.leave(slot).ok_or("a slot leaves that is empty")?;
         }
         for admission in &delta.admit {
-            self.admit(admission).map_err(gap)?;
+            self.admit(admission)?;
         }
         if delta.append_slots.len() != delta.append_blocks.len() {
-            return Err(gap("appended slots and blocks differ in number"));
+            return Err("appended slots and blocks differ in number");
         }
         for (&slot, &block) in delta.append_slots.iter().zip(&delta.append_blocks) {
-            self.append(slot, block.0).map_err(gap)?;
+            self.append(slot, block.0)?;
         }
         self.counts = StepCounts::default();
         self.sample_slots.clear();
         if delta.decodes {
-            self.write_decodes().map_err(gap)?;
+            self.write_decodes()?;
         }
         for chunk in &delta.chunks {
-            self.write_chunk(chunk.slot, chunk.start_tokens, chunk.tokens).map_err(gap)?;
+            self.write_chunk(chunk.slot, chunk.start_tokens, chunk.tokens)?;
         }
         self.buffers.query_start[self.counts.sequences as usize] = self.counts.rows as i32;
-        self.step = delta.step;
         Ok(self.counts)
     }
 

@@ -16,7 +16,7 @@ impl Replica {
         if self.flights.len() >= self.limits.max_steps_in_flight as usize {
             return false;
         }
-        let mut draft = Delta::new(epoch, self.step.next(), self.step);
+        let mut draft = Delta::new(epoch, self.step.next(), self.base);
         if self.suspects_run_alone() {
             self.plan_suspect(&mut draft);
         } else {
@@ -33,6 +33,7 @@ impl Replica {
         self.pending_leave.append(&mut self.leave_after_step);
         self.take_off(&draft);
         self.step = draft.step;
+        self.base = draft.step;
         out.execute = Some(draft);
         true
     }

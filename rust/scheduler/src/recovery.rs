@@ -1,12 +1,14 @@
 //! A dead worker is a preemption by recompute: KV memory is gone, every sequence goes back to the queue with its tokens.
-//! The sequences of the step that was being computed are suspects: each runs alone until its whole context has gone
-//! through the model once more. A suspect that is alone in a second crash is the culprit and ends as poisoned, so one
-//! request takes down at most two workers and its neighbours lose only time.
+//! So is a living one that gave up its steps, because it lost their order or one of them raised; its memory is whole, so
+//! what completed steps have computed is found again in the prefix cache, and the next delta is a snapshot.
+//! The sequences of the step that died or raised are suspects: each runs alone until its whole context has gone through
+//! the model once more. A suspect that is alone in a second such step is the culprit and ends as poisoned, so one request
+//! takes down at most two workers and its neighbours lose only time.
 
 use crate::event::Actions;
 use crate::replica::Replica;
 use crate::sequences::Phase;
-use llmscale_types::{Epoch, FinishReason, Slot};
+use llmscale_types::{Delta, Epoch, FinishReason, Slot, StepId};
 use std::collections::BTreeSet;
 
 impl Replica {
@@ -25,6 +27,39 @@ impl Replica {
         }
         self.counters.worker_losses += 1;
         let suspects = self.rows_of_oldest_flight();
+        let occupied: Vec<Slot> = self.sequences.occupied().collect();
+        for &slot in &occupied {
+            self.sequences.cold[slot.index()].table.clear();
+        }
+        self.blocks.reset();
+        self.take_back(&occupied, &suspects, out);
+    }
+
+    /// The worker group gave up its steps in flight and waits for a snapshot. Results of these steps that still arrive
+    /// are stale, because step numbers only rise. Returns false if the step that raised is not the one that it was at.
+    #[must_use]
+    pub(crate) fn steps_lost(&mut self, raised: Option<StepId>, out: &mut Actions) -> bool {
+        if self.epoch.is_none() {
+            return true;
+        }
+        let oldest = self.flights.front().map(|flight| flight.step);
+        if raised.is_some() && raised != oldest {
+            return false;
+        }
+        self.counters.steps_lost += self.flights.len() as u64;
+        let suspects = if raised.is_some() { self.rows_of_oldest_flight() } else { BTreeSet::new() };
+        let occupied: Vec<Slot> = self.sequences.occupied().collect();
+        for &slot in &occupied {
+            // Rows of the lost steps lie behind what counts as computed, so full blocks hold what completed steps wrote.
+            self.release_blocks(slot);
+        }
+        self.take_back(&occupied, &suspects, out);
+        true
+    }
+
+    /// Nothing runs any more: every sequence goes back to the queue, unless it is a suspect for the second time.
+    fn take_back(&mut self, occupied: &[Slot], suspects: &BTreeSet<Slot>, out: &mut Actions) {
+        self.base = Delta::NOTHING;
         self.flights.clear();
         self.wheel.clear();
         self.endings.clear();
@@ -33,11 +68,8 @@ impl Replica {
         self.pending_leave.clear();
         self.leave_after_step.clear();
         self.unregistered.clear();
-        self.blocks.reset();
         (self.round, self.decoding, self.decoding_tokens, self.prefill_backlog) = (0, 0, 0, 0);
-        let occupied: Vec<Slot> = self.sequences.occupied().collect();
-        for slot in occupied {
-            self.sequences.cold[slot.index()].table.clear();
+        for &slot in occupied {
             let mut record = self.sequences.vacate(slot);
             if suspects.contains(&slot) {
                 if record.suspect {
@@ -51,7 +83,13 @@ impl Replica {
         }
     }
 
-    /// Slots with a row in the step that the worker was computing: it works in order, so only the oldest can be it.
+    /// Slots with a row in the step that the worker was computing: it works in order, so only the oldest can be it, and
+    /// every result that it sent before its end has been read.
+    ///
+    /// Whether it had begun that step cannot be known: a step that was sent to a worker that had just died looks like one
+    /// that killed it, and its innocent sequences run alone once. Only a message at the beginning of a step would tell them
+    /// apart, and every step of every worker would pay for it, to save a slower step after some deaths. An innocent
+    /// sequence is convicted only if the next worker, too, dies while it is alone in flight. A step that raises is named.
     fn rows_of_oldest_flight(&self) -> BTreeSet<Slot> {
         let Some(flight) = self.flights.front() else { return BTreeSet::new() };
         let owns = |slot: Slot| {

@@ -12,8 +12,8 @@ use llmscale_blocks::{BlockStore, CacheCounters, ChainHasher};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Chunk, Duration, EngineLimits, Epoch, FinishReason, FrontId, LimitError, Refusal, RequestId, SequenceKey,
-    Slot, StepId, Submission, Time, Token,
+    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, LimitError, Refusal, RequestId,
+    SequenceKey, Slot, StepId, Submission, Time, Token,
 };
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -65,6 +65,8 @@ pub struct Replica {
     pub(crate) endings: BTreeMap<u64, Vec<(Slot, u64)>>,
     pub(crate) flights: VecDeque<Flight>,
     pub(crate) step: StepId,
+    /// The step that the next one builds on, as far as the workers know.
+    pub(crate) base: StepId,
     pub(crate) round: u64,
     pub(crate) round_rows: u32,
     pub(crate) decoding: u32,
@@ -99,6 +101,7 @@ impl Replica {
             endings: BTreeMap::new(),
             flights: VecDeque::new(),
             step: StepId(0),
+            base: Delta::NOTHING,
             round: 0,
             round_rows: 0,
             decoding: 0,
@@ -119,7 +122,8 @@ impl Replica {
         })
     }
 
-    /// Applies one event. Returns false only for a result that does not fit its step: the driver then replaces the worker.
+    /// Applies one event. Returns false only for a result that does not fit its step, and for a step said to have raised
+    /// that cannot have: the driver then replaces the worker.
     #[must_use]
     pub fn on_event(&mut self, now: Time, event: Event, out: &mut Actions) -> bool {
         match event {
@@ -130,6 +134,7 @@ impl Replica {
             Event::StepDone(result) => return self.complete(&result, out),
             Event::WorkerUp(epoch) => self.worker_up(epoch),
             Event::WorkerDown => self.worker_down(out),
+            Event::StepsLost { raised } => return self.steps_lost(raised, out),
             Event::Drain => self.drain(out),
             Event::Tick => self.expire(now, out),
         }
@@ -418,29 +423,5 @@ impl Replica {
     pub fn attempts_of(&self, front: FrontId) -> usize {
         let running = self.sequences.occupied().map(|slot| self.sequences.record(slot).key());
         self.queue.iter().map(Record::key).chain(running).filter(|key| key.front == front).count()
-    }
-
-    /// Walks the whole state. O(everything), for tests, the simulator and idle moments.
-    pub fn check(&self) {
-        let slots: Vec<Slot> = self.sequences.occupied().collect();
-        let mut references: BTreeMap<llmscale_types::BlockId, u32> = BTreeMap::new();
-        for block in slots.iter().flat_map(|slot| &self.sequences.cold[slot.index()].table) {
-            *references.entry(*block).or_default() += 1;
-        }
-        self.blocks.check(|block| references.get(&block).copied().unwrap_or(0));
-        let in_phase = |phase| slots.iter().filter(|slot| self.sequences.hot[slot.index()].phase == phase).count();
-        assert_eq!(in_phase(Phase::Decode), self.decoding as usize, "decoding count");
-        assert_eq!(self.wheel.len(), self.decoding as usize, "the wheel holds the decoding sequences");
-        assert_eq!(in_phase(Phase::Prefill), self.prefilling.len(), "prefilling list");
-        assert_eq!(self.running.len(), self.prefilling.len() + self.decoding as usize, "running set");
-        assert_eq!(self.places.len(), slots.len() + self.queue.len(), "every attempt has one place");
-        assert!(
-            self.queue.len() <= self.limits.max_waiting_sequences as usize + self.sequences.hot.len(),
-            "queue bound"
-        );
-        assert_eq!(slots.len(), self.sequences.running() as usize, "slots in use");
-        if slots.is_empty() {
-            assert_eq!(self.blocks.free(), self.blocks.total(), "blocks are held though nothing runs");
-        }
     }
 }

@@ -15,6 +15,10 @@ pub enum Fault {
     WorkerHang,
     /// A worker computes twenty times slower for a while.
     WorkerSlow,
+    /// A worker loses the order of steps: it forgets what runs, or a step never reaches it.
+    WorkerLosesSteps,
+    /// A step raises in a worker that lives on.
+    StepRaises,
     /// A result of a dead worker reaches the node after the next one came up.
     LateResult,
     /// A node process dies and starts again.
@@ -32,8 +36,8 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// All of them.
-    pub const ALL: [Self; 10] = [
+    /// All of them, but those that were added later.
+    pub const FIRST: [Self; 10] = [
         Self::WorkerCrash,
         Self::WorkerHang,
         Self::WorkerSlow,
@@ -45,6 +49,8 @@ impl Fault {
         Self::FrontRestart,
         Self::ConnectionLoss,
     ];
+    /// Drawn from a generator of their own.
+    pub const ADDED: [Self; 2] = [Self::WorkerLosesSteps, Self::StepRaises];
 }
 
 /// End a sequence in every simulated model: six of two hundred, so that answers of 24 tokens often end by themselves.
@@ -85,6 +91,8 @@ pub struct Mix {
     pub late_frames: u64,
     /// Of a thousand prompts, this many hold the deadly token. `None`: no token is deadly.
     pub deadly_prompts: Option<u64>,
+    /// The deadly token raises in its step and leaves the worker alive.
+    pub deadly_raises: bool,
     /// Mean time between two submissions of one front.
     pub submit_interval: Duration,
     /// Of a thousand requests, this many are ended, left or cut by their client.
@@ -102,11 +110,8 @@ impl Mix {
     pub(crate) fn draw(random: &mut Random) -> Self {
         // What was added later is drawn from a generator of its own, so that earlier seeds keep their worlds.
         let mut added = random.branch();
-        let faults = Fault::ALL.into_iter().filter_map(|fault| {
-            let on = random.chance(350);
-            on.then(|| (fault, random.span(200_000, 2_000_000)))
-        });
-        let faults = faults.collect();
+        let mut faults = draw_faults(&Fault::FIRST, random);
+        faults.extend(draw_faults(&Fault::ADDED, &mut added));
         let tiny_queues = random.chance(200);
         Self {
             fronts: 1 + usize::from(random.chance(400)),
@@ -131,6 +136,7 @@ impl Mix {
             max_delay: Duration(*random.pick(&[300, 2_000, 40_000])),
             late_frames: *random.pick(&[0, 300, 900]),
             deadly_prompts: random.chance(300).then(|| random.between(5, 80)),
+            deadly_raises: added.chance(500),
             submit_interval: Duration(*random.pick(&[10_000, 40_000, 120_000])),
             impatient_clients: *random.pick(&[0, 150, 500]),
             slow_readers: *random.pick(&[0, 0, 150]),
@@ -148,6 +154,14 @@ impl Mix {
     pub(crate) fn deadly_token(&self) -> Option<Token> {
         self.deadly_prompts.map(|_| DEADLY)
     }
+}
+
+fn draw_faults(kinds: &[Fault], random: &mut Random) -> Vec<(Fault, Duration)> {
+    let drawn = kinds.iter().filter_map(|&fault| {
+        let on = random.chance(350);
+        on.then(|| (fault, random.span(200_000, 2_000_000)))
+    });
+    drawn.collect()
 }
 
 fn draw_engine(random: &mut Random) -> EngineLimits {

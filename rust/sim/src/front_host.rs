@@ -112,6 +112,10 @@ impl FrontHost {
             let event = self.conversations[place].look_at_time(around);
             self.happen(event, around);
         }
+        self.tick_if_due(around);
+    }
+
+    fn tick_if_due(&mut self, around: &mut Around) {
         if self.wake_at.take_if(|at| *at <= around.now()).is_some() {
             self.happen(Some(FrontEvent::Tick), around);
         }
@@ -253,6 +257,8 @@ impl FrontHost {
 
     /// A client acts on its request, if that still lives.
     pub(crate) fn act(&mut self, request: RequestId, act: ClientAct, around: &mut Around) {
+        // What is due at this very moment comes first, for the front as for its clients' books.
+        self.tick_if_due(around);
         let now = around.now();
         let Some(account) = self.ledger.alive(request) else { return };
         let event = match act {

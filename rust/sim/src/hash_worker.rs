@@ -34,12 +34,12 @@ pub fn hash_token(ids: &[Token], seed: u64, choice: u32, vocabulary: u32) -> Tok
     choose(sum, seed, choice, vocabulary)
 }
 
-/// Why a step has no result: the worker is gone and so is its memory.
+/// Why a step has no result.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum WorkerDeath {
-    /// The delta did not follow; a real worker would ask for a fresh start.
+pub enum StepFailure {
+    /// The delta did not follow. The worker lives and waits for a snapshot.
     Gap(Gap),
-    /// A row read the deadly token.
+    /// A row read the deadly token: the worker is gone, and so is its memory.
     Poison,
 }
 
@@ -72,13 +72,23 @@ impl HashWorker {
         self
     }
 
+    /// Its mirror is void from now on; its memory stays.
+    pub fn lose_mirror(&mut self) {
+        self.mirror.lose();
+    }
+
+    /// Whether a step is to be passed over, because the worker waits for a snapshot.
+    pub fn passes_over(&self, delta: &Delta) -> bool {
+        self.mirror.passes_over(delta)
+    }
+
     /// Runs one step. `elapsed_ns` is what the simulation says that it took.
-    pub fn run(&mut self, delta: &Delta, elapsed_ns: u64) -> Result<StepResult, WorkerDeath> {
-        let counts = self.mirror.expand(delta).map_err(WorkerDeath::Gap)?;
+    pub fn run(&mut self, delta: &Delta, elapsed_ns: u64) -> Result<StepResult, StepFailure> {
+        let counts = self.mirror.expand(delta).map_err(StepFailure::Gap)?;
         let buffers = self.mirror.buffers();
         let mut ids = buffers.token_ids[..counts.rows as usize].iter();
         if ids.any(|&id| Some(id as Token) == self.deadly_token) {
-            return Err(WorkerDeath::Poison);
+            return Err(StepFailure::Poison);
         }
         let mut sums = vec![0_u64; counts.rows as usize];
         for sequence in 0..counts.sequences as usize {

@@ -6,18 +6,18 @@ mod answer;
 mod deliver;
 
 use crate::around::Around;
+use crate::faults::Fault;
 use crate::happening::{Happening, WorkerTurn};
-use crate::hash_worker::WorkerDeath;
 use crate::network::Peer;
 use crate::peers::{PROBE, Peers};
-use crate::worker::{Condition, WorkerProcess, open_result};
+use crate::worker::{Condition, Ending, Lapse, WorkerProcess, open};
 use llmscale_cost::{CostModel, StepShape};
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
 use llmscale_types::{
     Attempt, Class, Delta, Duration, Epoch, NodeId, RequestId, Sampling, SequenceKey, StepId, StepResult, Submission,
     Time,
 };
-use llmscale_wire::NodeState;
+use llmscale_wire::{Failed, FromWorker, NodeState};
 use std::collections::VecDeque;
 
 /// How often fronts are told how the node is doing.
@@ -67,8 +67,11 @@ pub(crate) struct NodeProcess {
     drain_ordered: bool,
     epoch: Epoch,
     worker_restarts: u32,
+    heard: Vec<FromWorker>,
     results: Vec<StepResult>,
     sent: VecDeque<Sent>,
+    /// Steps that had been completed when this worker gave up its steps for the last time.
+    last_reset: Option<u64>,
     grown: Grown,
     next_status: Time,
     next_round: Option<Time>,
@@ -95,8 +98,10 @@ impl NodeProcess {
             drain_ordered: false,
             epoch: Epoch(0),
             worker_restarts: 0,
+            heard: Vec::new(),
             results: Vec::new(),
             sent: VecDeque::new(),
+            last_reset: None,
             grown: Grown::Bare,
             next_status: around.now(),
             next_round: None,
@@ -123,7 +128,7 @@ impl NodeProcess {
 
     /// A result of a dead worker comes through after all.
     pub(crate) fn hear_late_result(&mut self, frame: &[u8], around: &mut Around) {
-        self.results.push(open_result(frame, &around.codec));
+        self.heard.push(open(frame, &around.codec));
         self.wake(around, Duration(0));
     }
 
@@ -148,11 +153,18 @@ impl NodeProcess {
     pub(crate) fn kill_worker(&mut self, around: &mut Around, ordinary: bool) -> bool {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.alive) else { return false };
         worker.alive = false;
-        worker.died_ordinarily = ordinary;
+        worker.failed_ordinarily = ordinary;
         let epoch = worker.epoch;
         let wait = around.random.span(500, 20_000);
         self.plan_worker(around, epoch, WorkerTurn::Buried, wait);
         true
+    }
+
+    /// Something goes wrong in the worker, which lives on.
+    pub(crate) fn let_lapse(&mut self, lapse: Lapse) {
+        if let Some(worker) = self.worker.as_mut().filter(|worker| worker.takes_steps()) {
+            worker.lapse = Some(lapse);
+        }
     }
 
     fn step_done(&mut self, epoch: Epoch, around: &mut Around) {
@@ -160,23 +172,30 @@ impl NodeProcess {
         if worker.condition == Condition::Hung {
             return;
         }
-        match worker.finish(around) {
-            Ok((frame, next)) => {
-                self.results.push(open_result(&frame, &around.codec));
+        let (ending, next) = worker.finish(around);
+        match ending {
+            Ending::Said(frame) => {
+                let message = open(&frame, &around.codec);
+                let is_result = matches!(message, FromWorker::Result(_));
+                self.heard.push(message);
                 if let Some(span) = next {
                     self.plan_worker(around, epoch, WorkerTurn::StepDone, span);
                 }
-                if around.mix.has(crate::faults::Fault::LateResult) && around.random.chance(30) {
+                if is_result && around.mix.has(Fault::LateResult) && around.random.chance(30) {
                     let wait = around.random.span(50_000, 800_000);
                     let late = Happening::LateResult { place: self.place, node: self.node, bytes: frame };
                     around.agenda.after(wait, late);
                 }
             }
-            Err(WorkerDeath::Poison) => {
+            Ending::PassedOver => {
+                if let Some(span) = next {
+                    self.plan_worker(around, epoch, WorkerTurn::StepDone, span);
+                }
+            }
+            Ending::Died => {
                 around.reach("worker_deadly_token", [self.place as u64, self.node.0, epoch.0, 0]);
                 self.kill_worker(around, false);
             }
-            Err(WorkerDeath::Gap(gap)) => panic!("the worker lost the order of steps: {gap}"),
         }
     }
 
@@ -201,6 +220,7 @@ impl NodeProcess {
         self.next_round = None;
         self.obey(around);
         self.read_fronts(around);
+        self.read_worker(around);
         self.watch_time(around);
         self.complete(around.now());
         self.execute(around);
@@ -262,6 +282,7 @@ impl NodeProcess {
     fn worker_ready(&mut self, epoch: Epoch, now: Time) {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
         worker.be_ready();
+        self.last_reset = None;
         self.grown = self.grown.max(Grown::HadWorker);
         self.event(now, Event::WorkerUp(epoch));
         if self.grown < Grown::HasRun {
@@ -276,8 +297,9 @@ impl NodeProcess {
         let now = around.now();
         let Some(worker) = self.worker.as_ref().filter(|worker| worker.epoch == epoch) else { return };
         // Counted when the node learns of it: steps that were planned until then were sent to a dead worker.
-        around.deaths.push((self.place, worker.died_ordinarily));
+        around.deaths.push((self.place, worker.failed_ordinarily));
         // Steps that it had finished are no reason to suspect anybody.
+        self.read_worker(around);
         self.complete(now);
         self.worker = None;
         self.sent.clear();
@@ -290,10 +312,10 @@ impl NodeProcess {
     }
 
     /// The worker is of no use any more; the supervisor ends it.
-    fn fail_worker(&mut self, around: &mut Around) {
+    fn fail_worker(&mut self, around: &mut Around, ordinary: bool) {
         if let Some(worker) = self.worker.as_mut().filter(|worker| !worker.failed) {
             worker.failed = true;
-            self.kill_worker(around, true);
+            self.kill_worker(around, ordinary);
         }
     }
 
@@ -302,12 +324,42 @@ impl NodeProcess {
         self.event(now, Event::Tick);
         if self.sent.front().is_some_and(|sent| now.since(sent.at) > around.mix.max_step) {
             around.reach("worker_hung", [self.place as u64, self.node.0, self.epoch.0, 0]);
-            self.fail_worker(around);
+            self.fail_worker(around, true);
         }
         for front in self.peers.silent(now) {
             around.reach("front_silent_for_node", [self.place as u64, u64::from(front.0), 0, 0]);
             self.event(now, Event::FrontGone(front));
         }
+    }
+
+    fn read_worker(&mut self, around: &mut Around) {
+        for message in std::mem::take(&mut self.heard) {
+            match message {
+                FromWorker::Result(result) => self.results.push(result),
+                FromWorker::NeedSnapshot(_) => self.reset_worker(None, around),
+                FromWorker::Failed(Failed { step: Some(step), .. }) => self.reset_worker(Some(step), around),
+                other => panic!("a simulated worker says {other:?}"),
+            }
+        }
+    }
+
+    /// The worker gave up its steps in flight and lives. Twice without a step between means that it never will do one.
+    fn reset_worker(&mut self, raised: Option<StepId>, around: &mut Around) {
+        let now = around.now();
+        // What it finished before counts.
+        self.complete(now);
+        let Some(worker) = self.worker.as_ref().filter(|worker| !worker.failed) else { return };
+        let ordinary = worker.failed_ordinarily || raised.is_none();
+        let steps = self.replica.counters().steps;
+        if self.last_reset.replace(steps) == Some(steps) {
+            around.reach("worker_condemned", [self.place as u64, self.node.0, self.epoch.0, 0]);
+            return self.fail_worker(around, ordinary);
+        }
+        if raised.is_some() {
+            around.deaths.push((self.place, ordinary));
+        }
+        self.sent.clear();
+        self.event(now, Event::StepsLost { raised });
     }
 
     fn complete(&mut self, now: Time) {

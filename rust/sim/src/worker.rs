@@ -2,9 +2,9 @@
 //! order in which they were sent. Its results go through the real codec. Knows nothing of nodes or fronts.
 
 use crate::around::Around;
-use crate::hash_worker::{HashWorker, WorkerDeath};
-use llmscale_types::{Delta, Duration, EngineLimits, Epoch, StepResult, Time, Token};
-use llmscale_wire::{CodecLimits, FromWorker, ToWorker, decode, encode};
+use crate::hash_worker::{HashWorker, StepFailure};
+use llmscale_types::{Delta, Duration, EngineLimits, Epoch, StepId, Time, Token};
+use llmscale_wire::{CodecLimits, Failed, FailureCode, FromWorker, NeedSnapshot, ToWorker, decode, encode};
 use std::collections::VecDeque;
 
 /// How a worker that lives is doing.
@@ -18,6 +18,28 @@ pub(crate) enum Condition {
     Hung,
 }
 
+/// What goes wrong in a worker that lives on, until it has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Lapse {
+    /// The next delta never arrives.
+    DropsDelta,
+    /// The next step finds the mirror void.
+    LosesMirror,
+    /// The next step raises.
+    Raises,
+}
+
+/// How a step came to its end.
+#[derive(Debug)]
+pub(crate) enum Ending {
+    /// The worker says so.
+    Said(Vec<u8>),
+    /// It was passed over in silence.
+    PassedOver,
+    /// The worker is dead: it computed the deadly token.
+    Died,
+}
+
 /// See the file's header.
 #[derive(Debug)]
 pub(crate) struct WorkerProcess {
@@ -25,12 +47,13 @@ pub(crate) struct WorkerProcess {
     pub(crate) condition: Condition,
     /// It lives; a dead one is buried a little later.
     pub(crate) alive: bool,
-    /// It died by an ordinary fault, not by what it computed.
-    pub(crate) died_ordinarily: bool,
+    /// It died, or its last step that raised did, by an ordinary fault and not by what it computed.
+    pub(crate) failed_ordinarily: bool,
     /// The node has condemned it.
     pub(crate) failed: bool,
     /// It is slow until then.
     pub(crate) slow_until: Time,
+    pub(crate) lapse: Option<Lapse>,
     model: HashWorker,
     steps: VecDeque<Delta>,
 }
@@ -41,9 +64,10 @@ impl WorkerProcess {
             epoch,
             condition: Condition::Loading,
             alive: true,
-            died_ordinarily: false,
+            failed_ordinarily: false,
             failed: false,
             slow_until: Time(0),
+            lapse: None,
             model: HashWorker::new(limits, epoch).killed_by(deadly),
             steps: VecDeque::new(),
         }
@@ -65,17 +89,58 @@ impl WorkerProcess {
     pub(crate) fn receive(&mut self, delta: Delta, around: &mut Around) -> Option<Duration> {
         let frame = encode(&ToWorker::Step(delta), &around.codec).expect("a delta is within the codec's limits");
         let Ok(ToWorker::Step(delta)) = decode(&frame, &around.codec) else { panic!("a step arrives as a step") };
+        if self.lapse.take_if(|lapse| *lapse == Lapse::DropsDelta).is_some() {
+            around.reach("worker_dropped_delta", [self.epoch.0, delta.step.0, 0, 0]);
+            return None;
+        }
         self.steps.push_back(delta);
         (self.steps.len() == 1).then(|| self.step_time(around))
     }
 
-    /// Finishes the oldest step. Returns the frame with its result, and how long the next one computes.
-    pub(crate) fn finish(&mut self, around: &mut Around) -> Result<(Vec<u8>, Option<Duration>), WorkerDeath> {
+    /// Finishes the oldest step. Returns what it says, and how long the next step computes.
+    pub(crate) fn finish(&mut self, around: &mut Around) -> (Ending, Option<Duration>) {
         let delta = self.steps.pop_front().expect("a worker finishes what it was sent");
-        let result = self.model.run(&delta, 500_000)?;
-        let frame = encode(&FromWorker::Result(result), &around.codec).expect("a result is within the codec's limits");
-        let next = (!self.steps.is_empty()).then(|| self.step_time(around));
-        Ok((frame, next))
+        let ending = self.end_step(&delta, around);
+        let goes_on = !self.steps.is_empty() && !matches!(ending, Ending::Died);
+        let next = goes_on.then(|| self.step_time(around));
+        (ending, next)
+    }
+
+    fn end_step(&mut self, delta: &Delta, around: &mut Around) -> Ending {
+        if self.model.passes_over(delta) {
+            return Ending::PassedOver;
+        }
+        if self.lapse.take_if(|lapse| *lapse == Lapse::LosesMirror).is_some() {
+            around.reach("worker_lost_mirror", [self.epoch.0, delta.step.0, 0, 0]);
+            self.model.lose_mirror();
+        }
+        let outcome = self.model.run(delta, 500_000);
+        let message = match outcome {
+            Ok(_) if self.lapse.take_if(|lapse| *lapse == Lapse::Raises).is_some() => {
+                around.reach("worker_raised", [self.epoch.0, delta.step.0, 0, 0]);
+                self.give_up(delta.step, true)
+            }
+            Ok(result) => FromWorker::Result(result),
+            Err(StepFailure::Gap(gap)) => {
+                around.reach("worker_needs_snapshot", [self.epoch.0, gap.step.0, 0, 0]);
+                FromWorker::NeedSnapshot(NeedSnapshot { epoch: self.epoch, step: gap.step, last: None })
+            }
+            Err(StepFailure::Poison) if around.mix.deadly_raises => {
+                around.reach("worker_deadly_token", [self.epoch.0, delta.step.0, 0, 0]);
+                around.coverage.reach("worker_deadly_token_raised");
+                self.give_up(delta.step, false)
+            }
+            Err(StepFailure::Poison) => return Ending::Died,
+        };
+        Ending::Said(encode(&message, &around.codec).expect("what a worker says is within the codec's limits"))
+    }
+
+    /// The step raised: the worker lives and waits for a snapshot.
+    fn give_up(&mut self, step: StepId, ordinary: bool) -> FromWorker {
+        self.failed_ordinarily = ordinary;
+        self.model.lose_mirror();
+        let message = "the step raised".to_owned();
+        FromWorker::Failed(Failed { epoch: self.epoch, step: Some(step), code: FailureCode::Step, message })
     }
 
     fn step_time(&self, around: &mut Around) -> Duration {
@@ -86,10 +151,7 @@ impl WorkerProcess {
     }
 }
 
-/// The result in a worker's frame.
-pub(crate) fn open_result(frame: &[u8], codec: &CodecLimits) -> StepResult {
-    match decode(frame, codec) {
-        Ok(FromWorker::Result(result)) => result,
-        other => panic!("a result arrives as a result, not as {other:?}"),
-    }
+/// What a worker's frame says.
+pub(crate) fn open(frame: &[u8], codec: &CodecLimits) -> FromWorker {
+    decode(frame, codec).expect("a worker's frame can be read")
 }

@@ -30,8 +30,8 @@ fn every_request_ends_once_with_its_tokens_whatever_fails_elsewhere() {
 // Seeds that fail without a change that they asked for. Whoever changes what is drawn looks for new ones.
 
 #[test]
-fn seed_58_where_a_request_that_kills_workers_went_from_node_to_node() {
-    Simulation::run(58);
+fn seed_53_where_a_request_that_kills_workers_went_from_node_to_node() {
+    Simulation::run(53);
 }
 
 #[test]
@@ -40,8 +40,8 @@ fn seed_52_where_a_draining_node_never_finished_what_its_dead_worker_had_left() 
 }
 
 #[test]
-fn seed_704_where_a_first_step_made_a_draining_node_look_ready() {
-    Simulation::run(704);
+fn seed_847_where_a_first_step_made_a_draining_node_look_ready() {
+    Simulation::run(847);
 }
 
 #[test]

@@ -43,7 +43,8 @@ pub struct Delta {
     pub epoch: Epoch,
     /// This step.
     pub step: StepId,
-    /// The step it builds on; a worker that has not seen it asks for a snapshot.
+    /// The step it builds on; a worker that has not seen it asks for a snapshot. `Delta::NOTHING` for a snapshot: whatever
+    /// the worker held before is void, and everything that runs is admitted by this delta and those after it.
     pub base: StepId,
     /// Whether the sequences in decode take their row in this step.
     pub decodes: bool,
@@ -60,6 +61,14 @@ pub struct Delta {
 }
 
 impl Delta {
+    /// The base of a snapshot; no step has this number.
+    pub const NOTHING: StepId = StepId(0);
+
+    /// Whether it builds on nothing.
+    pub fn is_snapshot(&self) -> bool {
+        self.base == Self::NOTHING
+    }
+
     /// An empty change, to be filled by a planner.
     pub fn new(epoch: Epoch, step: StepId, base: StepId) -> Self {
         Self {

@@ -1,5 +1,6 @@
 //! What an engine says to a worker and what the worker answers: one configuration, then one delta and one result per
-//! step. A worker that misses a base step asks for a snapshot, so it holds nothing that cannot be rebuilt.
+//! step. A worker that misses a base step, or whose step raised, waits for a snapshot: it holds nothing that cannot be
+//! rebuilt.
 //! Knows nothing of devices or of how a step is computed.
 
 use crate::field::{codes, record};
@@ -24,9 +25,9 @@ pub enum FromWorker {
     Ready(Ready),
     /// What a step gave.
     Result(StepResult),
-    /// A step builds on one that this worker has not seen.
+    /// A step builds on one that this worker has not seen; it passes over every step until a snapshot comes.
     NeedSnapshot(NeedSnapshot),
-    /// The worker cannot go on.
+    /// A step raised, or the worker cannot go on.
     Failed(Failed),
 }
 
@@ -109,12 +110,13 @@ pub enum FailureCode {
     Internal,
 }
 
-/// The last words of a worker.
+/// What went wrong on a worker: the last words of one that cannot go on, or the step that raised on one that passes over
+/// every step until a snapshot comes.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Failed {
     /// The worker's incarnation.
     pub epoch: Epoch,
-    /// The step that it computed; `None` outside steps.
+    /// The step that raised, if the worker lives on.
     pub step: Option<StepId>,
     /// Where it failed.
     pub code: FailureCode,

@@ -7,10 +7,10 @@ use crate::report::NodeEvent;
 use llmscale_net::link::LinkError;
 use llmscale_net::{PeerId, ReceiveError};
 use llmscale_scheduler::Event;
-use llmscale_types::{Attempt, Class, Epoch, FrontId, RequestId, Sampling, SequenceKey, Submission, Time};
+use llmscale_types::{Attempt, Class, Epoch, FrontId, RequestId, Sampling, SequenceKey, StepId, Submission, Time};
 use llmscale_wire::{
-    FromNode, FromWorker, Hello, ModelRef, NodeLimits, NodeState, Pong, Ready, RejectCode, Rejected, ToNode, ToWorker,
-    VERSIONS, Welcome, decode, encode,
+    Failed, FromNode, FromWorker, Hello, ModelRef, NodeLimits, NodeState, Pong, Ready, RejectCode, Rejected, ToNode,
+    ToWorker, VERSIONS, Welcome, decode, encode,
 };
 
 /// Frames taken from one source per round.
@@ -63,7 +63,14 @@ impl Node {
                 self.epoch = epoch;
                 let order = encode(&ToWorker::Configure(*configure), &self.codec);
                 let order = order.expect("a configuration is within the codec's limits");
-                self.worker = Some(Worker { epoch, link, configure: Some(order), pid: None, failed: false });
+                self.worker = Some(Worker {
+                    epoch,
+                    link,
+                    configure: Some(order),
+                    pid: None,
+                    failed: false,
+                    steps_at_reset: None,
+                });
             }
             Command::WorkerDied(epoch) => self.bury_worker(epoch),
         }
@@ -244,9 +251,30 @@ impl Node {
             FromWorker::Ready(ready) => self.worker_ready(epoch, ready),
             FromWorker::Result(result) => self.results.push(result),
             FromWorker::NeedSnapshot(gap) => {
-                self.fail_worker(epoch, format!("it lost the order of steps at step {}", gap.step));
+                self.reset_worker(epoch, None, format!("it lost the order of steps at step {}", gap.step));
+            }
+            FromWorker::Failed(Failed { step: Some(step), message, .. }) => {
+                self.reset_worker(epoch, Some(step), format!("step {step} raised: {message}"));
             }
             FromWorker::Failed(failed) => self.fail_worker(epoch, failed.message),
+        }
+    }
+
+    /// The worker gave up its steps in flight and lives: what runs is told anew, which costs no new process. Twice without
+    /// a step between means that it never will do one.
+    fn reset_worker(&mut self, epoch: Epoch, raised: Option<StepId>, message: String) {
+        // What it finished before counts.
+        self.complete();
+        let Some(worker) = self.worker.as_mut().filter(|worker| !worker.failed) else { return };
+        let steps = self.replica.counters().steps;
+        if worker.steps_at_reset.replace(steps) == Some(steps) {
+            return self.fail_worker(epoch, format!("{message}; it did not do a step since the last time"));
+        }
+        self.sent.clear();
+        if self.event(Event::StepsLost { raised }) {
+            self.board.notify(NodeEvent::WorkerReset { epoch, message });
+        } else {
+            self.fail_worker(epoch, format!("{message}; that is not the step that it was at"));
         }
     }
 

@@ -6,7 +6,7 @@ use crate::faults::Fault;
 use crate::front_host::{FrontHost, Presence};
 use crate::happening::Happening;
 use crate::node::NodeProcess;
-use crate::worker::Condition;
+use crate::worker::{Condition, Lapse};
 use llmscale_types::{Duration, NodeId};
 
 impl Simulation {
@@ -153,6 +153,11 @@ impl Simulation {
                     worker.condition = Condition::Hung;
                 }
             }
+            Fault::WorkerLosesSteps => {
+                let lapse = if around.random.chance(500) { Lapse::DropsDelta } else { Lapse::LosesMirror };
+                process.let_lapse(lapse);
+            }
+            Fault::StepRaises => process.let_lapse(Lapse::Raises),
             Fault::WorkerSlow => {
                 let until = around.now() + around.random.span(100_000, 500_000);
                 if let Some(worker) = &mut process.worker {
@@ -192,6 +197,7 @@ impl Simulation {
             ("replica_poisoned", counters.poisoned),
             ("replica_preemptions", counters.preemptions),
             ("replica_stale_results", counters.stale_results),
+            ("replica_steps_lost", counters.steps_lost),
             ("replica_discarded_rows", counters.discarded_rows),
             ("replica_unknown_orders", counters.unknown_orders),
             ("replica_prefix_hits", cache.hit_tokens),

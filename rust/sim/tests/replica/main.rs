@@ -1,193 +1,17 @@
 //! Goal: one replica, whatever arrives in whatever order, emits exactly the tokens of the model, ends every attempt once
-//! and gives every block back. Method: random submissions, aborts, recalls, crashes and delays against the hash worker.
+//! and gives every block back. Method: random submissions, aborts, recalls, crashes, lapses and delays against the hash
+//! worker.
 
-use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Replica};
-use llmscale_sim::{HashWorker, WorkerDeath, hash_token};
-use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
+mod world;
+
+use llmscale_scheduler::{Event, GiveBack};
+use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Admission, Attempt, Class, Delta, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling, SequenceKey,
-    Submission, Time, Token,
+    Attempt, Class, EngineLimits, FinishReason, FrontId, RequestId, Sampling, SequenceKey, StepId, Submission, Time,
+    Token,
 };
 use proptest::prelude::*;
-use std::collections::{BTreeMap, VecDeque};
-
-const EOS: Token = 3;
-
-fn limits(total_blocks: u32, max_sequences: u32, max_step_tokens: u32, steps: u32) -> EngineLimits {
-    EngineLimits {
-        block_tokens: 4,
-        total_blocks,
-        max_sequences,
-        max_step_tokens: max_step_tokens.max(max_sequences),
-        max_sequence_tokens: 40,
-        max_waiting_sequences: 64,
-        max_steps_in_flight: steps,
-        eos_tokens: vec![EOS],
-        vocabulary: 50,
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Wanted {
-    submission: Submission,
-    emitted: Vec<Token>,
-    ended: Option<FinishReason>,
-}
-
-/// One replica with its worker, the steps between them and what the fronts have seen.
-struct World {
-    deadly: Option<Token>,
-    max_admission_bytes: u64,
-    replica: Replica,
-    worker: Option<HashWorker>,
-    epoch: Epoch,
-    sent: VecDeque<Delta>,
-    wanted: BTreeMap<SequenceKey, Wanted>,
-    requests: u64,
-    out: Actions,
-}
-
-impl World {
-    fn new(limits: EngineLimits) -> Self {
-        Self::with_deadly_token(limits, None)
-    }
-
-    fn with_deadly_token(limits: EngineLimits, deadly: Option<Token>) -> Self {
-        let replica = Replica::new(limits, [9; 32], Box::new(FirstComeFirstServed)).unwrap();
-        let mut world = Self {
-            deadly,
-            max_admission_bytes: MAX_ADMISSION_BYTES,
-            replica,
-            worker: None,
-            epoch: Epoch(0),
-            sent: VecDeque::new(),
-            wanted: BTreeMap::new(),
-            requests: 0,
-            out: Actions::default(),
-        };
-        world.restart();
-        world
-    }
-
-    /// As if frames were this small.
-    fn with_max_admission_bytes(mut self, bytes: u64) -> Self {
-        self.max_admission_bytes = bytes;
-        self.replica = self.replica.with_max_admission_bytes(bytes);
-        self
-    }
-
-    fn restart(&mut self) {
-        self.epoch = self.epoch.next();
-        self.worker = Some(HashWorker::new(self.replica.limits(), self.epoch).killed_by(self.deadly));
-        self.event(Event::WorkerUp(self.epoch));
-    }
-
-    fn event(&mut self, event: Event) {
-        assert!(self.replica.on_event(Time(0), event, &mut self.out), "a result fits its step");
-        self.collect();
-    }
-
-    /// Checks every token against the model and every ending against its rules.
-    fn collect(&mut self) {
-        let vocabulary = self.replica.limits().vocabulary;
-        for (front, outputs) in self.out.outputs.iter().enumerate() {
-            for row in 0..outputs.requests.len() {
-                let key = SequenceKey {
-                    front: FrontId(front as u32),
-                    request: outputs.requests[row],
-                    attempt: outputs.attempts[row],
-                };
-                let wanted = self.wanted.get_mut(&key).expect("outputs belong to a submission");
-                assert_eq!(wanted.ended, None, "a token after the end of {key:?}");
-                let submission = &wanted.submission;
-                assert_eq!(outputs.indexes[row] as usize, submission.emitted_tokens() as usize + wanted.emitted.len());
-                let ids: Vec<Token> = submission.context.iter().chain(&wanted.emitted).copied().collect();
-                let sampling = &submission.sampling;
-                assert_eq!(outputs.tokens[row], hash_token(&ids, sampling.seed, sampling.choice, vocabulary));
-                wanted.emitted.push(outputs.tokens[row]);
-            }
-            for finished in &outputs.finished {
-                let key =
-                    SequenceKey { front: FrontId(front as u32), request: finished.request, attempt: finished.attempt };
-                let wanted = self.wanted.get_mut(&key).expect("an ending belongs to a submission");
-                assert_eq!(wanted.ended.replace(finished.reason), None, "a second end of {key:?}");
-                let output = wanted.submission.emitted_tokens() as usize + wanted.emitted.len();
-                assert_eq!(finished.output_tokens as usize, output);
-                let stopped = wanted.emitted.last().is_some_and(|&token| token == EOS);
-                match finished.reason {
-                    FinishReason::Stop => assert!(stopped),
-                    FinishReason::Length => assert_eq!(output, wanted.submission.sampling.max_tokens as usize),
-                    FinishReason::Aborted | FinishReason::Poisoned => {}
-                    other => panic!("an unexpected end: {other:?}"),
-                }
-            }
-        }
-        for (key, _) in &self.out.give_back {
-            self.wanted.remove(key).expect("given back once");
-        }
-        self.out.clear();
-        self.replica.check();
-    }
-
-    fn submit(&mut self, front: u32, prompt: Vec<Token>, max_tokens: u32, class: Class) {
-        self.requests += 1;
-        let key = SequenceKey { front: FrontId(front), request: RequestId(self.requests), attempt: Attempt(1) };
-        let sampling = Sampling { seed: u64::from(front), max_tokens, ..Sampling::default() };
-        let prompt_tokens = prompt.len() as u32;
-        let submission =
-            Submission { key, namespace: [1; 32], class, context: prompt, prompt_tokens, sampling, deadline: None };
-        self.wanted.insert(key, Wanted { submission: submission.clone(), emitted: Vec::new(), ended: None });
-        self.event(Event::Submit(Box::new(submission)));
-    }
-
-    fn plan(&mut self) -> bool {
-        let planned = self.replica.plan(&mut self.out);
-        if let Some(delta) = self.out.execute.take() {
-            let bytes = |admission: &Admission| {
-                admission_bytes(admission.context.len() as u32, admission.blocks.len() as u32, &admission.sampling)
-            };
-            let total: u64 = delta.admit.iter().map(bytes).sum();
-            assert!(total <= self.max_admission_bytes || delta.admit.len() == 1, "{total} bytes are admitted at once");
-            self.sent.push_back(delta);
-        }
-        self.collect();
-        planned
-    }
-
-    fn complete(&mut self) -> bool {
-        let Some(delta) = self.sent.pop_front() else { return false };
-        match self.worker.as_mut().expect("steps are sent to a live worker").run(&delta, 1) {
-            Ok(result) => self.event(Event::StepDone(result)),
-            Err(WorkerDeath::Poison) => self.crash(),
-            Err(WorkerDeath::Gap(gap)) => panic!("{gap}"),
-        }
-        true
-    }
-
-    fn crash(&mut self) {
-        self.sent.clear();
-        self.worker = None;
-        self.event(Event::WorkerDown);
-        self.restart();
-    }
-
-    fn finish_all(&mut self) {
-        for _ in 0..20_000 {
-            let planned = self.plan();
-            let completed = self.complete();
-            self.replica.housekeeping(4);
-            if !planned && !completed {
-                break;
-            }
-        }
-        assert!(self.replica.is_idle(), "everything ends: {:?}", self.replica.load());
-        let load = self.replica.load();
-        assert_eq!(load.free_blocks, load.total_blocks, "all blocks are free after the last request");
-        for (key, wanted) in &self.wanted {
-            assert!(wanted.ended.is_some(), "{key:?} never ended");
-        }
-    }
-}
+use world::{World, limits};
 
 #[derive(Clone, Debug)]
 enum Operation {
@@ -199,6 +23,8 @@ enum Operation {
     Complete,
     Housekeeping,
     Crash,
+    Lose { mirror: bool },
+    Raise,
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -216,6 +42,8 @@ fn operation() -> impl Strategy<Value = Operation> {
         12 => Just(Operation::Complete),
         3 => Just(Operation::Housekeeping),
         1 => Just(Operation::Crash),
+        1 => any::<bool>().prop_map(|mirror| Operation::Lose { mirror }),
+        1 => Just(Operation::Raise),
     ]
 }
 
@@ -255,6 +83,8 @@ proptest! {
                 Operation::Complete => { world.complete(); }
                 Operation::Housekeeping => { world.replica.housekeeping(2); }
                 Operation::Crash => world.crash(),
+                Operation::Lose { mirror } => world.lose(mirror),
+                Operation::Raise => { world.answer(true); }
                 _ => {}
             }
         }
@@ -322,6 +152,65 @@ fn a_request_that_kills_workers_with_its_last_chunk_is_poisoned_while_steps_over
     assert_eq!(world.replica.counters().worker_losses, 2, "the deadly request takes down exactly two workers");
     let wanted = world.wanted.values().next().unwrap();
     assert_eq!(wanted.ended, Some(FinishReason::Poisoned));
+}
+
+#[test]
+fn a_worker_that_lost_its_mirror_is_told_everything_again_and_finds_what_it_had_computed() {
+    let mut world = World::new(limits(64, 4, 40, 2));
+    for request in 0..4 {
+        world.submit(0, (10 + request..26 + request).collect(), 12, Class::Standard);
+    }
+    for _ in 0..6 {
+        world.plan();
+        world.complete();
+    }
+    let before = world.replica.counters();
+    world.lose(true);
+    world.plan();
+    world.complete();
+    assert_eq!(world.replica.load().running, 0, "everything waits to be told again");
+    world.plan();
+    assert!(world.sent[0].is_snapshot());
+    assert_eq!(world.sent[0].admit.len(), 4);
+    world.finish_all();
+    let after = world.replica.counters();
+    assert_eq!((after.worker_losses, after.steps_lost - before.steps_lost), (0, 1));
+    // Contexts of about 20 tokens; all but the last block of four is there.
+    assert!(after.prefill_tokens - before.prefill_tokens <= 4 * 5, "{after:?} {before:?}");
+}
+
+#[test]
+fn a_request_whose_steps_raise_is_poisoned_and_its_neighbours_go_on() {
+    let mut world = World::new(limits(64, 4, 40, 2));
+    for request in 0..3 {
+        world.submit(0, vec![7, 8, 20 + request], 8, Class::Standard);
+    }
+    world.plan();
+    world.plan();
+    world.answer(true);
+    let suspects = world.replica.load().waiting;
+    assert_eq!(suspects, 3);
+    // The first one alone raises again, the others do not.
+    world.plan();
+    assert_eq!(world.sent[0].admit.len(), 1, "a suspect runs alone");
+    world.answer(true);
+    world.finish_all();
+    let poisoned: Vec<_> = world.wanted.values().map(|wanted| wanted.ended == Some(FinishReason::Poisoned)).collect();
+    assert_eq!(poisoned, [true, false, false]);
+    assert_eq!(world.replica.counters().worker_losses, 0);
+}
+
+#[test]
+fn a_worker_that_names_a_step_which_cannot_have_raised_is_not_believed() {
+    let mut world = World::new(limits(64, 4, 40, 2));
+    let raised = |step| Event::StepsLost { raised: Some(step) };
+    assert!(!world.replica.on_event(Time(0), raised(StepId(1)), &mut world.out), "nothing is in flight");
+    world.submit(0, vec![7, 8, 9], 8, Class::Standard);
+    world.plan();
+    world.plan();
+    let second = world.sent[1].step;
+    assert!(!world.replica.on_event(Time(0), raised(second), &mut world.out), "the first has no result yet");
+    world.finish_all();
 }
 
 #[test]

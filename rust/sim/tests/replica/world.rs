@@ -1,0 +1,224 @@
+//! One replica with its worker, the steps between them and what the fronts have seen; every token and every end is held
+//! against the model as it comes.
+
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
+use llmscale_sim::{HashWorker, StepFailure, hash_token};
+use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
+use llmscale_types::{
+    Admission, Attempt, Class, Delta, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling, SequenceKey,
+    Submission, Time, Token,
+};
+use std::collections::{BTreeMap, VecDeque};
+
+const EOS: Token = 3;
+
+/// Sizes of a small replica.
+pub(crate) fn limits(total_blocks: u32, max_sequences: u32, max_step_tokens: u32, steps: u32) -> EngineLimits {
+    EngineLimits {
+        block_tokens: 4,
+        total_blocks,
+        max_sequences,
+        max_step_tokens: max_step_tokens.max(max_sequences),
+        max_sequence_tokens: 40,
+        max_waiting_sequences: 64,
+        max_steps_in_flight: steps,
+        eos_tokens: vec![EOS],
+        vocabulary: 50,
+    }
+}
+
+/// One attempt as its front knows it.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted {
+    pub(crate) submission: Submission,
+    pub(crate) emitted: Vec<Token>,
+    pub(crate) ended: Option<FinishReason>,
+}
+
+/// See the file's header.
+pub(crate) struct World {
+    deadly: Option<Token>,
+    max_admission_bytes: u64,
+    /// How often the worker has lost something that it may yet find out.
+    losses: u32,
+    pub(crate) replica: Replica,
+    worker: Option<HashWorker>,
+    epoch: Epoch,
+    pub(crate) sent: VecDeque<Delta>,
+    pub(crate) wanted: BTreeMap<SequenceKey, Wanted>,
+    requests: u64,
+    pub(crate) out: Actions,
+}
+
+impl World {
+    pub(crate) fn new(limits: EngineLimits) -> Self {
+        Self::with_deadly_token(limits, None)
+    }
+
+    pub(crate) fn with_deadly_token(limits: EngineLimits, deadly: Option<Token>) -> Self {
+        let replica = Replica::new(limits, [9; 32], Box::new(FirstComeFirstServed)).unwrap();
+        let mut world = Self {
+            deadly,
+            max_admission_bytes: MAX_ADMISSION_BYTES,
+            losses: 0,
+            replica,
+            worker: None,
+            epoch: Epoch(0),
+            sent: VecDeque::new(),
+            wanted: BTreeMap::new(),
+            requests: 0,
+            out: Actions::default(),
+        };
+        world.restart();
+        world
+    }
+
+    /// Whether the step at hand is computed to its end.
+    pub(crate) fn answer(&mut self, raises: bool) -> bool {
+        let Some(delta) = self.sent.pop_front() else { return false };
+        let worker = self.worker.as_mut().expect("steps are sent to a live worker");
+        let outcome = worker.run(&delta, 1);
+        match outcome {
+            Ok(_) if raises => {
+                worker.lose_mirror();
+                self.sent.clear();
+                self.event(Event::StepsLost { raised: Some(delta.step) });
+            }
+            Ok(result) => self.event(Event::StepDone(result)),
+            Err(StepFailure::Poison) => self.crash(),
+            Err(StepFailure::Gap(_)) => {
+                assert!(self.losses > 0, "the worker lost the order of steps by itself");
+                self.losses -= 1;
+                // What is in flight behind it is passed over.
+                assert!(self.sent.iter().all(|delta| self.worker.as_ref().unwrap().passes_over(delta)));
+                self.sent.clear();
+                self.event(Event::StepsLost { raised: None });
+            }
+        }
+        true
+    }
+
+    /// The worker forgets what runs, or never gets a step.
+    pub(crate) fn lose(&mut self, mirror: bool) {
+        if mirror {
+            self.worker.as_mut().expect("it lives").lose_mirror();
+            self.losses += 1;
+        } else if self.sent.len() > 1 {
+            self.sent.remove(self.sent.len() - 2);
+            self.losses += 1;
+        }
+    }
+
+    /// As if frames were this small.
+    pub(crate) fn with_max_admission_bytes(mut self, bytes: u64) -> Self {
+        self.max_admission_bytes = bytes;
+        self.replica = self.replica.with_max_admission_bytes(bytes);
+        self
+    }
+
+    fn restart(&mut self) {
+        self.epoch = self.epoch.next();
+        self.worker = Some(HashWorker::new(self.replica.limits(), self.epoch).killed_by(self.deadly));
+        self.event(Event::WorkerUp(self.epoch));
+    }
+
+    pub(crate) fn event(&mut self, event: Event) {
+        assert!(self.replica.on_event(Time(0), event, &mut self.out), "a result fits its step");
+        self.collect();
+    }
+
+    /// Checks every token against the model and every ending against its rules.
+    fn collect(&mut self) {
+        let vocabulary = self.replica.limits().vocabulary;
+        for (front, outputs) in self.out.outputs.iter().enumerate() {
+            for row in 0..outputs.requests.len() {
+                let key = SequenceKey {
+                    front: FrontId(front as u32),
+                    request: outputs.requests[row],
+                    attempt: outputs.attempts[row],
+                };
+                let wanted = self.wanted.get_mut(&key).expect("outputs belong to a submission");
+                assert_eq!(wanted.ended, None, "a token after the end of {key:?}");
+                let submission = &wanted.submission;
+                assert_eq!(outputs.indexes[row] as usize, submission.emitted_tokens() as usize + wanted.emitted.len());
+                let ids: Vec<Token> = submission.context.iter().chain(&wanted.emitted).copied().collect();
+                let sampling = &submission.sampling;
+                assert_eq!(outputs.tokens[row], hash_token(&ids, sampling.seed, sampling.choice, vocabulary));
+                wanted.emitted.push(outputs.tokens[row]);
+            }
+            for finished in &outputs.finished {
+                let key =
+                    SequenceKey { front: FrontId(front as u32), request: finished.request, attempt: finished.attempt };
+                let wanted = self.wanted.get_mut(&key).expect("an ending belongs to a submission");
+                assert_eq!(wanted.ended.replace(finished.reason), None, "a second end of {key:?}");
+                let output = wanted.submission.emitted_tokens() as usize + wanted.emitted.len();
+                assert_eq!(finished.output_tokens as usize, output);
+                let stopped = wanted.emitted.last().is_some_and(|&token| token == EOS);
+                match finished.reason {
+                    FinishReason::Stop => assert!(stopped),
+                    FinishReason::Length => assert_eq!(output, wanted.submission.sampling.max_tokens as usize),
+                    FinishReason::Aborted | FinishReason::Poisoned => {}
+                    other => panic!("an unexpected end: {other:?}"),
+                }
+            }
+        }
+        for (key, _) in &self.out.give_back {
+            self.wanted.remove(key).expect("given back once");
+        }
+        self.out.clear();
+        self.replica.check();
+    }
+
+    pub(crate) fn submit(&mut self, front: u32, prompt: Vec<Token>, max_tokens: u32, class: Class) {
+        self.requests += 1;
+        let key = SequenceKey { front: FrontId(front), request: RequestId(self.requests), attempt: Attempt(1) };
+        let sampling = Sampling { seed: u64::from(front), max_tokens, ..Sampling::default() };
+        let prompt_tokens = prompt.len() as u32;
+        let submission =
+            Submission { key, namespace: [1; 32], class, context: prompt, prompt_tokens, sampling, deadline: None };
+        self.wanted.insert(key, Wanted { submission: submission.clone(), emitted: Vec::new(), ended: None });
+        self.event(Event::Submit(Box::new(submission)));
+    }
+
+    pub(crate) fn plan(&mut self) -> bool {
+        let planned = self.replica.plan(&mut self.out);
+        if let Some(delta) = self.out.execute.take() {
+            let bytes = |admission: &Admission| {
+                admission_bytes(admission.context.len() as u32, admission.blocks.len() as u32, &admission.sampling)
+            };
+            let total: u64 = delta.admit.iter().map(bytes).sum();
+            assert!(total <= self.max_admission_bytes || delta.admit.len() == 1, "{total} bytes are admitted at once");
+            self.sent.push_back(delta);
+        }
+        self.collect();
+        planned
+    }
+
+    pub(crate) fn complete(&mut self) -> bool {
+        self.answer(false)
+    }
+
+    pub(crate) fn crash(&mut self) {
+        self.sent.clear();
+        self.worker = None;
+        self.event(Event::WorkerDown);
+        self.restart();
+    }
+
+    pub(crate) fn finish_all(&mut self) {
+        for _ in 0..20_000 {
+            let planned = self.plan();
+            let completed = self.complete();
+            self.replica.housekeeping(4);
+            if !planned && !completed {
+                break;
+            }
+        }
+        assert!(self.replica.is_idle(), "everything ends: {:?}", self.replica.load());
+        let load = self.replica.load();
+        assert_eq!(load.free_blocks, load.total_blocks, "all blocks are free after the last request");
+        for (key, wanted) in &self.wanted {
+            assert!(wanted.ended.is_some(), "{key:?} never ended");
+        }
+    }
+}
