@@ -231,6 +231,19 @@ class CpuKernels:
     def attend(self, layer: int, query: _Memory, kv_region: _Memory, out: _Memory) -> None: ...
 
 @final
+class RankMemory:
+    """One rank's end of the memory that the ranks of one host share. Memory is (address, elements)."""
+
+    def __new__(
+        cls, path: str, rank: int, ranks: int, room_bytes: int, dtype: str, *, max_wait_us: int = 60_000_000
+    ) -> RankMemory: ...
+    @staticmethod
+    def bytes_for(ranks: int, room_bytes: int) -> int: ...
+    def sum(self, values: _Memory) -> None: ...
+    def gather_columns(self, own: _Memory, widths: Sequence[int], out: _Memory) -> None: ...
+    def meet(self) -> None: ...
+
+@final
 class LocalReplica:
     """A replica in this process, driven step by step by the caller."""
 

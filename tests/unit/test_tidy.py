@@ -72,7 +72,8 @@ PARTS = {
     "models": {"errors", "env", "embedded"},
     "layers": {"models", "quant", "_core"},
     "quant": {"errors", "types"},
-    "worker": {"_core", "errors", "env", "logs", "config", "models", "layers", "quant"},
+    "parallel": {"_core", "errors", "models"},
+    "worker": {"_core", "errors", "env", "logs", "config", "models", "layers", "quant", "parallel"},
     "node": {"_core", "errors", "env", "logs", "config", "models"},
     "client": {"errors", "types", "choice", "tokenizer", "models"},
     "gateway": {"_core", "errors", "types", "choice", "metrics", "logs", "tokenizer", "models"},
@@ -94,7 +95,7 @@ PARTS = {
     "__init__": {"client", "errors", "llm", "types"},
 }
 # Only these may reach torch when they are imported.
-TORCH_PARTS = {"layers", "worker", "quant", "llm", "cli"}
+TORCH_PARTS = {"layers", "parallel", "worker", "quant", "llm", "cli"}
 TORCH_FILES = {"models.loader"}
 
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,7 @@ from llmscale.errors import ConfigError, InvalidCheckpoint
 from llmscale.models.checkpoint import Checkpoint, match_tensors, open_checkpoint
 from llmscale.models.fingerprint import weights_fingerprint
 from llmscale.models.folder import ModelFolder
+from llmscale.models.shard import RankModel, TensorSlice, whole_model
 from llmscale.models.spec import ModelSpec, WeightSpec
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -64,8 +66,10 @@ class LoadOptions:
     progress: Progress | None = None
 
 
-def load_weights(folder: ModelFolder, spec: ModelSpec, options: LoadOptions | None = None) -> Weights:
-    """Loads the weights of `spec` from a Hugging Face folder.
+def load_weights(
+    folder: ModelFolder, spec: ModelSpec, options: LoadOptions | None = None, part: RankModel | None = None
+) -> Weights:
+    """Loads the weights of `spec` from a Hugging Face folder, or of one rank's part of it; other bytes are not read.
 
     Raises InvalidCheckpoint if anything is malformed, missing, surplus or mismatched; ConfigError for an unknown dtype.
     """
@@ -73,7 +77,7 @@ def load_weights(folder: ModelFolder, spec: ModelSpec, options: LoadOptions | No
     checkpoint = open_checkpoint(folder)
     match_tensors(spec, checkpoint)
     dtype = choose_dtype(options.dtype, checkpoint)
-    tensors = _read(spec, checkpoint, dtype, options)
+    tensors = _read(part or whole_model(spec), checkpoint, dtype, options)
     return Weights(tensors, dtype, weights_fingerprint(checkpoint))
 
 
@@ -90,24 +94,35 @@ def choose_dtype(requested: str, checkpoint: Checkpoint) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Placement:
-    """Where a checkpoint tensor goes: which weight, and the first row of its part."""
+    """Where a checkpoint tensor goes: which weight, the first row of its part, and what of the tensor is read."""
 
     weight: WeightSpec
     first_row: int
+    taken: TensorSlice | None
+
+    def read(self, file: Any, name: str) -> Tensor:
+        if self.taken is None:
+            tensor: Tensor = file.get_tensor(name)
+        elif self.taken.axis == 0:
+            tensor = file.get_slice(name)[self.taken.start : self.taken.stop]
+        else:
+            tensor = file.get_slice(name)[:, self.taken.start : self.taken.stop]
+        return tensor
 
 
-def _read(spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype, options: LoadOptions) -> dict[str, Tensor]:
+def _read(part: RankModel, checkpoint: Checkpoint, dtype: torch.dtype, options: LoadOptions) -> dict[str, Tensor]:
+    spec = part.spec
     placements: dict[str, _Placement] = {}
     tensors: dict[str, Tensor] = {}
     for weight in spec.weights():
         tensors[weight.name] = torch.empty(weight.shape, dtype=dtype, device=options.device)
         row = 0
-        for part in weight.parts:
-            placements[part.name] = _Placement(weight, row)
-            row += part.shape[0]
+        for tensor in weight.parts:
+            placements[tensor.name] = _Placement(weight, row, part.slices.get(tensor.name))
+            row += tensor.shape[0]
     embedding_name = spec.embedding.parts[0].name
     tied_name = spec.head.tied_name
-    if tied_name is not None and embedding_name not in checkpoint.tensors:
+    if tied_name is not None and embedding_name not in checkpoint.tensors and embedding_name in placements:
         placements[tied_name] = placements.pop(embedding_name)
         tied_name = None
     total_bytes = sum(entry.end - entry.begin for entry in checkpoint.tensors.values())
@@ -118,7 +133,8 @@ def _read(spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype, options: 
             with safe_open(str(path), framework="pt", device="cpu") as file:
                 for entry in entries:
                     if entry.name in placements:
-                        _place(placements[entry.name], file.get_tensor(entry.name), tensors)
+                        placement = placements[entry.name]
+                        _place(placement, placement.read(file, entry.name), tensors)
                     done_bytes += entry.end - entry.begin
                     if options.progress is not None:
                         options.progress(done_bytes, total_bytes)

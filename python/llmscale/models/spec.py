@@ -184,7 +184,8 @@ class HeadSpec:
 class ModelSpec:
     """A decoder. `max_sequence_tokens` is the longest sequence that is computed as the model's authors define it, and
     `max_sequence_reason` says what sets it. `pipeline_cuts` lists the blocks before which a pipeline stage may begin.
-    `ignored_tensors` may be in the checkpoint and are not read."""
+    `ignored_tensors` may be in the checkpoint and are not read. A pipeline stage's spec holds its own blocks only;
+    the first stage has the embedding, the last one norm and head."""
 
     architecture: str
     hidden_size: int
@@ -197,10 +198,13 @@ class ModelSpec:
     head: HeadSpec
     pipeline_cuts: tuple[int, ...]
     ignored_tensors: frozenset[str] = field(default_factory=frozenset)
+    is_first_stage: bool = True
+    is_last_stage: bool = True
 
     def weights(self) -> Iterator[WeightSpec]:
         """Every weight once, in the order of computation."""
-        yield self.embedding
+        if self.is_first_stage or (self.is_last_stage and self.head.tied):
+            yield self.embedding
         for block in self.blocks:
             yield block.attention_norm.weight
             yield from _linear_weights(block.attention.qkv)
@@ -212,9 +216,10 @@ class ModelSpec:
             yield block.mlp_norm.weight
             yield from _linear_weights(block.mlp.gate_up)
             yield from _linear_weights(block.mlp.down)
-        yield self.norm.weight
-        if not self.head.tied:
-            yield self.head.weight
+        if self.is_last_stage:
+            yield self.norm.weight
+            if not self.head.tied:
+                yield self.head.weight
 
     @property
     def parameters(self) -> int:

@@ -2,19 +2,27 @@
 
 Matrix products are torch's, everything else goes through `Ops`. Buffers are made once for the largest step, so a step
 allocates nothing but what the operations themselves need; no Python runs per token or per sequence here. Python costs
-about nine calls per layer. It does not know sampling, scheduling or where weights came from.
+about nine calls per layer. A rank of several runs its part of each layer, or its stage's layers, and meets the others
+through `Ranks`. It does not know sampling, scheduling or where weights came from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from llmscale.layers.activations import ActivationBuffers, ActivationSizes, ProductInput, padded_rows
+from llmscale.layers.activations import (
+    ActivationBuffers,
+    Activations,
+    ActivationSizes,
+    ProductInput,
+    padded_rows,
+)
 from llmscale.layers.attention import Attention
-from llmscale.layers.embedding import Embedding
+from llmscale.layers.embedding import Embedding, ShardedEmbedding
 from llmscale.layers.linear import DenseLinear, Linear, TiledLinear, tiles_supported
 from llmscale.layers.mlp import GatedMlp
 from llmscale.layers.norm import RmsNorm
@@ -22,6 +30,8 @@ from llmscale.layers.ops import AttentionConstants, HeadNorms, Ops, RopeTable
 from llmscale.layers.rotary import rope_table
 from llmscale.models.loader import Weights
 from llmscale.models.spec import AttentionSpec, BlockSpec, HeadSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
+from llmscale.parallel.pipeline import StageLink
+from llmscale.parallel.tensor import Alone, TensorGroup
 from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
 
@@ -38,54 +48,81 @@ class Block:
         self.mlp = mlp
 
 
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Whom a rank computes with. By default it is alone."""
+
+    tensor: TensorGroup = field(default_factory=Alone)
+    stage: StageLink | None = None
+    """Needed where the spec is a stage of several."""
+    vocabulary_start: int = 0
+    """First id of this rank's rows of embedding and head."""
+    vocabulary_widths: tuple[int, ...] = ()
+    """Rows of every rank; empty for a rank that is alone."""
+
+
 class TorchExecutor:
-    """A whole model on the device that holds its weights and KV region.
+    """A model, or a rank's part of it, on the device that holds its weights and KV region.
 
     `linear_kind` names how products are computed, "tiled" or "dense"; it is part of what makes tokens repeatable.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, kv_region: KvRegion, ops: Ops, limits: StepLimits) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        kv_region: KvRegion,
+        ops: Ops,
+        limits: StepLimits,
+        ranks: Ranks | None = None,
+    ) -> None:
         """Takes the projections out of `weights` one by one, so that a model is not held twice while it is tiled."""
         assert kv_region.layout.dtype == weights.dtype, (kv_region.layout.dtype, weights.dtype)
         assert limits.max_sequence_tokens <= spec.max_sequence_tokens, (limits, spec.max_sequence_tokens)
         device = kv_region.tensor.device
-        self._spec = spec
         self._ops = ops
         self._limits = limits
+        self._ranks = ranks or Ranks()
         self._kv_layers = [kv_region.layer(layer) for layer in range(len(spec.blocks))]
         build = _Builder(weights, limits.max_sequence_tokens, device)
-        self._embedding = Embedding(weights[spec.embedding])
+        self._embedding = build.embedding(spec, self._ranks) if spec.is_first_stage else None
         self._blocks = [build.block(block) for block in spec.blocks]
-        self._norm = build.norm(spec.norm)
-        self._head = build.head(spec.head)
-        self.linear_kind = "tiled" if build.tiled else "dense"
         self._buffers = ActivationBuffers(_widths(spec), limits.max_step_tokens, weights.dtype, device)
-        max_samples = padded_rows(limits.max_sequences)
-        self._logits = torch.zeros(max_samples, spec.vocabulary, dtype=weights.dtype, device=device)
-        self._sampled = torch.zeros(max_samples, spec.hidden_size, dtype=weights.dtype, device=device)
+        self._output = _Output(spec, build, limits, self._ranks) if spec.is_last_stage else None
+        self.linear_kind = "tiled" if build.tiled else "dense"
 
     def forward(self, step: StepInputs) -> Tensor:
-        """Logits [R, vocabulary] in the weights' dtype, valid until the next call.
+        """Logits [R, vocabulary] in the weights' dtype, valid until the next call; no rows before the last stage.
 
         Writes the step's keys and values to the region. A sequence's rows must be complete up to its length. On another
-        device than the CPU the caller has moved the step's tensors there.
+        device than the CPU the caller has moved the step's tensors there. Raises WorkerError for a rank that is gone.
         """
         assert 0 < step.rows <= self._limits.max_step_tokens, (step.rows, self._limits.max_step_tokens)
         assert step.samples <= self._limits.max_sequences, (step.samples, self._limits.max_sequences)
         with torch.inference_mode():
-            normed = self._run_layers(step)
-            if step.samples == 0:
-                return self._logits[:0]
-            padded = padded_rows(step.samples)
-            sampled = ProductInput(self._sampled[: step.samples], self._sampled[:padded])
-            torch.index_select(normed, 0, step.sample_rows, out=sampled.rows)
-            return self._head(sampled, self._logits[:padded])
+            ops, rows = self._ops, self._buffers.rows(step.rows)
+            ops.begin_step(step)
+            self._begin(step, rows)
+            delta = self._run_layers(rows)
+            if self._output is None:
+                stage = self._ranks.stage
+                assert stage is not None, "a stage that is not the last has one behind it"
+                stage.send_stream(rows.residual.add_(delta))
+                return rows.residual[:0]
+            return self._output(ops, step, rows, delta)
 
-    def _run_layers(self, step: StepInputs) -> Tensor:
-        """The normed hidden states [T, H] after the last layer."""
-        ops, rows = self._ops, self._buffers.rows(step.rows)
-        ops.begin_step(step)
-        self._embedding(ops, step.token_ids, rows.residual)
+    def _begin(self, step: StepInputs, rows: Activations) -> None:
+        """Fills the residual stream: from the ids, or from the stage before."""
+        if self._embedding is not None:
+            self._embedding(self._ops, step.token_ids, rows.residual)
+            return
+        stage = self._ranks.stage
+        assert stage is not None, "a stage that is not the first has one before it"
+        stage.receive_stream(rows.residual)
+
+    def _run_layers(self, rows: Activations) -> Tensor:
+        """What the last part adds to the residual stream, [T, H]."""
+        ops, add_up = self._ops, self._ranks.tensor.sum
         delta: Tensor | None = None
         for block, kv_layer in zip(self._blocks, self._kv_layers, strict=True):
             # The output of a part is added by the norm of the next one, in one pass over the stream.
@@ -93,12 +130,37 @@ class TorchExecutor:
                 block.attention_norm(ops, rows.residual, rows.normed.rows)
             else:
                 block.attention_norm.after_add(ops, delta, rows.residual, rows.normed.rows)
-            delta = block.attention(ops, rows, kv_layer)
+            delta = add_up(block.attention(ops, rows, kv_layer))
             block.mlp_norm.after_add(ops, delta, rows.residual, rows.normed.rows)
-            delta = block.mlp(ops, rows)
+            delta = add_up(block.mlp(ops, rows))
         assert delta is not None, "a model has at least one block"
+        return delta
+
+
+class _Output:
+    """Norm and head of the last stage, for the rows that sample."""
+
+    def __init__(self, spec: ModelSpec, build: _Builder, limits: StepLimits, ranks: Ranks) -> None:
+        self._norm = build.norm(spec.norm)
+        self._head = build.head(spec.head)
+        self._tensor = ranks.tensor
+        self._widths = ranks.vocabulary_widths or (spec.vocabulary,)
+        max_samples = padded_rows(limits.max_sequences)
+        self._sampled = build.zeros(max_samples, spec.hidden_size)
+        self._logits = build.zeros(max_samples, spec.vocabulary)
+        # A rank that is alone has the whole vocabulary already.
+        self._gathered = build.zeros(max_samples if len(self._widths) > 1 else 0, sum(self._widths))
+
+    def __call__(self, ops: Ops, step: StepInputs, rows: Activations, delta: Tensor) -> Tensor:
+        """Logits [R, vocabulary] after the stream has got the last delta."""
         self._norm.after_add(ops, delta, rows.residual, rows.normed.rows)
-        return rows.normed.rows
+        if step.samples == 0:
+            return self._logits[:0]
+        padded = padded_rows(step.samples)
+        sampled = ProductInput(self._sampled[: step.samples], self._sampled[:padded])
+        torch.index_select(rows.normed.rows, 0, step.sample_rows, out=sampled.rows)
+        own = self._head(sampled, self._logits[:padded])
+        return self._tensor.gather_columns(own, self._widths, self._gathered[: step.samples])
 
 
 class _Builder:
@@ -110,6 +172,15 @@ class _Builder:
         self._device = device
         self.tiled = tiles_supported(device, weights.dtype)
         self._tables: dict[tuple[RopeSpec, int], RopeTable] = {}
+
+    def zeros(self, rows: int, columns: int) -> Tensor:
+        return torch.zeros(rows, columns, dtype=self._weights.dtype, device=self._device)
+
+    def embedding(self, spec: ModelSpec, ranks: Ranks) -> Embedding | ShardedEmbedding:
+        table = self._weights[spec.embedding]
+        if ranks.tensor.size == 1:
+            return Embedding(table)
+        return ShardedEmbedding(table, ranks.vocabulary_start, ranks.tensor.sum)
 
     def block(self, spec: BlockSpec) -> Block:
         return Block(

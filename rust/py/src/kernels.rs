@@ -76,7 +76,7 @@ pub(crate) unsafe fn view<'a, T>((address, elements): Memory) -> &'a [T] {
 ///
 /// # Safety
 /// As [`view`], and nothing else reads or writes the memory during `'a`.
-unsafe fn view_mut<'a, T>((address, elements): Memory) -> &'a mut [T] {
+pub(crate) unsafe fn view_mut<'a, T>((address, elements): Memory) -> &'a mut [T] {
     if elements == 0 {
         return &mut [];
     }

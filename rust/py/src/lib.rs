@@ -12,6 +12,7 @@ mod kernels;
 mod limits;
 mod local;
 mod process;
+mod ranks;
 mod request;
 mod sample;
 mod sampling;
@@ -39,6 +40,8 @@ mod _core {
     use crate::measure::measure_steady_decode;
     #[pymodule_export]
     use crate::process::end_with_parent;
+    #[pymodule_export]
+    use crate::ranks::PyRankMemory;
     #[pymodule_export]
     use crate::request::Delivery;
     #[pymodule_export]

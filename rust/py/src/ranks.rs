@@ -1,0 +1,89 @@
+//! The door to the memory that ranks of one host share. Tensors come in as (address, elements) of contiguous memory that
+//! the caller owns for the length of the call. The GIL is released while ranks wait for each other.
+#![expect(unsafe_code, reason = "tensors of torch are reached by address")]
+
+use crate::detach::detached;
+use crate::error;
+use crate::kernels::{Dtype, Memory, view, view_mut};
+use llmscale_kernels::element::{Bf16, Element};
+use llmscale_kernels::rank_memory::{RankError, RankMemory};
+use pyo3::prelude::*;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// One rank's end of the memory that the ranks of one host share. One exchange at a time.
+#[pyclass(frozen, name = "RankMemory", module = "llmscale._core")]
+pub(crate) struct PyRankMemory {
+    inner: Mutex<RankMemory>,
+    dtype: Dtype,
+}
+
+fn rank_error(error: &RankError) -> PyErr {
+    error::worker(error.to_string())
+}
+
+#[pymethods]
+impl PyRankMemory {
+    /// Maps `path`, a file of `bytes_for(ranks, room_bytes)` zeros that every rank opens.
+    #[new]
+    #[pyo3(signature = (path, rank, ranks, room_bytes, dtype, *, max_wait_us = 60_000_000))]
+    fn new(
+        path: &str,
+        rank: usize,
+        ranks: usize,
+        room_bytes: usize,
+        dtype: &str,
+        max_wait_us: u64,
+    ) -> PyResult<Self> {
+        let wait = Duration::from_micros(max_wait_us);
+        let memory = RankMemory::open(Path::new(path), rank, ranks, room_bytes, wait);
+        Ok(Self { inner: Mutex::new(memory.map_err(|error| rank_error(&error))?), dtype: Dtype::parse(dtype)? })
+    }
+
+    /// Size of the file.
+    #[staticmethod]
+    fn bytes_for(ranks: usize, room_bytes: usize) -> usize {
+        RankMemory::bytes_for(ranks, room_bytes)
+    }
+
+    /// Replaces the values by their sum over all ranks: the same bits on every rank.
+    fn sum(&self, py: Python<'_>, values: Memory) -> PyResult<()> {
+        detached(py, || match self.dtype {
+            Dtype::Float32 => self.run_sum::<f32>(values),
+            Dtype::Bfloat16 => self.run_sum::<Bf16>(values),
+        })
+        .map_err(|error| rank_error(&error))
+    }
+
+    /// Every rank gets `[rows, sum of widths]`, from `[rows, widths[rank]]` of each.
+    fn gather_columns(&self, py: Python<'_>, own: Memory, widths: Vec<usize>, out: Memory) -> PyResult<()> {
+        detached(py, || match self.dtype {
+            Dtype::Float32 => self.run_gather::<f32>(own, &widths, out),
+            Dtype::Bfloat16 => self.run_gather::<Bf16>(own, &widths, out),
+        })
+        .map_err(|error| rank_error(&error))
+    }
+
+    /// Returns when every rank has come as far.
+    fn meet(&self, py: Python<'_>) -> PyResult<()> {
+        detached(py, || self.lock().meet()).map_err(|error| rank_error(&error))
+    }
+}
+
+impl PyRankMemory {
+    fn lock(&self) -> MutexGuard<'_, RankMemory> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run_sum<T: Element>(&self, values: Memory) -> Result<(), RankError> {
+        // SAFETY: the caller holds the tensor and nobody else touches it during the call.
+        self.lock().sum(unsafe { view_mut::<T>(values) })
+    }
+
+    fn run_gather<T: Element>(&self, own: Memory, widths: &[usize], out: Memory) -> Result<(), RankError> {
+        // SAFETY: the caller holds both tensors, which do not overlap, and nobody writes them during the call.
+        let (own, out) = unsafe { (view::<T>(own), view_mut::<T>(out)) };
+        self.lock().gather_columns(own, widths, out)
+    }
+}
