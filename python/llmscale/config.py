@@ -32,7 +32,11 @@ class NodeSettings:
     threads: int | None = None
     """CPU threads of a worker; None: as many as the process may use."""
     spare_worker: bool = True
-    """Whether a second process waits with torch imported, to take over from a dead worker."""
+    """Whether as many processes as ranks wait with torch imported, to take over from dead workers."""
+    tensor_parallel_size: int = 1
+    """Ranks that share every layer."""
+    pipeline_parallel_size: int = 1
+    """Stages that the layers are divided into."""
     fleet: str = "llmscale"
     max_fronts: int = 64
     max_step_seconds: float = 120.0
@@ -44,7 +48,14 @@ class NodeSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}, it must be one of {', '.join(DTYPES)}")
-        for name in ("max_sequences", "max_step_tokens", "max_fronts", "max_step_seconds"):
+        for name in (
+            "max_sequences",
+            "max_step_tokens",
+            "max_fronts",
+            "max_step_seconds",
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
         if (self.key_file is None) != (self.allow_list is None):

@@ -27,7 +27,9 @@ LOG_FORMAT = Variable("LLMSCALE_LOG_FORMAT", "text or json", "text on a terminal
 
 OMP_WAIT_POLICY = Variable("OMP_WAIT_POLICY", "how torch's threads wait between products", "passive")
 
-VARIABLES: tuple[Variable, ...] = (CPU_LEVEL, HF_HOME, LOG_FORMAT, OMP_WAIT_POLICY)
+GLOO_INTERFACE = Variable("GLOO_SOCKET_IFNAME", "network interface between pipeline stages", "lo, on one host")
+
+VARIABLES: tuple[Variable, ...] = (CPU_LEVEL, HF_HOME, LOG_FORMAT, OMP_WAIT_POLICY, GLOO_INTERFACE)
 
 
 def prepare_for_torch() -> None:
@@ -37,3 +39,5 @@ def prepare_for_torch() -> None:
     (one row of 256 x 1024 on two busy cores: 8,000 us by default, 35 us when threads wait passively).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # By default gloo listens on the interface that the host's name leads to, which others may reach.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

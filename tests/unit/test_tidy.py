@@ -74,7 +74,7 @@ PARTS = {
     "quant": {"errors", "types"},
     "parallel": {"_core", "errors", "models"},
     "worker": {"_core", "errors", "env", "logs", "config", "models", "layers", "quant", "parallel"},
-    "node": {"_core", "errors", "env", "logs", "config", "models"},
+    "node": {"_core", "errors", "env", "logs", "config", "models", "parallel"},
     "client": {"errors", "types", "choice", "tokenizer", "models"},
     "gateway": {"_core", "errors", "types", "choice", "metrics", "logs", "tokenizer", "models"},
     "llm": {"_core", "errors", "env", "types", "choice", "config", "tokenizer", "node", "worker"},
@@ -95,8 +95,8 @@ PARTS = {
     "__init__": {"client", "errors", "llm", "types"},
 }
 # Only these may reach torch when they are imported.
-TORCH_PARTS = {"layers", "parallel", "worker", "quant", "llm", "cli"}
-TORCH_FILES = {"models.loader"}
+TORCH_PARTS = {"layers", "worker", "quant", "llm", "cli"}
+TORCH_FILES = {"models.loader", "parallel.groups", "parallel.pipeline", "parallel.tensor"}
 
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 RUNS_CODE_CALLS = {"eval", "exec", "compile", "__import__"}

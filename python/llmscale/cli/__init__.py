@@ -39,7 +39,13 @@ def serve(
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens per step.")] = 512,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of the worker.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a worker.")] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", "-tp", help="Workers that share every layer.")
+    ] = 1,
+    pipeline_parallel_size: Annotated[
+        int, typer.Option("--pipeline-parallel-size", "-pp", help="Workers that divide the layers.")
+    ] = 1,
 ) -> None:
     """Serve MODEL over OpenAI's HTTP API on this machine: a gateway, a node and a chat page."""
     from llmscale.cli.serve import ServeOptions, run
@@ -58,6 +64,8 @@ def serve(
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_bytes=kv_cache_bytes,
             threads=threads,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
         )
     )
 

@@ -48,6 +48,8 @@ class ServeOptions:
     max_num_batched_tokens: int = 512
     kv_cache_bytes: int | None = None
     threads: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
 
     def node_settings(self, listen: str) -> NodeSettings:
         """The node's part."""
@@ -61,6 +63,8 @@ class ServeOptions:
             max_step_tokens=self.max_num_batched_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
             threads=self.threads,
+            tensor_parallel_size=self.tensor_parallel_size,
+            pipeline_parallel_size=self.pipeline_parallel_size,
         )
 
     def node_arguments(self, listen: str) -> list[str]:
@@ -75,6 +79,8 @@ class ServeOptions:
             "--max-num-batched-tokens": self.max_num_batched_tokens,
             "--kv-cache-bytes": self.kv_cache_bytes,
             "--threads": self.threads,
+            "--tensor-parallel-size": self.tensor_parallel_size,
+            "--pipeline-parallel-size": self.pipeline_parallel_size,
             "--parent": os.getpid(),
         }
         given = [(name, str(value)) for name, value in named.items() if value is not None]

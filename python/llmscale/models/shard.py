@@ -61,9 +61,19 @@ class RankPlace:
         return self.stage * self.tensor_size + self.tensor_rank
 
     @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank has the embedding."""
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the head, and samples."""
+        return self.stage == self.stages - 1
+
+    @property
     def is_leader(self) -> bool:
         """Whether this rank tells the engine what was sampled."""
-        return self.stage == self.stages - 1 and self.tensor_rank == 0
+        return self.is_last_stage and self.tensor_rank == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +118,8 @@ def shard_model(spec: ModelSpec, place: RankPlace) -> RankModel:
         blocks=blocks,
         head=head,
         pipeline_cuts=(),
-        is_first_stage=place.stage == 0,
-        is_last_stage=place.stage == place.stages - 1,
+        is_first_stage=place.is_first_stage,
+        is_last_stage=place.is_last_stage,
     )
     return RankModel(part, cut.slices, first, own_start, tuple(stop - start for start, stop in shares))
 

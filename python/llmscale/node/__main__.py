@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import signal
 import sys
 import tempfile
@@ -67,7 +68,11 @@ async def _serve_in(settings: NodeSettings, folder: str) -> None:
     )
     cache_mb = plan.limits.total_blocks * plan.block_bytes // (1 << 20)
     _log.info("node listens", address=engine.address, model=plan.name, dtype=plan.dtype, kv_cache_mb=cache_mb)
-    supervisor = WorkerSupervisor(engine, plan, WorkerProcesses(settings.threads, keep_spare=settings.spare_worker))
+    threads = settings.threads
+    if threads is None and plan.ranks > 1:
+        threads = max(1, len(os.sched_getaffinity(0)) // plan.ranks)
+    processes = WorkerProcesses(threads, keep_spares=plan.ranks if settings.spare_worker else 0)
+    supervisor = WorkerSupervisor(engine, plan, processes, Path(folder))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -108,6 +113,8 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         kv_cache_bytes=arguments.kv_cache_bytes,
         threads=arguments.threads,
         spare_worker=arguments.spare_worker,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        pipeline_parallel_size=arguments.pipeline_parallel_size,
         fleet=arguments.fleet,
         key_file=arguments.key_file,
         allow_list=arguments.allow_list,
@@ -132,10 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-cache-bytes", type=int, help="memory for the KV cache (default: about 64k tokens)")
     add("--threads", type=int, help="CPU threads of a worker (default: all that the process may use)")
     add(
+        "-tp", "--tensor-parallel-size", type=int, default=1, help="ranks that share every layer (default: %(default)s)"
+    )
+    add("-pp", "--pipeline-parallel-size", type=int, default=1, help="stages of layers (default: %(default)s)")
+    add(
         "--spare-worker",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep a second process with torch imported, so that a dead worker is replaced in a moment (about 0.2 GB)",
+        help="keep a spare process per rank with torch imported, to replace dead workers at once (0.3 GB each)",
     )
     add("--fleet", default="llmscale", help="only fronts of the same fleet are served (default: %(default)s)")
     add("--key-file", type=Path, help="the node's CURVE key pair; needed to listen beyond this machine")

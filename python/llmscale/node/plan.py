@@ -17,6 +17,7 @@ from llmscale.models.checkpoint import Checkpoint, match_tensors, open_checkpoin
 from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
 from llmscale.models.locate import locate_model, model_name
 from llmscale.models.registry import describe_model
+from llmscale.models.shard import RankPlace, shard_model
 from llmscale.models.spec import ModelSpec
 
 BLOCK_TOKENS = 32
@@ -39,6 +40,13 @@ class ReplicaPlan:
     tokenizer_digest: bytes
     revision: str
     block_bytes: int
+    tensor_size: int = 1
+    stages: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """Worker processes."""
+        return self.tensor_size * self.stages
 
 
 def plan_replica(settings: NodeSettings) -> ReplicaPlan:
@@ -46,6 +54,8 @@ def plan_replica(settings: NodeSettings) -> ReplicaPlan:
     folder = locate_model(settings.model)
     description = describe_model(folder)
     spec = description.spec
+    # Refuses what cannot be cut before anything is started.
+    shard_model(spec, RankPlace(0, settings.tensor_parallel_size, 0, settings.pipeline_parallel_size))
     checkpoint = open_checkpoint(description.folder)
     match_tensors(spec, checkpoint)
     dtype = _dtype(settings.dtype, checkpoint)
@@ -70,6 +80,8 @@ def plan_replica(settings: NodeSettings) -> ReplicaPlan:
         tokenizer_digest=tokenizer_digest(folder),
         revision=fingerprint.rpartition(":")[2][:16],
         block_bytes=block_bytes,
+        tensor_size=settings.tensor_parallel_size,
+        stages=settings.pipeline_parallel_size,
     )
 
 

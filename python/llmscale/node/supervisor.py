@@ -1,8 +1,8 @@
-"""Keeps one worker process alive: starts it, hears of its death at once, starts the next one under a new epoch.
+"""Keeps the worker processes of a replica alive: starts them, hears of a death, starts all anew under a new epoch.
 
-A worker that dies before it has ever been ready, or again and again without a step in between, is not started for ever:
-after five such deaths within a minute the node gives up with the worker's last words. It does not know requests; the
-engine keeps those.
+The ranks of a group live and die together: one that is left waits for the others in vain. A worker that dies before it
+has ever been ready, or again and again without a step in between, is not started for ever: after five such deaths
+within a minute the node gives up with the worker's last words. It does not know requests; the engine keeps those.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import collections
 import signal
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import structlog
 
 from llmscale._core import Engine, NodeEvent
 from llmscale.errors import WorkerError
+from llmscale.models.shard import RankPlace
 from llmscale.node.plan import ReplicaPlan
+from llmscale.node.rank_meeting import RankMeeting
 from llmscale.node.worker_process import WorkerProcess, WorkerProcesses
+from llmscale.parallel.assignment import Assignment
 
 _log = structlog.get_logger("llmscale.node")
 
@@ -30,12 +34,28 @@ MAX_BACKOFF_SECONDS = 30.0
 
 @dataclass(slots=True)
 class _Life:
-    """One worker process."""
+    """The processes of one epoch, by rank."""
 
     epoch: int
-    process: WorkerProcess
+    processes: list[WorkerProcess]
+    meeting: RankMeeting
     steps_before: int
     failure: str | None = None
+
+    async def first_death(self) -> tuple[WorkerProcess, int]:
+        """The process that ends first, with its exit code; the others are ended then."""
+        waits = {asyncio.create_task(process.wait()): process for process in self.processes}
+        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        first = done.pop()
+        self.kill()
+        await asyncio.gather(*waits)
+        self.meeting.close()
+        return waits[first], first.result()
+
+    def kill(self) -> None:
+        """Ends all, now."""
+        for process in self.processes:
+            process.send_signal(signal.SIGKILL)
 
 
 @dataclass(slots=True)
@@ -53,11 +73,12 @@ class _Deaths:
 
 
 class WorkerSupervisor:
-    """Decides when a node's worker process starts and ends."""
+    """Decides when a node's worker processes start and end."""
 
-    def __init__(self, engine: Engine, plan: ReplicaPlan, processes: WorkerProcesses) -> None:
+    def __init__(self, engine: Engine, plan: ReplicaPlan, processes: WorkerProcesses, folder: Path) -> None:
         self._engine = engine
         self._plan = plan
+        self._folder = folder
         self._processes = processes
         self._preparing: asyncio.Task[None] | None = None
         self._deaths = _Deaths()
@@ -73,32 +94,40 @@ class WorkerSupervisor:
         try:
             while not self._stopping:
                 self._life = await self._start()
-                code = await self._life.process.wait()
-                await self._bury(self._life, code)
+                process, code = await self._life.first_death()
+                await self._bury(self._life, process, code)
         finally:
             loop.remove_reader(self._engine.fileno())
 
     async def stop(self) -> None:
-        """Ends the worker process: asks first, insists after two seconds."""
+        """Ends the worker processes: asks first, insists after two seconds."""
         self._stopping = True
         if self._preparing is not None:
             await self._preparing
         await self._processes.close()
         if self._life is not None:
-            await self._life.process.stop()
+            await asyncio.gather(*(process.stop() for process in self._life.processes))
 
     async def _start(self) -> _Life:
-        epoch, address = self._engine.prepare_worker(str(self._plan.folder), self._plan.dtype)
-        process = await self._processes.start(address, epoch)
-        _log.info("worker started", epoch=epoch, pid=process.pid)
-        return _Life(epoch, process, self._engine.report().steps)
+        plan = self._plan
+        places = [RankPlace.of_rank(rank, plan.tensor_size, plan.stages) for rank in range(plan.ranks)]
+        leader = next(place.rank for place in places if place.is_leader)
+        epoch, links = self._engine.prepare_worker(str(plan.folder), plan.dtype, ranks=plan.ranks, leader=leader)
+        life = _Life(
+            epoch, [], RankMeeting(epoch, plan.tensor_size, plan.stages, self._folder), self._engine.report().steps
+        )
+        for place, link in zip(places, links, strict=True):
+            process = await self._processes.start(Assignment(link, epoch, place, life.meeting.of(place)))
+            life.processes.append(process)
+            _log.info("worker started", epoch=epoch, pid=process.pid, rank=place.rank)
+        return life
 
-    async def _bury(self, life: _Life, code: int) -> None:
+    async def _bury(self, life: _Life, process: WorkerProcess, code: int) -> None:
         self._engine.worker_died(life.epoch)
         if self._stopping:
             return
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        _log.warning("worker died", epoch=life.epoch, pid=life.process.pid, how=how, said=life.failure)
+        _log.warning("worker died", epoch=life.epoch, pid=process.pid, how=how, said=life.failure)
         if self._engine.report().steps > life.steps_before:
             return
         deaths = self._deaths.note(time.monotonic())
@@ -129,7 +158,7 @@ class WorkerSupervisor:
         elif event.kind == "worker_failed" and self._life is not None and self._life.epoch == event.epoch:
             self._life.failure = event.message
             # It may hang rather than exit; what it computes is lost either way.
-            self._life.process.send_signal(signal.SIGKILL)
+            self._life.kill()
 
     def _prepare_spare(self) -> None:
         if not self._stopping:

@@ -1,4 +1,4 @@
-"""Worker processes of a node: one at work, and one spare that has imported torch already.
+"""Worker processes of a node: those at work, and as many spares that have imported torch already.
 
 Importing torch takes 1.3 s on a quiet machine, which was nearly all of the pause that a killed worker cost its streams.
 A spare waits with its imports done until it gets its assignment through its standard input. It does not know engines,
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
 import structlog
+
+from llmscale.parallel.assignment import Assignment, write_assignment
 
 _log = structlog.get_logger("llmscale.node")
 
@@ -37,12 +38,12 @@ class WorkerProcess:
         """Whether its end has not been noticed yet."""
         return self._process.returncode is None
 
-    async def assign(self, link: str, epoch: int) -> bool:
-        """Tells a waiting process what to serve. Returns False if it is dead."""
+    async def assign(self, assignment: Assignment) -> bool:
+        """Tells a waiting process what to be. Returns False if it is dead."""
         pipe = self._process.stdin
         assert pipe is not None, "the process was started with a pipe"
         try:
-            pipe.write(json.dumps({"link": link, "epoch": epoch}).encode() + b"\n")
+            pipe.write(write_assignment(assignment))
             await pipe.drain()
             pipe.close()
             await pipe.wait_closed()
@@ -79,52 +80,57 @@ class WorkerProcess:
 
 
 class WorkerProcesses:
-    """Starts workers, and keeps a spare if it may: about 0.2 GB of memory for a pause that is a second shorter."""
+    """Starts workers, and keeps spares if it may: about 0.3 GB of memory each for a pause that is a second shorter."""
 
-    def __init__(self, threads: int | None, *, keep_spare: bool, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None,
+        *,
+        keep_spares: int,
+        command: Sequence[str] | None = None,
+    ) -> None:
         # The child compares: one that starts while this process dies would take its foster parent for its parent.
         words = command or (sys.executable, "-m", WORKER_MODULE, "--parent", str(os.getpid()))
         self._command = [*words] if threads is None else [*words, "--threads", str(threads)]
-        self._keep_spare = keep_spare
-        self._spare: WorkerProcess | None = None
+        self._keep_spares = keep_spares
+        self._spares: list[WorkerProcess] = []
         self._preparing = asyncio.Lock()
 
     @property
-    def spare(self) -> WorkerProcess | None:
-        """The process that waits."""
-        return self._spare
+    def spares(self) -> tuple[WorkerProcess, ...]:
+        """The processes that wait."""
+        return tuple(self._spares)
 
-    async def start(self, link: str, epoch: int) -> WorkerProcess:
-        """A process that has been told to serve this link; the spare if there is one."""
+    async def start(self, assignment: Assignment) -> WorkerProcess:
+        """A process that has been told what to be; a spare if there is one."""
         async with self._preparing:
-            spare, self._spare = self._spare, None
-        if spare is not None:
-            if spare.is_alive and await spare.assign(link, epoch):
-                return spare
-            _log.warning("the spare worker had died", pid=spare.pid)
-            await spare.wait()
+            while self._spares:
+                spare = self._spares.pop()
+                if spare.is_alive and await spare.assign(assignment):
+                    return spare
+                _log.warning("a spare worker had died", pid=spare.pid)
+                await spare.wait()
         process = await self._spawn()
         # A process that dies this early is noticed by whoever waits for its end.
-        await process.assign(link, epoch)
+        await process.assign(assignment)
         return process
 
     async def prepare(self) -> None:
-        """Starts a spare if none is alive. Called when the worker serves, so that their imports do not compete."""
+        """Starts the spares that are missing. Called when workers serve, so that their imports do not compete."""
         async with self._preparing:
-            if not self._keep_spare or (self._spare is not None and self._spare.is_alive):
-                return
-            if self._spare is not None:
-                await self._spare.wait()
-            self._spare = await self._spawn()
-            _log.info("spare worker started", pid=self._spare.pid)
+            for spare in [spare for spare in self._spares if not spare.is_alive]:
+                self._spares.remove(spare)
+                await spare.wait()
+            while len(self._spares) < self._keep_spares:
+                self._spares.append(await self._spawn())
+                _log.info("spare worker started", pid=self._spares[-1].pid)
 
     async def close(self) -> None:
-        """Ends the spare."""
+        """Ends the spares."""
         async with self._preparing:
-            self._keep_spare = False
-            spare, self._spare = self._spare, None
-        if spare is not None:
-            await spare.stop()
+            self._keep_spares = 0
+            spares, self._spares = self._spares, []
+        await asyncio.gather(*(spare.stop() for spare in spares))
 
     async def _spawn(self) -> WorkerProcess:
         return WorkerProcess(await asyncio.create_subprocess_exec(*self._command, stdin=asyncio.subprocess.PIPE))

@@ -7,22 +7,12 @@ until it is needed.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-
-import msgspec
 
 from llmscale import env, logs
 from llmscale._core import WorkerSession, end_with_parent
-from llmscale.errors import WorkerError
-
-MAX_ASSIGNMENT_BYTES = 4_096
-
-
-class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which engine to serve, as which incarnation."""
-
-    link: str
-    epoch: int
+from llmscale.models.shard import RankPlace
 
 
 def main() -> int:
@@ -34,25 +24,28 @@ def main() -> int:
     end_with_parent(arguments.parent)
     logs.configure()
     env.prepare_for_torch()
+    from llmscale.parallel.assignment import read_assignment
     from llmscale.worker.loop import WorkerLoop, warm_up
 
     warm_up()
-    assignment = read_assignment()
+    assignment = read_assignment(sys.stdin.buffer)
     if assignment is None:
         return 0
-    WorkerLoop(WorkerSession(assignment.link, assignment.epoch), arguments.threads).run()
+    keep_to_share_of_cpus(assignment.place)
+    WorkerLoop(WorkerSession(assignment.link, assignment.epoch), assignment, arguments.threads).run()
     return 0
 
 
-def read_assignment() -> Assignment | None:
-    """Waits for one line. None: the node closed the pipe, this process is not needed. Raises WorkerError."""
-    line = sys.stdin.buffer.readline(MAX_ASSIGNMENT_BYTES)
-    if not line:
-        return None
-    try:
-        return msgspec.json.decode(line, type=Assignment)
-    except msgspec.DecodeError as error:
-        raise WorkerError(f"a worker is started by a node, which tells it its link and epoch; got {line!r}") from error
+def keep_to_share_of_cpus(place: RankPlace) -> None:
+    """Gives each rank CPUs of its own where there are enough.
+
+    Ranks that meet in memory wait for each other every few hundred microseconds. Left to the system two of them often
+    shared one of two cores, and a sum took 33 us instead of 1.
+    """
+    cpus = sorted(os.sched_getaffinity(0))
+    if 1 < place.ranks <= len(cpus):
+        first, last = (len(cpus) * rank // place.ranks for rank in (place.rank, place.rank + 1))
+        os.sched_setaffinity(0, cpus[first:last])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The worker's loop: receive, execute, sample, reply; the last two are one call of the core.
 
 A step that raises is given up: the engine tells the worker anew what runs, computes the step's sequences one by one,
-and ends a request that raised twice. Any other error ends the process with a last word to the engine.
+and ends a request that raised twice. Any other error ends the process with a last word to the engine, and so does a
+step that raises on one rank of several, because the others wait for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 
 from llmscale._core import WorkerOrder, WorkerSession
 from llmscale.errors import LlmscaleError, ModelError
+from llmscale.parallel.assignment import Assignment
 from llmscale.worker.model_runner import ModelRunner, StepBuffers
+from llmscale.worker.sampling import StepSampling
 
 _log = structlog.get_logger("llmscale.worker")
 
@@ -24,11 +27,13 @@ WAIT_US = 1_000_000
 class WorkerLoop:
     """Runs one session to its end."""
 
-    def __init__(self, session: WorkerSession, threads: int | None) -> None:
+    def __init__(self, session: WorkerSession, assignment: Assignment, threads: int | None) -> None:
         self._session = session
+        self._assignment = assignment
         self._threads = threads
         self._runner: ModelRunner | None = None
         self._buffers: StepBuffers | None = None
+        self._sampling: StepSampling | None = None
 
     def run(self) -> None:
         """Returns when the engine says stop. An error outside a step is told to the engine and raised."""
@@ -44,25 +49,35 @@ class WorkerLoop:
                 else:
                     self._step(order)
         except BaseException as error:
-            self._session.failed(_failure_code(error), f"{type(error).__name__}: {error}")
+            self._session.failed(_failure_code(error), f"{self._assignment.who}{type(error).__name__}: {error}")
             raise
 
     def _configure(self, order: WorkerOrder) -> None:
         started = time.perf_counter_ns()
         runner = ModelRunner(
-            Path(order.model_folder), order.dtype, order.limits, threads=self._threads, progress=_LoadingProgress()
+            Path(order.model_folder),
+            order.dtype,
+            order.limits,
+            threads=self._threads,
+            progress=_LoadingProgress(),
+            place=self._assignment.place,
+            meeting=self._assignment.meeting,
         )
         self._session.ready(runner.layers, runner.numerics, time.perf_counter_ns() - started)
         self._runner = runner
         self._buffers = StepBuffers(self._session)
+        self._sampling = StepSampling(self._session, runner, order.limits.max_sequences)
 
     def _step(self, order: WorkerOrder) -> None:
         assert self._runner is not None, "a step before the configuration"
         assert self._buffers is not None, "a step before the configuration"
+        assert self._sampling is not None, "a step before the configuration"
         try:
             logits = self._runner.forward(self._buffers.inputs(order.counts))
-            self._session.sample(self._runner.kernels, logits, self._runner.dtype)
-        except Exception as error:  # noqa: BLE001 - logged, and told to the engine
+            self._sampling.finish(order.counts, logits)
+        except Exception as error:
+            if self._assignment.place.ranks > 1:
+                raise
             _log.exception("a step raised")
             self._session.step_failed(f"{type(error).__name__}: {error}")
 

@@ -17,7 +17,10 @@ from llmscale._core import CpuKernels, EngineLimits, Int32Buffer, StepCounts
 from llmscale.layers.native import NativeOps
 from llmscale.models.loader import LoadOptions, Progress, load_weights
 from llmscale.models.registry import describe_model
-from llmscale.worker.executor_torch import TorchExecutor
+from llmscale.models.shard import RankPlace, shard_model
+from llmscale.parallel.assignment import Meeting
+from llmscale.parallel.groups import join_stages, join_tensor_group
+from llmscale.worker.executor_torch import Ranks, TorchExecutor
 from llmscale.worker.kv_region import KvRegion, kv_layout
 from llmscale.worker.step import StepInputs, StepLimits
 
@@ -64,7 +67,7 @@ class StepBuffers:
 
 
 class ModelRunner:
-    """A loaded model on the CPU."""
+    """A loaded model, or a rank's part of it, on the CPU."""
 
     def __init__(
         self,
@@ -74,25 +77,36 @@ class ModelRunner:
         *,
         threads: int | None = None,
         progress: Progress | None = None,
+        place: RankPlace | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
-        """Loads the weights and makes the KV region. Raises ModelError and ConfigError."""
+        """Loads weights, makes the KV region, meets the other ranks. Raises ModelError, ConfigError, WorkerError."""
+        self.place = place = place or RankPlace()
         description = describe_model(folder)
-        weights = load_weights(description.folder, description.spec, LoadOptions(dtype=dtype, progress=progress))
+        part = shard_model(description.spec, place)
+        options = LoadOptions(dtype=dtype, progress=progress)
+        weights = load_weights(description.folder, description.spec, options, part)
         self.dtype = "bfloat16" if weights.dtype is torch.bfloat16 else "float32"
         self.kernels = CpuKernels(self.dtype, threads=threads, level=env.CPU_LEVEL.read())
         torch.set_num_threads(self.kernels.threads)
-        layout = kv_layout(description.spec, weights.dtype, limits.block_tokens)
+        layout = kv_layout(part.spec, weights.dtype, limits.block_tokens)
         self.region = KvRegion(layout, limits.total_blocks)
         step_limits = StepLimits(
             max_step_tokens=limits.max_step_tokens,
             max_sequences=limits.max_sequences,
             max_sequence_tokens=limits.max_sequence_tokens,
         )
-        self._executor = TorchExecutor(description.spec, weights, self.region, NativeOps(self.kernels), step_limits)
+        meeting = meeting or Meeting()
+        self.stage = join_stages(place, meeting)
+        group = join_tensor_group(place, meeting, self.dtype)
+        ranks = Ranks(group, self.stage, part.vocabulary_start, part.vocabulary_widths)
+        self._executor = TorchExecutor(part.spec, weights, self.region, NativeOps(self.kernels), step_limits, ranks)
         self._logits: Tensor | None = None
-        self.layers = len(description.spec.blocks)
+        self.layers = len(part.spec.blocks)
         linear = self._executor.linear_kind
-        self.numerics = f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/tp1"
+        self.numerics = (
+            f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/tp{place.tensor_size}"
+        )
 
     def forward(self, step: StepInputs) -> tuple[int, int]:
         """Runs one step. Returns address and number of elements of the logits, valid until the next call."""

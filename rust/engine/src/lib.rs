@@ -6,11 +6,13 @@ pub mod clock;
 pub mod front;
 mod fronts;
 pub mod node;
+pub mod ranks;
 pub mod report;
 pub mod worker;
 
 pub use clock::Clock;
 pub use front::{Arrival, FrontConfig, FrontHandle, NodeAddress};
 pub use node::{Command, NodeConfig, NodeError, NodeHandle};
+pub use ranks::RankLinks;
 pub use report::{NodeEvent, NodeReport};
 pub use worker::{Order, WorkerSession};

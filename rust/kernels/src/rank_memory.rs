@@ -108,7 +108,11 @@ impl RankMemory {
             return Err(RankError::Shape { what: "the rank", given: rank, limit: ranks - 1 });
         }
         if room_bytes == 0 || !room_bytes.is_multiple_of(LINE_BYTES) {
-            return Err(RankError::Shape { what: "the room, in units of 128 bytes,", given: room_bytes, limit: 1 << 30 });
+            return Err(RankError::Shape {
+                what: "the room, in units of 128 bytes,",
+                given: room_bytes,
+                limit: 1 << 30,
+            });
         }
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(RankError::Memory)?;
         let needed = Self::bytes_for(ranks, room_bytes);

@@ -54,6 +54,11 @@ pub trait WorkerLink: Send {
 
     /// For the engine's poller; `None` for a kind that uses the poller's waker instead.
     fn poll_handle(&self) -> Option<PollHandle<'_>>;
+
+    /// The same of a link that is made of several.
+    fn poll_handles(&self) -> Vec<PollHandle<'_>> {
+        self.poll_handle().into_iter().collect()
+    }
 }
 
 /// The worker's side of its link.

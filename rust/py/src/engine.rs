@@ -4,7 +4,8 @@ use crate::error;
 use crate::limits::PyEngineLimits;
 use crate::request::parse_address;
 use crate::sampling::{random_bytes, random_seed};
-use llmscale_engine::{Command, NodeConfig, NodeEvent, NodeHandle, NodeReport};
+use llmscale_engine::{Command, NodeConfig, NodeEvent, NodeHandle, NodeReport, RankLinks};
+use llmscale_net::link::WorkerLink;
 use llmscale_net::link::socket::SocketLink;
 use llmscale_net::{Address, AllowList, Context, EndpointOptions, KeyPair, Role, Roles, ServerKeys};
 use llmscale_types::{Duration, EngineLimits, Epoch, NodeId};
@@ -119,16 +120,25 @@ impl Engine {
         Ok(self.lock().handle()?.event_waker().descriptor())
     }
 
-    /// Makes the link for the next worker process and configures whoever connects to it. Returns (epoch, address).
-    fn prepare_worker(&self, model_folder: String, dtype: &str) -> PyResult<(u64, String)> {
+    /// Makes the links for the ranks of the next group of workers and configures whoever connects to them. Rank `leader`
+    /// speaks for all. Returns (epoch, one address per rank).
+    #[pyo3(signature = (model_folder, dtype, *, ranks = 1, leader = 0))]
+    fn prepare_worker(
+        &self,
+        model_folder: String,
+        dtype: &str,
+        ranks: usize,
+        leader: usize,
+    ) -> PyResult<(u64, Vec<String>)> {
         let mut inner = self.lock();
         let epoch = inner.epoch.next();
-        let path = format!("ipc://{}/worker-{epoch}", self.folder);
-        let address: Address = parse_address(&path)?;
-        let waker = inner.handle()?.link_waker();
-        let link = SocketLink::listen(&inner.context, &address, None, &EndpointOptions::default(), waker)
-            .map_err(|error| error::config(error.to_string()))?;
-        let link = Box::new(link);
+        let paths: Vec<String> =
+            (0..ranks).map(|rank| format!("ipc://{}/worker-{epoch}-{rank}", self.folder)).collect();
+        let mut links = paths.iter().map(|path| inner.listen(path)).collect::<PyResult<Vec<_>>>()?;
+        if leader >= links.len() {
+            return Err(error::config(format!("rank {leader} of {ranks} is to lead; there is no such rank")));
+        }
+        let link = if links.len() == 1 { links.remove(0) } else { Box::new(RankLinks::new(links, leader)) };
         let dtype = match dtype {
             "float32" => Dtype::Float32,
             "bfloat16" => Dtype::Bfloat16,
@@ -137,7 +147,7 @@ impl Engine {
         let configure = Box::new(Configure { epoch, model_folder, dtype, limits: self.limits.clone() });
         inner.order(Command::WorkerStarted { epoch, link, configure })?;
         inner.epoch = epoch;
-        Ok((epoch.0, path))
+        Ok((epoch.0, paths))
     }
 
     /// The worker process of this epoch is dead: its sequences are computed again by the next one.
@@ -181,6 +191,14 @@ impl Engine {
 impl Inner {
     fn handle(&self) -> PyResult<&NodeHandle> {
         self.handle.as_ref().ok_or_else(|| error::worker("the engine is closed".to_owned()))
+    }
+
+    fn listen(&self, path: &str) -> PyResult<Box<dyn WorkerLink>> {
+        let address: Address = parse_address(path)?;
+        let waker = self.handle()?.link_waker();
+        let link = SocketLink::listen(&self.context, &address, None, &EndpointOptions::default(), waker)
+            .map_err(|error| error::config(error.to_string()))?;
+        Ok(Box::new(link))
     }
 
     fn order(&self, command: Command) -> PyResult<()> {

@@ -147,7 +147,7 @@ impl LocalReplica {
             return Err(error::worker("there is no step to sample; call plan first".to_owned()));
         }
         let mirror = &mut local.mirror;
-        let result = detached(py, || sample_step(kernels, mirror, logits, dtype))?;
+        let (result, _) = detached(py, || sample_step(kernels, mirror, logits, dtype))?;
         if !local.event(now, Event::StepDone(result)) {
             return Err(error::worker("the samples do not fit the step".to_owned()));
         }

@@ -28,14 +28,7 @@ impl PyRankMemory {
     /// Maps `path`, a file of `bytes_for(ranks, room_bytes)` zeros that every rank opens.
     #[new]
     #[pyo3(signature = (path, rank, ranks, room_bytes, dtype, *, max_wait_us = 60_000_000))]
-    fn new(
-        path: &str,
-        rank: usize,
-        ranks: usize,
-        room_bytes: usize,
-        dtype: &str,
-        max_wait_us: u64,
-    ) -> PyResult<Self> {
+    fn new(path: &str, rank: usize, ranks: usize, room_bytes: usize, dtype: &str, max_wait_us: u64) -> PyResult<Self> {
         let wait = Duration::from_micros(max_wait_us);
         let memory = RankMemory::open(Path::new(path), rank, ranks, room_bytes, wait);
         Ok(Self { inner: Mutex::new(memory.map_err(|error| rank_error(&error))?), dtype: Dtype::parse(dtype)? })

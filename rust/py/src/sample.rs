@@ -3,21 +3,21 @@
 #![expect(unsafe_code, reason = "logits of torch are reached by address")]
 
 use crate::error;
-use crate::kernels::{CpuKernels, Dtype, Memory, view};
+use crate::kernels::{CpuKernels, Dtype, Memory, view, view_mut};
 use llmscale_kernels::element::{Bf16, Element};
 use llmscale_kernels::sampler::{self, Logits, RowLogprobs, SamplerRow};
 use llmscale_scheduler::Mirror;
 use llmscale_types::{RowError, Slot, StepResult, Token, TokenLogprobs};
 use pyo3::PyResult;
 
-/// Draws a token for every sampling row of the mirror's step and records it there. `logits` are
+/// Draws a token for every sampling row of the mirror's step and records it there; also returns them by row. `logits` are
 /// `[samples, vocabulary]` in the rows' order.
 pub(crate) fn sample_step(
     kernels: &CpuKernels,
     mirror: &mut Mirror,
     logits: Memory,
     dtype: Dtype,
-) -> PyResult<StepResult> {
+) -> PyResult<(StepResult, Vec<Option<Token>>)> {
     let slots: Vec<Slot> = mirror.sample_slots().to_vec();
     let suppressed: Vec<Vec<Token>> =
         slots.iter().enumerate().map(|(row, &slot)| mirror.suppressed(row, slot)).collect();
@@ -55,7 +55,30 @@ pub(crate) fn sample_step(
             Err(error) => result.errors.push((slot, row_error(error))),
         }
     }
-    Ok(result)
+    Ok((result, tokens))
+}
+
+/// Ids as int32 for other ranks, -1 where a row failed.
+pub(crate) fn write_tokens(sampled: &[Option<Token>], memory: Memory) -> PyResult<()> {
+    if memory.1 < sampled.len() {
+        return Err(error::worker(format!("{} ids were sampled, the buffer takes {}", sampled.len(), memory.1)));
+    }
+    // SAFETY: the caller holds a contiguous int32 tensor that nobody else touches during the call.
+    let out = unsafe { view_mut::<i32>(memory) };
+    for (out, token) in out.iter_mut().zip(sampled) {
+        *out = token.map_or(-1, |token| token as i32);
+    }
+    Ok(())
+}
+
+/// The reverse of [`write_tokens`].
+pub(crate) fn read_tokens(memory: Memory, samples: usize) -> PyResult<Vec<Option<Token>>> {
+    if memory.1 < samples {
+        return Err(error::worker(format!("{samples} rows sample, the buffer has {} ids", memory.1)));
+    }
+    // SAFETY: the caller holds a contiguous int32 tensor that nobody writes during the call.
+    let ids = unsafe { view::<i32>(memory) };
+    Ok(ids[..samples].iter().map(|&id| Token::try_from(id).ok()).collect())
 }
 
 fn run<T: Element>(

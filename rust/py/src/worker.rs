@@ -6,7 +6,7 @@ use crate::error;
 use crate::kernels::{CpuKernels, Dtype, Memory};
 use crate::limits::PyEngineLimits;
 use crate::request::parse_address;
-use crate::sample::sample_step;
+use crate::sample::{read_tokens, sample_step, write_tokens};
 use crate::step::{PyStepCounts, buffer};
 use llmscale_engine::worker::SessionError;
 use llmscale_engine::{Order, WorkerSession};
@@ -54,6 +54,10 @@ impl WorkerOrder {
         let counts = self.counts.as_ref().map(|counts| counts.clone_ref(py));
         counts.ok_or_else(|| error::worker("this order has no counts".to_owned()))
     }
+}
+
+fn no_step() -> PyErr {
+    error::worker("there is no step before ready".to_owned())
 }
 
 fn session_error(error: &SessionError) -> PyErr {
@@ -108,18 +112,42 @@ impl PyWorkerSession {
     }
 
     /// Draws a token for every sampling row from `logits`, (address, elements) of a contiguous tensor
-    /// `[samples, vocabulary]` of `dtype`, and sends the step's result.
-    fn sample(&self, py: Python<'_>, kernels: &CpuKernels, logits: Memory, dtype: &str) -> PyResult<()> {
+    /// `[samples, vocabulary]` of `dtype`, and sends the step's result, unless another rank does. `tokens` takes the ids
+    /// as int32, -1 for a row that has none.
+    #[pyo3(signature = (kernels, logits, dtype, *, reply = true, tokens = None))]
+    fn sample(
+        &self,
+        py: Python<'_>,
+        kernels: &CpuKernels,
+        logits: Memory,
+        dtype: &str,
+        reply: bool,
+        tokens: Option<Memory>,
+    ) -> PyResult<()> {
         let dtype = Dtype::parse(dtype)?;
         let started = *self.started.lock().unwrap_or_else(PoisonError::into_inner);
         detached(py, || {
             let mut session = self.lock();
-            let mirror =
-                session.mirror_mut().ok_or_else(|| error::worker("there is no step before ready".to_owned()))?;
-            let mut result = sample_step(kernels, mirror, logits, dtype)?;
+            let mirror = session.mirror_mut().ok_or_else(no_step)?;
+            let (mut result, sampled) = sample_step(kernels, mirror, logits, dtype)?;
+            if let Some(tokens) = tokens {
+                write_tokens(&sampled, tokens)?;
+            }
+            if !reply {
+                return Ok(());
+            }
             result.elapsed_ns = started.elapsed().as_nanos() as u64;
             session.reply(result).map_err(|error| session_error(&error))
         })
+    }
+
+    /// Takes the ids that another rank has sampled in the step that was received last, as `sample` wrote them.
+    fn record(&self, tokens: Memory) -> PyResult<()> {
+        let mut session = self.lock();
+        let mirror = session.mirror_mut().ok_or_else(no_step)?;
+        let sampled = read_tokens(tokens, mirror.sample_slots().len())?;
+        mirror.record(&sampled);
+        Ok(())
     }
 
     /// The step that was received last raised. The session goes on; what the step computed is told and computed again.

@@ -38,7 +38,7 @@ impl Node {
         let deadline = self.replica.next_deadline().unwrap_or(self.next_status).min(self.next_status);
         let patience = if busy { 0 } else { deadline.since(now).0 };
         let mut handles = vec![self.server.poll_handle()];
-        handles.extend(self.worker.as_ref().and_then(|worker| worker.link.poll_handle()));
+        handles.extend(self.worker.iter().flat_map(|worker| worker.link.poll_handles()));
         if let Err(error) = self.poller.wait(&handles, Some(patience)) {
             panic!("waiting for sockets failed: {error}");
         }

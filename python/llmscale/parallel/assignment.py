@@ -1,0 +1,62 @@
+"""What a worker process is told to be: one line of JSON on its standard input.
+
+It names the engine's link, the incarnation, the rank's place in its replica and where the ranks meet. Pure data with
+bounds, written by nodes and read by workers; it knows neither, and no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import msgspec
+
+from llmscale.errors import WorkerError
+from llmscale.models.shard import RankPlace
+
+MAX_ASSIGNMENT_BYTES = 4_096
+ROOM_BYTES = 1 << 20
+"""Room for one rank's part in shared memory: larger tensors go in pieces, and 1 MiB stays in the second-level cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where ranks of one epoch meet."""
+
+    memory: str | None = None
+    """File of `RankMemory.bytes_for(tensor_size, ROOM_BYTES)` zeros, one per stage; None for one rank per stage."""
+    rendezvous: str | None = None
+    """File that torch.distributed makes; None where there is one stage."""
+    max_wait_seconds: float = 60.0
+
+
+class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which engine to serve, as which incarnation and rank."""
+
+    link: str
+    epoch: int
+    place: RankPlace = RankPlace()
+    meeting: Meeting = Meeting()
+
+    @property
+    def who(self) -> str:
+        """The rank's name before its last words; nothing for a worker that is alone."""
+        return "" if self.place.ranks == 1 else f"rank {self.place.rank}: "
+
+
+def write_assignment(assignment: Assignment) -> bytes:
+    """The line that `read_assignment` reads."""
+    line = msgspec.json.encode(assignment) + b"\n"
+    assert len(line) <= MAX_ASSIGNMENT_BYTES, f"an assignment has {len(line)} bytes"
+    return line
+
+
+def read_assignment(source: BinaryIO) -> Assignment | None:
+    """Waits for one line. None: the node closed the pipe, this process is not needed. Raises WorkerError."""
+    line = source.readline(MAX_ASSIGNMENT_BYTES)
+    if not line:
+        return None
+    try:
+        return msgspec.json.decode(line, type=Assignment)
+    except msgspec.DecodeError as error:
+        raise WorkerError(f"a worker is started by a node, which tells it its link and epoch; got {line!r}") from error

@@ -1,0 +1,206 @@
+//! The links to all ranks of a group as one link: what is sent goes to every rank, what is heard is the leader's word.
+//! The group is ready when all are, and what goes wrong at any rank goes wrong for the group. O(ranks) per frame.
+//! Knows who leads and nothing of steps; a group of one needs none of this.
+
+use llmscale_net::PollHandle;
+use llmscale_net::link::{LinkError, WorkerLink};
+use llmscale_wire::{CodecLimits, FromWorker, decode};
+
+/// See the file's header.
+pub struct RankLinks {
+    links: Vec<Box<dyn WorkerLink>>,
+    leader: usize,
+    codec: CodecLimits,
+    /// Which ranks have loaded their part.
+    ready: Vec<bool>,
+    /// The leader's report that it is ready, until all others are.
+    held: Option<Vec<u8>>,
+}
+
+impl RankLinks {
+    /// Joins the links of ranks 0, 1, ... of which one speaks for all.
+    pub fn new(links: Vec<Box<dyn WorkerLink>>, leader: usize) -> Self {
+        assert!(leader < links.len(), "the leader is one of the ranks");
+        let ready = vec![false; links.len()];
+        Self { links, leader, codec: CodecLimits::default(), ready, held: None }
+    }
+
+    /// The frame, if the engine should see it.
+    fn sort(&mut self, rank: usize, frame: Vec<u8>) -> Option<Vec<u8>> {
+        match decode::<FromWorker>(&frame, &self.codec) {
+            Ok(FromWorker::Ready(_)) => {
+                self.ready[rank] = true;
+                if rank == self.leader {
+                    self.held = Some(frame);
+                }
+                None
+            }
+            // Results come from the leader alone; whatever else a rank says is said by the group.
+            Ok(FromWorker::Result(_)) if rank != self.leader => None,
+            Ok(_) | Err(_) => Some(frame),
+        }
+    }
+}
+
+impl WorkerLink for RankLinks {
+    /// A rank that cannot take the frame has fallen behind the others for good, so no frame is given back.
+    fn send(&mut self, frame: Vec<u8>) -> Result<(), LinkError> {
+        if !self.is_attached() {
+            return Err(LinkError::NotAttached(frame));
+        }
+        for link in &mut self.links {
+            link.send(frame.clone()).map_err(|error| match error {
+                LinkError::Full(_) | LinkError::NotAttached(_) => LinkError::Down,
+                other => other,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<Option<Vec<u8>>, LinkError> {
+        for rank in 0..self.links.len() {
+            while let Some(frame) = self.links[rank].receive()? {
+                if let Some(frame) = self.sort(rank, frame) {
+                    return Ok(Some(frame));
+                }
+            }
+        }
+        Ok(if self.ready.iter().all(|&ready| ready) { self.held.take() } else { None })
+    }
+
+    fn is_attached(&self) -> bool {
+        self.links.iter().all(|link| link.is_attached())
+    }
+
+    fn poll_handle(&self) -> Option<PollHandle<'_>> {
+        self.links[self.leader].poll_handle()
+    }
+
+    fn poll_handles(&self) -> Vec<PollHandle<'_>> {
+        self.links.iter().flat_map(|link| link.poll_handles()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use llmscale_types::{Epoch, StepId, StepResult};
+    use llmscale_wire::{Failed, FailureCode, Ready, encode};
+    use std::collections::VecDeque;
+    use std::sync::{Arc, Mutex, MutexGuard};
+
+    #[derive(Default)]
+    struct Inner {
+        attached: bool,
+        full: bool,
+        sent: Vec<Vec<u8>>,
+        said: VecDeque<Vec<u8>>,
+    }
+
+    #[derive(Clone, Default)]
+    struct Fake(Arc<Mutex<Inner>>);
+
+    impl Fake {
+        fn inner(&self) -> MutexGuard<'_, Inner> {
+            self.0.lock().expect("nobody panicked")
+        }
+
+        fn say(&self, message: &FromWorker) {
+            self.inner().said.push_back(encode(message, &CodecLimits::default()).expect("it is small"));
+        }
+    }
+
+    impl WorkerLink for Fake {
+        fn send(&mut self, frame: Vec<u8>) -> Result<(), LinkError> {
+            if self.inner().full {
+                return Err(LinkError::Full(frame));
+            }
+            self.inner().sent.push(frame);
+            Ok(())
+        }
+
+        fn receive(&mut self) -> Result<Option<Vec<u8>>, LinkError> {
+            Ok(self.inner().said.pop_front())
+        }
+
+        fn is_attached(&self) -> bool {
+            self.inner().attached
+        }
+
+        fn poll_handle(&self) -> Option<PollHandle<'_>> {
+            None
+        }
+    }
+
+    fn group(ranks: usize, leader: usize) -> (Vec<Fake>, RankLinks) {
+        let fakes: Vec<Fake> = (0..ranks).map(|_| Fake::default()).collect();
+        let links = fakes.iter().map(|fake| Box::new(fake.clone()) as Box<dyn WorkerLink>).collect();
+        (fakes, RankLinks::new(links, leader))
+    }
+
+    fn ready(pid: u32) -> FromWorker {
+        let numerics = "a".to_owned();
+        FromWorker::Ready(Ready { epoch: Epoch(1), pid, total_blocks: 9, layers: 1, numerics, loading_ns: 1 })
+    }
+
+    fn result(step: u64) -> FromWorker {
+        FromWorker::Result(StepResult {
+            epoch: Epoch(1),
+            step: StepId(step),
+            slots: Vec::new(),
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            errors: Vec::new(),
+            elapsed_ns: 1,
+        })
+    }
+
+    fn heard(links: &mut RankLinks) -> Option<FromWorker> {
+        links.receive().expect("no link fails").map(|frame| decode(&frame, &CodecLimits::default()).expect("readable"))
+    }
+
+    #[test]
+    fn the_group_is_attached_and_ready_when_its_last_rank_is() {
+        let (fakes, mut links) = group(3, 2);
+        for (rank, fake) in fakes.iter().enumerate() {
+            assert!(!links.is_attached(), "rank {rank} is missing");
+            assert!(matches!(links.send(vec![1]), Err(LinkError::NotAttached(_))));
+            fake.inner().attached = true;
+        }
+        assert!(links.is_attached());
+        fakes[2].say(&ready(22));
+        fakes[0].say(&ready(20));
+        assert_eq!(heard(&mut links), None, "rank 1 still loads");
+        fakes[1].say(&ready(21));
+        assert_eq!(heard(&mut links), Some(ready(22)), "the leader speaks for all");
+        assert_eq!(heard(&mut links), None);
+    }
+
+    #[test]
+    fn frames_go_to_every_rank_and_results_come_from_the_leader() {
+        let (fakes, mut links) = group(2, 1);
+        fakes.iter().for_each(|fake| fake.inner().attached = true);
+        links.send(vec![7]).expect("both read");
+        assert!(fakes.iter().all(|fake| fake.inner().sent == [[7]]));
+        fakes[0].say(&result(1));
+        fakes[1].say(&result(2));
+        assert_eq!(heard(&mut links), Some(result(2)));
+        assert_eq!(heard(&mut links), None);
+    }
+
+    #[test]
+    fn a_failure_of_any_rank_is_one_of_the_group() {
+        let (fakes, mut links) = group(2, 0);
+        fakes.iter().for_each(|fake| fake.inner().attached = true);
+        let failed = FromWorker::Failed(Failed {
+            epoch: Epoch(1),
+            step: None,
+            code: FailureCode::Step,
+            message: "rank 1: no".to_owned(),
+        });
+        fakes[1].say(&failed);
+        assert_eq!(heard(&mut links), Some(failed));
+        fakes[1].inner().full = true;
+        assert!(matches!(links.send(vec![1]), Err(LinkError::Down)), "the ranks would differ from now on");
+    }
+}
