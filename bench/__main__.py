@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.result import RESULTS, Report
 
-BENCHES = ("offline", "scheduler", "serving", "start")
+BENCHES = ("offline", "ranks", "scheduler", "serving", "start")
 
 
 def main() -> None:

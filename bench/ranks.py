@@ -1,0 +1,171 @@
+"""What do ranks of one host cost? Sums and hops between processes, and what a decoding step pays for meeting."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
+from pathlib import Path
+
+from bench.result import Report, Row
+from bench.shapes import SHAPES, model_folder
+from bench.statistics import spread
+
+RANKS = 2
+CONTEXT_TOKENS = 256
+BATCHES = (1, 8, 32)
+WIDTHS = (576, 4_608, 294_912)
+"""Elements of bfloat16: the stream of a 135M model with 1, 8 and 512 rows."""
+MAX_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the processes of one run are told."""
+
+    folder: Path
+    memory: str
+    rendezvous: str
+    batches: tuple[int, ...]
+    steps: int
+    repeats: int
+
+
+def main(arguments: argparse.Namespace) -> Report:
+    """Two processes with one thread and one core each. `overhead` is a step's time with the exchanges less the same
+    step's without them, in turns; what one worker with two threads needs stands beside the step."""
+    name = arguments.model or "tiny-chat"
+    from llmscale.models.locate import locate_model
+
+    folder = model_folder(name) if name in SHAPES else locate_model(name)
+    steps = 40 if arguments.quick else 200
+    batches = BATCHES[:2] if arguments.quick else BATCHES
+    with tempfile.TemporaryDirectory(prefix="llmscale-bench-") as scratch:
+        found = _run(folder, Path(scratch), batches, steps, arguments.repeats)
+    rows = []
+    for width in WIDTHS:
+        gloo = spread(found[f"gloo/{width}"]).median
+        rows.append(Row.of(f"sum/{width}", "us", spread(found[f"sum/{width}"]), peers={"gloo": gloo}))
+    rows.extend(Row.of(f"hop/{width}", "us", spread(found[f"hop/{width}"])) for width in WIDTHS)
+    for batch in batches:
+        whole = spread(found[f"whole/{batch}"]).median
+        rows.append(Row.of(f"step/{batch}", "ms", spread(found[f"step/{batch}"]), peers={"one worker": whole}))
+        rows.append(Row.of(f"overhead/{batch}", "ms", spread(found[f"overhead/{batch}"])))
+    return Report("ranks", arguments.seed, rows)
+
+
+def _run(folder: Path, scratch: Path, batches: tuple[int, ...], steps: int, repeats: int) -> dict[str, list[float]]:
+    from llmscale._core import RankMemory
+    from llmscale.parallel.assignment import ROOM_BYTES
+
+    descriptor = os.memfd_create("llmscale-bench-ranks")
+    os.ftruncate(descriptor, RankMemory.bytes_for(RANKS, ROOM_BYTES))
+    task = Task(folder, f"/proc/{os.getpid()}/fd/{descriptor}", str(scratch / "store"), batches, steps, max(5, repeats))
+    context = SpawnContext()
+    receiver, sender = context.Pipe(duplex=False)
+    ranks = [context.Process(target=_rank, args=(rank, task, sender)) for rank in range(RANKS)]
+    for process in ranks:
+        process.start()
+    try:
+        if not receiver.poll(MAX_SECONDS):
+            raise SystemExit(f"the ranks did not finish within {MAX_SECONDS:.0f} s")
+        found: dict[str, list[float]] = receiver.recv()
+        for process in ranks:
+            process.join(30)
+    finally:
+        for process in ranks:
+            process.kill()
+        os.close(descriptor)
+    return found
+
+
+def _rank(rank: int, task: Task, sender: Connection) -> None:
+    """One process: all measurements, in step with the other."""
+    from llmscale import env
+
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) >= RANKS:
+        os.sched_setaffinity(0, {cpus[rank]})
+    env.prepare_for_torch()
+    import torch
+    import torch.distributed
+
+    from llmscale.models.shard import RankPlace
+    from llmscale.parallel.assignment import Meeting
+    from llmscale.parallel.groups import join_stages, join_tensor_group
+
+    torch.set_num_threads(1)
+    place = RankPlace(rank, RANKS)
+    group = join_tensor_group(place, Meeting(task.memory), "bfloat16")
+    stages = join_stages(RankPlace(0, 1, rank, RANKS), Meeting(None, task.rendezvous))
+    assert stages is not None, "there are two stages"
+    found: dict[str, list[float]] = {}
+    for width in WIDTHS:
+        stream = torch.ones(width, dtype=torch.bfloat16)
+
+        def hop(stream: torch.Tensor = stream) -> None:
+            (stages.send_stream if rank == 0 else stages.receive_stream)(stream)
+
+        found[f"sum/{width}"] = _microseconds(lambda stream=stream: group.sum(stream), task)
+        found[f"gloo/{width}"] = _microseconds(lambda stream=stream: torch.distributed.all_reduce(stream), task)
+        found[f"hop/{width}"] = _microseconds(hop, task)
+    found |= _steps(task, place)
+    torch.distributed.barrier()
+    if rank == 0 and len(cpus) >= RANKS:
+        os.sched_setaffinity(0, set(cpus))
+    if rank == 0:
+        found |= _whole(task)
+        sender.send(found)
+    torch.distributed.destroy_process_group()
+
+
+def _microseconds(call: Callable[[], object], task: Task) -> list[float]:
+    """Mean time of one call, over `steps` calls, `repeats` times."""
+    for _ in range(20):
+        call()
+    times = []
+    for _ in range(task.repeats):
+        began = time.perf_counter()
+        for _ in range(task.steps):
+            call()
+        times.append((time.perf_counter() - began) / task.steps * 1e6)
+    return times
+
+
+def _steps(task: Task, place: object) -> dict[str, list[float]]:
+    """Decoding steps of one rank's half of the model, with and without meeting the other."""
+    from bench.rank_executor import RankExecutor
+
+    executor = RankExecutor(task.folder, place, task.memory)
+    found: dict[str, list[float]] = {}
+    for batch in task.batches:
+        step = executor.decode_step(batch, CONTEXT_TOKENS)
+        with_others, without, differences = [], [], []
+        for _ in range(task.repeats):
+            with_others.append(executor.milliseconds(step, task.steps, meet=True))
+            without.append(executor.milliseconds(step, task.steps, meet=False))
+            differences.append(with_others[-1] - without[-1])
+        found |= {f"step/{batch}": with_others, f"overhead/{batch}": differences}
+    return found
+
+
+def _whole(task: Task) -> dict[str, list[float]]:
+    """The same steps of the whole model in one process with a thread per core."""
+    import torch
+
+    from bench.rank_executor import RankExecutor
+
+    torch.set_num_threads(RANKS)
+    executor = RankExecutor(task.folder, None, None, threads=RANKS)
+    return {
+        f"whole/{batch}": [
+            executor.milliseconds(executor.decode_step(batch, CONTEXT_TOKENS), task.steps, meet=True)
+            for _ in range(task.repeats)
+        ]
+        for batch in task.batches
+    }
