@@ -8,14 +8,17 @@ pub use least_work::LeastWork;
 use crate::fleet::Fleet;
 use crate::member::{Member, PoolId};
 use llmscale_types::{Duration, ReplicaId, Time};
+use std::sync::Arc;
 
 /// What a request needs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Need {
     /// Whose replicas may run it.
     pub pool: PoolId,
     /// The longest that the sequence can become.
     pub total_tokens: u64,
+    /// How its tokens so far were computed; `None` before the first.
+    pub numerics: Option<Arc<str>>,
     /// A replica gets only what it can start within this much predicted work.
     pub look_ahead: Duration,
     /// The moment of the choice.
@@ -30,6 +33,12 @@ impl Need {
             && self.total_tokens <= u64::from(member.limits.max_sequence_tokens)
             && member.load.sequences < member.seats(self.look_ahead)
             && member.backlog_ns(self.now) < self.look_ahead.0.saturating_mul(1_000).max(1)
+    }
+
+    /// Whether a replica would go on with other numbers than the stream has been computed with: its tokens may then differ
+    /// from those that would have followed.
+    pub fn changes_numerics(&self, member: &Member) -> bool {
+        self.numerics.as_ref().is_some_and(|numerics| *numerics != member.numerics)
     }
 }
 

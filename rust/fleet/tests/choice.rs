@@ -38,7 +38,7 @@ fn offer(name: &str) -> Offer {
 }
 
 fn need(pool: PoolId) -> Need {
-    Need { pool, total_tokens: 100, look_ahead: Duration::from_millis(250), now: Time(1_000) }
+    Need { pool, total_tokens: 100, numerics: None, look_ahead: Duration::from_millis(250), now: Time(1_000) }
 }
 
 fn fleet(replicas: u32) -> (Fleet, PoolId) {
@@ -81,6 +81,20 @@ fn a_slow_replica_is_passed_over_though_it_has_less_to_do() {
     set(&mut fleet, 0, |member| member.load = Load { sequences: 1, output_tokens: 10, ..Load::default() });
     set(&mut fleet, 1, |member| member.load = Load { sequences: 1, output_tokens: 20, ..Load::default() });
     assert_eq!(choose(&fleet, &need(pool)), Some(1));
+}
+
+#[test]
+fn a_stream_that_goes_on_takes_a_busier_replica_that_computes_alike_if_that_can_begin_it() {
+    let (mut fleet, pool) = fleet(1);
+    fleet.join(ReplicaId(1), Offer { numerics: "other".into(), ..offer("a") }).expect("there is room");
+    set(&mut fleet, 1, |member| member.load = Load { sequences: 2, output_tokens: 100, ..Load::default() });
+    let begun = |numerics: &str| Need { numerics: Some(numerics.into()), ..need(pool) };
+    assert_eq!(choose(&fleet, &need(pool)), Some(0), "a new request goes where it is done first");
+    assert_eq!(choose(&fleet, &begun("other")), Some(1));
+    assert_eq!(choose(&fleet, &begun("test")), Some(0));
+    assert_eq!(choose(&fleet, &begun("gone")), Some(0), "none computes alike");
+    set(&mut fleet, 1, |member| member.state = Some(ReplicaState::Recovering));
+    assert_eq!(choose(&fleet, &begun("other")), Some(0), "the one that does cannot begin it");
 }
 
 #[test]
@@ -231,7 +245,8 @@ proptest! {
                 member.refused_until = Some(Time(until));
             });
         }
-        let need = Need { pool, total_tokens, look_ahead: Duration(u64::MAX / 3), now: Time(now) };
+        let look_ahead = Duration(u64::MAX / 3);
+        let need = Need { pool, total_tokens, numerics: None, look_ahead, now: Time(now) };
         let chosen = LeastWork.choose(&fleet, &need);
         let fitting = fleet.members().filter(|member| need.fits(member));
         let best = fitting.map(|member| (member.remaining_ns(need.now), member.id)).min();

@@ -9,7 +9,6 @@ use crate::request::{Place, Reader, Sent};
 use crate::timers::Due;
 use llmscale_fleet::{Need, PoolId};
 use llmscale_types::{Duration, FinishReason, ReplicaId, RequestId, Time};
-use std::sync::Arc;
 
 /// How often the predicted time to start may pass before silence counts as loss.
 const PATIENCE: u64 = 8;
@@ -44,7 +43,8 @@ impl Front {
     pub(crate) fn need(&self, now: Time, id: RequestId) -> Need {
         let request = &self.requests[&id];
         let look_ahead = self.options.limits.look_ahead;
-        Need { pool: request.pool, total_tokens: request.max_total_tokens(), look_ahead, now }
+        let numerics = request.numerics.clone();
+        Need { pool: request.pool, total_tokens: request.max_total_tokens(), numerics, look_ahead, now }
     }
 
     /// Puts a request in its place of the queue, by its age.
@@ -72,10 +72,6 @@ impl Front {
         let request = self.requests.get_mut(&id).expect("it was in the queue");
         let member = self.fleet.get_mut(replica).expect("it was chosen from the fleet");
         request.attempt = request.attempt.next();
-        if request.output_tokens() > 0 && request.numerics.as_ref().is_some_and(|last| *last != member.numerics) {
-            self.counters.numerics_changes += 1;
-        }
-        request.numerics = Some(Arc::clone(&member.numerics));
         let context_tokens = request.context_tokens();
         member.load.sequences += 1;
         member.load.unstarted_sequences += 1;

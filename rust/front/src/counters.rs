@@ -39,7 +39,7 @@ pub struct FrontCounters {
     pub expired: u64,
     /// Requests ended because their reader had too much left unread.
     pub slow_readers: u64,
-    /// Streams that went on under another numerics id.
+    /// Times that a stream went on under another numerics id, because no replica of its own could begin it.
     pub numerics_changes: u64,
     /// Replicas turned away because the table is full.
     pub refused_replicas: u64,

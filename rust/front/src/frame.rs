@@ -14,6 +14,7 @@ use llmscale_types::{
     Attempt, Duration, Epoch, FinishReason, Finished, NodeId, Outputs, Refusal, ReplicaId, RequestId, Time,
 };
 use std::cmp::Ordering;
+use std::sync::Arc;
 
 /// A replica that is full is left alone at least this long, or a refused request would bounce without end.
 const LEAST_REFUSED: Duration = Duration::from_millis(10);
@@ -125,6 +126,10 @@ impl Front {
                 findings.shape.decodes += 1;
             } else {
                 sent.started = true;
+                if request.numerics.as_ref().is_some_and(|last| *last != member.numerics) {
+                    self.counters.numerics_changes += 1;
+                }
+                request.numerics = Some(Arc::clone(&member.numerics));
                 findings.shape.prefill_tokens = findings.shape.prefill_tokens.saturating_add(sent.context_tokens);
                 member.load.unstarted_sequences -= 1;
                 member.load.unstarted_tokens -= u64::from(sent.context_tokens);

@@ -1,6 +1,6 @@
 //! Replicas come, go, report, drain and recover, and their requests move with as little loss as each case allows: a dead
-//! one loses attempts but no token, a draining one is left as soon as somebody else has room, a recovering one keeps its
-//! streams and gives back what it had not begun. O(requests on the replica) per change of state.
+//! one loses attempts but no token, a draining one is left as soon as another that computes alike has room, a recovering
+//! one keeps its streams and gives back what it had not begun. O(requests on the replica) per change of state.
 
 use crate::attempt::Loss;
 use crate::event::{EndReason, FrontAction, ToReplica};
@@ -109,12 +109,13 @@ impl Front {
         self.recall_stranded(now, out);
     }
 
-    /// Streams on draining replicas go on wherever there is room now; without room they stay until the node goes.
+    /// Streams on draining replicas go on wherever there is room now and tokens come out the same; else they stay until the
+    /// node goes.
     fn leave_draining(&mut self, now: Time, out: &mut Vec<FrontAction>) {
         for replica in self.replicas_in(ReplicaState::Draining) {
             for id in self.attempts_on(replica) {
                 // What has not begun is given back by the node itself.
-                if !self.has_started(id) || self.policy.choose(&self.fleet, &self.need(now, id)).is_none() {
+                if !self.has_started(id) || !self.can_move(now, id) {
                     continue;
                 }
                 self.counters.moved += 1;
@@ -124,6 +125,12 @@ impl Front {
                 self.place_waiting(now, pool, out);
             }
         }
+    }
+
+    fn can_move(&self, now: Time, id: RequestId) -> bool {
+        let need = self.need(now, id);
+        let chosen = self.policy.choose(&self.fleet, &need).and_then(|replica| self.fleet.get(replica));
+        chosen.is_some_and(|member| !need.changes_numerics(member))
     }
 
     /// Asks back what has not begun on a replica that cannot begin it soon, when another one could.

@@ -33,7 +33,7 @@ pub(crate) struct Request {
     /// Output tokens still expected; what queues and replicas are charged with.
     pub(crate) expected_tokens: u32,
     pub(crate) cached_tokens: u32,
-    /// How the stream was computed so far; `None` before the first attempt.
+    /// How its last token was computed; `None` before the first.
     pub(crate) numerics: Option<Arc<str>>,
     pub(crate) reader: Reader,
     /// Output tokens that the reader has for good.

@@ -4,7 +4,7 @@ mod common;
 
 use common::{Bench, LENGTH, STOP, new_request, offer, report, row};
 use llmscale_front::{
-    EndReason, FrontEvent, FrontOptions, NewRequest, ReplicaFrame, ReplicaState, SubmitError, ToReplica,
+    EndReason, FrontEvent, FrontOptions, NewRequest, Offer, ReplicaFrame, ReplicaState, SubmitError, ToReplica,
 };
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
@@ -364,14 +364,50 @@ fn a_duplicate_refusal_counts_as_a_lost_attempt() {
     assert_eq!(bench.submissions()[1].1.key.attempt, Attempt(2));
 }
 
+fn offer_of(numerics: &str) -> Offer {
+    Offer { numerics: numerics.into(), ..offer(300) }
+}
+
 #[test]
 fn a_stream_that_goes_on_under_other_numerics_is_counted() {
     let mut bench = Bench::with_replicas(1);
     let request = bench.take(NewRequest { ..new_request(4) });
     bench.token(0, request, 1, 0, 41);
-    let mut other = offer(300);
-    other.numerics = "gpu".into();
-    bench.up_with(1, other);
+    bench.up_with(1, offer_of("gpu"));
     bench.down(0);
+    assert_eq!(bench.front.counters().numerics_changes, 0, "no token has come from there yet");
+    let frame = ReplicaFrame::Outputs(row(request, 2, 1, 42));
+    bench.event(FrontEvent::Frame { replica: ReplicaId(1), node: NodeId(300), epoch: Epoch(1), frame });
+    assert_eq!(bench.tokens(request), [41, 42]);
     assert_eq!(bench.front.counters().numerics_changes, 1);
+}
+
+#[test]
+fn a_stream_goes_on_with_the_numerics_of_its_last_token_not_of_an_attempt_that_gave_none() {
+    let mut bench = Bench::with_replicas(1);
+    let request = bench.take(new_request(4));
+    bench.token(0, request, 1, 0, 41);
+    bench.up_with(1, offer_of("gpu"));
+    bench.sent();
+    bench.down(0);
+    assert_eq!(bench.submissions()[0].0, 1, "there is no other");
+    bench.up_with(2, offer_of("cpu"));
+    bench.up_with(3, offer_of("gpu"));
+    bench.sent();
+    bench.down(1);
+    assert_eq!(bench.submissions()[0].0, 2);
+}
+
+#[test]
+fn a_stream_stays_on_a_draining_replica_rather_than_change_its_numerics() {
+    let mut bench = Bench::with_replicas(1);
+    let request = bench.take(new_request(4));
+    bench.token(0, request, 1, 0, 41);
+    bench.up_with(1, offer_of("gpu"));
+    bench.sent();
+    bench.status(0, ReplicaState::Draining);
+    assert_eq!(bench.sent(), []);
+    bench.up_with(2, offer_of("cpu"));
+    assert_eq!(bench.submissions()[0].0, 2);
+    assert_eq!(bench.front.counters().moved, 1);
 }

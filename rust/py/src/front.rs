@@ -208,6 +208,12 @@ impl PyFrontStatus {
         self.0.live_requests
     }
 
+    /// Times that a stream went on under another numerics id, because no replica of its own could begin it.
+    #[getter]
+    fn numerics_changes(&self) -> u64 {
+        self.0.counters.numerics_changes
+    }
+
     #[getter]
     fn replicas(&self) -> Vec<PyReplicaStatus> {
         self.0.replicas.iter().map(replica_status).collect()

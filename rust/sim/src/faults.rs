@@ -73,6 +73,8 @@ pub struct Mix {
     pub engine: EngineLimits,
     /// Most bytes that the admissions of one delta take, unless it has only one.
     pub max_admission_bytes: u64,
+    /// Nodes of odd places compute otherwise than those of even ones.
+    pub two_numerics: bool,
     /// Bounds of every front.
     pub front: FrontLimits,
     /// How long a ready replica may be silent about an attempt.
@@ -137,6 +139,7 @@ impl Mix {
             late_frames: *random.pick(&[0, 300, 900]),
             deadly_prompts: random.chance(300).then(|| random.between(5, 80)),
             deadly_raises: added.chance(500),
+            two_numerics: added.chance(500),
             submit_interval: Duration(*random.pick(&[10_000, 40_000, 120_000])),
             impatient_clients: *random.pick(&[0, 150, 500]),
             slow_readers: *random.pick(&[0, 0, 150]),
@@ -148,6 +151,11 @@ impl Mix {
     /// Whether a fault is on.
     pub(crate) fn has(&self, fault: Fault) -> bool {
         self.faults.iter().any(|&(on, _)| on == fault)
+    }
+
+    /// How the node at a place computes. The tokens are the same, as they may be: equal numerics are what promises them.
+    pub(crate) fn numerics(&self, place: usize) -> &'static str {
+        if self.two_numerics && place % 2 == 1 { "hash-other" } else { "hash" }
     }
 
     /// The token that kills workers.

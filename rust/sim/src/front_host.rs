@@ -9,7 +9,9 @@ use crate::clients::Wish;
 use crate::happening::{ClientAct, Happening};
 use crate::ledger::{ByClient, Ledger, Moment};
 use conversation::Conversation;
-use llmscale_front::{EndReason, Front, FrontAction, FrontEvent, FrontOptions, ReplicaState, SubmitError, ToReplica};
+use llmscale_front::{
+    EndReason, Front, FrontAction, FrontEvent, FrontOptions, ReplicaState, ReplicaStatus, SubmitError, ToReplica,
+};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{Duration, FinishReason, Refusal, ReplicaId, RequestId, Time};
 use llmscale_wire::{FromNode, decode};
@@ -170,6 +172,7 @@ impl FrontHost {
                             let request = submission.key.request;
                             around
                                 .note("front sends", [replica.0.into(), request.0, submission.key.attempt.0.into(), 0]);
+                            self.check_numerics(replica, request, around);
                             self.ledger.sent(replica.index(), submission);
                         }
                         ToReplica::Abort { request, .. } => self.ledger.given_up(*request),
@@ -179,7 +182,7 @@ impl FrontHost {
                 }
                 FrontAction::Deliver(deliveries) => {
                     for delivery in deliveries.iter() {
-                        let tokens = self.ledger.deliver(&delivery);
+                        let tokens = self.ledger.deliver(&delivery, &around.mix);
                         if self.ledger.alive(delivery.request).is_some_and(|account| account.reads) {
                             self.reads.push_back((delivery.request, tokens));
                         }
@@ -206,6 +209,24 @@ impl FrontHost {
             self.gave_up = Some(around.now());
         }
         self.alone_since = if connected { None } else { self.alone_since.or(Some(around.now())) };
+    }
+
+    /// A stream that goes on is not sent where it is computed otherwise while an idle node computes alike. A node that was
+    /// full is left alone for a while, idle or not.
+    fn check_numerics(&self, replica: ReplicaId, request: RequestId, around: &mut Around) {
+        let Some(wanted) = self.ledger.numerics(request) else { return };
+        if around.mix.numerics(replica.index()) == wanted {
+            around.coverage.reach("stream_kept_numerics");
+            return;
+        }
+        let alike_and_idle = |other: &ReplicaStatus| {
+            let idle = other.report.is_some_and(|report| report.predicted_backlog_ns == 0 && report.waiting == 0);
+            let ready = other.state == Some(ReplicaState::Ready) && other.load.sequences == 0;
+            around.mix.numerics(other.replica.index()) == wanted && ready && idle
+        };
+        let passed_over = self.front.status(around.now()).replicas.iter().any(alike_and_idle);
+        let was_full = around.coverage.count("replica_queue_full") > 0;
+        assert!(was_full || !passed_over, "request {request} changes its numerics though an idle node computes alike");
     }
 
     /// A client submits. Returns the request, if it was taken.
@@ -316,6 +337,8 @@ impl FrontHost {
         assert_eq!(status.live_requests, self.ledger.live() as u64, "the front and its clients agree on who lives");
         let counters = self.front.counters();
         assert_eq!((counters.duplicate_tokens, counters.surplus_tokens), (0, 0), "a stream has a token twice");
+        let changes = counters.numerics_changes;
+        assert!(self.ledger.numerics_changes <= changes, "a change of numerics was not counted");
         // Only what a dead connection delivers after losing what came before may leave a gap.
         assert!(counters.gaps == 0 || frames_were_late, "a stream lacks a token");
         if self.presence == Presence::Running {

@@ -35,6 +35,8 @@ pub(crate) struct Account {
     /// Workers that died at that place since, and how many of them by an ordinary fault.
     crashes: u32,
     ordinary_crashes: u32,
+    /// How the last token was computed, as far as its client has always been there.
+    numerics: Option<&'static str>,
     /// Attempts that may have been lost, and workers that died at its places, over all attempts.
     losses: u32,
     deaths: u32,
@@ -56,6 +58,8 @@ pub(crate) struct Moment {
 pub(crate) struct Ledger {
     accounts: BTreeMap<RequestId, Account>,
     pub(crate) tokens: u64,
+    /// Streams that were seen to go on under other numerics.
+    pub(crate) numerics_changes: u64,
     live: usize,
 }
 
@@ -75,6 +79,7 @@ impl Ledger {
             attempts: 0,
             crashes: 0,
             ordinary_crashes: 0,
+            numerics: None,
             losses: 0,
             deaths: 0,
             ended: false,
@@ -98,7 +103,7 @@ impl Ledger {
     }
 
     /// Tokens came. Returns how many the reader has now.
-    pub(crate) fn deliver(&mut self, delivery: &Delivery<'_>) -> u32 {
+    pub(crate) fn deliver(&mut self, delivery: &Delivery<'_>, mix: &Mix) -> u32 {
         let request = delivery.request;
         let account = self.accounts.get_mut(&request).expect("tokens belong to a request");
         assert!(!account.ended, "request {request} gets tokens after its end");
@@ -108,8 +113,16 @@ impl Ledger {
             account.check_next(request, token);
             account.delivered.push(token);
         }
+        let here = account.place.filter(|_| account.away_since.is_none()).map(|place| mix.numerics(place));
+        self.numerics_changes += u64::from(here.is_some() && account.numerics.is_some() && here != account.numerics);
+        account.numerics = here;
         self.tokens += delivery.tokens.len() as u64;
         account.delivered.len() as u32
+    }
+
+    /// How the last token of a request was computed, if that is known.
+    pub(crate) fn numerics(&self, request: RequestId) -> Option<&'static str> {
+        self.accounts[&request].numerics
     }
 
     /// An attempt leaves for a place.
@@ -161,9 +174,9 @@ impl Ledger {
 
     /// How many workers the requests that may hold the deadly token may have taken down: two per replica that had to find
     /// out by itself, and only a lost attempt brings a request to another one unconvicted.
-    pub(crate) fn most_deadly_deaths(&self) -> u64 {
-        let may_kill = |account: &&Account| account.away_since.is_some() || account.ate_deadly_token();
-        self.accounts.values().filter(may_kill).map(|account| 2 * (1 + u64::from(account.losses))).sum()
+    pub(crate) fn most_deadly_deaths(&self, mix: &Mix) -> u64 {
+        let may_kill = self.accounts.values().filter(|account| account.may_kill(mix));
+        may_kill.map(|account| 2 * (1 + u64::from(account.losses))).sum()
     }
 
     /// The one end of a request.
@@ -282,6 +295,26 @@ impl Account {
 
     fn ate_deadly_token(&self) -> bool {
         self.prompt.iter().chain(&self.delivered).any(|&token| token == DEADLY)
+    }
+
+    /// Whether the deadly token is in the prompt, or among what the model says: its client may not have seen all that was
+    /// computed, as rows are planned ahead of what is known. Of steps in flight, the first reads what ends the answer, and
+    /// each further one what the one before it has drawn.
+    fn may_kill(&self, mix: &Mix) -> bool {
+        let Sampling { seed, choice, max_tokens, .. } = self.sampling;
+        let mut ids = self.prompt.clone();
+        let mut surplus = mix.engine.max_steps_in_flight.saturating_sub(2);
+        let mut stopped = false;
+        for _ in 0..max_tokens {
+            let token = hash_token(&ids, seed, choice, VOCABULARY);
+            ids.push(token);
+            surplus -= u32::from(stopped);
+            stopped |= self.stops(token);
+            if stopped && surplus == 0 {
+                break;
+            }
+        }
+        ids.contains(&DEADLY)
     }
 
     fn left_too_much(&self, mix: &Mix, moment: Moment) -> bool {

@@ -319,7 +319,7 @@ impl Simulation {
         let starts_anew = |&(fault, _): &(Fault, Duration)| matches!(fault, Fault::NodeDrain | Fault::FrontRestart);
         if !self.faults.iter().any(starts_anew) {
             let deaths = self.around.coverage.count("worker_deadly_token");
-            let most: u64 = self.fronts.iter().map(|front| front.ledger.most_deadly_deaths()).sum();
+            let most: u64 = self.fronts.iter().map(|front| front.ledger.most_deadly_deaths(&self.around.mix)).sum();
             assert!(deaths <= most, "{deaths} workers died of their requests, at most {most} had to");
         }
     }

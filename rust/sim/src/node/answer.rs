@@ -61,7 +61,7 @@ impl NodeProcess {
             version: VERSIONS.high,
             node: self.node,
             epoch: self.epoch,
-            model: identity(),
+            model: identity(around.mix.numerics(self.place)),
             limits: NodeLimits {
                 vocabulary: limits.vocabulary,
                 max_sequence_tokens: limits.max_sequence_tokens,
@@ -98,13 +98,13 @@ impl NodeProcess {
 }
 
 /// All nodes of a simulation run the same model.
-fn identity() -> ModelIdentity {
+fn identity(numerics: &str) -> ModelIdentity {
     ModelIdentity {
         name: crate::clients::MODEL.to_owned(),
         revision: "1".to_owned(),
         adapter: None,
         weights_digest: [1; 32],
         tokenizer_digest: [2; 32],
-        numerics: "hash".to_owned(),
+        numerics: numerics.to_owned(),
     }
 }

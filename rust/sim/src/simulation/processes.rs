@@ -218,6 +218,7 @@ impl Simulation {
             ("front_late", counters.late),
             ("front_lost_attempts", counters.lost_attempts),
             ("front_moved", counters.moved),
+            ("front_numerics_changes", counters.numerics_changes),
             ("front_recalls", counters.recalls),
             ("front_silences", counters.silences),
             ("front_slow_readers", counters.slow_readers),
