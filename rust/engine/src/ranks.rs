@@ -4,7 +4,8 @@
 
 use llmscale_net::PollHandle;
 use llmscale_net::link::{LinkError, WorkerLink};
-use llmscale_wire::{CodecLimits, FromWorker, decode};
+use llmscale_types::Epoch;
+use llmscale_wire::{CodecLimits, Failed, FailureCode, FromWorker, decode, encode};
 
 /// See the file's header.
 pub struct RankLinks {
@@ -37,8 +38,22 @@ impl RankLinks {
             }
             // Results come from the leader alone; whatever else a rank says is said by the group.
             Ok(FromWorker::Result(_)) if rank != self.leader => None,
+            // The other ranks are in the step that this one gave up: they would meet it in another one, and add up what
+            // does not belong together. A snapshot cannot help them, a new group can.
+            Ok(FromWorker::NeedSnapshot(gap)) => {
+                Some(self.end_of_group(gap.epoch, format!("rank {rank} lost the order of steps at step {}", gap.step)))
+            }
+            Ok(FromWorker::Failed(Failed { epoch, step: Some(step), message, .. })) => {
+                Some(self.end_of_group(epoch, format!("step {step} raised on rank {rank}: {message}")))
+            }
             Ok(_) | Err(_) => Some(frame),
         }
+    }
+
+    fn end_of_group(&self, epoch: Epoch, message: String) -> Vec<u8> {
+        let message = self.codec.bounded_text(&message).to_owned();
+        let failed = Failed { epoch, step: None, code: FailureCode::Protocol, message };
+        encode(&FromWorker::Failed(failed), &self.codec).expect("a bounded message fits a frame")
     }
 }
 
@@ -84,8 +99,8 @@ impl WorkerLink for RankLinks {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use llmscale_types::{Epoch, StepId, StepResult};
-    use llmscale_wire::{Failed, FailureCode, Ready, encode};
+    use llmscale_types::{StepId, StepResult};
+    use llmscale_wire::{NeedSnapshot, Ready};
     use std::collections::VecDeque;
     use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -202,5 +217,20 @@ mod tests {
         assert_eq!(heard(&mut links), Some(failed));
         fakes[1].inner().full = true;
         assert!(matches!(links.send(vec![1]), Err(LinkError::Down)), "the ranks would differ from now on");
+    }
+
+    #[test]
+    fn a_rank_that_gave_up_a_step_ends_the_group_because_the_others_are_in_it() {
+        let (fakes, mut links) = group(2, 0);
+        fakes.iter().for_each(|fake| fake.inner().attached = true);
+        let need = NeedSnapshot { epoch: Epoch(3), step: StepId(8), last: Some(StepId(6)) };
+        fakes[1].say(&FromWorker::NeedSnapshot(need));
+        let (code, message) = (FailureCode::Step, "no".to_owned());
+        fakes[0].say(&FromWorker::Failed(Failed { epoch: Epoch(3), step: Some(StepId(8)), code, message }));
+        for said in ["step 8 raised on rank 0: no", "rank 1 lost the order of steps at step 8"] {
+            let (code, message) = (FailureCode::Protocol, said.to_owned());
+            let failed = Failed { epoch: Epoch(3), step: None, code, message };
+            assert_eq!(heard(&mut links), Some(FromWorker::Failed(failed)));
+        }
     }
 }
