@@ -6,7 +6,9 @@ sample, collect. It uses the same state machines as a served model; it knows no 
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,26 @@ from llmscale.types import CompletionOutput, RequestOutput, SamplingParams, Usag
 
 Prompt = str | Sequence[int]
 _SEED_MASK = (1 << 64) - 1
+MAX_AHEAD = 1_024
+"""Sequences that are with the replica at once, as many as its queue takes; longer batches follow as these end."""
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One choice of one prompt: what is asked for, and what has come."""
+
+    choice: Choice
+    prompt: list[int]
+    sampling: Sampling
+    tokens: list[int] = field(default_factory=list)
 
 
 class LLM:
     """A model in this process.
 
     `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "auto", "bfloat16"
-    or "float32". `seed` is the base of the seeds of requests that name none, so that a script gives the same text
-    twice.
+    or "float32". `seed` is the base of the seeds of requests that name none: every prompt gets another one, and a
+    script gives the same text twice.
     Raises ModelError for a model that cannot be served and ConfigError for settings that do not fit.
     """
 
@@ -47,7 +61,7 @@ class LLM:
         threads: int | None = None,
     ) -> None:
         env.prepare_for_torch()
-        from llmscale.worker.model_runner import ModelRunner, StepBuffers
+        from llmscale.worker.model_runner import ModelRunner
 
         if quantization is not None:
             raise ConfigError(f"quantization is {quantization!r}; only unquantized models are served yet, leave it out")
@@ -66,14 +80,13 @@ class LLM:
             threads=threads,
         )
         plan = plan_replica(settings)
+        self._limits = plan.limits
         self.max_model_len: int = plan.limits.max_sequence_tokens
         self.tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
         self._seed = seed
         self._requests = 0
-        self._ids: dict[int, list[int]] = {}
-        self._replica = LocalReplica(plan.limits)
         self._runner = ModelRunner(plan.folder, plan.dtype, plan.limits, threads=threads)
-        self._buffers = StepBuffers(self._replica)
+        self._start()
 
     def generate(
         self,
@@ -105,24 +118,23 @@ class LLM:
     def _run(
         self, texts: Sequence[str | None], prompts: Sequence[list[int]], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
-        choices: dict[int, Choice] = {}
-        self._ids = {}
+        sequences = [
+            _Sequence(
+                Choice(number, index, self.tokenizer, wanted), ids, self._sampling(len(ids), wanted, index, number)
+            )
+            for index, (ids, wanted) in enumerate(zip(prompts, params, strict=True))
+            for number in range(wanted.n)
+        ]
         try:
-            for index, (ids, wanted) in enumerate(zip(prompts, params, strict=True)):
-                for number in range(wanted.n):
-                    choice = Choice(number, index, self.tokenizer, wanted)
-                    choice.request = self._replica.submit(ids, self._sampling(len(ids), wanted, number))
-                    choices[choice.request] = choice
-                    self._ids[choice.request] = []
-            self._drive(choices)
+            self._check(sequences[MAX_AHEAD:])
+            self._drive(sequences)
         except BaseException:
-            for request in choices:
-                self._replica.cancel(request)
-            self._replica.take()
+            # It may have come between a plan and its samples, or when some requests were there and some were not.
+            self._start()
             raise
-        by_prompt: list[list[Choice]] = [[] for _ in prompts]
-        for choice in choices.values():
-            by_prompt[choice.prompt].append(choice)
+        by_prompt: list[list[_Sequence]] = [[] for _ in prompts]
+        for sequence in sequences:
+            by_prompt[sequence.choice.prompt].append(sequence)
         self._requests += len(prompts)
         first = self._requests - len(prompts)
         return [
@@ -130,26 +142,52 @@ class LLM:
             for index, ids in enumerate(prompts)
         ]
 
-    def _drive(self, choices: Mapping[int, Choice]) -> None:
-        """Plan, run, sample, collect, until nothing is left."""
-        while (counts := self._replica.plan()) is not None:
-            logits = self._runner.forward(self._buffers.inputs(counts))
-            self._replica.sample(self._runner.kernels, logits, self._runner.dtype)
-            self._collect(choices)
-        self._collect(choices)
+    def _check(self, sequences: Sequence[_Sequence]) -> None:
+        """Lets the replica refuse what it would refuse later, before anything is computed."""
+        for sequence in sequences:
+            self._replica.cancel(self._replica.submit(sequence.prompt, sequence.sampling))
+        self._replica.take()
 
-    def _collect(self, choices: Mapping[int, Choice]) -> None:
-        for delivery in self._replica.take():
-            choice = choices.get(delivery.request)
-            if choice is not None:
-                self._ids[delivery.request] += delivery.tokens
-            # A choice that a stop string has ended gets one more delivery: the end that this caused.
-            if choice is not None and choice.finish_reason is None and choice.accept(delivery) is not None:
+    def _start(self) -> None:
+        """Begins with nothing that runs and nothing cached; KV memory that no table names is free."""
+        from llmscale.worker.model_runner import StepBuffers
+
+        self._replica = LocalReplica(self._limits)
+        self._buffers = StepBuffers(self._replica)
+
+    def _drive(self, sequences: Sequence[_Sequence]) -> None:
+        """Submit, plan, run, sample, collect, until nothing is left."""
+        ahead = collections.deque(sequences)
+        live: dict[int, _Sequence] = {}
+        while ahead or live:
+            while ahead and len(live) < MAX_AHEAD:
+                sequence = ahead.popleft()
+                live[self._replica.submit(sequence.prompt, sequence.sampling)] = sequence
+            counts = self._replica.plan()
+            if counts is not None:
+                logits = self._runner.forward(self._buffers.inputs(counts))
+                self._replica.sample(self._runner.kernels, logits, self._runner.dtype)
+            news = self._collect(live)
+            assert counts is not None or news, f"{len(live)} requests are left and none of them goes on"
+
+    def _collect(self, live: dict[int, _Sequence]) -> int:
+        """Hands tokens to their sequences and drops those that have ended. Returns how many had news."""
+        deliveries = self._replica.take()
+        for delivery in deliveries:
+            sequence = live.get(delivery.request)
+            # One that a stop string has ended gets one more delivery: the end that this caused.
+            if sequence is None:
+                continue
+            sequence.tokens += delivery.tokens
+            if sequence.choice.accept(delivery) is not None:
                 self._replica.cancel(delivery.request)
+            if sequence.choice.finish_reason is not None:
+                del live[delivery.request]
+        return len(deliveries)
 
-    def _sampling(self, prompt_tokens: int, params: SamplingParams, choice: int) -> Sampling:
+    def _sampling(self, prompt_tokens: int, params: SamplingParams, index: int, choice: int) -> Sampling:
         room = max(1, self.max_model_len - prompt_tokens)
-        seed = self._seed + self._requests if params.seed is None else params.seed
+        seed = self._seed + self._requests + index if params.seed is None else params.seed
         return Sampling(
             temperature=params.temperature,
             top_k=params.top_k,
@@ -168,7 +206,8 @@ class LLM:
             ignore_eos=params.ignore_eos,
         )
 
-    def _output(self, name: str, text: str | None, ids: Sequence[int], choices: Sequence[Choice]) -> RequestOutput:
+    def _output(self, name: str, text: str | None, ids: Sequence[int], sequences: Sequence[_Sequence]) -> RequestOutput:
+        choices = [sequence.choice for sequence in sequences]
         for choice in choices:
             reason = choice.finish_reason
             if reason not in ENDED_WELL:
@@ -178,15 +217,16 @@ class LLM:
             completion_tokens=sum(choice.output_tokens for choice in choices),
             cached_tokens=max(choice.cached_tokens for choice in choices),
         )
-        outputs = tuple(self._completion(choice) for choice in choices)
+        outputs = tuple(self._completion(sequence) for sequence in sequences)
         return RequestOutput(name, text, tuple(ids), outputs, finished=True, usage=usage)
 
-    def _completion(self, choice: Choice) -> CompletionOutput:
+    def _completion(self, sequence: _Sequence) -> CompletionOutput:
+        choice = sequence.choice
         rows = choice.take_logprobs()
         return CompletionOutput(
             index=choice.index,
             text=choice.take_text(),
-            token_ids=tuple(self._ids[choice.request or 0][: choice.output_tokens]),
+            token_ids=tuple(sequence.tokens[: choice.output_tokens]),
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
             logprobs=tuple(ranked(*row, self._text_of) for row in rows) if rows else None,
