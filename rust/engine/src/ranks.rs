@@ -41,17 +41,17 @@ impl RankLinks {
             // The other ranks are in the step that this one gave up: they would meet it in another one, and add up what
             // does not belong together. A snapshot cannot help them, a new group can.
             Ok(FromWorker::NeedSnapshot(gap)) => {
-                Some(self.end_of_group(gap.epoch, format!("rank {rank} lost the order of steps at step {}", gap.step)))
+                Some(self.end_of_group(gap.epoch, &format!("rank {rank} lost the order of steps at step {}", gap.step)))
             }
             Ok(FromWorker::Failed(Failed { epoch, step: Some(step), message, .. })) => {
-                Some(self.end_of_group(epoch, format!("step {step} raised on rank {rank}: {message}")))
+                Some(self.end_of_group(epoch, &format!("step {step} raised on rank {rank}: {message}")))
             }
             Ok(_) | Err(_) => Some(frame),
         }
     }
 
-    fn end_of_group(&self, epoch: Epoch, message: String) -> Vec<u8> {
-        let message = self.codec.bounded_text(&message).to_owned();
+    fn end_of_group(&self, epoch: Epoch, message: &str) -> Vec<u8> {
+        let message = self.codec.bounded_text(message).to_owned();
         let failed = Failed { epoch, step: None, code: FailureCode::Protocol, message };
         encode(&FromWorker::Failed(failed), &self.codec).expect("a bounded message fits a frame")
     }
@@ -153,6 +153,12 @@ mod tests {
         (fakes, RankLinks::new(links, leader))
     }
 
+    fn attach(fakes: &[Fake]) {
+        for fake in fakes {
+            fake.inner().attached = true;
+        }
+    }
+
     fn ready(pid: u32) -> FromWorker {
         let numerics = "a".to_owned();
         FromWorker::Ready(Ready { epoch: Epoch(1), pid, total_blocks: 9, layers: 1, numerics, loading_ns: 1 })
@@ -194,7 +200,7 @@ mod tests {
     #[test]
     fn frames_go_to_every_rank_and_results_come_from_the_leader() {
         let (fakes, mut links) = group(2, 1);
-        fakes.iter().for_each(|fake| fake.inner().attached = true);
+        attach(&fakes);
         links.send(vec![7]).expect("both read");
         assert!(fakes.iter().all(|fake| fake.inner().sent == [[7]]));
         fakes[0].say(&result(1));
@@ -206,7 +212,7 @@ mod tests {
     #[test]
     fn a_failure_of_any_rank_is_one_of_the_group() {
         let (fakes, mut links) = group(2, 0);
-        fakes.iter().for_each(|fake| fake.inner().attached = true);
+        attach(&fakes);
         let failed = FromWorker::Failed(Failed {
             epoch: Epoch(1),
             step: None,
@@ -222,7 +228,7 @@ mod tests {
     #[test]
     fn a_rank_that_gave_up_a_step_ends_the_group_because_the_others_are_in_it() {
         let (fakes, mut links) = group(2, 0);
-        fakes.iter().for_each(|fake| fake.inner().attached = true);
+        attach(&fakes);
         let need = NeedSnapshot { epoch: Epoch(3), step: StepId(8), last: Some(StepId(6)) };
         fakes[1].say(&FromWorker::NeedSnapshot(need));
         let (code, message) = (FailureCode::Step, "no".to_owned());
