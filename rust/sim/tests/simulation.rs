@@ -45,6 +45,21 @@ fn seed_847_where_a_first_step_made_a_draining_node_look_ready() {
 }
 
 #[test]
+fn seed_592_where_a_reader_came_back_in_the_very_microsecond_that_its_time_was_over() {
+    Simulation::run(592);
+}
+
+#[test]
+fn seed_7873_where_a_row_planned_past_the_end_of_an_answer_killed_a_worker() {
+    Simulation::run(7_873);
+}
+
+#[test]
+fn seed_15335_where_the_token_that_killed_workers_never_reached_its_paused_client() {
+    Simulation::run(15_335);
+}
+
+#[test]
 #[ignore = "takes minutes; for nights and for changes to what is simulated"]
 fn every_request_ends_once_with_its_tokens_in_twenty_thousand_worlds() {
     hold(800..20_800);
