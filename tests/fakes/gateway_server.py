@@ -90,10 +90,12 @@ async def serving(
     api_keys: tuple[str, ...] = (),
     model: str = "tiny",
     max_sequence_tokens: int = 4_096,
+    kill_button: bool = False,
 ) -> AsyncIterator[Serving]:
     """Runs a gateway until the block ends."""
     front = front or FakeFront()
-    config = GatewayConfig(port=0, api_keys=api_keys, limits=limits or GatewayLimits(max_drain_seconds=1))
+    limits = limits or GatewayLimits(max_drain_seconds=1)
+    config = GatewayConfig(port=0, api_keys=api_keys, limits=limits, kill_button=kill_button)
     served = ServedModel(model, tokenizer, 512, max_sequence_tokens, created=1_700_000_000)
     gateway = make_gateway(config, front, FakeSampling, [served])
     started = asyncio.Event()

@@ -46,6 +46,12 @@ def serve(
     pipeline_parallel_size: Annotated[
         int, typer.Option("--pipeline-parallel-size", "-pp", help="Workers that divide the layers.")
     ] = 1,
+    replicas: Annotated[
+        int, typer.Option(help="Whole copies of the model; a dead one's answers go on at another.")
+    ] = 1,
+    kill_button: Annotated[
+        bool, typer.Option("--kill-button", help="Let the chat page kill workers, to see answers survive it.")
+    ] = False,
 ) -> None:
     """Serve MODEL over OpenAI's HTTP API on this machine: a gateway, a node and a chat page."""
     from llmscale.cli.serve import ServeOptions, run
@@ -66,6 +72,8 @@ def serve(
             threads=threads,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
+            replicas=replicas,
+            kill_button=kill_button,
         )
     )
 

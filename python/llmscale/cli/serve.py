@@ -1,6 +1,6 @@
-"""`llmscale serve`: a gateway in this process, a node beside it, one command.
+"""`llmscale serve`: a gateway in this process, a node per replica beside it, one command.
 
-The node runs as a child, so that a dead node is started again while the gateway keeps its requests; both end together.
+Nodes run as children, so that a dead node is started again while the gateway keeps its requests; all end together.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import structlog
 from llmscale import logs
 from llmscale._core import Front, Sampling
 from llmscale.config import NodeSettings
+from llmscale.errors import ConfigError
 from llmscale.gateway.config import GatewayConfig, ServedModel
 from llmscale.gateway.serve import run as run_gateway
 from llmscale.node.plan import ReplicaPlan, plan_replica
@@ -30,6 +31,7 @@ FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 30.0
 STEADY_SECONDS = 60.0
 STOP_SECONDS = 35.0
+MAX_REPLICAS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,20 @@ class ServeOptions:
     threads: int | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    replicas: int = 1
+    kill_button: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.replicas <= MAX_REPLICAS:
+            raise ConfigError(f"replicas is {self.replicas}, it must be from 1 to {MAX_REPLICAS} on one machine")
+
+    @property
+    def threads_per_worker(self) -> int | None:
+        """What was asked for, or each replica's share of the CPUs; None lets a single replica decide."""
+        if self.threads is not None or self.replicas == 1:
+            return self.threads
+        workers = self.replicas * self.tensor_parallel_size * self.pipeline_parallel_size
+        return max(1, len(os.sched_getaffinity(0)) // max(1, workers))
 
     def node_settings(self, listen: str) -> NodeSettings:
         """The node's part."""
@@ -62,7 +78,7 @@ class ServeOptions:
             max_sequences=self.max_num_seqs,
             max_step_tokens=self.max_num_batched_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
-            threads=self.threads,
+            threads=self.threads_per_worker,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
         )
@@ -78,7 +94,7 @@ class ServeOptions:
             "--max-num-seqs": self.max_num_seqs,
             "--max-num-batched-tokens": self.max_num_batched_tokens,
             "--kv-cache-bytes": self.kv_cache_bytes,
-            "--threads": self.threads,
+            "--threads": self.threads_per_worker,
             "--tensor-parallel-size": self.tensor_parallel_size,
             "--pipeline-parallel-size": self.pipeline_parallel_size,
             "--parent": os.getpid(),
@@ -95,10 +111,11 @@ def run(options: ServeOptions) -> None:
         port=options.port,
         api_keys=options.api_keys,
         api_key_file=None if options.api_key_file is None else Path(options.api_key_file),
+        kill_button=options.kill_button,
     )
     with tempfile.TemporaryDirectory(prefix="llmscale-serve-") as folder:
-        listen = f"ipc://{folder}/node"
-        plan = plan_replica(options.node_settings(listen))
+        addresses = [f"ipc://{folder}/node-{number}" for number in range(options.replicas)]
+        plan = plan_replica(options.node_settings(addresses[0]))
         tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
         model = ServedModel(
             name=plan.name,
@@ -107,13 +124,17 @@ def run(options: ServeOptions) -> None:
             max_sequence_tokens=plan.limits.max_sequence_tokens,
             created=int(time.time()),
         )
-        front = Front([listen])
-        keeper = NodeKeeper(options.node_arguments(listen))
-        keeper.start()
+        front = Front(addresses)
+        keepers = [NodeKeeper(options.node_arguments(address)) for address in addresses]
+        for keeper in keepers:
+            keeper.start()
         try:
             run_gateway(config, front, Sampling, [model], on_started=lambda port: _announce(front, plan, config, port))
         finally:
-            keeper.stop()
+            for keeper in keepers:
+                keeper.ask_to_stop()
+            for keeper in keepers:
+                keeper.stop()
 
 
 class NodeKeeper:
@@ -135,12 +156,18 @@ class NodeKeeper:
         self._thread.start()
         self._started.wait()
 
-    def stop(self) -> None:
-        """Ends the node: it drains, then it must go."""
+    def ask_to_stop(self) -> None:
+        """Lets the node drain."""
         self._stopping.set()
         process = self._process
         if process is not None and process.poll() is None:
             process.terminate()
+
+    def stop(self) -> None:
+        """Ends the node: it drains, then it must go."""
+        self.ask_to_stop()
+        process = self._process
+        if process is not None:
             try:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:

@@ -37,6 +37,7 @@ ROUTES: Final[tuple[tuple[str, str, Endpoint, bool], ...]] = (
     ("GET", "/v1/models", info.models, KEY),
     ("GET", "/v1/models/*", info.model, KEY),
     ("GET", "/fleet", info.fleet, KEY),
+    ("POST", "/fleet/kill/*", info.kill_worker, KEY),
     ("GET", "/metrics", info.metrics, KEY),
     ("GET", "/openapi.json", info.openapi, OPEN),
     ("GET", "/health/live", info.live, OPEN),
@@ -112,7 +113,7 @@ class Gateway:
         return endpoint, keys.tenant_of(header(scope, b"authorization"))
 
     def _with_part(self, path: str) -> tuple[str, str]:
-        for route in ("/v1/models/", "/page/"):
+        for route in ("/v1/models/", "/fleet/kill/", "/page/"):
             part = path[len(route) :]
             if path.startswith(route) and _PART.fullmatch(part) and ".." not in part:
                 return f"{route}*", part

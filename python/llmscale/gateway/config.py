@@ -69,8 +69,12 @@ class GatewayConfig:
     api_keys: tuple[str, ...] = ()
     api_key_file: Path | None = None
     limits: GatewayLimits = field(default_factory=GatewayLimits)
+    kill_button: bool = False
+    """Whether the page may kill the workers of this machine, to see that answers go on."""
 
     def __post_init__(self) -> None:
+        if self.kill_button and not is_loopback(self.host):
+            raise ConfigError(f"host is {self.host}; a button that kills workers is for 127.0.0.1 only: leave it out")
         if not 0 <= self.port <= 65_535:
             raise ConfigError(f"port is {self.port}, it must be from 0 to 65535")
         if not self.asks_for_keys and not is_loopback(self.host):

@@ -7,10 +7,13 @@ nothing of prompts or of tokens.
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Final
 
 import msgspec
+import structlog
 
 from llmscale.errors import NotFound, Unavailable
 from llmscale.gateway.config import ServedModel
@@ -19,6 +22,7 @@ from llmscale.gateway.openai import ModelList, ModelObject
 from llmscale.gateway.openapi import document
 from llmscale.gateway.services import Services
 
+_log = structlog.get_logger("llmscale.gateway")
 _json = msgspec.json.Encoder()
 _KINDS: Final = {
     ".html": b"text/html; charset=utf-8",
@@ -68,6 +72,7 @@ class Fleet(msgspec.Struct, frozen=True):
     state: str
     queued_requests: int
     live_requests: int
+    may_kill: bool
     replicas: list[ReplicaHealth]
 
 
@@ -105,8 +110,25 @@ async def fleet(services: Services, exchange: Exchange, _tenant: str) -> None:
         )
         for replica in status.replicas
     ]
-    answer = Fleet(_state(services), status.queued_requests, status.live_requests, replicas)
+    may_kill = services.config.kill_button
+    answer = Fleet(_state(services), status.queued_requests, status.live_requests, may_kill, replicas)
     await exchange.respond(_json.encode(answer), headers=((b"cache-control", b"no-store"),))
+
+
+async def kill_worker(services: Services, exchange: Exchange, _tenant: str) -> None:
+    """POST /fleet/kill/{pid}: SIGKILL for a worker of this machine, where the operator has asked for the button."""
+    if not services.config.kill_button:
+        raise NotFound("this gateway has no button that kills workers; llmscale serve --kill-button has one")
+    # Only what the fleet names as a worker now: a number from a request is not otherwise believed.
+    pid = next((one.worker_pid for one in services.front.status().replicas if str(one.worker_pid) == exchange.part), 0)
+    if pid == 0:
+        raise NotFound(f"no worker has the process id {exchange.part}; GET /fleet lists them")
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError as error:
+        raise NotFound(f"the worker with the process id {pid} is dead already") from error
+    _log.warning("a worker was killed by the page's button", pid=pid)
+    await exchange.respond(b'{"status":"killed"}')
 
 
 async def metrics(services: Services, exchange: Exchange, _tenant: str) -> None:

@@ -72,6 +72,8 @@ def document() -> bytes:
     anything = _content(_JSON, {"type": "object"})
     model_path = _get("One model", _content(_JSON, _refer("ModelObject")), "401", "404", key=True)
     model_path["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    kill = _get("Kill a worker of this machine, where the gateway has the button", anything, "401", "404", key=True)
+    kill["parameters"] = [{"name": "pid", "in": "path", "required": True, "schema": {"type": "integer"}}]
     paths = {
         "/v1/completions": {"post": _generation("CompletionRequest", "Completion", "Completion", "Continue a prompt")},
         "/v1/chat/completions": {
@@ -80,6 +82,7 @@ def document() -> bytes:
         "/v1/models": {"get": _get("The served models", _content(_JSON, _refer("ModelList")), "401", key=True)},
         "/v1/models/{model}": {"get": model_path},
         "/fleet": {"get": _get("State of the replicas", anything, "401", key=True)},
+        "/fleet/kill/{pid}": {"post": kill},
         "/metrics": {
             "get": _get("Metrics for Prometheus", _content("text/plain", {"type": "string"}), "401", key=True)
         },

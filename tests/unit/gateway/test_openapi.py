@@ -11,7 +11,8 @@ from llmscale.gateway.openapi import document
 
 DOCUMENT: dict[str, Any] = json.loads(document())
 # The page is not part of the API.
-API = {(method.lower(), path.replace("*", "{model}")) for method, path, _, _ in ROUTES if not path.startswith("/page")}
+PARTS = {"/v1/models/*": "/v1/models/{model}", "/fleet/kill/*": "/fleet/kill/{pid}"}
+API = {(method.lower(), PARTS.get(path, path)) for method, path, _, _ in ROUTES if not path.startswith("/page")}
 
 
 def references(node: object) -> Iterator[str]:

@@ -38,6 +38,12 @@ export function readFleet(apiKey) {
   return get("/fleet", apiKey);
 }
 
+/** Kills a worker, where the operator has allowed it. */
+export async function killWorker(pid, apiKey) {
+  const response = await fetch(`/fleet/kill/${pid}`, { method: "POST", headers: headers(apiKey) });
+  if (!response.ok) throw await refusal(response);
+}
+
 /**
  * Streams one answer. Yields {text}, {restarts}, {finish} and {usage}; throws GatewayError, or AbortError when stopped.
  */

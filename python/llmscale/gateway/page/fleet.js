@@ -1,6 +1,6 @@
 // What is behind the gateway: the state in the bar and, on request, every replica with its worker.
 
-import { readFleet } from "/page/client.js";
+import { killWorker, readFleet } from "/page/client.js";
 
 const byId = (id) => document.getElementById(id);
 const CALM_MS = 3000;
@@ -58,7 +58,25 @@ export class Fleet {
       if (before !== undefined && replica.worker_restarts > before) this.#listener({ replaced: replica });
       this.#restarts.set(replica.node, replica.worker_restarts);
     }
-    if (byId("fleet").open) byId("replicas").replaceChildren(...fleet.replicas.map(row));
+    if (byId("fleet").open) byId("replicas").replaceChildren(...fleet.replicas.map((replica) => this.#row(replica, fleet.may_kill)));
+  }
+
+  #row(replica, mayKill) {
+    const item = row(replica);
+    const button = item.querySelector(".kill");
+    button.hidden = !mayKill || !replica.worker_pid;
+    button.addEventListener("click", () => this.#kill(replica.worker_pid, button));
+    return item;
+  }
+
+  async #kill(pid, button) {
+    button.disabled = true;
+    try {
+      await killWorker(pid, this.#settings.apiKey);
+    } catch (error) {
+      byId("fleet-summary").textContent = error.message;
+    }
+    this.refresh();
   }
 }
 
