@@ -75,11 +75,16 @@ pub enum Command {
     Stop,
 }
 
-/// Frames that a front may leave unread before it counts as gone: more than its live requests, so that only one that does
-/// not read gets there.
-const MAX_UNREAD_FRAMES: u32 = 16_384;
 /// Most commands that wait; there are never more than a few.
 const MAX_COMMANDS: usize = 256;
+
+/// Attempts are handed back one frame each, all that wait when the node drains and a front's whole burst when it is full. A
+/// front has at most as many here as can run and wait; beyond that, only one that does not read has a full queue.
+fn endpoint_options(limits: &EngineLimits, options: &EndpointOptions) -> EndpointOptions {
+    let returns = limits.max_sequences.saturating_add(limits.max_waiting_sequences);
+    let queue = options.max_send_queue_frames.saturating_add(returns).min(EndpointOptions::MAX_QUEUE_FRAMES);
+    EndpointOptions { max_send_queue_frames: queue, ..options.clone() }
+}
 
 /// The process's side of a node's thread.
 pub struct NodeHandle {
@@ -100,10 +105,7 @@ impl NodeHandle {
         options: &EndpointOptions,
     ) -> Result<Self, NodeError> {
         let replica = Replica::new(config.limits.clone(), config.secret, Box::new(FirstComeFirstServed))?;
-        // A node hands attempts back one frame each: all that wait when it drains, and a front's whole burst if it is full.
-        let burst = options.max_send_queue_frames.max(MAX_UNREAD_FRAMES);
-        let options = EndpointOptions { max_send_queue_frames: burst, ..options.clone() };
-        let server = ServerEndpoint::bind(context, address, keys, &options)?;
+        let server = ServerEndpoint::bind(context, address, keys, &endpoint_options(&config.limits, options))?;
         let address = server.address().clone();
         let poller = Poller::new()?;
         let waker = poller.waker();
