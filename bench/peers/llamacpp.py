@@ -47,7 +47,8 @@ def _values(given: argparse.Namespace, case: str) -> list[float]:
     prompt_tokens, output_tokens, count = (128, 64, case.removeprefix("batch"))
     if not case.startswith("batch"):
         prompt_tokens, output_tokens, count = (64, 32, case.removeprefix("c"))
-    context = int(count) * (prompt_tokens + output_tokens + 8) + 64
+    # It rounds a sequence's share of the context down to a multiple of 256, and prints nothing if that is too little.
+    context = int(count) * 256 * -(-(prompt_tokens + output_tokens + 8) // 256)
     command = [
         "llama-batched-bench",
         "-m",
