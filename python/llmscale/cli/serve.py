@@ -181,7 +181,7 @@ class NodeKeeper:
             self._process = subprocess.Popen(self._command)  # noqa: S603  # our own interpreter and module
             self._started.set()
             code = self._process.wait()
-            # A node ends with 0 when it is told to, mostly by a signal to the whole group, which this process hears too.
+            # A node ends with 0 when it is told to, mostly by a signal to the whole group; this process hears it too.
             if self._stopping.wait(1.0 if code == 0 else 0.0):
                 return
             if time.monotonic() - began > STEADY_SECONDS:
