@@ -1,0 +1,65 @@
+"""Goal: several replicas behind one gateway share the load, and streams of one that dies go on at another.
+
+Method: `llmscale serve --replicas 2`, concurrent streams in float32, SIGKILL for one node in the middle; texts are
+compared with an undisturbed run.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from tests.e2e.test_worker_death import first_difference
+from tests.processes import Server, serving, token_ids, wait_until
+
+STREAMS = 8
+
+
+def body(number: int) -> dict[str, object]:
+    prompt = "Once upon a time" + " and" * number
+    return {"model": "tiny-chat", "prompt": prompt, "max_tokens": 600, "ignore_eos": True, "seed": number}
+
+
+def replicas(server: Server) -> list[dict[str, object]]:
+    """What /fleet says of each."""
+    found: list[dict[str, object]] = server.get("/fleet").json()["replicas"]
+    return found
+
+
+@pytest.mark.timeout(180)
+def test_streams_of_a_killed_replica_go_on_at_the_other() -> None:
+    with serving("tiny-chat", "--dtype", "float32", "--replicas", "2") as server:
+        wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 60, "both replicas are ready")
+        undisturbed = [token_ids(server, body(number)) for number in range(STREAMS)]
+        nodes = [one for one in server.family() if "llmscale.node" in " ".join(one.cmdline())]
+        assert len(nodes) == 2
+        counts = [0] * STREAMS
+
+        def stream(number: int) -> list[str]:
+            def note(count: int) -> None:
+                counts[number] = count
+
+            return token_ids(server, body(number), note)
+
+        with ThreadPoolExecutor(STREAMS) as pool:
+            streams = [pool.submit(stream, number) for number in range(STREAMS)]
+            wait_until(lambda: min(counts) >= 20, 60, "every stream has begun")
+            busy = [one["running"] for one in replicas(server)]
+            assert not any(running.done() for running in streams), "the kill comes in the middle"
+            nodes[0].kill()
+            survived = [running.result() for running in streams]
+        assert [first_difference(*pair) for pair in zip(survived, undisturbed, strict=True)] == [None] * STREAMS
+        assert all(busy), f"both replicas had streams, not {busy}"
+        wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 60, "the dead one is back")
+        gone = psutil.wait_procs([nodes[0]], timeout=5)[1]
+        assert not gone
+
+
+def test_a_number_of_replicas_out_of_bounds_is_one_line() -> None:
+    with (
+        pytest.raises(AssertionError, match="replicas is 0, it must be from 1 to 64"),
+        serving("tiny-chat", "--replicas", "0"),
+    ):
+        pass
