@@ -57,12 +57,12 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Ends the stream: bytes that never became a character are shown as replacement characters."""
-        text, self._open = self._open_text(), []
+        text, _ = self._open_text()
+        self._open = []
         return text
 
     def _push_undecodable(self) -> str:
-        text = self._open_text()
-        broken = text.endswith("\ufffd")
+        text, broken = self._open_text()
         if broken and len(self._open) < _MAX_OPEN_TOKENS:
             return ""
         self._context, self._open = [*self._context, *self._open][-_MAX_OPEN_TOKENS:], []
@@ -70,13 +70,16 @@ class Detokenizer:
             self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
         return text
 
-    def _open_text(self) -> str:
-        """What the ids that were held back add to the text."""
+    def _open_text(self) -> tuple[str, bool]:
+        """What the ids that were held back add to the text, and whether its last character may still be open."""
         if not self._open:
-            return ""
+            return "", False
         before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
         text = self._tokenizer.decode([*self._context, *self._open], skip_special_tokens=self._skip)
         if text.startswith(before):
-            return text[len(before) :]
+            # A byte may add nothing and still leave a character open: it goes on with bytes that were shown as one
+            # replacement already. A stream that began anew there would repeat what it was given as context.
+            return text[len(before) :], text.endswith("\ufffd")
         # Byte fallback: one bad byte turns the good ones before it, which were shown already, into replacements too.
-        return self._tokenizer.decode(self._open, skip_special_tokens=self._skip)
+        alone = self._tokenizer.decode(self._open, skip_special_tokens=self._skip)
+        return alone, alone.endswith("\ufffd")
