@@ -56,12 +56,14 @@ def test_a_node_answers_ids_without_a_tokenizer_and_text_with_one(shared_node, c
 
 
 def test_streamed_pieces_make_the_whole_answer(client):
-    stream = client.stream(CHAT, GREEDY)
+    # So many that they cannot all arrive before the reader looks for the first time, however busy the machine is.
+    params = SamplingParams(temperature=0, max_tokens=1_000, ignore_eos=True)
+    stream = client.stream(CHAT, params)
     chunks = list(stream)
-    whole = client.chat(CHAT, GREEDY)
+    whole = client.chat(CHAT, params)
     assert "".join(chunk.text for chunk in chunks) == whole.outputs[0].text
     assert [token for chunk in chunks for token in chunk.token_ids] == list(whole.outputs[0].token_ids)
-    assert stream.output.usage.completion_tokens == 24
+    assert stream.output.usage.completion_tokens == 1_000
     assert len(chunks) > 1
 
 

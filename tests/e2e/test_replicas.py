@@ -19,7 +19,7 @@ STREAMS = 8
 
 def body(number: int) -> dict[str, object]:
     prompt = "Once upon a time" + " and" * number
-    return {"model": "tiny-chat", "prompt": prompt, "max_tokens": 600, "ignore_eos": True, "seed": number}
+    return {"model": "tiny-chat", "prompt": prompt, "max_tokens": 1_000, "ignore_eos": True, "seed": number}
 
 
 def replicas(server: Server) -> list[dict[str, object]]:
@@ -32,7 +32,8 @@ def replicas(server: Server) -> list[dict[str, object]]:
 def test_streams_of_a_killed_replica_go_on_at_the_other() -> None:
     with serving("tiny-chat", "--dtype", "float32", "--replicas", "2") as server:
         wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 60, "both replicas are ready")
-        undisturbed = [token_ids(server, body(number)) for number in range(STREAMS)]
+        with ThreadPoolExecutor(STREAMS) as pool:
+            undisturbed = list(pool.map(lambda number: token_ids(server, body(number)), range(STREAMS)))
         nodes = [one for one in server.family() if "llmscale.node" in " ".join(one.cmdline())]
         assert len(nodes) == 2
         counts = [0] * STREAMS
@@ -46,12 +47,11 @@ def test_streams_of_a_killed_replica_go_on_at_the_other() -> None:
         with ThreadPoolExecutor(STREAMS) as pool:
             streams = [pool.submit(stream, number) for number in range(STREAMS)]
             wait_until(lambda: min(counts) >= 20, 60, "every stream has begun")
-            busy = [one["running"] for one in replicas(server)]
+            wait_until(lambda: all(one["running"] for one in replicas(server)), 60, "both replicas have streams")
             assert not any(running.done() for running in streams), "the kill comes in the middle"
             nodes[0].kill()
             survived = [running.result() for running in streams]
         assert [first_difference(*pair) for pair in zip(survived, undisturbed, strict=True)] == [None] * STREAMS
-        assert all(busy), f"both replicas had streams, not {busy}"
         wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 60, "the dead one is back")
         gone = psutil.wait_procs([nodes[0]], timeout=5)[1]
         assert not gone

@@ -290,8 +290,12 @@ impl RankMemory {
 
     fn line(&self, index: usize) -> &AtomicU32 {
         assert!(index < 2 * self.ranks, "a line lies inside the head");
-        // SAFETY: inside the mapping, aligned to 128 bytes, and only ever used as an atomic.
-        unsafe { &*self.start.add(index * LINE_BYTES).cast::<AtomicU32>() }
+        // SAFETY: inside the mapping, by the line above.
+        let line = unsafe { self.start.add(index * LINE_BYTES) };
+        #[expect(clippy::cast_ptr_alignment, reason = "mappings are aligned to pages and lines to 128 bytes")]
+        let word = line.cast::<AtomicU32>();
+        // SAFETY: valid and aligned, and only ever used as an atomic.
+        unsafe { &*word }
     }
 }
 

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 struct Shared(PathBuf);
 
