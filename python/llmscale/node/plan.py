@@ -70,6 +70,9 @@ def plan_replica(settings: NodeSettings) -> ReplicaPlan:
         max_sequences=settings.max_sequences,
         max_step_tokens=max(settings.max_step_tokens, settings.max_sequences),
         eos_tokens=list(description.defaults.eos_token_ids),
+        # Two steps of one group hide the engine's part of a step; stages need a group each.
+        max_steps_in_flight=max(2, settings.pipeline_parallel_size),
+        groups=settings.pipeline_parallel_size,
     )
     return ReplicaPlan(
         folder=folder,

@@ -1,11 +1,14 @@
 """Where the stages of a pipeline meet: the residual stream goes from one to the next, sampled ids from last to first.
 
-Both go between ranks of the same number within their stages, point to point over torch.distributed. A time-out of the
-process group ends a wait. It does not know steps: the caller receives in the order in which the other side sends.
+Both go between ranks of the same number within their stages, point to point over torch.distributed. A send does not
+wait for its receiver, who may be at another group's step: what is on its way is held until it has arrived, for as many
+steps as may be in flight. A time-out of the process group ends a wait. It does not know steps: the caller receives in
+the order in which the other side sends.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Protocol
 
 import torch.distributed
@@ -24,7 +27,7 @@ class StageLink(Protocol):
         """Hands [T, H] to the stage behind. The tensor may be overwritten afterwards."""
 
     def send_tokens(self, tokens: Tensor) -> None:
-        """From the last stage: int32 [R], the ids of a step, -1 where a row has none."""
+        """From the last stage: int32 [R], the ids of a step, -1 where a row has none. May be overwritten afterwards."""
 
     def receive_tokens(self, out: Tensor) -> None:
         """In the first stage: what `send_tokens` sent, in the order of steps."""
@@ -39,6 +42,9 @@ class TorchStageLink:
         self._behind = place.rank + place.tensor_size
         self._first = place.tensor_rank
         self._last = (place.stages - 1) * place.tensor_size + place.tensor_rank
+        self._on_its_way: deque[tuple[torch.distributed.Work, Tensor]] = deque()
+        # A step in flight takes one send of each rank; more can only be those whose end was not looked at yet.
+        self._max_sends = place.stages
 
     def receive_stream(self, out: Tensor) -> None:
         """See `StageLink`."""
@@ -46,12 +52,21 @@ class TorchStageLink:
 
     def send_stream(self, stream: Tensor) -> None:
         """See `StageLink`."""
-        torch.distributed.send(stream, group=self._group, group_dst=self._behind)
+        self._send(stream, self._behind)
 
     def send_tokens(self, tokens: Tensor) -> None:
         """See `StageLink`."""
-        torch.distributed.send(tokens, group=self._group, group_dst=self._first)
+        self._send(tokens, self._first)
 
     def receive_tokens(self, out: Tensor) -> None:
         """See `StageLink`."""
         torch.distributed.recv(out, group=self._group, group_src=self._last)
+
+    def _send(self, tensor: Tensor, to: int) -> None:
+        while self._on_its_way and (len(self._on_its_way) >= self._max_sends or self._on_its_way[0][0].is_completed()):
+            self._on_its_way.popleft()[0].wait()
+        # The caller's tensor is overwritten by its next step.
+        held = tensor.clone()
+        work = torch.distributed.isend(held, group=self._group, group_dst=to)
+        assert work is not None, "both ranks are of the group"
+        self._on_its_way.append((work, held))

@@ -73,6 +73,7 @@ class WorkerLoop:
         assert self._buffers is not None, "a step before the configuration"
         assert self._sampling is not None, "a step before the configuration"
         try:
+            self._sampling.begin()
             logits = self._runner.forward(self._buffers.inputs(order.counts))
             self._sampling.finish(order.counts, logits)
         except Exception as error:

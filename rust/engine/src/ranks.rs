@@ -173,6 +173,7 @@ mod tests {
             logprobs: Vec::new(),
             errors: Vec::new(),
             elapsed_ns: 1,
+            waited_ns: 0,
         })
     }
 

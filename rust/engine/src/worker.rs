@@ -181,6 +181,7 @@ mod tests {
             max_sequence_tokens: 64,
             max_waiting_sequences: 4,
             max_steps_in_flight: 2,
+            groups: 1,
             eos_tokens: vec![2],
             vocabulary: 50,
         };

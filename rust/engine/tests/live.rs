@@ -29,6 +29,7 @@ fn limits() -> EngineLimits {
         max_sequence_tokens: 512,
         max_waiting_sequences: 64,
         max_steps_in_flight: 2,
+        groups: 1,
         eos_tokens: Vec::new(),
         vocabulary: 1_000,
     }

@@ -12,7 +12,8 @@ pub(crate) struct PyEngineLimits(pub(crate) EngineLimits);
 impl PyEngineLimits {
     #[new]
     #[pyo3(signature = (*, vocabulary, total_blocks, max_sequence_tokens, eos_tokens, block_tokens = 32,
-        max_sequences = 256, max_step_tokens = 512, max_waiting_sequences = 1024, max_steps_in_flight = 2))]
+        max_sequences = 256, max_step_tokens = 512, max_waiting_sequences = 1024, max_steps_in_flight = 2,
+        groups = 1))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
     fn new(
         vocabulary: u32,
@@ -24,6 +25,7 @@ impl PyEngineLimits {
         max_step_tokens: u32,
         max_waiting_sequences: u32,
         max_steps_in_flight: u32,
+        groups: u32,
     ) -> PyResult<Self> {
         let limits = EngineLimits {
             block_tokens,
@@ -33,6 +35,7 @@ impl PyEngineLimits {
             max_sequence_tokens,
             max_waiting_sequences,
             max_steps_in_flight,
+            groups,
             eos_tokens,
             vocabulary,
         };

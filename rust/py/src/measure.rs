@@ -44,6 +44,7 @@ pub fn steady_decode(running: u32, steps: u32) -> Vec<SteadyStep> {
         max_sequence_tokens: output + 64,
         max_waiting_sequences: running,
         max_steps_in_flight: 2,
+        groups: 1,
         eos_tokens: vec![2, 3],
         vocabulary: 32_000,
     };
@@ -93,6 +94,7 @@ pub fn steady_decode(running: u32, steps: u32) -> Vec<SteadyStep> {
             logprobs: Vec::new(),
             errors: Vec::new(),
             elapsed_ns: 1,
+            waited_ns: 0,
         };
         out.clear();
         let started = Instant::now();

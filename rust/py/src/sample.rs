@@ -42,6 +42,7 @@ pub(crate) fn sample_step(
         logprobs: Vec::new(),
         errors: Vec::new(),
         elapsed_ns: 0,
+        waited_ns: 0,
     };
     let tokens: Vec<Option<Token>> = sampled.iter().map(|row| row.token.ok()).collect();
     mirror.record(&tokens);

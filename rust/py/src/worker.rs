@@ -141,12 +141,26 @@ impl PyWorkerSession {
         })
     }
 
-    /// Takes the ids that another rank has sampled in the step that was received last, as `sample` wrote them.
+    /// On a rank that does not sample: how many rows sampled in the oldest step that is not recorded, if the step that was
+    /// received last needs it or one behind it; `None` if it needs none.
+    fn awaited_samples(&self) -> PyResult<Option<usize>> {
+        let session = self.lock();
+        Ok(session.mirror().ok_or_else(no_step)?.awaited_samples())
+    }
+
+    /// Takes the ids that another rank has sampled in the oldest step that is not recorded, as `sample` wrote them.
     fn record(&self, tokens: Memory) -> PyResult<()> {
         let mut session = self.lock();
         let mirror = session.mirror_mut().ok_or_else(no_step)?;
-        let sampled = read_tokens(tokens, mirror.sample_slots().len())?;
+        let samples = mirror.oldest_samples().ok_or_else(|| error::worker("every step is recorded".to_owned()))?;
+        let sampled = read_tokens(tokens, samples)?;
         mirror.record(&sampled);
+        Ok(())
+    }
+
+    /// On a rank that neither embeds nor samples: what was sampled so far is never asked for.
+    fn pass_over_samples(&self) -> PyResult<()> {
+        self.lock().mirror_mut().ok_or_else(no_step)?.pass_over_samples();
         Ok(())
     }
 

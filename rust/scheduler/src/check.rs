@@ -16,10 +16,16 @@ impl Replica {
         }
         self.blocks.check(|block| references.get(&block).copied().unwrap_or(0));
         let in_phase = |phase| slots.iter().filter(|slot| self.sequences.hot[slot.index()].phase == phase).count();
-        assert_eq!(in_phase(Phase::Decode), self.decoding as usize, "decoding count");
-        assert_eq!(self.wheel.len(), self.decoding as usize, "the wheel holds the decoding sequences");
-        assert_eq!(in_phase(Phase::Prefill), self.prefilling.len(), "prefilling list");
-        assert_eq!(self.running.len(), self.prefilling.len() + self.decoding as usize, "running set");
+        let decoding = self.groups.iter().map(|group| group.decoding as usize).sum();
+        let prefilling: usize = self.groups.iter().map(|group| group.prefilling.len()).sum();
+        assert_eq!(in_phase(Phase::Decode), decoding, "decoding count");
+        assert_eq!(in_phase(Phase::Prefill), prefilling, "prefilling lists");
+        assert_eq!(self.running.len(), prefilling + decoding, "running set");
+        for (place, group) in self.groups.iter().enumerate() {
+            assert_eq!(group.wheel.len(), group.decoding as usize, "the wheel of group {place} holds who decodes");
+            let flights = self.flights.iter().filter(|flight| flight.group.index() == place).count();
+            assert!(self.groups.is_one() || flights <= 1, "group {place} has {flights} steps in flight");
+        }
         assert_eq!(self.places.len(), slots.len() + self.queue.len(), "every attempt has one place");
         assert!(
             self.queue.len() <= self.limits.max_waiting_sequences as usize + self.sequences.hot.len(),

@@ -1,6 +1,6 @@
 //! One replica as a deterministic state machine: events in, actions out, no clock, socket, thread or randomness.
 //! `replica` composes; `queue` orders what waits, `planner` makes the next step, `complete` takes a step's result in one
-//! pass, `recovery` turns a dead worker, or one that gave up its steps, into a preemption, `sequences` holds the rows of
+//! pass, `groups` splits what runs among the stages of a pipeline, `recovery` turns a dead worker, or one that gave up its steps, into a preemption, `sequences` holds the rows of
 //! what runs. `mirror` is the workers' half of the plan contract: it expands deltas into the buffers that an executor reads.
 
 pub mod event;
@@ -10,6 +10,7 @@ pub mod replica;
 
 mod check;
 mod complete;
+mod groups;
 mod planner;
 mod queue;
 mod record;

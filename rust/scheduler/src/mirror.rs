@@ -3,55 +3,14 @@
 //! worker could not be told again. A step costs O(rows) writes; tables change only where blocks were appended.
 //! Knows no model, device or socket.
 
-use llmscale_types::{Admission, Delta, EngineLimits, Epoch, Sampling, Slot, StepId, Token};
+mod buffers;
+mod sampling;
 
-/// What the sampler needs to know about a slot.
-#[derive(Debug, Default)]
-pub struct SlotSampling {
-    /// The request's parameters.
-    pub sampling: Sampling,
-    /// How many ids of the context are prompt.
-    pub prompt_tokens: u32,
-    /// Prompt ids, sorted and unique; kept only where the repetition penalty needs them.
-    pub prompt_set: Vec<Token>,
-    /// Emitted ids with their counts, sorted; kept only where a penalty needs them.
-    pub emitted_counts: Vec<(Token, u32)>,
-}
+pub use buffers::{Buffers, StepCounts};
+pub use sampling::SlotSampling;
 
-impl SlotSampling {
-    fn new(admission: &Admission) -> Self {
-        let sampling = admission.sampling.clone();
-        let (prompt, emitted) = admission.context.split_at(admission.prompt_tokens as usize);
-        let mut state = Self { sampling, prompt_tokens: admission.prompt_tokens, ..Self::default() };
-        if state.penalizes_prompt() {
-            state.prompt_set = prompt.to_vec();
-            state.prompt_set.sort_unstable();
-            state.prompt_set.dedup();
-        }
-        for &token in emitted {
-            state.count(token);
-        }
-        state
-    }
-
-    fn penalizes_prompt(&self) -> bool {
-        self.sampling.repetition_penalty.to_bits() != 1.0_f32.to_bits()
-    }
-
-    fn penalizes_output(&self) -> bool {
-        let off = |value: f32| value.to_bits() << 1 == 0;
-        self.penalizes_prompt() || !off(self.sampling.presence_penalty) || !off(self.sampling.frequency_penalty)
-    }
-
-    fn count(&mut self, token: Token) {
-        if self.penalizes_output() {
-            match self.emitted_counts.binary_search_by_key(&token, |entry| entry.0) {
-                Ok(at) => self.emitted_counts[at].1 += 1,
-                Err(at) => self.emitted_counts.insert(at, (token, 1)),
-            }
-        }
-    }
-}
+use llmscale_types::{Admission, Delta, EngineLimits, Epoch, GroupId, Slot, StepId, Token};
+use std::collections::VecDeque;
 
 /// A delta that does not follow from what the mirror holds. Until a snapshot comes, nothing does.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -65,29 +24,28 @@ pub struct Gap {
     pub why: &'static str,
 }
 
-/// How much of the buffers the current step uses.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct StepCounts {
-    /// Token rows.
-    pub rows: u32,
-    /// Sequences with rows.
-    pub sequences: u32,
-    /// Of these, sequences with one decode row; they come first.
-    pub decodes: u32,
-    /// Rows that sample.
-    pub samples: u32,
-}
-
 /// One running sequence as a worker sees it.
 #[derive(Debug, Default)]
 struct Row {
+    /// The step that brought it: samples of earlier steps belong to the slot's previous owner.
+    admitted: StepId,
+    /// Whom it decodes with, once it does.
+    group: GroupId,
     context: Vec<Token>,
     blocks: u32,
     /// Position of the next decode row; meaningful while it decodes.
     position: u32,
-    /// Its place among the decoding sequences, while it decodes.
+    /// Its place among the group's decoding sequences, while it decodes.
     decode_index: Option<u32>,
     sampling: SlotSampling,
+}
+
+/// Who samples in a step.
+#[derive(Debug)]
+struct Samples {
+    step: StepId,
+    group: GroupId,
+    slots: Vec<Slot>,
 }
 
 /// See the file's header.
@@ -100,65 +58,40 @@ pub struct Mirror {
     /// What it holds is void.
     lost: bool,
     rows: Vec<Option<Row>>,
-    decoding: Vec<Slot>,
+    /// By group.
+    decoding: Vec<Vec<Slot>>,
     /// The token that the next decode row of a slot reads.
     last_token: Vec<Token>,
-    /// Slots that start to decode after this step's chunks.
+    /// Slots that start to decode after this step's chunks, with this step's group.
     joining: Vec<Slot>,
+    /// Group of this step.
+    group: GroupId,
     counts: StepCounts,
     sample_slots: Vec<Slot>,
+    /// Steps whose samples are not recorded yet, this one included; the oldest first.
+    unrecorded: VecDeque<Samples>,
     buffers: Buffers,
-}
-
-/// The flat buffers; lengths are capacities and never change, so that pointers into them stay valid.
-#[derive(Debug)]
-pub struct Buffers {
-    /// `[rows]` ids.
-    pub token_ids: Box<[i32]>,
-    /// `[rows]` absolute positions.
-    pub positions: Box<[i32]>,
-    /// `[rows]` where the row's KV goes: block times block size plus offset.
-    pub slot_mapping: Box<[i32]>,
-    /// `[sequences + 1]` first row of each sequence.
-    pub query_start: Box<[i32]>,
-    /// `[sequences]` KV tokens, this step's included.
-    pub sequence_lengths: Box<[i32]>,
-    /// `[sequences]` where the sequence's table starts in `block_tables`.
-    pub table_offsets: Box<[i32]>,
-    /// `[slots][max blocks per sequence]` tables, kept from step to step.
-    pub block_tables: Box<[i32]>,
-    /// `[samples]` rows that sample.
-    pub sample_rows: Box<[i32]>,
 }
 
 impl Mirror {
     /// An empty mirror of an epoch.
     pub fn new(limits: &EngineLimits, epoch: Epoch) -> Self {
         let sequences = limits.max_sequences as usize;
-        let rows = limits.max_step_tokens as usize;
         let max_blocks = limits.blocks_for(limits.max_sequence_tokens) as usize;
-        let buffer = |entries: usize| vec![0_i32; entries].into_boxed_slice();
         Self {
             max_blocks,
             epoch,
             step: StepId(0),
             lost: false,
             rows: (0..sequences).map(|_| None).collect(),
-            decoding: Vec::with_capacity(sequences),
+            decoding: vec![Vec::new(); limits.groups as usize],
             last_token: vec![0; sequences],
             joining: Vec::new(),
+            group: GroupId(0),
             counts: StepCounts::default(),
             sample_slots: Vec::with_capacity(sequences),
-            buffers: Buffers {
-                token_ids: buffer(rows),
-                positions: buffer(rows),
-                slot_mapping: buffer(rows),
-                query_start: buffer(sequences + 1),
-                sequence_lengths: buffer(sequences),
-                table_offsets: buffer(sequences),
-                block_tables: buffer(sequences * max_blocks),
-                sample_rows: buffer(sequences),
-            },
+            unrecorded: VecDeque::new(),
+            buffers: Buffers::new(limits, max_blocks),
             limits: limits.clone(),
         }
     }
@@ -198,17 +131,22 @@ impl Mirror {
 
     fn clear(&mut self) {
         self.rows.iter_mut().for_each(|row| *row = None);
-        self.decoding.clear();
+        self.decoding.iter_mut().for_each(Vec::clear);
         self.joining.clear();
+        self.unrecorded.clear();
     }
 
     fn apply(&mut self, delta: &Delta) -> Result<StepCounts, &'static str> {
         self.join_decoding();
+        if delta.group.index() >= self.decoding.len() {
+            return Err("a group is named that does not exist");
+        }
+        self.group = delta.group;
         for &slot in &delta.leave {
             self.leave(slot).ok_or("a slot leaves that is empty")?;
         }
         for admission in &delta.admit {
-            self.admit(admission)?;
+            self.admit(admission, delta.step)?;
         }
         if delta.append_slots.len() != delta.append_blocks.len() {
             return Err("appended slots and blocks differ in number");
@@ -225,17 +163,56 @@ impl Mirror {
             self.write_chunk(chunk.slot, chunk.start_tokens, chunk.tokens)?;
         }
         self.buffers.query_start[self.counts.sequences as usize] = self.counts.rows as i32;
+        if self.counts.samples > 0 {
+            if self.unrecorded.len() > self.limits.max_steps_in_flight as usize {
+                return Err("more steps are without samples than may be in flight");
+            }
+            let slots = self.sample_slots.clone();
+            self.unrecorded.push_back(Samples { step: delta.step, group: delta.group, slots });
+        }
         Ok(self.counts)
     }
 
-    /// Tells the mirror what the step sampled, in the order of `sample_slots`; rows that failed have no token.
+    /// How many rows sampled in the oldest step that is not recorded.
+    pub fn oldest_samples(&self) -> Option<usize> {
+        self.unrecorded.front().map(|samples| samples.slots.len())
+    }
+
+    /// How many rows sampled in the oldest step that is not recorded, if that one or one behind it is an earlier step of
+    /// this step's group: the group's decode rows hold no ids until it is recorded, and what no later step of the group
+    /// asks for would pile up.
+    pub fn awaited_samples(&self) -> Option<usize> {
+        let of_group = |samples: &Samples| samples.group == self.group && samples.step < self.step;
+        if self.unrecorded.iter().any(of_group) { self.oldest_samples() } else { None }
+    }
+
+    /// Tells the mirror what the oldest step without samples has sampled, in the order of its rows; rows that failed have
+    /// no token. Sequences that decode in the current step read it there.
     pub fn record(&mut self, tokens: &[Option<Token>]) {
-        assert_eq!(tokens.len(), self.sample_slots.len(), "one result per sampling row");
-        for (&slot, token) in self.sample_slots.iter().zip(tokens) {
+        let Some(samples) = self.unrecorded.pop_front() else {
+            assert!(tokens.is_empty(), "all steps are recorded");
+            return;
+        };
+        assert_eq!(tokens.len(), samples.slots.len(), "one result per sampling row");
+        for (&slot, token) in samples.slots.iter().zip(tokens) {
             let (Some(token), Some(row)) = (*token, self.rows[slot.index()].as_mut()) else { continue };
+            if row.admitted > samples.step {
+                continue;
+            }
             self.last_token[slot.index()] = token;
             row.sampling.count(token);
+            if samples.step < self.step && self.counts.decodes > 0 && row.group == self.group {
+                // A group's decode rows come first, one each, in the order of its list.
+                if let Some(index) = row.decode_index {
+                    self.buffers.token_ids[index as usize] = token as i32;
+                }
+            }
         }
+    }
+
+    /// On a rank that never learns what is sampled, because it neither embeds nor samples.
+    pub fn pass_over_samples(&mut self) {
+        self.unrecorded.clear();
     }
 
     /// The buffers of the current step.
@@ -283,8 +260,9 @@ impl Mirror {
     fn leave(&mut self, slot: Slot) -> Option<()> {
         let row = self.rows.get_mut(slot.index())?.take()?;
         if let Some(index) = row.decode_index {
-            self.decoding.swap_remove(index as usize);
-            if let Some(&moved) = self.decoding.get(index as usize) {
+            let decoding = &mut self.decoding[row.group.index()];
+            decoding.swap_remove(index as usize);
+            if let Some(&moved) = decoding.get(index as usize) {
                 let row = self.rows[moved.index()].as_mut().expect("a decoding slot is occupied");
                 row.decode_index = Some(index);
             }
@@ -292,7 +270,7 @@ impl Mirror {
         Some(())
     }
 
-    fn admit(&mut self, admission: &Admission) -> Result<(), &'static str> {
+    fn admit(&mut self, admission: &Admission, step: StepId) -> Result<(), &'static str> {
         let index = admission.slot.index();
         let free = self.rows.get(index).ok_or("a slot is admitted that does not exist")?.is_none();
         if !free {
@@ -306,7 +284,9 @@ impl Mirror {
         }
         let sampling = SlotSampling::new(admission);
         let context = admission.context.clone();
-        self.rows[index] = Some(Row { context, blocks: 0, position: 0, decode_index: None, sampling });
+        let group = GroupId(0);
+        let row = Row { admitted: step, group, context, blocks: 0, position: 0, decode_index: None, sampling };
+        self.rows[index] = Some(row);
         for block in &admission.blocks {
             self.append(admission.slot, block.0)?;
         }
@@ -330,17 +310,20 @@ impl Mirror {
     fn join_decoding(&mut self) {
         for slot in std::mem::take(&mut self.joining) {
             let row = self.rows[slot.index()].as_mut().expect("it had a row in the previous step");
+            let decoding = &mut self.decoding[self.group.index()];
+            row.group = self.group;
             row.position = row.context.len() as u32;
-            row.decode_index = Some(self.decoding.len() as u32);
+            row.decode_index = Some(decoding.len() as u32);
             // The ids are in the KV now; only the sampler's state is still needed.
             row.context = Vec::new();
-            self.decoding.push(slot);
+            decoding.push(slot);
         }
     }
 
     fn write_decodes(&mut self) -> Result<(), &'static str> {
-        for index in 0..self.decoding.len() {
-            let slot = self.decoding[index];
+        let group = self.group.index();
+        for index in 0..self.decoding[group].len() {
+            let slot = self.decoding[group][index];
             let row = self.rows[slot.index()].as_mut().expect("a decoding slot is occupied");
             let position = row.position;
             row.position += 1;

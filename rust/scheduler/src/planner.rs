@@ -3,11 +3,12 @@
 //! then waiting records are admitted while slots, blocks, budget and the delta's frame last.
 
 use crate::event::Actions;
+use crate::groups::Group;
 use crate::record::Record;
 use crate::replica::{At, Flight, Location, Replica};
 use crate::sequences::{Ends, Phase};
 use llmscale_types::frame::admission_bytes;
-use llmscale_types::{Admission, Chunk, Delta, Slot};
+use llmscale_types::{Admission, Chunk, Delta, GroupId, Slot};
 
 impl Replica {
     /// Plans one step if a worker can take one and there is something to compute. Returns whether it did.
@@ -20,15 +21,13 @@ impl Replica {
         if self.suspects_run_alone() {
             self.plan_suspect(&mut draft);
         } else {
-            self.plan_decodes(&mut draft);
-            let budget = self.limits.max_step_tokens - if draft.decodes { self.decoding } else { 0 };
-            let budget = self.plan_chunks(&mut draft, budget);
-            self.admit_waiting(&mut draft, budget);
+            self.plan_in_turn(&mut draft);
         }
-        if !draft.decodes && draft.chunks.is_empty() {
+        if !has_rows(&draft) {
             assert!(draft.admit.is_empty() && draft.append_slots.is_empty(), "a step without rows changes tables");
             return false;
         }
+        self.groups.pass_turn(draft.group);
         draft.leave = std::mem::take(&mut self.pending_leave);
         self.pending_leave.append(&mut self.leave_after_step);
         self.take_off(&draft);
@@ -38,13 +37,32 @@ impl Replica {
         true
     }
 
+    /// A step of the first group in turn that has rows and may have another step in flight.
+    fn plan_in_turn(&mut self, draft: &mut Delta) {
+        for group in self.groups.in_turn() {
+            if !self.groups.is_one() && self.flights.iter().any(|flight| flight.group == group) {
+                continue;
+            }
+            draft.group = group;
+            self.plan_decodes(draft);
+            let decodes = if draft.decodes { self.groups.get(group).decoding } else { 0 };
+            let budget = self.plan_chunks(draft, self.limits.max_step_tokens - decodes);
+            let budget = self.admit_waiting(draft, budget);
+            self.plan_long_contexts(draft, budget);
+            if has_rows(draft) {
+                return;
+            }
+        }
+    }
+
     /// Notes what a planned step will answer.
     fn take_off(&mut self, draft: &Delta) {
         let samples = if draft.decodes { self.round_rows } else { 0 }
             + draft.chunks.iter().filter(|chunk| self.ends_context(chunk)).count() as u32;
         self.flights.push_back(Flight {
             step: draft.step,
-            decodes: draft.decodes.then(|| self.round - 1),
+            group: draft.group,
+            decodes: draft.decodes.then(|| self.groups.get(draft.group).round - 1),
             chunks: draft.chunks.clone(),
             appended: draft.append_slots.clone(),
             samples,
@@ -57,12 +75,12 @@ impl Replica {
 
     /// One decoding round: who has had the last row leaves, who starts a block gets one, all others just go on.
     fn plan_decodes(&mut self, draft: &mut Delta) {
-        self.end_last_rows();
-        if !self.make_room_for_round() || self.decoding == 0 {
+        self.end_last_rows(draft.group);
+        if !self.make_room_for_round(draft.group) || self.groups.get(draft.group).decoding == 0 {
             return;
         }
-        for index in 0..self.wheel.due(self.round).len() {
-            let slot = self.wheel.due(self.round)[index];
+        for index in 0..self.due(draft.group).len() {
+            let slot = self.due(draft.group)[index];
             let block = self.blocks.allocate().expect("room was made for the whole round");
             let position = self.next_position(slot);
             let table = &mut self.sequences.cold[slot.index()].table;
@@ -72,18 +90,24 @@ impl Replica {
             draft.append_blocks.push(block);
         }
         draft.decodes = true;
-        self.round_rows = self.decoding;
-        self.decoding_tokens += u64::from(self.decoding);
-        self.round += 1;
+        let group = self.groups.get_mut(draft.group);
+        self.round_rows = group.decoding;
+        group.decoding_tokens += u64::from(group.decoding);
+        group.round += 1;
+    }
+
+    /// The sequences of a group whose row of the coming round is the first of a new block.
+    fn due(&self, group: GroupId) -> &[Slot] {
+        let group = self.groups.get(group);
+        group.wheel.due(group.round)
     }
 
     /// Sequences that reach their length leave before the round that would exceed it; their last token is in flight.
-    fn end_last_rows(&mut self) {
-        while let Some(entry) = self.endings.first_entry() {
-            if *entry.key() > self.round {
-                break;
-            }
-            for (slot, admitted_step) in entry.remove() {
+    fn end_last_rows(&mut self, group: GroupId) {
+        loop {
+            let group = self.groups.get_mut(group);
+            let Some(ended) = group.endings.first_entry().filter(|entry| *entry.key() <= group.round) else { break };
+            for (slot, admitted_step) in ended.remove() {
                 let hot = self.sequences.hot[slot.index()];
                 if hot.phase == Phase::Decode && hot.admitted_step == admitted_step {
                     self.stop_running(slot);
@@ -96,8 +120,8 @@ impl Replica {
 
     /// Preempts from the end of the order until every due sequence can have its block. Returns false if the last
     /// sequence has to wait for blocks of sequences whose last row is in flight: they are free when it completes.
-    fn make_room_for_round(&mut self) -> bool {
-        while self.blocks.free() < self.wheel.due(self.round).len() as u32 {
+    fn make_room_for_round(&mut self, group: GroupId) -> bool {
+        while self.blocks.free() < self.due(group).len() as u32 {
             let victim = *self.running.last().expect("a due sequence is running");
             if self.running.len() == 1 {
                 assert!(!self.flights.is_empty(), "one sequence alone does not fit the pool");
@@ -111,10 +135,25 @@ impl Replica {
     /// Continues contexts that are partly computed, in order. Returns what is left of the budget.
     fn plan_chunks(&mut self, draft: &mut Delta, mut budget: u32) -> u32 {
         while budget > 0 {
-            let Some(&slot) = self.prefilling.front() else { break };
+            let Some(&slot) = self.groups.get(draft.group).prefilling.front() else { break };
             budget -= self.plan_chunk(draft, slot, budget);
         }
         budget
+    }
+
+    /// Gives what is left of the budget to contexts of other groups that no single step can compute, so that a long
+    /// prompt alone keeps every stage busy. Their last step stays their own group's: there they sample.
+    fn plan_long_contexts(&mut self, draft: &mut Delta, mut budget: u32) {
+        let own = draft.group;
+        for group in self.groups.in_turn().filter(|&group| group != own) {
+            let Some(&slot) = self.groups.get(group).prefilling.front() else { continue };
+            let rest =
+                self.sequences.contexts[slot.index()].len() as u32 - self.sequences.cold[slot.index()].planned_tokens;
+            let tokens = budget.min(rest.saturating_sub(self.limits.max_step_tokens));
+            if tokens > 0 {
+                budget -= self.plan_chunk(draft, slot, tokens);
+            }
+        }
     }
 
     /// The next chunk of the first prefilling sequence; when it reaches the end, the sequence starts to decode.
@@ -126,7 +165,9 @@ impl Replica {
         cold.planned_tokens += tokens;
         self.prefill_backlog -= u64::from(tokens);
         if cold.planned_tokens == context {
-            let first = self.prefilling.pop_front();
+            let group = cold.group;
+            assert_eq!(group, draft.group, "a context ends in a step of its own group");
+            let first = self.groups.get_mut(group).prefilling.pop_front();
             assert_eq!(first, Some(slot), "chunks are planned in order");
             self.start_decoding(slot);
         }
@@ -146,21 +187,24 @@ impl Replica {
         }
         self.sequences.hot[index].phase = Phase::Decode;
         let cold = &mut self.sequences.cold[index];
-        cold.joined_round = self.round;
+        let group = self.groups.get_mut(cold.group);
+        cold.joined_round = group.round;
         cold.joined_tokens = context;
-        self.wheel.insert(slot, &mut self.sequences.cold);
-        self.decoding += 1;
-        self.decoding_tokens += u64::from(context);
+        group.wheel.insert(slot, &mut self.sequences.cold);
+        group.decoding += 1;
+        group.decoding_tokens += u64::from(context);
         let admitted_step = self.sequences.hot[index].admitted_step;
-        self.endings.entry(self.round + u64::from(rows)).or_default().push((slot, admitted_step));
+        group.endings.entry(group.round + u64::from(rows)).or_default().push((slot, admitted_step));
     }
 
     /// Admits in order while budget, slots, blocks and room in the frame last. Nobody overtakes: a first record that does
     /// not fit waits, and so does everybody behind it. What waits while the node drains had run before and was preempted,
-    /// or lost its worker: it is finished here like everything else that runs.
-    fn admit_waiting(&mut self, draft: &mut Delta, mut budget: u32) {
+    /// or lost its worker: it is finished here like everything else that runs. Who joins another group than this step's is
+    /// computed in that one's; as much is admitted for the others as for this step. Returns what is left of the budget.
+    fn admit_waiting(&mut self, draft: &mut Delta, mut budget: u32) -> u32 {
         let mut frame_bytes = 0;
-        while budget > 0 && self.sequences.has_free_slot() {
+        let mut budget_of_others = self.limits.max_step_tokens;
+        while budget > 0 && budget_of_others > 0 && self.sequences.has_free_slot() {
             let Some(record) = self.queue.first() else { break };
             // A long context may be found in the prefix cache whole: then it costs the step's budget next to nothing and
             // the frame all its ids. One admission alone always fits, by the bounds of `EngineLimits`.
@@ -173,9 +217,18 @@ impl Replica {
             if !self.fits(record, spare) {
                 break;
             }
-            let slot = self.admit_first(draft, false);
-            budget -= self.plan_chunk(draft, slot, budget);
+            // A step that would have no rows otherwise is not spent on telling of others.
+            let group = if has_rows(draft) { self.groups.smallest(draft.group) } else { draft.group };
+            let slot = self.admit_first(draft, group, false);
+            if group == draft.group {
+                budget -= self.plan_chunk(draft, slot, budget);
+            } else {
+                let context = self.sequences.contexts[slot.index()].len() as u32;
+                let computed = self.sequences.cold[slot.index()].planned_tokens;
+                budget_of_others = budget_of_others.saturating_sub(context - computed);
+            }
         }
+        budget
     }
 
     /// Most bytes that a waiting record takes in a delta.
@@ -206,8 +259,8 @@ impl Replica {
         record.hashes.len().min((context_tokens - 1) / self.limits.block_tokens as usize)
     }
 
-    /// Moves the queue's first record into a slot with all blocks of its context.
-    fn admit_first(&mut self, draft: &mut Delta, suspect: bool) -> Slot {
+    /// Moves the queue's first record into a slot with all blocks of its context, as a member of a group.
+    fn admit_first(&mut self, draft: &mut Delta, group: GroupId, suspect: bool) -> Slot {
         let record = self.queue.pop_first(suspect).expect("the planner has seen it");
         let ends = Ends { eos_tokens: &self.limits.eos_tokens, max_sequence_tokens: self.limits.max_sequence_tokens };
         let slot = self.sequences.occupy(record, draft.step.0, &ends);
@@ -215,6 +268,7 @@ impl Replica {
         let shareable = self.shareable_blocks(self.sequences.record(slot), self.sequences.contexts[index].len());
         let context = &self.sequences.contexts[index];
         let cold = &mut self.sequences.cold[index];
+        cold.group = group;
         let record = cold.record.as_mut().expect("just put there");
         let hit = self.blocks.share_prefix(&record.submission.namespace, &record.hashes[..shareable], context);
         cold.registered_blocks = hit.blocks.len() as u32;
@@ -239,34 +293,44 @@ impl Replica {
         let key = (record.key().front, record.key().request);
         self.places.insert(key, Location { attempt: record.key().attempt, at: At::Slot(slot) });
         self.running.insert(self.running_key(slot));
-        self.prefilling.push_back(slot);
+        self.groups.get_mut(group).prefilling.push_back(slot);
         slot
     }
 
     /// Whether a suspect of a crash is to be computed next, alone.
     fn suspects_run_alone(&self) -> bool {
-        let computing = self.prefilling.front().is_some_and(|&slot| self.sequences.record(slot).suspect);
-        computing || (self.queue.has_suspects() && self.sequences.has_free_slot())
+        self.suspect_at_work().is_some() || (self.queue.has_suspects() && self.sequences.has_free_slot())
     }
 
-    /// A step with rows of one suspect only, so that a second crash names the culprit.
+    /// The suspect that is partly computed.
+    fn suspect_at_work(&self) -> Option<Slot> {
+        let first = |group: &Group| group.prefilling.front().copied();
+        self.groups.iter().filter_map(first).find(|&slot| self.sequences.record(slot).suspect)
+    }
+
+    /// A step with rows of one suspect only, so that a second crash names the culprit. Stages of a pipeline compute several
+    /// steps at a time, and any of them may be the deadly one: there it is the only step in flight.
     fn plan_suspect(&mut self, draft: &mut Delta) {
-        let slot = match self.prefilling.front() {
-            Some(&slot) if self.sequences.record(slot).suspect => slot,
-            _ => {
-                while !self.fits(self.queue.first_suspect().expect("there is a suspect"), 0) {
-                    let Some(&victim) = self.running.last() else {
-                        assert!(!self.flights.is_empty(), "one sequence alone does not fit the pool");
-                        return;
-                    };
-                    self.preempt(victim.2);
-                }
-                let slot = self.admit_first(draft, true);
-                // Ahead of whatever was partly computed before the crash's suspects were told apart.
-                self.prefilling.rotate_right(1);
-                slot
+        if !self.groups.is_one() && !self.flights.is_empty() {
+            return;
+        }
+        let slot = self.suspect_at_work();
+        let slot = if let Some(slot) = slot {
+            slot
+        } else {
+            while !self.fits(self.queue.first_suspect().expect("there is a suspect"), 0) {
+                let Some(&victim) = self.running.last() else {
+                    assert!(!self.flights.is_empty(), "one sequence alone does not fit the pool");
+                    return;
+                };
+                self.preempt(victim.2);
             }
+            let slot = self.admit_first(draft, draft.group, true);
+            // Ahead of whatever was partly computed before the crash's suspects were told apart.
+            self.groups.get_mut(draft.group).prefilling.rotate_right(1);
+            slot
         };
+        draft.group = self.sequences.cold[slot.index()].group;
         self.plan_chunk(draft, slot, self.limits.max_step_tokens);
     }
 
@@ -291,9 +355,13 @@ impl Replica {
         }
     }
 
-    /// Position of the row that the coming round computes for a decoding sequence.
+    /// Position of the row that its group's coming round computes for a decoding sequence.
     pub(crate) fn next_position(&self, slot: Slot) -> u32 {
         let cold = &self.sequences.cold[slot.index()];
-        cold.joined_tokens + (self.round - cold.joined_round) as u32
+        cold.joined_tokens + (self.groups.get(cold.group).round - cold.joined_round) as u32
     }
+}
+
+fn has_rows(draft: &Delta) -> bool {
+    draft.decodes || !draft.chunks.is_empty()
 }

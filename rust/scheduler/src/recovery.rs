@@ -6,7 +6,7 @@
 //! takes down at most two workers and its neighbours lose only time.
 
 use crate::event::Actions;
-use crate::replica::Replica;
+use crate::replica::{Flight, Replica};
 use crate::sequences::Phase;
 use llmscale_types::{Delta, Epoch, FinishReason, Slot, StepId};
 use std::collections::BTreeSet;
@@ -26,7 +26,7 @@ impl Replica {
             return;
         }
         self.counters.worker_losses += 1;
-        let suspects = self.rows_of_oldest_flight();
+        let suspects = self.rows_at_work();
         let occupied: Vec<Slot> = self.sequences.occupied().collect();
         for &slot in &occupied {
             self.sequences.cold[slot.index()].table.clear();
@@ -47,7 +47,7 @@ impl Replica {
             return false;
         }
         self.counters.steps_lost += self.flights.len() as u64;
-        let suspects = if raised.is_some() { self.rows_of_oldest_flight() } else { BTreeSet::new() };
+        let suspects = if raised.is_some() { self.rows_at_work() } else { BTreeSet::new() };
         let occupied: Vec<Slot> = self.sequences.occupied().collect();
         for &slot in &occupied {
             // Rows of the lost steps lie behind what counts as computed, so full blocks hold what completed steps wrote.
@@ -61,14 +61,12 @@ impl Replica {
     fn take_back(&mut self, occupied: &[Slot], suspects: &BTreeSet<Slot>, out: &mut Actions) {
         self.base = Delta::NOTHING;
         self.flights.clear();
-        self.wheel.clear();
-        self.endings.clear();
-        self.prefilling.clear();
+        self.groups.clear();
         self.running.clear();
         self.pending_leave.clear();
         self.leave_after_step.clear();
         self.unregistered.clear();
-        (self.round, self.decoding, self.decoding_tokens, self.prefill_backlog) = (0, 0, 0, 0);
+        self.prefill_backlog = 0;
         for &slot in occupied {
             let mut record = self.sequences.vacate(slot);
             if suspects.contains(&slot) {
@@ -83,15 +81,19 @@ impl Replica {
         }
     }
 
-    /// Slots with a row in the step that the worker was computing: it works in order, so only the oldest can be it, and
-    /// every result that it sent before its end has been read.
+    /// Slots with a row in a step that the worker was computing: it works in order, so only the oldest can be it, and
+    /// every result that it sent before its end has been read. The stages of a pipeline are at work on all steps at once.
     ///
     /// Whether it had begun that step cannot be known: a step that was sent to a worker that had just died looks like one
     /// that killed it, and its innocent sequences run alone once. Only a message at the beginning of a step would tell them
     /// apart, and every step of every worker would pay for it, to save a slower step after some deaths. An innocent
     /// sequence is convicted only if the next worker, too, dies while it is alone in flight. A step that raises is named.
-    fn rows_of_oldest_flight(&self) -> BTreeSet<Slot> {
-        let Some(flight) = self.flights.front() else { return BTreeSet::new() };
+    fn rows_at_work(&self) -> BTreeSet<Slot> {
+        let at_work = if self.groups.is_one() { 1 } else { self.flights.len() };
+        self.flights.iter().take(at_work).flat_map(|flight| self.rows_of(flight)).collect()
+    }
+
+    fn rows_of(&self, flight: &Flight) -> BTreeSet<Slot> {
         let owns = |slot: Slot| {
             let hot = &self.sequences.hot[slot.index()];
             hot.phase != Phase::Free && hot.admitted_step <= flight.step.0
@@ -101,8 +103,9 @@ impl Replica {
         if let Some(round) = flight.decodes {
             for slot in self.sequences.occupied().filter(|&slot| owns(slot)) {
                 let phase = self.sequences.hot[slot.index()].phase;
-                let joined = self.sequences.cold[slot.index()].joined_round;
-                if phase != Phase::Prefill && joined <= round && self.sequences.cold[slot.index()].joined_tokens > 0 {
+                let cold = &self.sequences.cold[slot.index()];
+                let joined = cold.group == flight.group && cold.joined_tokens > 0 && cold.joined_round <= round;
+                if phase != Phase::Prefill && joined {
                     slots.insert(slot);
                 }
             }

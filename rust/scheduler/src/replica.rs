@@ -3,26 +3,27 @@
 //! Knows no clock, socket, thread or text; time comes in with the events.
 
 use crate::event::{Actions, Event, GiveBack, ReplicaCounters, ReplicaLoad, RequestKey, request_key, same_attempt};
+use crate::groups::Groups;
 use crate::policy::{OrderKey, Policy};
 use crate::queue::{Place, WaitingQueue};
 use crate::record::Record;
 use crate::sequences::{Phase, Sequences};
-use crate::wheel::BlockWheel;
 use llmscale_blocks::{BlockStore, CacheCounters, ChainHasher};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, LimitError, Refusal, RequestId,
-    SequenceKey, Slot, StepId, Submission, Time, Token,
+    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, LimitError, Refusal,
+    RequestId, SequenceKey, Slot, StepId, Submission, Time, Token,
 };
 use rustc_hash::FxHashMap;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 /// A planned step whose result has not arrived.
 #[derive(Debug)]
 pub(crate) struct Flight {
     pub(crate) step: StepId,
-    /// The decoding round that it computes, if any.
+    pub(crate) group: GroupId,
+    /// The group's decoding round that it computes, if any.
     pub(crate) decodes: Option<u64>,
     pub(crate) chunks: Vec<Chunk>,
     /// Slots that got a block: the block before it is full when this step is complete.
@@ -59,18 +60,13 @@ pub struct Replica {
     deadlines: BTreeSet<(Time, FrontId, RequestId)>,
     /// Sequences with rows to come, in policy order; the last one is preempted first.
     pub(crate) running: BTreeSet<(OrderKey, u64, Slot)>,
-    pub(crate) prefilling: VecDeque<Slot>,
-    pub(crate) wheel: BlockWheel,
-    /// Rounds before which sequences leave because their last row is planned.
-    pub(crate) endings: BTreeMap<u64, Vec<(Slot, u64)>>,
+    pub(crate) groups: Groups,
     pub(crate) flights: VecDeque<Flight>,
     pub(crate) step: StepId,
     /// The step that the next one builds on, as far as the workers know.
     pub(crate) base: StepId,
-    pub(crate) round: u64,
+    /// Decode rows of the step that was planned last.
     pub(crate) round_rows: u32,
-    pub(crate) decoding: u32,
-    pub(crate) decoding_tokens: u64,
     pub(crate) prefill_backlog: u64,
     pub(crate) epoch: Option<Epoch>,
     pub(crate) last_epoch: Option<Epoch>,
@@ -96,16 +92,11 @@ impl Replica {
             places: FxHashMap::default(),
             deadlines: BTreeSet::new(),
             running: BTreeSet::new(),
-            prefilling: VecDeque::new(),
-            wheel: BlockWheel::new(limits.block_tokens),
-            endings: BTreeMap::new(),
+            groups: Groups::new(limits.groups, limits.block_tokens),
             flights: VecDeque::new(),
             step: StepId(0),
             base: Delta::NOTHING,
-            round: 0,
             round_rows: 0,
-            decoding: 0,
-            decoding_tokens: 0,
             prefill_backlog: 0,
             epoch: None,
             last_epoch: None,
@@ -310,16 +301,18 @@ impl Replica {
     /// No rows of this sequence will be planned any more.
     pub(crate) fn stop_running(&mut self, slot: Slot) {
         self.running.remove(&self.running_key(slot));
+        let next_position = self.next_position(slot);
+        let group = self.groups.get_mut(self.sequences.cold[slot.index()].group);
         match self.sequences.hot[slot.index()].phase {
             Phase::Prefill => {
                 let planned = self.sequences.cold[slot.index()].planned_tokens;
                 self.prefill_backlog -= self.sequences.contexts[slot.index()].len() as u64 - u64::from(planned);
-                self.prefilling.retain(|&other| other != slot);
+                group.prefilling.retain(|&other| other != slot);
             }
             Phase::Decode => {
-                self.decoding_tokens -= u64::from(self.next_position(slot));
-                self.wheel.remove(slot, &mut self.sequences.cold);
-                self.decoding -= 1;
+                group.decoding_tokens -= u64::from(next_position);
+                group.wheel.remove(slot, &mut self.sequences.cold);
+                group.decoding -= 1;
             }
             phase => unreachable!("a sequence in phase {phase:?} is not running"),
         }
@@ -399,9 +392,10 @@ impl Replica {
         self.blocks.counters()
     }
 
-    /// Sequences that take a row in every decoding step, and the sum of their positions.
-    pub fn decoding(&self) -> (u32, u64) {
-        (self.decoding, self.decoding_tokens)
+    /// Sequences of a group that take a row in every decoding step of it, and the sum of their positions.
+    pub fn decoding(&self, group: GroupId) -> (u32, u64) {
+        let group = self.groups.get(group);
+        (group.decoding, group.decoding_tokens)
     }
 
     /// The bounds it runs under.

@@ -4,7 +4,7 @@
 
 use crate::record::Record;
 use llmscale_blocks::prefix::ContentId;
-use llmscale_types::{BlockId, FrontId, Slot, Token};
+use llmscale_types::{BlockId, FrontId, GroupId, Slot, Token};
 
 /// Where a sequence stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -64,7 +64,9 @@ pub(crate) struct Cold {
     pub(crate) planned_tokens: u32,
     /// Context positions whose KV a completed step has computed (prefill; in decode it follows from the length).
     pub(crate) computed_tokens: u32,
-    /// Decoding round in which it took its first decode row, at position `joined_tokens`.
+    /// Whom it decodes with.
+    pub(crate) group: GroupId,
+    /// The group's round in which it took its first decode row, at position `joined_tokens`.
     pub(crate) joined_round: u64,
     pub(crate) joined_tokens: u32,
     /// Its place in the wheel's bucket.

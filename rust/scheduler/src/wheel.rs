@@ -38,10 +38,6 @@ impl BlockWheel {
         }
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.buckets.iter_mut().for_each(Vec::clear);
-    }
-
     pub(crate) fn len(&self) -> usize {
         self.buckets.iter().map(Vec::len).sum()
     }

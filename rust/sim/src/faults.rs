@@ -115,12 +115,15 @@ impl Mix {
         let mut faults = draw_faults(&Fault::FIRST, random);
         faults.extend(draw_faults(&Fault::ADDED, &mut added));
         let tiny_queues = random.chance(200);
+        let max_admission_bytes = *added.pick(&[300, 600, MAX_ADMISSION_BYTES]);
+        let (deadly_raises, two_numerics) = (added.chance(500), added.chance(500));
+        let pipelines = added.chance(300);
         Self {
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
             faults,
-            engine: draw_engine(random),
-            max_admission_bytes: *added.pick(&[300, 600, MAX_ADMISSION_BYTES]),
+            engine: draw_engine(random, pipelines),
+            max_admission_bytes,
             front: FrontLimits {
                 max_queued_requests: if tiny_queues { random.count(1, 4) } else { 64 },
                 max_queued_tokens: if random.chance(200) { random.between(20, 120) } else { 10_000 },
@@ -138,8 +141,8 @@ impl Mix {
             max_delay: Duration(*random.pick(&[300, 2_000, 40_000])),
             late_frames: *random.pick(&[0, 300, 900]),
             deadly_prompts: random.chance(300).then(|| random.between(5, 80)),
-            deadly_raises: added.chance(500),
-            two_numerics: added.chance(500),
+            deadly_raises,
+            two_numerics,
             submit_interval: Duration(*random.pick(&[10_000, 40_000, 120_000])),
             impatient_clients: *random.pick(&[0, 150, 500]),
             slow_readers: *random.pick(&[0, 0, 150]),
@@ -172,11 +175,12 @@ fn draw_faults(kinds: &[Fault], random: &mut Random) -> Vec<(Fault, Duration)> {
     drawn.collect()
 }
 
-fn draw_engine(random: &mut Random) -> EngineLimits {
+/// With `pipelines`, every step in flight is of another group.
+fn draw_engine(random: &mut Random, pipelines: bool) -> EngineLimits {
     let (block_tokens, max_sequence_tokens) = (4, 64);
     let least = max_sequence_tokens / block_tokens;
     let max_sequences = random.count(1, 8);
-    EngineLimits {
+    let limits = EngineLimits {
         block_tokens,
         total_blocks: if random.chance(350) { random.count(least, least + 8) } else { random.count(60, 160) },
         max_sequences,
@@ -184,7 +188,9 @@ fn draw_engine(random: &mut Random) -> EngineLimits {
         max_sequence_tokens,
         max_waiting_sequences: if random.chance(250) { random.count(1, 2) } else { 64 },
         max_steps_in_flight: random.count(1, 3),
+        groups: 1,
         eos_tokens: EOS_TOKENS.to_vec(),
         vocabulary: VOCABULARY,
-    }
+    };
+    EngineLimits { groups: if pipelines { limits.max_steps_in_flight } else { 1 }, ..limits }
 }

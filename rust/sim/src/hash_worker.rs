@@ -48,6 +48,8 @@ pub enum StepFailure {
 pub struct HashWorker {
     deadly_token: Option<Token>,
     mirror: Mirror,
+    /// Rows of the last step.
+    rows: usize,
     kv: Vec<Option<u64>>,
     block_tokens: usize,
     vocabulary: u32,
@@ -59,6 +61,7 @@ impl HashWorker {
         Self {
             deadly_token: None,
             mirror: Mirror::new(limits, epoch),
+            rows: 0,
             kv: vec![None; limits.total_blocks as usize * limits.block_tokens as usize],
             block_tokens: limits.block_tokens as usize,
             vocabulary: limits.vocabulary,
@@ -77,6 +80,11 @@ impl HashWorker {
         self.mirror.lose();
     }
 
+    /// Ids of the rows that ran last.
+    pub fn fed(&self) -> &[i32] {
+        &self.mirror.buffers().token_ids[..self.rows]
+    }
+
     /// Whether a step is to be passed over, because the worker waits for a snapshot.
     pub fn passes_over(&self, delta: &Delta) -> bool {
         self.mirror.passes_over(delta)
@@ -85,6 +93,7 @@ impl HashWorker {
     /// Runs one step. `elapsed_ns` is what the simulation says that it took.
     pub fn run(&mut self, delta: &Delta, elapsed_ns: u64) -> Result<StepResult, StepFailure> {
         let counts = self.mirror.expand(delta).map_err(StepFailure::Gap)?;
+        self.rows = counts.rows as usize;
         let buffers = self.mirror.buffers();
         let mut ids = buffers.token_ids[..counts.rows as usize].iter();
         if ids.any(|&id| Some(id as Token) == self.deadly_token) {
@@ -134,6 +143,7 @@ impl HashWorker {
             logprobs: Vec::new(),
             errors: Vec::new(),
             elapsed_ns,
+            waited_ns: 0,
         })
     }
 }

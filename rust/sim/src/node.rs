@@ -387,7 +387,7 @@ impl NodeProcess {
     }
 
     fn shape_of(&self, delta: &Delta) -> StepShape {
-        let (decodes, context_tokens) = self.replica.decoding();
+        let (decodes, context_tokens) = self.replica.decoding(delta.group);
         StepShape {
             decodes: if delta.decodes { decodes } else { 0 },
             prefill_tokens: delta.chunks.iter().map(|chunk| chunk.tokens).sum(),

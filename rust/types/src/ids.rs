@@ -73,6 +73,10 @@ id!(
     Slot(u32)
 );
 id!(
+    /// One of the groups that the running set is split into, so that the stages of a pipeline compute side by side.
+    GroupId(u32)
+);
+id!(
     /// One block of KV memory of a replica.
     BlockId(u32)
 );

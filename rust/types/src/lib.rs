@@ -12,7 +12,7 @@ pub mod time;
 
 pub use error::{LimitError, Refusal};
 pub use ids::{
-    Attempt, BlockId, Epoch, FrontId, NodeId, ReplicaId, RequestId, SequenceKey, Slot, StepId, TenantId, Token,
+    Attempt, BlockId, Epoch, FrontId, GroupId, NodeId, ReplicaId, RequestId, SequenceKey, Slot, StepId, TenantId, Token,
 };
 pub use limits::{EngineLimits, FrontLimits};
 pub use output::{FinishReason, Finished, Outputs, TokenLogprobs};

@@ -22,6 +22,9 @@ pub struct EngineLimits {
     pub max_waiting_sequences: u32,
     /// Most steps that are planned and not yet completed.
     pub max_steps_in_flight: u32,
+    /// Groups that the running set is split into, one per stage of a pipeline. With one, the steps in flight are of the
+    /// same sequences; with more, each group has at most one step in flight, and no stage waits for another's samples.
+    pub groups: u32,
     /// Ids that end a sequence unless it ignores them.
     pub eos_tokens: Vec<Token>,
     /// Size of the vocabulary.
@@ -60,6 +63,8 @@ impl EngineLimits {
         LimitError::at_least("max_steps_in_flight", u64::from(self.max_steps_in_flight), 1)?;
         LimitError::at_most("max_steps_in_flight", u64::from(self.max_steps_in_flight), 64)?;
         let rows = u64::from(self.max_sequences) * u64::from(self.max_steps_in_flight);
+        LimitError::at_least("groups", u64::from(self.groups), 1)?;
+        LimitError::at_most("groups", u64::from(self.groups), u64::from(self.max_steps_in_flight))?;
         LimitError::at_most("max_sequences times max_steps_in_flight", rows, u64::from(Self::MAX_ROWS_IN_FLIGHT))?;
         LimitError::at_least("vocabulary", u64::from(self.vocabulary), 1)?;
         LimitError::at_most("eos_tokens", self.eos_tokens.len() as u64, 64)?;
@@ -130,6 +135,7 @@ mod tests {
             max_sequence_tokens: 1 << 20,
             max_waiting_sequences: 1_024,
             max_steps_in_flight: 2,
+            groups: 1,
             eos_tokens: vec![2],
             vocabulary: 32_000,
         }

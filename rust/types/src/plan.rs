@@ -1,8 +1,8 @@
 //! The contract between scheduler and workers. A `Delta` names only what changed since its base step; a worker's mirror
-//! expands it into the buffers that the executor reads. Sequences in decode take one row in every decoding step without
-//! being named, so a steady step costs a few hundred bytes whatever the number of running sequences.
+//! expands it into the buffers that the executor reads. Sequences in decode take one row in every decoding step of their
+//! group without being named, so a steady step costs a few hundred bytes whatever the number of running sequences.
 
-use crate::ids::{BlockId, Epoch, Slot, StepId, Token};
+use crate::ids::{BlockId, Epoch, GroupId, Slot, StepId, Token};
 use crate::output::TokenLogprobs;
 use crate::request::Sampling;
 use serde::{Deserialize, Serialize};
@@ -32,7 +32,7 @@ pub struct Chunk {
     /// First position.
     pub start_tokens: u32,
     /// How many positions; when they reach the end of the context, the row samples and the sequence decodes from the
-    /// next decoding step on.
+    /// group's next decoding step on.
     pub tokens: u32,
 }
 
@@ -46,7 +46,9 @@ pub struct Delta {
     /// The step it builds on; a worker that has not seen it asks for a snapshot. `Delta::NOTHING` for a snapshot: whatever
     /// the worker held before is void, and everything that runs is admitted by this delta and those after it.
     pub base: StepId,
-    /// Whether the sequences in decode take their row in this step.
+    /// Whose step it is: sequences whose context ends in it decode with this group from then on.
+    pub group: GroupId,
+    /// Whether the group's sequences in decode take their row in this step.
     pub decodes: bool,
     /// Slots that end before this step: finished, aborted, preempted.
     pub leave: Vec<Slot>,
@@ -75,6 +77,7 @@ impl Delta {
             epoch,
             step,
             base,
+            group: GroupId(0),
             decodes: false,
             leave: Vec::new(),
             admit: Vec::new(),
@@ -111,4 +114,6 @@ pub struct StepResult {
     pub errors: Vec<(Slot, RowError)>,
     /// Time the step took on the worker.
     pub elapsed_ns: u64,
+    /// Of it, what the last stage of a pipeline waited for the stages before it.
+    pub waited_ns: u64,
 }

@@ -7,8 +7,8 @@ use crate::reader::Reader;
 use crate::writer::Writer;
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
-    Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, Outputs,
-    Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, Token, TokenLogprobs,
+    Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId,
+    Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, Token, TokenLogprobs,
 };
 
 codes!(Class { Interactive = 0, Standard = 1, Batch = 2, Background = 3 });
@@ -77,6 +77,7 @@ record!(Delta {
     epoch: Epoch,
     step: StepId,
     base: StepId,
+    group: GroupId,
     decodes: bool,
     leave: Vec<Slot>,
     admit: Vec<Admission>,
@@ -93,6 +94,7 @@ record!(StepResult {
     logprobs: Vec<(Slot, TokenLogprobs)>,
     errors: Vec<(Slot, RowError)>,
     elapsed_ns: u64,
+    waited_ns: u64,
 });
 
 record!(EngineLimits {
@@ -103,6 +105,7 @@ record!(EngineLimits {
     max_sequence_tokens: u32,
     max_waiting_sequences: u32,
     max_steps_in_flight: u32,
+    groups: u32,
     eos_tokens: Vec<Token>,
     vocabulary: u32,
 });

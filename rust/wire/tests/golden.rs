@@ -6,8 +6,8 @@
 
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
-    Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, NodeId,
-    Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs,
+    Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId,
+    NodeId, Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs,
 };
 use llmscale_wire::{
     Abort, CodecLimits, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, Message,
@@ -179,12 +179,14 @@ fn to_worker() -> Vec<(&'static str, ToWorker)> {
         max_sequence_tokens: 2_048,
         max_waiting_sequences: 256,
         max_steps_in_flight: 2,
+        groups: 1,
         eos_tokens: vec![2],
         vocabulary: 4_096,
     };
     let configure =
         Configure { epoch: EPOCH, model_folder: "/models/tiny-chat".into(), dtype: Dtype::Bfloat16, limits };
     let mut steady = Delta::new(EPOCH, StepId(70_001), StepId(70_000));
+    steady.group = GroupId(1);
     steady.decodes = true;
     steady.append_slots = vec![Slot(3), Slot(17)];
     steady.append_blocks = vec![BlockId(811), BlockId(70_002)];
@@ -224,6 +226,7 @@ fn from_worker() -> Vec<(&'static str, FromWorker)> {
         logprobs: vec![(Slot(3), TokenLogprobs { chosen: -0.5, top: vec![(42, -0.5)] })],
         errors: vec![(Slot(9), RowError::NotANumber), (Slot(10), RowError::NothingToSample)],
         elapsed_ns: 2_345_678,
+        waited_ns: 45_678,
     };
     let failed = Failed {
         epoch: EPOCH,

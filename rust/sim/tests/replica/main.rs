@@ -7,8 +7,8 @@ mod world;
 use llmscale_scheduler::{Event, GiveBack};
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Class, EngineLimits, FinishReason, FrontId, RequestId, Sampling, SequenceKey, StepId, Submission, Time,
-    Token,
+    Attempt, Class, EngineLimits, FinishReason, FrontId, GroupId, RequestId, Sampling, SequenceKey, StepId, Submission,
+    Time, Token,
 };
 use proptest::prelude::*;
 use world::{World, limits};
@@ -54,12 +54,15 @@ proptest! {
         total_blocks in 10_u32..40,
         max_sequences in 1_u32..8,
         max_step_tokens in 1_u32..24,
-        steps in 1_u32..4,
+        steps in 1_u32..5,
+        pipeline in any::<bool>(),
         deadly in prop::option::weighted(0.2, Just(49)),
         max_admission_bytes in prop::sample::select(vec![1, 400, 700, MAX_ADMISSION_BYTES]),
         operations in prop::collection::vec(operation(), 0..150),
     ) {
-        let mut world = World::with_deadly_token(limits(total_blocks, max_sequences, max_step_tokens, steps), deadly)
+        let groups = if pipeline { steps } else { 1 };
+        let limits = EngineLimits { groups, ..limits(total_blocks, max_sequences, max_step_tokens, steps) };
+        let mut world = World::with_deadly_token(limits, deadly)
             .with_max_admission_bytes(max_admission_bytes);
         for operation in operations {
             let keys: Vec<SequenceKey> = world.wanted.keys().copied().collect();
@@ -90,6 +93,35 @@ proptest! {
         }
         world.finish_all();
     }
+}
+
+#[test]
+fn sequences_of_a_pipeline_spread_over_its_groups_and_each_group_has_one_step_in_flight() {
+    let mut world = World::new(EngineLimits { groups: 3, ..limits(128, 9, 64, 3) });
+    for request in 0..9 {
+        world.submit(0, vec![7, 8, 10 + request], 30, Class::Standard);
+    }
+    let mut rows = Vec::new();
+    for _ in 0..12 {
+        while world.plan() {}
+        let flights: Vec<u32> = world.sent.iter().map(|delta| delta.group.0).collect();
+        assert_eq!(flights.len(), 3, "no stage is idle: {flights:?}");
+        assert!((0..3).all(|group| flights.contains(&group)), "{flights:?}");
+        world.complete();
+        rows = (0..3).map(|group| world.replica.decoding(GroupId(group)).0).collect();
+    }
+    assert_eq!(rows, [3, 3, 3]);
+    world.finish_all();
+}
+
+#[test]
+fn a_long_prompt_alone_keeps_every_stage_of_a_pipeline_busy() {
+    let mut world = World::new(EngineLimits { groups: 2, ..limits(128, 4, 8, 2) });
+    world.submit(0, (10..46).collect(), 4, Class::Standard);
+    while world.plan() {}
+    let chunks: Vec<(u32, u32)> = world.sent.iter().map(|delta| (delta.group.0, delta.chunks[0].tokens)).collect();
+    assert_eq!(chunks, [(0, 8), (1, 8)]);
+    world.finish_all();
 }
 
 #[test]

@@ -1,12 +1,12 @@
 //! One replica with its worker, the steps between them and what the fronts have seen; every token and every end is held
 //! against the model as it comes.
 
-use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Mirror, Replica};
 use llmscale_sim::{HashWorker, StepFailure, hash_token};
 use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
 use llmscale_types::{
     Admission, Attempt, Class, Delta, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling, SequenceKey,
-    Submission, Time, Token,
+    StepId, Submission, Time, Token,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -22,6 +22,7 @@ pub(crate) fn limits(total_blocks: u32, max_sequences: u32, max_step_tokens: u32
         max_sequence_tokens: 40,
         max_waiting_sequences: 64,
         max_steps_in_flight: steps,
+        groups: 1,
         eos_tokens: vec![EOS],
         vocabulary: 50,
     }
@@ -35,6 +36,35 @@ pub(crate) struct Wanted {
     pub(crate) ended: Option<FinishReason>,
 }
 
+/// The first stage of a pipeline, ahead of the one that samples: it expands a step when it is planned, and learns what
+/// earlier steps sampled only when the step at hand needs it.
+struct FirstStage {
+    mirror: Mirror,
+    /// What it fed into the model, by step.
+    fed: BTreeMap<StepId, Vec<i32>>,
+    /// What was sampled and not asked for yet.
+    sampled: VecDeque<Vec<Token>>,
+}
+
+impl FirstStage {
+    fn new(limits: &EngineLimits, epoch: Epoch) -> Self {
+        Self { mirror: Mirror::new(limits, epoch), fed: BTreeMap::new(), sampled: VecDeque::new() }
+    }
+
+    fn expand(&mut self, delta: &Delta) {
+        if delta.is_snapshot() {
+            self.sampled.clear();
+        }
+        let counts = self.mirror.expand(delta).expect("it sees every step");
+        while let Some(rows) = self.mirror.awaited_samples() {
+            let tokens = self.sampled.pop_front().expect("a group's step is planned when the one before is complete");
+            assert_eq!(tokens.len(), rows);
+            self.mirror.record(&tokens.into_iter().map(Some).collect::<Vec<_>>());
+        }
+        self.fed.insert(delta.step, self.mirror.buffers().token_ids[..counts.rows as usize].to_vec());
+    }
+}
+
 /// See the file's header.
 pub(crate) struct World {
     deadly: Option<Token>,
@@ -43,6 +73,7 @@ pub(crate) struct World {
     losses: u32,
     pub(crate) replica: Replica,
     worker: Option<HashWorker>,
+    first_stage: FirstStage,
     epoch: Epoch,
     pub(crate) sent: VecDeque<Delta>,
     pub(crate) wanted: BTreeMap<SequenceKey, Wanted>,
@@ -56,6 +87,7 @@ impl World {
     }
 
     pub(crate) fn with_deadly_token(limits: EngineLimits, deadly: Option<Token>) -> Self {
+        let first_stage = FirstStage::new(&limits, Epoch(0));
         let replica = Replica::new(limits, [9; 32], Box::new(FirstComeFirstServed)).unwrap();
         let mut world = Self {
             deadly,
@@ -63,6 +95,7 @@ impl World {
             losses: 0,
             replica,
             worker: None,
+            first_stage,
             epoch: Epoch(0),
             sent: VecDeque::new(),
             wanted: BTreeMap::new(),
@@ -76,6 +109,7 @@ impl World {
     /// Whether the step at hand is computed to its end.
     pub(crate) fn answer(&mut self, raises: bool) -> bool {
         let Some(delta) = self.sent.pop_front() else { return false };
+        let leads = self.leads();
         let worker = self.worker.as_mut().expect("steps are sent to a live worker");
         let outcome = worker.run(&delta, 1);
         match outcome {
@@ -84,7 +118,20 @@ impl World {
                 self.sent.clear();
                 self.event(Event::StepsLost { raised: Some(delta.step) });
             }
-            Ok(result) => self.event(Event::StepDone(result)),
+            Ok(result) => {
+                if leads {
+                    assert_eq!(
+                        self.first_stage.fed.remove(&delta.step).as_deref(),
+                        Some(worker.fed()),
+                        "step {}",
+                        delta.step
+                    );
+                    if !result.tokens.is_empty() {
+                        self.first_stage.sampled.push_back(result.tokens.clone());
+                    }
+                }
+                self.event(Event::StepDone(result));
+            }
             Err(StepFailure::Poison) => self.crash(),
             Err(StepFailure::Gap(_)) => {
                 assert!(self.losses > 0, "the worker lost the order of steps by itself");
@@ -119,6 +166,7 @@ impl World {
     fn restart(&mut self) {
         self.epoch = self.epoch.next();
         self.worker = Some(HashWorker::new(self.replica.limits(), self.epoch).killed_by(self.deadly));
+        self.first_stage = FirstStage::new(self.replica.limits(), self.epoch);
         self.event(Event::WorkerUp(self.epoch));
     }
 
@@ -188,10 +236,18 @@ impl World {
             };
             let total: u64 = delta.admit.iter().map(bytes).sum();
             assert!(total <= self.max_admission_bytes || delta.admit.len() == 1, "{total} bytes are admitted at once");
+            if self.leads() {
+                self.first_stage.expand(&delta);
+            }
             self.sent.push_back(delta);
         }
         self.collect();
         planned
+    }
+
+    /// Whether there is a pipeline.
+    fn leads(&self) -> bool {
+        self.replica.limits().groups > 1
     }
 
     pub(crate) fn complete(&mut self) -> bool {

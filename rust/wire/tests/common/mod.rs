@@ -3,8 +3,8 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use llmscale_types::{
-    Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, NodeId,
-    Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs, error::QueueUnit,
+    Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId,
+    NodeId, Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs, error::QueueUnit,
 };
 use llmscale_wire::{
     Abort, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, ModelIdentity, ModelRef,
@@ -294,16 +294,17 @@ fn delta() -> impl Strategy<Value = Delta> {
         tokens,
     });
     (
-        (long_number(), long_number(), long_number(), any::<bool>()),
+        (long_number(), long_number(), long_number(), number(), any::<bool>()),
         vec(number(), 0..20),
         vec(admission(), 0..4),
         vec((number(), number()), 0..40),
         vec(chunk, 0..10),
     )
-        .prop_map(|((epoch, step, base, decodes), leave, admit, append, chunks)| Delta {
+        .prop_map(|((epoch, step, base, group, decodes), leave, admit, append, chunks)| Delta {
             epoch: Epoch(epoch),
             step: StepId(step),
             base: StepId(base),
+            group: GroupId(group),
             decodes,
             leave: leave.into_iter().map(Slot).collect(),
             admit,
@@ -324,6 +325,7 @@ fn engine_limits() -> impl Strategy<Value = EngineLimits> {
             max_sequence_tokens,
             max_waiting_sequences: more.clamp(1, 65_536),
             max_steps_in_flight: 2,
+            groups: 1,
             eos_tokens,
             vocabulary: more.max(1),
         },
@@ -354,6 +356,7 @@ fn step_result() -> impl Strategy<Value = StepResult> {
             logprobs: rows.into_iter().filter_map(|row| row.2.map(|logprobs| (Slot(row.0), logprobs))).collect(),
             errors: errors.into_iter().map(|(slot, error)| (Slot(slot), error)).collect(),
             elapsed_ns,
+            waited_ns: elapsed_ns / 2,
         },
     )
 }
