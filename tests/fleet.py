@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmscale.client import CurveKeys
+from tests.network import Host
 from tests.processes import Server, free_port, gateway
 from tests.support_processes import NodeProcess, node
 
@@ -37,20 +38,24 @@ class Fleet:
         return CurveKeys.load(self.keys / "client-app.key", server=self._public(self.strangers))
 
     @contextmanager
-    def node(self, folder: Path, *options: str, address: str = "", listen: str = "") -> Iterator[NodeProcess]:
+    def node(
+        self, folder: Path, *options: str, address: str = "", listen: str = "", on: Host | None = None
+    ) -> Iterator[NodeProcess]:
         """A node in float32 on one thread, so that several of them leave a core and give the same ids."""
         words = ("--key-file", str(self.keys / "node.key"), "--allow-list", str(self.keys / "allowed"))
+        words += ("--threads", "1", "--dtype", "float32", *options)
+        if on is not None:
+            address = address or f"tcp://{on.address}:7000"
         address = address or f"tcp://127.0.0.1:{free_port()}"
-        exact = ("--threads", "1", "--dtype", "float32")
-        with node(folder, *words, *exact, *options, address=address, listen=listen, keys=self.client()) as started:
+        with node(folder, *words, address=address, listen=listen, keys=self.client(), on=on) as started:
             yield started
 
     @contextmanager
-    def gateway(self, *nodes: NodeProcess, max_wait_seconds: float = 60.0) -> Iterator[Server]:
+    def gateway(self, *nodes: NodeProcess, max_wait_seconds: float = 60.0, on: Host | None = None) -> Iterator[Server]:
         """A gateway in front of nodes."""
         words = ("--key-file", str(self.keys / "gateway-edge.key"), f"--node-key={self.node_key}")
         words += ("--max-wait-seconds", str(max_wait_seconds))
-        with gateway([started.address for started in nodes], *words) as server:
+        with gateway([started.address for started in nodes], *words, on=on) as server:
             yield server
 
     @staticmethod

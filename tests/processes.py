@@ -20,7 +20,11 @@ from typing import Any
 import httpx2
 import psutil
 
+from tests.network import Host
+
 START_SECONDS = 60.0
+# A gateway that other hosts reach has keys.
+API_KEY = "a-key-for-tests"
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
@@ -47,6 +51,7 @@ class Server:
 
     process: subprocess.Popen[str]
     port: int
+    host: str = "127.0.0.1"
     lines: list[str] = field(default_factory=list)
     # One client for all questions: making one loads certificates for a tenth of a second.
     client: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=60))
@@ -54,7 +59,7 @@ class Server:
     @property
     def base(self) -> str:
         """Where it answers."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def get(self, path: str) -> httpx2.Response:
         """One GET."""
@@ -68,6 +73,11 @@ class Server:
         """The worker that is alive now, by what the fleet says of itself."""
         pid: int = self.get("/fleet").json()["replicas"][0]["worker_pid"]
         return pid
+
+    def metric(self, name: str) -> float:
+        """The value of a metric that has no labels."""
+        lines = [line.split() for line in self.get("/metrics").text.splitlines()]
+        return float(next(words[1] for words in lines if words and words[0] == f"llmscale:{name}"))
 
     def is_ready(self) -> bool:
         """Whether a step has run."""
@@ -96,20 +106,30 @@ def serving(model: str = "tiny-chat", *options: str) -> Iterator[Server]:
 
 
 @contextmanager
-def gateway(nodes: Sequence[str], *options: str) -> Iterator[Server]:
-    """A gateway for tiny-chat in front of running nodes, ready; afterwards nothing of it is left."""
+def gateway(nodes: Sequence[str], *options: str, on: Host | None = None) -> Iterator[Server]:
+    """A gateway for tiny-chat in front of running nodes, ready; afterwards nothing of it is left. `on` is the host that
+    it runs on, if not this one."""
     port = free_port()
     command = [sys.executable, "-m", "llmscale.gateway", "--model", "tiny-chat", "--port", str(port)]
-    with _running([*command, "--nodes", *nodes, *options], port) as server:
+    command += ["--nodes", *nodes, *options]
+    if on is None:
+        with _running(command, port) as server:
+            yield server
+        return
+    command = [*on.words, *command, "--host", on.address, "--api-key", API_KEY]
+    with _running(command, port, on.address, {"authorization": f"Bearer {API_KEY}"}) as server:
         yield server
 
 
 @contextmanager
-def _running(command: list[str], port: int) -> Iterator[Server]:
+def _running(
+    command: list[str], port: int, host: str = "127.0.0.1", headers: dict[str, str] | None = None
+) -> Iterator[Server]:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    server = Server(process, port)
+    server = Server(process, port, host)
+    server.client.headers.update(headers or {})
     assert process.stdout is not None
     output = process.stdout
     reader = threading.Thread(target=lambda: server.lines.extend(iter(output.readline, "")), daemon=True)

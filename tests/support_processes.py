@@ -17,6 +17,7 @@ import psutil
 from llmscale import Client
 from llmscale.client import CurveKeys
 from llmscale.errors import TransportError
+from tests.network import Host
 
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
@@ -49,13 +50,20 @@ class NodeProcess:
 
 @contextmanager
 def node(
-    folder: Path, *options: str, address: str = "", listen: str = "", keys: CurveKeys | None = None
+    folder: Path,
+    *options: str,
+    address: str = "",
+    listen: str = "",
+    keys: CurveKeys | None = None,
+    on: Host | None = None,
 ) -> Iterator[NodeProcess]:
     """A node on tiny-chat that has run its first step; afterwards nothing of it is left. `listen` says where it
-    listens when that is not the address at which it is reached."""
+    listens when that is not the address at which it is reached, `on` the host that it runs on if that is not this."""
     address = address or f"ipc://{folder}/node.sock"
     log_path = folder / "node.log"
     command = [sys.executable, "-m", "llmscale.node", "--model", "tiny-chat", "--listen", listen or address, *options]
+    if on is not None:
+        command = [*on.words, *command]
     with log_path.open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     started = NodeProcess(process, address, log_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from llmscale.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float32")
+MAX_STEP_SECONDS = 3_600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class NodeSettings:
     fleet: str = "llmscale"
     max_fronts: int = 64
     max_step_seconds: float = 120.0
+    """A worker whose step takes longer is hung: it is killed, and its sequences are computed again."""
     key_file: Path | None = None
     """The node's CURVE key pair; needed to listen beyond this machine."""
     allow_list: Path | None = None
@@ -56,7 +58,10 @@ class NodeSettings:
             "tensor_parallel_size",
             "pipeline_parallel_size",
         ):
-            if getattr(self, name) <= 0:
+            # Not `<= 0`, which a NaN passes.
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
+        if self.max_step_seconds > MAX_STEP_SECONDS:
+            raise ConfigError(f"max_step_seconds is {self.max_step_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
         if (self.key_file is None) != (self.allow_list is None):
             raise ConfigError("key_file and allow_list belong together: set both, or neither to stay on loopback")

@@ -150,6 +150,16 @@ class _Status(Protocol):
     @property
     def live_requests(self) -> int: ...
     @property
+    def numerics_changes(self) -> int: ...
+    @property
+    def lost_attempts(self) -> int: ...
+    @property
+    def moved_attempts(self) -> int: ...
+    @property
+    def stale_frames(self) -> int: ...
+    @property
+    def stale_rows(self) -> int: ...
+    @property
     def replicas(self) -> Sequence[_Replica]: ...
 
 
@@ -252,3 +262,20 @@ class GatewayMetrics(Collector):
             "llmscale:front_queued_requests", "Requests that wait in the front", value=status.queued_requests
         )
         yield GaugeMetricFamily("llmscale:front_live_requests", "Requests that are alive", value=status.live_requests)
+        yield CounterMetricFamily(
+            "llmscale:front_lost_attempts", "Attempts lost with a node and made again", value=status.lost_attempts
+        )
+        yield CounterMetricFamily(
+            "llmscale:front_moved_attempts", "Streams moved off a draining node", value=status.moved_attempts
+        )
+        yield CounterMetricFamily(
+            "llmscale:front_numerics_changes",
+            "Streams that went on where numbers are computed otherwise",
+            value=status.numerics_changes,
+        )
+        yield CounterMetricFamily(
+            "llmscale:front_stale_frames", "Frames of a lost conversation, dropped", value=status.stale_frames
+        )
+        yield CounterMetricFamily(
+            "llmscale:front_stale_rows", "Tokens of a lost attempt, dropped", value=status.stale_rows
+        )

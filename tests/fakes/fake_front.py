@@ -94,6 +94,11 @@ class FakeStatus:
     queued_tokens: int
     live_requests: int
     replicas: list[FakeReplica]
+    numerics_changes: int = 0
+    lost_attempts: int = 0
+    moved_attempts: int = 0
+    stale_frames: int = 0
+    stale_rows: int = 0
 
 
 @dataclass(slots=True)

@@ -65,7 +65,7 @@ def test_unknown_tenants_reasons_and_routes_share_one_label() -> None:
 
 def test_the_exposition_is_read_by_the_reference_parser() -> None:
     replica = FakeReplica(free_blocks=32, total_blocks=128, running=3, waiting=2, preemptions=4, prefix_hits=5)
-    gateway = GatewayMetrics([RequestMetrics("tiny")], [], lambda: FakeStatus(6, 0, 9, [replica]))
+    gateway = GatewayMetrics([RequestMetrics("tiny")], [], lambda: FakeStatus(6, 0, 9, [replica], stale_frames=7))
     families = {family.name: family for family in text_string_to_metric_families(gateway.exposition().decode())}
     values = {name: family.samples[0].value for name, family in families.items() if family.samples}
     assert values["llmscale:num_requests_running"] == 3
@@ -74,4 +74,5 @@ def test_the_exposition_is_read_by_the_reference_parser() -> None:
     assert values["llmscale:num_preemptions"] == 4
     assert values["llmscale:prefix_cache_hits"] == 5
     assert values["llmscale:front_queued_requests"] == 6
+    assert values["llmscale:front_stale_frames"] == 7
     assert families["llmscale:time_to_first_token_seconds"].type == "histogram"

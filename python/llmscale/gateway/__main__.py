@@ -25,6 +25,9 @@ from llmscale.tokenizer import Tokenizer
 
 _log = structlog.get_logger("llmscale.gateway")
 _POLL_SECONDS = 0.05
+MAX_NODE_SILENCE_SECONDS = 2.0
+# Four reports of a node. Below that, a busy host is taken for a dead one.
+LEAST_NODE_SILENCE_SECONDS = 1.0
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -59,6 +62,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     front = Front(
         arguments.nodes,
         fleet=arguments.fleet,
+        max_node_silence_us=int(arguments.max_node_silence_seconds * 1e6),
         key_file=_text(arguments.key_file),
         node_key=arguments.node_key,
     )
@@ -106,6 +110,15 @@ def _announce(config: GatewayConfig, port: int, names: Sequence[str]) -> None:
     _log.info("gateway listens", address=f"http://{config.host}:{port}", models=", ".join(names))
 
 
+def _silence(text: str) -> float:
+    seconds = float(text)
+    if not LEAST_NODE_SILENCE_SECONDS <= seconds <= 600:
+        raise argparse.ArgumentTypeError(
+            f"{seconds:g} s of silence: it must be from {LEAST_NODE_SILENCE_SECONDS:g}, four reports of a node, to 600"
+        )
+    return seconds
+
+
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
@@ -140,6 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--key-file", type=Path, help="this gateway's CURVE key pair, for nodes beyond this machine")
     add("--node-key", help="the nodes' public CURVE key; belongs to --key-file")
     add("--max-wait-seconds", type=float, default=60.0, help="wait for the first node (default: %(default)g)")
+    add(
+        "--max-node-silence-seconds",
+        type=_silence,
+        default=MAX_NODE_SILENCE_SECONDS,
+        help="a node that says nothing for this long is lost; nodes report every 0.25 s (default: %(default)g)",
+    )
     add("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="largest body (default: %(default)s)")
     add("--max-connections", type=int, default=defaults.max_connections, help="most connections (default: %(default)s)")
     add(

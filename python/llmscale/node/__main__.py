@@ -110,6 +110,7 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         max_sequence_tokens=arguments.max_model_len,
         max_sequences=arguments.max_num_seqs,
         max_step_tokens=arguments.max_num_batched_tokens,
+        max_step_seconds=arguments.max_step_seconds,
         kv_cache_bytes=arguments.kv_cache_bytes,
         threads=arguments.threads,
         spare_worker=arguments.spare_worker,
@@ -136,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-model-len", type=int, help="longest sequence in tokens (default: what the model allows)")
     add("--max-num-seqs", type=int, default=256, help="most sequences that run at once (default: %(default)s)")
     add("--max-num-batched-tokens", type=int, default=512, help="most tokens per step (default: %(default)s)")
+    add(
+        "--max-step-seconds",
+        type=float,
+        default=120.0,
+        help="a worker whose step takes longer is hung and is replaced (default: %(default)g)",
+    )
     add("--kv-cache-bytes", type=int, help="memory for the KV cache (default: about 64k tokens)")
     add("--threads", type=int, help="CPU threads of a worker (default: all that the process may use)")
     add(

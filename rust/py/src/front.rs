@@ -45,10 +45,12 @@ pub(crate) struct PyReplicaStatus {
 #[pymethods]
 impl PyFront {
     /// Connects to `nodes` (addresses) in the background. `key_file` is this front's own CURVE pair and `node_key` the
-    /// public key of the nodes; both are needed for nodes beyond this machine.
+    /// public key of the nodes; both are needed for nodes beyond this machine. A node that says nothing for
+    /// `max_node_silence_us` is lost; nodes report four times a second.
     #[new]
     #[pyo3(signature = (nodes, *, name = "gateway", fleet = "llmscale", max_queued_requests = None,
-        max_queued_tokens = None, max_live_requests = None, key_file = None, node_key = None))]
+        max_queued_tokens = None, max_live_requests = None, max_node_silence_us = 2_000_000, key_file = None,
+        node_key = None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
     fn new(
         nodes: Vec<String>,
@@ -57,6 +59,7 @@ impl PyFront {
         max_queued_requests: Option<u32>,
         max_queued_tokens: Option<u64>,
         max_live_requests: Option<u32>,
+        max_node_silence_us: u64,
         key_file: Option<&str>,
         node_key: Option<&str>,
     ) -> PyResult<Self> {
@@ -83,7 +86,7 @@ impl PyFront {
             name: name.to_owned(),
             fleet: fleet.to_owned(),
             options: FrontOptions { limits, ..FrontOptions::default() },
-            max_node_silence: Duration::from_millis(2_000),
+            max_node_silence: Duration(max_node_silence_us),
         };
         let context = Context::new(AllowList::default(), 1).map_err(|error| text(&error))?;
         let handle = FrontHandle::start(config, &context, &nodes).map_err(|error| text(&error))?;
@@ -212,6 +215,30 @@ impl PyFrontStatus {
     #[getter]
     fn numerics_changes(&self) -> u64 {
         self.0.counters.numerics_changes
+    }
+
+    /// Attempts lost with their replica, by a gap, by silence or by a refusal that counts.
+    #[getter]
+    fn lost_attempts(&self) -> u64 {
+        self.0.counters.lost_attempts
+    }
+
+    /// Attempts moved away from a draining replica in the middle of their stream.
+    #[getter]
+    fn moved_attempts(&self) -> u64 {
+        self.0.counters.moved
+    }
+
+    /// Frames of an incarnation or a conversation that is over, dropped.
+    #[getter]
+    fn stale_frames(&self) -> u64 {
+        self.0.counters.stale_frames
+    }
+
+    /// Rows of an attempt that is over, dropped.
+    #[getter]
+    fn stale_rows(&self) -> u64 {
+        self.0.counters.stale_rows
     }
 
     #[getter]

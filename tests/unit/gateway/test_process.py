@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from llmscale.gateway.__main__ import main
 from tests.fakes.tiny_tokenizer import write_byte_level
 
@@ -41,6 +43,13 @@ def test_the_help_names_every_setting_and_gives_an_example() -> None:
 
 def test_a_wrong_setting_ends_the_process_with_its_reason() -> None:
     assert main(["--nodes", "ipc:///nowhere", "--model", "tiny-chat", "--host", "0.0.0.0"]) == 1
+
+
+@pytest.mark.parametrize("seconds", ["0.99", "601", "nan"])
+def test_a_silence_that_is_no_sign_of_loss_is_refused(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--nodes", "ipc:///nowhere", "--model", "tiny-chat", "--max-node-silence-seconds", seconds])
+    assert "it must be from 1, four reports of a node, to 600" in capsys.readouterr().err
 
 
 def test_sigterm_ends_streams_with_an_error_and_the_process_with_zero(tmp_path: Path) -> None:

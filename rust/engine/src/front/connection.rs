@@ -83,8 +83,11 @@ impl Connection {
             self.stage = Stage::Welcome { node: welcome.node, heard: now, ping_at: now + PING_INTERVAL };
             return Some(FrontEvent::ReplicaUp { replica, offer: Box::new(translate::offer(welcome)) });
         }
-        let Stage::Welcome { heard, .. } = &mut self.stage else { return None };
-        *heard = now;
+        // What a lost node says before it welcomes again comes from a conversation that is over. The front's fence drops
+        // and counts it: nothing is decided here.
+        if let Stage::Welcome { heard, .. } = &mut self.stage {
+            *heard = now;
+        }
         let (node, epoch, frame) = match frame {
             FromNode::Outputs(outputs) => (outputs.node, outputs.epoch, ReplicaFrame::Outputs(outputs.outputs)),
             FromNode::GiveBack(back) => (back.node, back.epoch, translate::give_back(&back)),
