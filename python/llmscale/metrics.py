@@ -142,6 +142,10 @@ class _Replica(Protocol):
     def prefix_hits(self) -> int: ...
     @property
     def preemptions(self) -> int: ...
+    @property
+    def step_ns(self) -> int: ...
+    @property
+    def stage_wait_ns(self) -> int: ...
 
 
 class _Status(Protocol):
@@ -246,6 +250,10 @@ class GatewayMetrics(Collector):
         )
         hits = CounterMetricFamily("llmscale:prefix_cache_hits", "Prompt tokens found in the cache", labels=label)
         restarts = CounterMetricFamily("llmscale:worker_restarts", "Times a worker process was replaced", labels=label)
+        steps = CounterMetricFamily("llmscale:step_seconds", "Time that steps took", labels=label)
+        bubble = CounterMetricFamily(
+            "llmscale:pipeline_bubble_seconds", "Part of it that the last stage waited for the ones before", labels=label
+        )
         for replica in status.replicas:
             key = (replica.model, replica.node)
             used = replica.total_blocks - replica.free_blocks
@@ -257,7 +265,9 @@ class GatewayMetrics(Collector):
             queries.add_metric(key, replica.prefix_queries)
             hits.add_metric(key, replica.prefix_hits)
             restarts.add_metric(key, replica.worker_restarts)
-        yield from (running, waiting, usage, ready, preemptions, queries, hits, restarts)
+            steps.add_metric(key, replica.step_ns / 1e9)
+            bubble.add_metric(key, replica.stage_wait_ns / 1e9)
+        yield from (running, waiting, usage, ready, preemptions, queries, hits, restarts, steps, bubble)
         yield GaugeMetricFamily(
             "llmscale:front_queued_requests", "Requests that wait in the front", value=status.queued_requests
         )

@@ -84,6 +84,8 @@ class FakeReplica:
     max_sequence_tokens: int = 4096
     vocabulary: int = 512
     worker_pid: int = 4242
+    step_ns: int = 0
+    stage_wait_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

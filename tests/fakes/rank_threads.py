@@ -44,6 +44,9 @@ class QueueLink:
         assert self._behind is not None
         self._behind.put(stream.clone())
 
+    def take_waited_ns(self) -> int:
+        raise AssertionError("an executor does not report")
+
     def send_tokens(self, tokens: Tensor) -> None:
         raise AssertionError("an executor does not sample")
 

@@ -167,6 +167,8 @@ class Status(Record, frozen=True):
     prefix_hits: U64
     worker_restarts: U32
     worker_pid: U32 | None
+    step_ns: U64
+    stage_wait_ns: U64
 
 
 class Pong(Record, frozen=True):

@@ -8,6 +8,7 @@ the order in which the other side sends.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from typing import Protocol
 
@@ -22,6 +23,9 @@ class StageLink(Protocol):
 
     def receive_stream(self, out: Tensor) -> None:
         """Fills [T, H] with what the stage before has computed."""
+
+    def take_waited_ns(self) -> int:
+        """What `receive_stream` has waited since the last call: the bubble of a step."""
 
     def send_stream(self, stream: Tensor) -> None:
         """Hands [T, H] to the stage behind. The tensor may be overwritten afterwards."""
@@ -42,13 +46,21 @@ class TorchStageLink:
         self._behind = place.rank + place.tensor_size
         self._first = place.tensor_rank
         self._last = (place.stages - 1) * place.tensor_size + place.tensor_rank
+        self._waited_ns = 0
         self._on_its_way: deque[tuple[torch.distributed.Work, Tensor]] = deque()
         # A step in flight takes one send of each rank; more can only be those whose end was not looked at yet.
         self._max_sends = place.stages
 
     def receive_stream(self, out: Tensor) -> None:
         """See `StageLink`."""
+        started = time.perf_counter_ns()
         torch.distributed.recv(out, group=self._group, group_src=self._before)
+        self._waited_ns += time.perf_counter_ns() - started
+
+    def take_waited_ns(self) -> int:
+        """See `StageLink`."""
+        waited_ns, self._waited_ns = self._waited_ns, 0
+        return waited_ns
 
     def send_stream(self, stream: Tensor) -> None:
         """See `StageLink`."""

@@ -38,7 +38,10 @@ class StepSampling:
         ids = self._ids[: counts.samples]
         memory = (ids.data_ptr(), ids.numel())
         if place.is_last_stage:
-            self._session.sample(runner.kernels, logits, runner.dtype, reply=place.is_leader, tokens=memory)
+            waited_ns = 0 if runner.stage is None else runner.stage.take_waited_ns()
+            self._session.sample(
+                runner.kernels, logits, runner.dtype, reply=place.is_leader, tokens=memory, waited_ns=waited_ns
+            )
             if runner.stage is not None and counts.samples > 0:
                 runner.stage.send_tokens(ids)
         elif not place.is_first_stage:

@@ -201,6 +201,8 @@ struct Node {
     /// Incarnation of the latest worker, dead or alive: what frames to fronts carry, so that it never goes back.
     epoch: Epoch,
     worker_restarts: u32,
+    step_ns: u64,
+    stage_wait_ns: u64,
     results: Vec<StepResult>,
     sent: VecDeque<Sent>,
     state: NodeState,
@@ -230,6 +232,8 @@ impl Node {
             worker: None,
             epoch: Epoch(0),
             worker_restarts: 0,
+            step_ns: 0,
+            stage_wait_ns: 0,
             results: Vec::new(),
             sent: VecDeque::new(),
             state: FIRST_STATE,

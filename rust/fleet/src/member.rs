@@ -120,6 +120,10 @@ pub struct Report {
     pub worker_restarts: u32,
     /// Process id of the first worker; `None` while there is none.
     pub worker_pid: Option<u32>,
+    /// Time that steps took, since the start.
+    pub step_ns: u64,
+    /// Of it, what the last stage of a pipeline waited for the stages before it: the bubble.
+    pub stage_wait_ns: u64,
 }
 
 /// What one front has on one replica.

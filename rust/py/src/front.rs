@@ -40,6 +40,8 @@ pub(crate) struct PyReplicaStatus {
     max_sequence_tokens: u32,
     vocabulary: u32,
     worker_pid: u32,
+    step_ns: u64,
+    stage_wait_ns: u64,
 }
 
 #[pymethods]
@@ -265,5 +267,7 @@ fn replica_status(replica: &ReplicaStatus) -> PyReplicaStatus {
         max_sequence_tokens: replica.limits.max_sequence_tokens,
         vocabulary: replica.limits.vocabulary,
         worker_pid: report.and_then(|report| report.worker_pid).unwrap_or(0),
+        step_ns: report.map_or(0, |report| report.step_ns),
+        stage_wait_ns: report.map_or(0, |report| report.stage_wait_ns),
     }
 }

@@ -113,8 +113,9 @@ impl PyWorkerSession {
 
     /// Draws a token for every sampling row from `logits`, (address, elements) of a contiguous tensor
     /// `[samples, vocabulary]` of `dtype`, and sends the step's result, unless another rank does. `tokens` takes the ids
-    /// as int32, -1 for a row that has none.
-    #[pyo3(signature = (kernels, logits, dtype, *, reply = true, tokens = None))]
+    /// as int32, -1 for a row that has none. `waited_ns` is what this rank waited for the stages before it.
+    #[pyo3(signature = (kernels, logits, dtype, *, reply = true, tokens = None, waited_ns = 0))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
     fn sample(
         &self,
         py: Python<'_>,
@@ -123,6 +124,7 @@ impl PyWorkerSession {
         dtype: &str,
         reply: bool,
         tokens: Option<Memory>,
+        waited_ns: u64,
     ) -> PyResult<()> {
         let dtype = Dtype::parse(dtype)?;
         let started = *self.started.lock().unwrap_or_else(PoisonError::into_inner);
@@ -137,6 +139,7 @@ impl PyWorkerSession {
                 return Ok(());
             }
             result.elapsed_ns = started.elapsed().as_nanos() as u64;
+            result.waited_ns = waited_ns.min(result.elapsed_ns);
             session.reply(result).map_err(|error| session_error(&error))
         })
     }

@@ -276,6 +276,10 @@ pub struct Status {
     pub worker_restarts: u32,
     /// Process id of the first worker; `None` while there is none.
     pub worker_pid: Option<u32>,
+    /// Time that steps took, since the start.
+    pub step_ns: u64,
+    /// Of it, what the last stage of a pipeline waited for the stages before it: the bubble.
+    pub stage_wait_ns: u64,
 }
 
 /// The answer to a ping.
@@ -375,6 +379,8 @@ record!(Status {
     prefix_hits: u64,
     worker_restarts: u32,
     worker_pid: Option<u32>,
+    step_ns: u64,
+    stage_wait_ns: u64,
 });
 record!(Pong { node: NodeId, epoch: Epoch, nonce: u64 });
 codes!(RejectCode {

@@ -139,6 +139,8 @@ fn from_node() -> Vec<(&'static str, FromNode)> {
         prefix_hits: 30_000,
         worker_restarts: 2,
         worker_pid: Some(4_242),
+        step_ns: 161_000_000_000,
+        stage_wait_ns: 3_000_000_000,
     };
     let starting = Status { state: NodeState::Starting, worker_pid: None, ..status };
     let rejected = Rejected {

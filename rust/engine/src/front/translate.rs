@@ -50,6 +50,8 @@ pub(super) fn report(status: &Status) -> Report {
         prefix_hits: status.prefix_hits,
         worker_restarts: status.worker_restarts,
         worker_pid: status.worker_pid,
+        step_ns: status.step_ns,
+        stage_wait_ns: status.stage_wait_ns,
     }
 }
 

@@ -114,6 +114,8 @@ impl Node {
             prefix_hits: cache.hit_tokens,
             worker_restarts: self.worker_restarts,
             worker_pid: self.worker.as_ref().and_then(|worker| worker.pid),
+            step_ns: self.step_ns,
+            stage_wait_ns: self.stage_wait_ns,
         }
     }
 }

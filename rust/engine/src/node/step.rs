@@ -10,6 +10,8 @@ impl Node {
     /// Applies results in order; one that does not fit its step condemns the worker.
     pub(super) fn complete(&mut self) {
         for result in std::mem::take(&mut self.results) {
+            self.step_ns = self.step_ns.saturating_add(result.elapsed_ns);
+            self.stage_wait_ns = self.stage_wait_ns.saturating_add(result.waited_ns);
             if let Some(sent) = self.sent.pop_front_if(|sent| sent.step == result.step) {
                 self.cost.observe(sent.shape, result.elapsed_ns);
             }

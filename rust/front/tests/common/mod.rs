@@ -58,6 +58,8 @@ pub(crate) fn report(state: ReplicaState) -> Report {
         prefix_hits: 0,
         worker_restarts: 0,
         worker_pid: Some(7),
+        step_ns: 0,
+        stage_wait_ns: 0,
     }
 }
 

@@ -156,6 +156,8 @@ impl World {
             prefix_hits: 0,
             worker_restarts: 0,
             worker_pid: None,
+            step_ns: 0,
+            stage_wait_ns: 0,
         };
         let (node, epoch) = (self.replicas[replica].node, self.replicas[replica].epoch);
         self.mail(replica, Mail { node, epoch, frame: ReplicaFrame::Status(report) });

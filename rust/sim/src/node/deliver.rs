@@ -103,6 +103,8 @@ impl NodeProcess {
             prefix_hits: cache.hit_tokens,
             worker_restarts: self.worker_restarts,
             worker_pid: None,
+            step_ns: 0,
+            stage_wait_ns: 0,
         }
     }
 }

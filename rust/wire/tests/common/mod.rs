@@ -214,7 +214,7 @@ fn status() -> impl Strategy<Value = Status> {
         incarnation(),
         select(states),
         [number(), number(), number(), number()],
-        [long_number(), long_number(), long_number(), long_number(), long_number(), long_number()],
+        [(); 8].map(|()| long_number()),
         option::of(number()),
     )
         .prop_map(|((node, epoch), state, counts, totals, worker_pid)| Status {
@@ -232,6 +232,8 @@ fn status() -> impl Strategy<Value = Status> {
             prefix_hits: totals[5],
             worker_restarts: counts[3],
             worker_pid,
+            step_ns: totals[6],
+            stage_wait_ns: totals[7],
         })
 }
 
