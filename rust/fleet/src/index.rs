@@ -1,0 +1,283 @@
+//! Which replica holds which prefix, as far as their events have told: the routing index of one front. `table` holds keys
+//! and holders, `slots` the numbers of replicas, `feed` judges whether events are missing, `speculation` what was sent and
+//! not confirmed, `search` answers for a prompt. All of it is a hint with bounded memory: what it forgets or gets wrong
+//! costs a prefill, and never a token. O(1) per key and event while few replicas share a prefix; see
+//! `docs/adr/0009-the-routing-index.md`.
+
+mod feed;
+mod holders;
+mod key;
+mod search;
+mod segment;
+mod slots;
+mod speculation;
+mod table;
+
+pub use feed::Taken;
+pub use key::PrefixKey;
+pub use search::{Level, Levels};
+
+use feed::Feed;
+use holders::SlotId;
+use llmscale_types::{Duration, LimitError, ReplicaId, Time};
+use rustc_hash::FxHashMap;
+use slots::Slots;
+use speculation::Speculation;
+use table::{Held, Table};
+
+/// Segments that a change sweeps when numbers wait for it: a whole round is done within some ten thousand changes.
+const SWEEP_SEGMENTS: usize = 2;
+const LEAST_BYTES: usize = 1 << 20;
+
+/// Settings of an index.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct IndexOptions {
+    /// Most memory of keys, holders and what is unconfirmed.
+    pub max_bytes: usize,
+    /// Tokens that one key stands for.
+    pub tokens_per_key: u32,
+    /// Most prefixes that are unconfirmed at a time.
+    pub max_pending_keys: u32,
+    /// How long a prefix counts as held after a prompt was sent, unless an event confirms it.
+    pub max_pending: Duration,
+    /// How long an answer about missing events may take before they are asked for again.
+    pub ask_again_after: Duration,
+}
+
+impl Default for IndexOptions {
+    fn default() -> Self {
+        Self {
+            max_bytes: 128 << 20,
+            tokens_per_key: 128,
+            max_pending_keys: 65_536,
+            max_pending: Duration::from_millis(30_000),
+            ask_again_after: Duration::from_millis(1_000),
+        }
+    }
+}
+
+impl IndexOptions {
+    /// Checks that the sizes fit together.
+    pub fn check(&self) -> Result<(), LimitError> {
+        LimitError::at_least("tokens_per_key", u64::from(self.tokens_per_key), 1)?;
+        LimitError::at_least("max_pending_keys", u64::from(self.max_pending_keys), 1)?;
+        LimitError::at_least("max_bytes", self.max_bytes as u64, (self.pending_bytes() + LEAST_BYTES) as u64)
+    }
+
+    fn pending_bytes(&self) -> usize {
+        self.max_pending_keys as usize * Speculation::MAX_BYTES
+    }
+}
+
+/// What a replica says about its prefix cache.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum KvEvent {
+    /// It holds these prefixes.
+    Stored(Vec<PrefixKey>),
+    /// It holds them no longer.
+    Removed(Vec<PrefixKey>),
+    /// It holds nothing any more.
+    Cleared,
+}
+
+/// Counts since the start.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct IndexCounters {
+    /// Keys that were forgotten because memory was used up.
+    pub evicted_keys: u64,
+    /// Holders that were not recorded because memory was used up.
+    pub untold_holders: u64,
+    /// Gaps in the events of a replica.
+    pub gaps: u64,
+}
+
+/// The index.
+#[derive(Debug)]
+pub struct PrefixIndex {
+    options: IndexOptions,
+    table: Table,
+    slots: Slots,
+    /// For look-ups only.
+    feeds: FxHashMap<ReplicaId, Feed>,
+    speculation: Speculation,
+    swept_segments: u64,
+    counters: IndexCounters,
+}
+
+impl PrefixIndex {
+    /// An index that knows nothing.
+    pub fn new(options: IndexOptions) -> Result<Self, LimitError> {
+        options.check()?;
+        Ok(Self {
+            table: Table::new(options.max_bytes - options.pending_bytes()),
+            slots: Slots::default(),
+            feeds: FxHashMap::default(),
+            speculation: Speculation::new(options.max_pending_keys),
+            swept_segments: 0,
+            counters: IndexCounters::default(),
+            options,
+        })
+    }
+
+    /// Tokens that one key stands for.
+    pub fn tokens_per_key(&self) -> u32 {
+        self.options.tokens_per_key
+    }
+
+    /// A new incarnation of a replica, which holds nothing that we know of. Its events are expected from number 0 on; if the
+    /// first is a later one, what came before is asked for.
+    pub fn join(&mut self, replica: ReplicaId) {
+        self.leave(replica);
+        self.number(replica);
+        self.feeds.insert(replica, Feed::default());
+    }
+
+    /// A replica is gone, with all that it holds.
+    pub fn leave(&mut self, replica: ReplicaId) {
+        self.feeds.remove(&replica);
+        self.forget(replica);
+    }
+
+    fn forget(&mut self, replica: ReplicaId) {
+        if let Some(slot) = self.slots.retire(replica, self.swept_segments) {
+            self.speculation.forget(slot);
+        }
+    }
+
+    /// A number for a replica. All 65,536 being used up means that more replicas came and went than a sweep keeps up with;
+    /// the sweep is then finished at once. A fleet with more replicas than numbers does without the last ones' prefixes.
+    fn number(&mut self, replica: ReplicaId) -> Option<SlotId> {
+        self.slots.give(replica).or_else(|| {
+            self.sweep(self.table.segments());
+            self.slots.give(replica)
+        })
+    }
+
+    /// Takes a batch of events. An unknown replica's are dropped: its connection has ended.
+    pub fn apply(&mut self, now: Time, replica: ReplicaId, number: u64, events: &[KvEvent]) -> Taken {
+        let Some(feed) = self.feeds.get_mut(&replica) else {
+            return Taken::Unknown;
+        };
+        let taken = feed.take(now, number, self.options.ask_again_after);
+        match taken {
+            Taken::Applied => events.iter().for_each(|event| self.apply_event(replica, event)),
+            Taken::Ask { .. } => self.counters.gaps += 1,
+            Taken::Old | Taken::Waiting | Taken::Unknown => {}
+        }
+        self.sweep(SWEEP_SEGMENTS);
+        taken
+    }
+
+    fn apply_event(&mut self, replica: ReplicaId, event: &KvEvent) {
+        let Some(slot) = self.slots.of(replica) else {
+            return;
+        };
+        match event {
+            KvEvent::Stored(keys) => {
+                for &key in keys {
+                    self.speculation.settle(slot, key);
+                    self.hold(slot, key);
+                }
+            }
+            KvEvent::Removed(keys) => {
+                for &key in keys {
+                    self.speculation.settle(slot, key);
+                    self.table.release(key, slot);
+                }
+            }
+            KvEvent::Cleared => {
+                self.forget(replica);
+                self.number(replica);
+            }
+        }
+    }
+
+    /// Takes a snapshot: all that a replica holds after the batch of a number.
+    pub fn apply_snapshot(&mut self, replica: ReplicaId, number: u64, keys: &[PrefixKey]) -> Taken {
+        let Some(feed) = self.feeds.get_mut(&replica) else {
+            return Taken::Unknown;
+        };
+        let taken = feed.take_snapshot(number);
+        if taken == Taken::Applied {
+            self.forget(replica);
+            if let Some(slot) = self.number(replica) {
+                for &key in keys {
+                    self.hold(slot, key);
+                }
+            }
+        }
+        self.sweep(SWEEP_SEGMENTS);
+        taken
+    }
+
+    /// A prompt is on its way to a replica, which will hold its prefixes: they count as held until an event says so, or until
+    /// that took too long.
+    pub fn dispatch(&mut self, now: Time, replica: ReplicaId, prompt: &[PrefixKey]) {
+        self.expire(now);
+        if let Some(slot) = self.slots.of(replica) {
+            for &key in prompt {
+                let held = self.hold(slot, key);
+                if held == Held::New || self.speculation.contains(slot, key) {
+                    let crowded_out = self.speculation.add(slot, key, now + self.options.max_pending);
+                    self.withdraw(crowded_out);
+                }
+            }
+        }
+        self.sweep(SWEEP_SEGMENTS);
+    }
+
+    /// Forgets what was not confirmed in time.
+    pub fn expire(&mut self, now: Time) {
+        while let Some(expired) = self.speculation.expired(now) {
+            self.withdraw(Some(expired));
+        }
+    }
+
+    fn withdraw(&mut self, unconfirmed: Option<(SlotId, PrefixKey)>) {
+        if let Some((slot, key)) = unconfirmed {
+            self.table.release(key, slot);
+        }
+    }
+
+    fn hold(&mut self, slot: SlotId, key: PrefixKey) -> Held {
+        let held = self.table.hold(key, slot);
+        self.counters.untold_holders += u64::from(held == Held::Untold);
+        held
+    }
+
+    /// Forgets holders that have left, in as many segments, if there may be any.
+    pub fn sweep(&mut self, segments: usize) {
+        for _ in 0..segments {
+            if !self.slots.wait_for_sweep() {
+                return;
+            }
+            let segment = (self.swept_segments % self.table.segments() as u64) as usize;
+            self.table.sweep(segment, |slot| self.slots.owner(slot).is_some());
+            self.swept_segments += 1;
+            self.slots.swept(self.swept_segments, self.table.segments());
+        }
+    }
+
+    /// How many prefixes somebody holds, those included whose holders have just left.
+    pub fn keys(&self) -> usize {
+        self.table.keys()
+    }
+
+    /// Memory in use.
+    pub fn bytes(&self) -> usize {
+        self.table.bytes() + self.speculation.bytes() + self.slots.bytes() + self.feeds.capacity() * 32
+    }
+
+    /// Counts since the start.
+    pub fn counters(&self) -> IndexCounters {
+        IndexCounters { evicted_keys: self.table.evicted(), ..self.counters }
+    }
+
+    /// Asserts what holds between events. O(keys).
+    pub fn check(&self) {
+        self.table.check();
+        self.slots.check();
+        self.speculation.check();
+        assert!(self.speculation.bytes() <= self.options.pending_bytes().max(1 << 12), "bytes of what is unconfirmed");
+    }
+}
