@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
+import sys
 from pathlib import Path
 
 from bench.result import RESULTS, Report
 
-BENCHES = ("offline", "ranks", "scheduler", "serving", "start")
+BENCHES = ("layouts", "offline", "ranks", "scheduler", "serving", "start")
 
 
 def main() -> None:
@@ -21,6 +23,8 @@ def main() -> None:
         return
     if arguments.repeats < 3:
         raise SystemExit(f"--repeats is {arguments.repeats}; a median with a spread needs 3 at least")
+    # A time limit's SIGTERM must not leave a server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     report: Report = importlib.import_module(f"bench.{arguments.name}").main(arguments)
     if arguments.json is not None:
         report.save(arguments.json)

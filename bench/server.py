@@ -38,10 +38,10 @@ def resident_bytes(group: int) -> int:
 
 
 @contextlib.contextmanager
-def serving(model: str, *, threads: int | None = None) -> Iterator[tuple[int, int, float]]:
+def serving(model: str, *options: str, threads: int | None = None) -> Iterator[tuple[int, int, float]]:
     """Starts a server on loopback: its port, its process group, and the seconds until it was ready."""
     port = free_port()
-    command = [sys.executable, "-m", "llmscale.cli", "serve", model, "--port", str(port)]
+    command = [sys.executable, "-m", "llmscale.cli", "serve", model, "--port", str(port), *options]
     command += [] if threads is None else ["--threads", str(threads)]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)

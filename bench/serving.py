@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> Report:
 async def _measure(url: str, arguments: argparse.Namespace) -> Report:
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
-    model, max_sequence_tokens = _model_of(url)
+    model, max_sequence_tokens = model_of(url)
     prompts = Prompts(arguments.vocabulary, arguments.seed)
     rows: list[Row] = []
 
@@ -116,7 +116,8 @@ def _open_workloads(arguments: argparse.Namespace) -> list[tuple[str, list[Arriv
     return found
 
 
-def _model_of(url: str) -> tuple[str, int]:
+def model_of(url: str) -> tuple[str, int]:
+    """The served model's name and its longest sequence."""
     with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as response:
         model = json.load(response)["data"][0]
     return model["id"], model.get("max_model_len") or 2_048

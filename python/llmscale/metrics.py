@@ -143,6 +143,8 @@ class _Replica(Protocol):
     @property
     def preemptions(self) -> int: ...
     @property
+    def steps(self) -> int: ...
+    @property
     def step_ns(self) -> int: ...
     @property
     def stage_wait_ns(self) -> int: ...
@@ -250,9 +252,12 @@ class GatewayMetrics(Collector):
         )
         hits = CounterMetricFamily("llmscale:prefix_cache_hits", "Prompt tokens found in the cache", labels=label)
         restarts = CounterMetricFamily("llmscale:worker_restarts", "Times a worker process was replaced", labels=label)
-        steps = CounterMetricFamily("llmscale:step_seconds", "Time that steps took", labels=label)
+        steps = CounterMetricFamily("llmscale:steps", "Steps of the model", labels=label)
+        seconds = CounterMetricFamily("llmscale:step_seconds", "Time that steps took", labels=label)
         bubble = CounterMetricFamily(
-            "llmscale:pipeline_bubble_seconds", "Part of it that the last stage waited for the ones before", labels=label
+            "llmscale:pipeline_bubble_seconds",
+            "Part of it that the last stage waited for the ones before",
+            labels=label,
         )
         for replica in status.replicas:
             key = (replica.model, replica.node)
@@ -265,9 +270,11 @@ class GatewayMetrics(Collector):
             queries.add_metric(key, replica.prefix_queries)
             hits.add_metric(key, replica.prefix_hits)
             restarts.add_metric(key, replica.worker_restarts)
-            steps.add_metric(key, replica.step_ns / 1e9)
+            steps.add_metric(key, replica.steps)
+            seconds.add_metric(key, replica.step_ns / 1e9)
             bubble.add_metric(key, replica.stage_wait_ns / 1e9)
-        yield from (running, waiting, usage, ready, preemptions, queries, hits, restarts, steps, bubble)
+        yield from (running, waiting, usage, ready, preemptions, queries, hits, restarts)
+        yield from (steps, seconds, bubble)
         yield GaugeMetricFamily(
             "llmscale:front_queued_requests", "Requests that wait in the front", value=status.queued_requests
         )

@@ -1,0 +1,120 @@
+"""What do two cores give as one worker, two tensor-parallel ranks, or two pipeline stages, served end to end?
+
+Every layout is a server of its own with the same clients: streams of 64 tokens side by side. The time of a step, and
+the part of it that the last stage waited for the one before it, come from the server's own counters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from bench.load import Objectives, Outcome, closed_loop, summarize
+from bench.offline_cases import Prompts
+from bench.raw_http import RawClient
+from bench.result import Report, Row
+from bench.server import serving
+from bench.serving import model_of
+from bench.shapes import SHAPES, model_folder
+from bench.statistics import spread
+from bench.workload import Arrival
+
+LAYOUTS: tuple[tuple[str, Sequence[str]], ...] = (
+    ("one-thread", ("--threads", "1")),
+    ("two-threads", ("--threads", "2")),
+    ("tp2", ("--threads", "1", "-tp", "2")),
+    ("pp2", ("--threads", "1", "-pp", "2")),
+)
+STREAMS = (1, 8, 32)
+PROMPT_TOKENS = 8
+OUTPUT_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What a server has counted since its start."""
+
+    step_seconds: float
+    bubble_seconds: float
+    steps: float
+
+
+def main(arguments: argparse.Namespace) -> Report:
+    """`one-thread` is half the machine: perfect stages need half its time for a step of as many rows."""
+    model = arguments.model or "tiny-chat"
+    model = str(model_folder(model)) if model in SHAPES else model
+    rows: list[Row] = []
+    for layout, options in LAYOUTS:
+        with serving(model, *options) as (port, _, _):
+            rows += asyncio.run(_measure(layout, port, arguments))
+    return Report("layouts", arguments.seed, rows)
+
+
+async def _measure(layout: str, port: int, arguments: argparse.Namespace) -> list[Row]:
+    url = f"http://127.0.0.1:{port}"
+    model, _ = model_of(url)
+    prompts = Prompts(arguments.vocabulary, arguments.seed)
+    rows: list[Row] = []
+    for streams in STREAMS[:2] if arguments.quick else STREAMS:
+        tokens, steps, bubbles = [], [], []
+        for repeat in range(arguments.repeats + 1):
+            client = RawClient("127.0.0.1", port, model, stream=True)
+            arrivals = [Arrival(0, PROMPT_TOKENS, OUTPUT_TOKENS) for _ in range(3 * streams)]
+            drawn = {id(arrival): prompts.draw(1, PROMPT_TOKENS)[0] for arrival in arrivals}
+
+            async def send(
+                arrival: Arrival,
+                outcome: Outcome,
+                client: RawClient = client,
+                drawn: dict[int, list[int]] = drawn,
+            ) -> None:
+                await client.send(drawn[id(arrival)], arrival, outcome)
+
+            before = counters(url)
+            outcomes = await closed_loop(arrivals, send, time.perf_counter, streams)
+            # The status that carries the counters comes a few times per second; one more is awaited.
+            after = await _settled(url)
+            await client.close()
+            if repeat == 0:
+                continue
+            tokens.append(summarize(outcomes, Objectives(1.0, 0.05))["tokens_per_second"])
+            elapsed = after.step_seconds - before.step_seconds
+            steps.append(elapsed / max(1.0, after.steps - before.steps) * 1e3)
+            bubbles.append((after.bubble_seconds - before.bubble_seconds) / elapsed if elapsed else 0.0)
+        rows.append(Row.of(f"{layout}/{streams}/tokens", "tokens/s", spread(tokens)))
+        rows.append(Row.of(f"{layout}/{streams}/step", "ms", spread(steps)))
+        if layout.startswith("pp"):
+            rows.append(Row.of(f"{layout}/{streams}/bubble", "share", spread(bubbles)))
+    return rows
+
+
+def counters(url: str) -> Counters:
+    """Sums over the server's replicas."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
+        text = response.read().decode()
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
+    return Counters(
+        totals["llmscale:step_seconds_total"],
+        totals["llmscale:pipeline_bubble_seconds_total"],
+        totals["llmscale:steps_total"],
+    )
+
+
+async def _settled(url: str) -> Counters:
+    """The counters once two reads in a row, further apart than two reports of a node, agree."""
+    last = counters(url)
+    while True:
+        await asyncio.sleep(1.0)
+        now = counters(url)
+        if now == last:
+            return now
+        last = now
