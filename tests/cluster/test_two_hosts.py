@@ -1,8 +1,8 @@
 """Goal: a stream does not notice on which host it runs, or that this host is gone.
 
 Method: network namespaces with addresses of their own; a node in each of two, a gateway in a third, keys between them;
-cables are pulled, one direction is lost, a node is frozen. Whatever a client meets is compared with an undisturbed run
-in float32.
+cables are pulled, one direction is lost, a node is frozen or killed. Whatever a client meets is compared with an
+undisturbed run in float32.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.chaos.client import Body, stream_all, undisturbed
@@ -125,7 +127,9 @@ def test_streams_go_on_at_the_other_host_when_a_cable_is_pulled_and_the_host_is_
     two_hosts.check_that_it_is_used_again(two_hosts.first)
 
 
-@pytest.mark.parametrize("direction", ["the host is not heard", "the host hears nothing"])
+@pytest.mark.parametrize(
+    "direction", ["the host hears nothing", pytest.param("the host is not heard", marks=pytest.mark.slow)]
+)
 def test_streams_survive_the_loss_of_one_direction(two_hosts: TwoHosts, direction: str) -> None:
     a, _, g = two_hosts.hosts
     mute, deaf = (a, g) if direction == "the host is not heard" else (g, a)
@@ -145,3 +149,18 @@ def test_what_a_frozen_node_says_when_it_wakes_up_is_dropped_and_counted(two_hos
             process.send_signal(signal.SIGCONT)
         wait_until(lambda: two_hosts.gateway.metric("front_stale_frames_total") > stale, 10, "late frames are counted")
     two_hosts.check_that_it_is_used_again(two_hosts.first)
+
+
+@pytest.mark.slow
+def test_streams_go_on_at_the_other_host_when_a_node_is_killed_and_a_new_one_is_used(
+    fleet: Fleet, two_hosts: TwoHosts, tmp_path: Path
+) -> None:
+    victim = two_hosts.first
+    below = psutil.Process(victim.process.pid).children(recursive=True)
+    with two_hosts.streaming():
+        victim.process.kill()
+        assert victim.process.wait(5) < 0
+        assert not psutil.wait_procs(below, timeout=5)[1], "the kernel ends a node's workers with it"
+    with fleet.node(tmp_path, "--no-spare-worker", on=two_hosts.hosts[0]) as again:
+        two_hosts = replace(two_hosts, first=again)
+        two_hosts.check_that_it_is_used_again(again)

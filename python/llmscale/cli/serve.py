@@ -29,7 +29,8 @@ _log = structlog.get_logger("llmscale.serve")
 
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 30.0
-STEADY_SECONDS = 60.0
+# A node that has lived this long is not in a loop of deaths, and is started again without a pause.
+STEADY_SECONDS = 10.0
 STOP_SECONDS = 35.0
 MAX_REPLICAS = 64
 
