@@ -1,9 +1,14 @@
-//! The bounded table of replicas and the pools that they form. Replicas that are down stay listed, so that they are seen
-//! and their speed is remembered, until a newcomer needs the place. Look-ups are O(log replicas).
+//! The bounded table of replicas, the pools that they form with the order of their loads, and what they hold of prompts.
+//! Replicas that are down stay listed, so that they are seen and their speed is remembered, until a newcomer needs the
+//! place. Looking at one is O(1), changing one O(log replicas).
 
+use crate::index::PrefixIndex;
 use crate::member::{Load, Member, ModelKey, Offer, PoolId, ReplicaState};
+use crate::ranking::Ranking;
 use llmscale_types::ReplicaId;
+use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
 
 /// More replicas than this front serves.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -15,44 +20,138 @@ pub struct FleetFull {
 /// All replicas of one front.
 #[derive(Debug)]
 pub struct Fleet {
-    members: BTreeMap<ReplicaId, Member>,
+    members: Vec<Member>,
+    /// Where each is, in the order of their numbers.
+    places: BTreeMap<ReplicaId, u32>,
+    /// The same, for look-ups only.
+    place_of: FxHashMap<ReplicaId, u32>,
     pools: Vec<ModelKey>,
+    /// By pool number.
+    rankings: Vec<Ranking>,
+    prefixes: Option<PrefixIndex>,
     max_replicas: u32,
 }
 
+/// A replica that is being changed. Its place among the others follows when this is dropped.
+#[derive(Debug)]
+pub struct MemberMut<'a> {
+    fleet: &'a mut Fleet,
+    place: u32,
+}
+
+impl Deref for MemberMut<'_> {
+    type Target = Member;
+
+    fn deref(&self) -> &Member {
+        &self.fleet.members[self.place as usize]
+    }
+}
+
+impl DerefMut for MemberMut<'_> {
+    fn deref_mut(&mut self) -> &mut Member {
+        &mut self.fleet.members[self.place as usize]
+    }
+}
+
+impl Drop for MemberMut<'_> {
+    fn drop(&mut self) {
+        self.fleet.rank(self.place);
+    }
+}
+
 impl Fleet {
-    /// An empty fleet of at most `max_replicas`.
+    /// An empty fleet of at most `max_replicas`, which nobody tells what replicas hold.
     pub fn new(max_replicas: u32) -> Self {
-        Self { members: BTreeMap::new(), pools: Vec::new(), max_replicas }
+        Self {
+            members: Vec::new(),
+            places: BTreeMap::new(),
+            place_of: FxHashMap::default(),
+            pools: Vec::new(),
+            rankings: Vec::new(),
+            prefixes: None,
+            max_replicas,
+        }
+    }
+
+    /// An empty fleet with an index of what replicas hold.
+    pub fn with_prefixes(max_replicas: u32, prefixes: PrefixIndex) -> Self {
+        Self { prefixes: Some(prefixes), ..Self::new(max_replicas) }
+    }
+
+    /// What replicas hold; `None` if nobody tells.
+    pub fn prefixes(&self) -> Option<&PrefixIndex> {
+        self.prefixes.as_ref()
+    }
+
+    /// What replicas hold, to change.
+    pub fn prefixes_mut(&mut self) -> Option<&mut PrefixIndex> {
+        self.prefixes.as_mut()
     }
 
     /// A replica is connected. An earlier incarnation must have left.
     pub fn join(&mut self, id: ReplicaId, offer: Offer) -> Result<PoolId, FleetFull> {
         let full = FleetFull { max_replicas: self.max_replicas };
-        if !self.members.contains_key(&id) && self.members.len() >= self.max_replicas as usize {
-            let gone = self.members.values().find(|member| member.state.is_none()).map(|member| member.id);
-            self.members.remove(&gone.ok_or(full)?);
-        }
+        let place = match self.place_of.get(&id) {
+            Some(&place) => place,
+            None if self.members.len() < self.max_replicas as usize => self.members.len() as u32,
+            None => self.oldest_gone().ok_or(full)?,
+        };
         let pool = self.pool_of(&offer.model).ok_or(full)?;
-        match self.members.get_mut(&id) {
-            Some(member) => {
+        match self.members.get_mut(place as usize) {
+            Some(member) if member.id == id => {
                 assert_eq!(member.state, None, "the last incarnation has left");
                 member.rejoin(pool, offer);
             }
-            None => drop(self.members.insert(id, Member::new(id, pool, offer))),
+            Some(gone) => {
+                self.places.remove(&gone.id);
+                self.place_of.remove(&gone.id);
+                *gone = Member::new(id, pool, offer);
+            }
+            None => self.members.push(Member::new(id, pool, offer)),
         }
+        self.places.insert(id, place);
+        self.place_of.insert(id, place);
+        if let Some(prefixes) = &mut self.prefixes {
+            prefixes.join(id);
+        }
+        self.rank(place);
         Ok(pool)
+    }
+
+    /// The place of the lowest replica that is down.
+    fn oldest_gone(&self) -> Option<u32> {
+        self.places.values().copied().find(|&place| self.members[place as usize].state.is_none())
     }
 
     /// A replica is gone. Its attempts must have been taken back.
     pub fn leave(&mut self, id: ReplicaId) {
-        if let Some(member) = self.members.get_mut(&id) {
+        if let Some(mut member) = self.get_mut(id) {
             assert_eq!(member.load, Load::default(), "attempts are taken back first");
             member.state = None;
             member.report = None;
             member.refused_until = None;
             member.pause();
         }
+        if let Some(prefixes) = &mut self.prefixes {
+            prefixes.leave(id);
+        }
+    }
+
+    /// Moves a replica to where its load belongs. It leaves its pool's ranking before it changes pools, as it is not ready
+    /// in between.
+    fn rank(&mut self, place: u32) {
+        let member = &self.members[place as usize];
+        let ranking = &mut self.rankings[member.pool.0 as usize];
+        if member.state == Some(ReplicaState::Ready) {
+            ranking.set(member.id, member.last_known_work_ns());
+        } else {
+            ranking.remove(member.id);
+        }
+    }
+
+    /// The ready replicas of a pool.
+    pub(crate) fn ranking(&self, pool: PoolId) -> &Ranking {
+        &self.rankings[pool.0 as usize]
     }
 
     /// The number of a pool, new if nobody ran this model before. `None` when there are too many: pools are few, and one
@@ -65,27 +164,29 @@ impl Fleet {
             return None;
         }
         self.pools.push(model.clone());
+        self.rankings.push(Ranking::default());
         Some(PoolId(self.pools.len() as u32 - 1))
     }
 
     /// One replica.
     pub fn get(&self, id: ReplicaId) -> Option<&Member> {
-        self.members.get(&id)
+        self.place_of.get(&id).map(|&place| &self.members[place as usize])
     }
 
     /// One replica, to change.
-    pub fn get_mut(&mut self, id: ReplicaId) -> Option<&mut Member> {
-        self.members.get_mut(&id)
+    pub fn get_mut(&mut self, id: ReplicaId) -> Option<MemberMut<'_>> {
+        let place = *self.place_of.get(&id)?;
+        Some(MemberMut { fleet: self, place })
     }
 
     /// All replicas in the order of their numbers.
     pub fn members(&self) -> impl Iterator<Item = &Member> {
-        self.members.values()
+        self.places.values().map(|&place| &self.members[place as usize])
     }
 
     /// The replicas of one pool in the order of their numbers.
     pub fn pool_members(&self, pool: PoolId) -> impl Iterator<Item = &Member> {
-        self.members.values().filter(move |member| member.pool == pool)
+        self.members().filter(move |member| member.pool == pool)
     }
 
     /// What a pool runs.

@@ -257,6 +257,21 @@ impl Member {
         self.backlog_ns(now).saturating_add(self.decode_ns(self.load.output_tokens, self.load.sequences))
     }
 
+    /// `remaining_ns` at the moment of the last report: a measure that changes only when something is said about the replica.
+    pub(crate) fn last_known_work_ns(&self) -> u64 {
+        self.remaining_ns(self.report.map_or(Time(0), |(at, _)| at))
+    }
+
+    /// Predicted time that one more sequence of `output_tokens` costs in decoding: its own, and what it adds to each of those
+    /// that run beside it.
+    pub fn marginal_decode_ns(&self, output_tokens: u64) -> u64 {
+        let reported = self.report.map_or(0, |(_, report)| report.running);
+        let running = self.load.sequences.max(reported).min(self.limits.max_sequences.saturating_sub(1));
+        let (before, after) = (self.cost.predict_decode_step(running), self.cost.predict_decode_step(running + 1));
+        let per_token = after.saturating_add(u64::from(running).saturating_mul(after - before));
+        per_token.saturating_mul(output_tokens)
+    }
+
     /// Attempts that this front may have there: those that can run, and those whose turn comes within `look_ahead`.
     pub fn seats(&self, look_ahead: Duration) -> u32 {
         let Load { sequences, output_tokens, .. } = self.load;

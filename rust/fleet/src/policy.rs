@@ -1,22 +1,33 @@
 //! The door for ways to choose a replica. A policy sees the whole table and the size of one request, and keeps no state:
-//! the same table gives the same choice. O(replicas) per choice.
+//! the same table gives the same choice. What a choice costs is each policy's to say.
 
 mod least_work;
+mod predicted;
 
 pub use least_work::LeastWork;
+pub use predicted::PredictedSeconds;
 
 use crate::fleet::Fleet;
+use crate::index::PrefixKey;
 use crate::member::{Member, PoolId};
-use llmscale_types::{Duration, ReplicaId, Time};
+use llmscale_types::{Duration, ReplicaId, RequestId, Time};
 use std::sync::Arc;
 
 /// What a request needs.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Need {
+    /// The request, for choices at random.
+    pub request: RequestId,
     /// Whose replicas may run it.
     pub pool: PoolId,
     /// The longest that the sequence can become.
     pub total_tokens: u64,
+    /// Tokens to compute before the next one, as far as they are in no cache.
+    pub context_tokens: u64,
+    /// Output that is expected.
+    pub output_tokens: u64,
+    /// Keys of the context in order, as the fleet's index has them; empty if they are not known.
+    pub prefix: Arc<[PrefixKey]>,
     /// How its tokens so far were computed; `None` before the first.
     pub numerics: Option<Arc<str>>,
     /// A replica gets only what it can start within this much predicted work.

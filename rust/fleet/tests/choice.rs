@@ -1,58 +1,12 @@
 //! Who gets the next request.
 
+mod common;
+
+use common::{fleet, need, offer, set};
 use llmscale_cost::StepShape;
-use llmscale_fleet::{
-    Fleet, FleetFull, LeastWork, Load, Member, ModelKey, Need, Offer, Policy, PoolId, ReplicaLimits, ReplicaState,
-    Report,
-};
+use llmscale_fleet::{Fleet, FleetFull, LeastWork, Load, Need, Offer, Policy, ReplicaState, Report};
 use llmscale_types::{Duration, Epoch, NodeId, ReplicaId, StepId, Time};
 use proptest::prelude::*;
-
-fn model(name: &str) -> ModelKey {
-    ModelKey {
-        name: name.into(),
-        revision: "main".into(),
-        adapter: None,
-        weights_digest: [1; 32],
-        tokenizer_digest: [2; 32],
-    }
-}
-
-fn offer(name: &str) -> Offer {
-    Offer {
-        node: NodeId(1),
-        epoch: Epoch(1),
-        model: model(name),
-        numerics: "test".into(),
-        limits: ReplicaLimits {
-            vocabulary: 100,
-            max_sequence_tokens: 1_000,
-            max_sequences: 8,
-            max_waiting_sequences: 4,
-            total_blocks: 1_000,
-            block_tokens: 32,
-            eos_tokens: vec![0],
-        },
-        state: ReplicaState::Ready,
-    }
-}
-
-fn need(pool: PoolId) -> Need {
-    Need { pool, total_tokens: 100, numerics: None, look_ahead: Duration::from_millis(250), now: Time(1_000) }
-}
-
-fn fleet(replicas: u32) -> (Fleet, PoolId) {
-    let mut fleet = Fleet::new(64);
-    let mut pool = PoolId(0);
-    for id in 0..replicas {
-        pool = fleet.join(ReplicaId(id), offer("a")).expect("there is room");
-    }
-    (fleet, pool)
-}
-
-fn set(fleet: &mut Fleet, id: u32, change: impl FnOnce(&mut Member)) {
-    change(fleet.get_mut(ReplicaId(id)).expect("it joined"));
-}
 
 fn choose(fleet: &Fleet, need: &Need) -> Option<u32> {
     LeastWork.choose(fleet, need).map(|id| id.0)
@@ -248,7 +202,7 @@ proptest! {
             });
         }
         let look_ahead = Duration(u64::MAX / 3);
-        let need = Need { pool, total_tokens, numerics: None, look_ahead, now: Time(now) };
+        let need = Need { total_tokens, look_ahead, now: Time(now), ..need(pool) };
         let chosen = LeastWork.choose(&fleet, &need);
         let fitting = fleet.members().filter(|member| need.fits(member));
         let best = fitting.map(|member| (member.remaining_ns(need.now), member.id)).min();

@@ -9,6 +9,7 @@ use crate::request::{Place, Reader, Sent};
 use crate::timers::Due;
 use llmscale_fleet::{Need, PoolId};
 use llmscale_types::{Duration, FinishReason, ReplicaId, RequestId, Time};
+use std::sync::Arc;
 
 /// How often the predicted time to start may pass before silence counts as loss.
 const PATIENCE: u64 = 8;
@@ -43,8 +44,18 @@ impl Front {
     pub(crate) fn need(&self, now: Time, id: RequestId) -> Need {
         let request = &self.requests[&id];
         let look_ahead = self.options.limits.look_ahead;
-        let numerics = request.numerics.clone();
-        Need { pool: request.pool, total_tokens: request.max_total_tokens(), numerics, look_ahead, now }
+        Need {
+            request: id,
+            pool: request.pool,
+            total_tokens: request.max_total_tokens(),
+            context_tokens: u64::from(request.context_tokens()),
+            output_tokens: u64::from(request.expected_tokens),
+            // Keys are made under the replicas' secret, which a front does not have.
+            prefix: Arc::default(),
+            numerics: request.numerics.clone(),
+            look_ahead,
+            now,
+        }
     }
 
     /// Puts a request in its place of the queue, by its age.
@@ -70,7 +81,7 @@ impl Front {
     fn send(&mut self, now: Time, id: RequestId, replica: ReplicaId, out: &mut Vec<FrontAction>) {
         self.dequeue(id);
         let request = self.requests.get_mut(&id).expect("it was in the queue");
-        let member = self.fleet.get_mut(replica).expect("it was chosen from the fleet");
+        let mut member = self.fleet.get_mut(replica).expect("it was chosen from the fleet");
         request.attempt = request.attempt.next();
         let context_tokens = request.context_tokens();
         member.load.sequences += 1;
@@ -78,6 +89,7 @@ impl Front {
         member.load.unstarted_tokens += u64::from(context_tokens);
         member.load.output_tokens += u64::from(request.expected_tokens);
         let predicted = Duration::from_nanos(member.backlog_ns(now).saturating_mul(PATIENCE));
+        drop(member);
         let patience = self.options.max_silence + predicted;
         let sent = Sent { replica, context_tokens, started: false, recalled: false, heard: now, patience };
         request.place = Place::Sent(sent);
@@ -95,7 +107,8 @@ impl Front {
         let Place::Sent(sent) = std::mem::replace(&mut request.place, Place::Queued) else {
             panic!("request {id} is not on a replica");
         };
-        let member = self.fleet.get_mut(sent.replica).expect("attempts are released before their replica is forgotten");
+        let mut member =
+            self.fleet.get_mut(sent.replica).expect("attempts are released before their replica is forgotten");
         member.load.sequences -= 1;
         member.load.output_tokens -= u64::from(request.expected_tokens);
         if !sent.started {
@@ -105,6 +118,7 @@ impl Front {
         if member.load.sequences == member.load.unstarted_sequences {
             member.pause();
         }
+        drop(member);
         let known = self.sent.get_mut(&sent.replica).is_some_and(|there| there.remove(&id));
         assert!(known, "request {id} is not on replica {}", sent.replica);
         sent

@@ -37,7 +37,7 @@ impl Front {
         frame: ReplicaFrame,
         out: &mut Vec<FrontAction>,
     ) {
-        let Some(rose) = self.fleet.get_mut(replica).and_then(|member| member.fence(node, epoch)) else {
+        let Some(rose) = self.fleet.get_mut(replica).and_then(|mut member| member.fence(node, epoch)) else {
             self.counters.stale_frames += 1;
             return;
         };
@@ -89,7 +89,7 @@ impl Front {
 
     /// Takes the tokens that are next into their records, and batches those that have a reader.
     fn take_rows(&mut self, now: Time, replica: ReplicaId, outputs: Outputs, findings: &mut Findings) -> Deliveries {
-        let member = self.fleet.get_mut(replica).expect("the fence has passed");
+        let mut member = self.fleet.get_mut(replica).expect("the fence has passed");
         let mut deliveries = Deliveries::with_capacity(outputs.tokens.len());
         let mut all_logprobs = outputs.logprobs.into_iter().peekable();
         let keys = outputs.requests.into_iter().zip(outputs.attempts);
@@ -214,24 +214,31 @@ impl Front {
             self.counters.stale_rows += 1;
             return;
         }
-        let member = self.fleet.get_mut(replica).expect("the fence has passed");
+        let mut member = self.fleet.get_mut(replica).expect("the fence has passed");
         match refusal {
-            None => {}
-            Some(Refusal::Draining) => member.state = Some(ReplicaState::Draining),
+            None => drop(member),
+            Some(Refusal::Draining) => {
+                member.state = Some(ReplicaState::Draining);
+                drop(member);
+            }
             Some(Refusal::QueueFull { retry_after, .. }) => {
                 let until = now + retry_after.max(LEAST_REFUSED);
-                if let Some(last) = member.refused_until.replace(until) {
+                let last = member.refused_until.replace(until);
+                drop(member);
+                if let Some(last) = last {
                     self.timers.clear(last, Due::Replica(replica));
                 }
                 self.timers.set(until, Due::Replica(replica));
             }
             Some(Refusal::Duplicate) => {
+                drop(member);
                 self.lose(id, Loss::Fault, out);
                 return;
             }
             Some(
                 Refusal::TooLong { .. } | Refusal::EmptyPrompt | Refusal::UnknownToken { .. } | Refusal::BadSampling,
             ) => {
+                drop(member);
                 self.release(id);
                 self.conclude(id, EndReason::Refused(refusal.expect("it was just matched")), out);
                 return;

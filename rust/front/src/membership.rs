@@ -32,7 +32,7 @@ impl Front {
     }
 
     pub(crate) fn replica_down(&mut self, now: Time, replica: ReplicaId, out: &mut Vec<FrontAction>) {
-        let Some(member) = self.fleet.get_mut(replica).filter(|member| member.state.is_some()) else {
+        let Some(member) = self.fleet.get(replica).filter(|member| member.state.is_some()) else {
             return;
         };
         let pool = member.pool;
@@ -53,7 +53,7 @@ impl Front {
 
     /// A replica that was full may be tried again.
     pub(crate) fn refusal_over(&mut self, replica: ReplicaId) {
-        if let Some(member) = self.fleet.get_mut(replica) {
+        if let Some(mut member) = self.fleet.get_mut(replica) {
             member.refused_until = None;
         }
     }
@@ -97,9 +97,10 @@ impl Front {
     }
 
     pub(crate) fn reported(&mut self, now: Time, replica: ReplicaId, report: Report, out: &mut Vec<FrontAction>) {
-        let member = self.fleet.get_mut(replica).expect("the fence has passed");
+        let mut member = self.fleet.get_mut(replica).expect("the fence has passed");
         member.report = Some((now, report));
         member.state = Some(report.state);
+        drop(member);
         self.relieve(now, out);
     }
 
