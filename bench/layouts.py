@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
 import time
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,13 +24,18 @@ from bench.serving import model_of
 from bench.shapes import SHAPES, model_folder
 from bench.statistics import spread
 from bench.workload import Arrival
+from llmscale.errors import ConfigError
+from llmscale.models.locate import locate_model
+from llmscale.models.registry import describe_model
+from llmscale.models.shard import RankPlace, shard_model
 
-LAYOUTS: tuple[tuple[str, Sequence[str]], ...] = (
-    ("one-thread", ("--threads", "1")),
-    ("two-threads", ("--threads", "2")),
-    ("tp2", ("--threads", "1", "-tp", "2")),
-    ("pp2", ("--threads", "1", "-pp", "2")),
+LAYOUTS: tuple[tuple[str, int, int, int], ...] = (
+    ("one-thread", 1, 1, 1),
+    ("two-threads", 2, 1, 1),
+    ("tp2", 1, 2, 1),
+    ("pp2", 1, 1, 2),
 )
+"""Name, threads of a worker, tensor-parallel ranks, stages."""
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS = 8
 OUTPUT_TOKENS = 64
@@ -50,8 +55,14 @@ def main(arguments: argparse.Namespace) -> Report:
     model = arguments.model or "tiny-chat"
     model = str(model_folder(model)) if model in SHAPES else model
     rows: list[Row] = []
-    for layout, options in LAYOUTS:
-        with serving(model, *options) as (port, _, _):
+    spec = describe_model(locate_model(model)).spec
+    for layout, threads, ranks, stages in LAYOUTS:
+        try:
+            shard_model(spec, RankPlace(0, ranks, 0, stages))
+        except ConfigError as error:
+            print(f"{layout}: {error}", file=sys.stderr)
+            continue
+        with serving(model, "-tp", str(ranks), "-pp", str(stages), threads=threads) as (port, _, _):
             rows += asyncio.run(_measure(layout, port, arguments))
     return Report("layouts", arguments.seed, rows)
 

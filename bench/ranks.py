@@ -1,4 +1,4 @@
-"""What do ranks of one host cost? Sums and hops between processes, and what a decoding step pays for meeting."""
+"""What do ranks of one host cost? Sums, a stream to the next stage and ids back, what a step pays for meeting."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench.result import Report, Row
 from bench.shapes import SHAPES, model_folder
 from bench.statistics import spread
+from llmscale.parallel.assignment import Meeting
+
+if TYPE_CHECKING:
+    # Torch is imported by the ranks alone, after its threads were told how to wait.
+    from llmscale.parallel.pipeline import StageLink
 
 RANKS = 2
 CONTEXT_TOKENS = 256
@@ -30,6 +36,7 @@ class Task:
 
     folder: Path
     memory: str
+    stages: tuple[Meeting, ...]
     rendezvous: str
     batches: tuple[int, ...]
     steps: int
@@ -51,7 +58,8 @@ def main(arguments: argparse.Namespace) -> Report:
     for width in WIDTHS:
         gloo = spread(found[f"gloo/{width}"]).median
         rows.append(Row.of(f"sum/{width}", "us", spread(found[f"sum/{width}"]), peers={"gloo": gloo}))
-    rows.extend(Row.of(f"hop/{width}", "us", spread(found[f"hop/{width}"])) for width in WIDTHS)
+        gloo = spread(found[f"stages-gloo/{width}"]).median
+        rows.append(Row.of(f"stages/{width}", "us", spread(found[f"stages/{width}"]), peers={"gloo": gloo}))
     for batch in batches:
         whole = spread(found[f"whole/{batch}"]).median
         rows.append(Row.of(f"step/{batch}", "ms", spread(found[f"step/{batch}"]), peers={"one worker": whole}))
@@ -60,12 +68,14 @@ def main(arguments: argparse.Namespace) -> Report:
 
 
 def _run(folder: Path, scratch: Path, batches: tuple[int, ...], steps: int, repeats: int) -> dict[str, list[float]]:
-    from llmscale._core import RankMemory
-    from llmscale.parallel.assignment import ROOM_BYTES
+    from llmscale.models.shard import RankPlace
+    from llmscale.node.rank_meeting import RankMeeting
 
-    descriptor = os.memfd_create("llmscale-bench-ranks")
-    os.ftruncate(descriptor, RankMemory.bytes_for(RANKS, ROOM_BYTES))
-    task = Task(folder, f"/proc/{os.getpid()}/fd/{descriptor}", str(scratch / "store"), batches, steps, max(5, repeats))
+    sums, stages = RankMeeting(RANKS, 1), RankMeeting(1, RANKS)
+    meetings = tuple(stages.of(RankPlace(0, 1, stage, RANKS)) for stage in range(RANKS))
+    memory = sums.of(RankPlace(0, RANKS)).memory
+    assert memory is not None, "ranks that share layers share memory"
+    task = Task(folder, memory, meetings, str(scratch / "store"), batches, steps, max(5, repeats))
     context = SpawnContext()
     receiver, sender = context.Pipe(duplex=False)
     ranks = [context.Process(target=_rank, args=(rank, task, sender)) for rank in range(RANKS)]
@@ -80,7 +90,8 @@ def _run(folder: Path, scratch: Path, batches: tuple[int, ...], steps: int, repe
     finally:
         for process in ranks:
             process.kill()
-        os.close(descriptor)
+        sums.close()
+        stages.close()
     return found
 
 
@@ -96,24 +107,33 @@ def _rank(rank: int, task: Task, sender: Connection) -> None:
     import torch.distributed
 
     from llmscale.models.shard import RankPlace
-    from llmscale.parallel.assignment import Meeting
     from llmscale.parallel.groups import join_stages, join_tensor_group
 
     torch.set_num_threads(1)
     place = RankPlace(rank, RANKS)
     group = join_tensor_group(place, Meeting(task.memory), "bfloat16")
-    stages = join_stages(RankPlace(0, 1, rank, RANKS), Meeting(None, task.rendezvous))
-    assert stages is not None, "there are two stages"
+    stage = RankPlace(0, 1, rank, RANKS)
+    gloo = join_stages(stage, Meeting(rendezvous=task.rendezvous))
+    channels = join_stages(stage, task.stages[rank])
+    assert gloo is not None, "there are two stages"
+    assert channels is not None, "there are two stages"
     found: dict[str, list[float]] = {}
+    ids = torch.zeros(8, dtype=torch.int32)
     for width in WIDTHS:
         stream = torch.ones(width, dtype=torch.bfloat16)
 
-        def hop(stream: torch.Tensor = stream) -> None:
-            (stages.send_stream if rank == 0 else stages.receive_stream)(stream)
+        def there_and_back(link: StageLink, stream: torch.Tensor = stream) -> None:
+            if rank == 0:
+                link.send_stream(stream)
+                link.receive_tokens(ids)
+            else:
+                link.receive_stream(stream)
+                link.send_tokens(ids)
 
         found[f"sum/{width}"] = _microseconds(lambda stream=stream: group.sum(stream), task)
         found[f"gloo/{width}"] = _microseconds(lambda stream=stream: torch.distributed.all_reduce(stream), task)
-        found[f"hop/{width}"] = _microseconds(hop, task)
+        for name, link in (("stages", channels), ("stages-gloo", gloo)):
+            found[f"{name}/{width}"] = _microseconds(lambda link=link: there_and_back(link), task)
     found |= _steps(task, place)
     torch.distributed.barrier()
     if rank == 0 and len(cpus) >= RANKS:

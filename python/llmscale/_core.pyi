@@ -1,7 +1,7 @@
 """The compiled core: the doors between Python and Rust. A test compares this file with the module."""
 
 from collections.abc import Sequence
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 _Memory = tuple[int, int]
 _Logprobs = list[tuple[float, list[tuple[int, float]]]]
@@ -258,6 +258,15 @@ class RankMemory:
     def sum(self, values: _Memory) -> None: ...
     def gather_columns(self, own: _Memory, widths: Sequence[int], out: _Memory) -> None: ...
     def meet(self) -> None: ...
+
+@final
+class RankChannel:
+    """One end of a one-way channel between two ranks of one host. Memory is (address, bytes)."""
+
+    BYTES: ClassVar[int]
+    def __new__(cls, path: str, peer: int, *, max_wait_us: int = 60_000_000) -> RankChannel: ...
+    def send(self, message: _Memory) -> None: ...
+    def receive(self, message: _Memory) -> None: ...
 
 @final
 class LocalReplica:

@@ -72,7 +72,7 @@ async def _serve_in(settings: NodeSettings, folder: str) -> None:
     if threads is None and plan.ranks > 1:
         threads = max(1, len(os.sched_getaffinity(0)) // plan.ranks)
     processes = WorkerProcesses(threads, keep_spares=plan.ranks if settings.spare_worker else 0)
-    supervisor = WorkerSupervisor(engine, plan, processes, Path(folder))
+    supervisor = WorkerSupervisor(engine, plan, processes)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -12,7 +12,6 @@ import collections
 import signal
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import structlog
 
@@ -75,10 +74,9 @@ class _Deaths:
 class WorkerSupervisor:
     """Decides when a node's worker processes start and end."""
 
-    def __init__(self, engine: Engine, plan: ReplicaPlan, processes: WorkerProcesses, folder: Path) -> None:
+    def __init__(self, engine: Engine, plan: ReplicaPlan, processes: WorkerProcesses) -> None:
         self._engine = engine
         self._plan = plan
-        self._folder = folder
         self._processes = processes
         self._preparing: asyncio.Task[None] | None = None
         self._deaths = _Deaths()
@@ -113,9 +111,7 @@ class WorkerSupervisor:
         places = [RankPlace.of_rank(rank, plan.tensor_size, plan.stages) for rank in range(plan.ranks)]
         leader = next(place.rank for place in places if place.is_leader)
         epoch, links = self._engine.prepare_worker(str(plan.folder), plan.dtype, ranks=plan.ranks, leader=leader)
-        life = _Life(
-            epoch, [], RankMeeting(epoch, plan.tensor_size, plan.stages, self._folder), self._engine.report().steps
-        )
+        life = _Life(epoch, [], RankMeeting(plan.tensor_size, plan.stages), self._engine.report().steps)
         for place, link in zip(places, links, strict=True):
             process = await self._processes.start(Assignment(link, epoch, place, life.meeting.of(place)))
             life.processes.append(process)

@@ -25,8 +25,14 @@ class Meeting:
 
     memory: str | None = None
     """File of `RankMemory.bytes_for(tensor_size, ROOM_BYTES)` zeros, one per stage; None for one rank per stage."""
+    before: str | None = None
+    """File of `RankChannel.BYTES` zeros that brings the residual stream from the stage before; None for the first."""
+    behind: str | None = None
+    """The same, to the stage behind; None for the last."""
+    samples: str | None = None
+    """The same, with sampled ids from the last stage to the first; None for those between."""
     rendezvous: str | None = None
-    """File that torch.distributed makes; None where there is one stage."""
+    """Instead of channels, where stages are on several hosts: a file that torch.distributed makes."""
     max_wait_seconds: float = 60.0
 
 

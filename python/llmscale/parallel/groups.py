@@ -1,8 +1,8 @@
 """How the ranks of one replica find each other, and the groups that come of it.
 
-A stage's ranks on one host meet in shared memory; stages meet in torch.distributed, whose store is a file in a folder
-that only this user may enter. Every wait has a deadline: a rank that does not come ends the group, never hangs it. It
-does not know models beyond the number format, or who starts processes.
+Ranks of one host meet in shared memory; stages on several hosts meet in torch.distributed, whose store is a file in a
+folder that only this user may enter. Every wait has a deadline: a rank that does not come ends the group, never hangs
+it. It does not know models beyond the number format, or who starts processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llmscale._core import RankMemory
 from llmscale.errors import WorkerError
 from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import ROOM_BYTES, Meeting
-from llmscale.parallel.pipeline import StageLink, TorchStageLink
+from llmscale.parallel.pipeline import ChannelStageLink, StageLink, TorchStageLink
 from llmscale.parallel.tensor import Alone, SharedMemoryGroup, TensorGroup
 
 
@@ -39,7 +39,7 @@ def join_stages(place: RankPlace, meeting: Meeting) -> StageLink | None:
     if place.stages == 1:
         return None
     if meeting.rendezvous is None:
-        raise WorkerError(f"rank {place.rank} is one stage of {place.stages} and was not told where the others are")
+        return ChannelStageLink(place, meeting)
     try:
         torch.distributed.init_process_group(
             "gloo",

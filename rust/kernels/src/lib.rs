@@ -7,6 +7,7 @@
 //! - [`kv_region`]: geometry of the paged KV region, validated slots
 //! - [`paged_attention`]: causal attention over paged KV for mixed batches
 //! - [`rope_cache`]: query/key norms, rotary embedding and KV write in one pass
+//! - [`rank_channel`]: messages from one rank of a host to another
 //! - [`rank_memory`]: sums and gathers among the ranks of one host
 //! - [`norm`], [`activation`], [`embedding`]: the row-wise parts of a layer
 //! - [`sampler`]: tokens from logits, independent of batch and machine
@@ -28,6 +29,8 @@ pub mod kv_region;
 pub mod norm;
 pub mod paged_attention;
 pub mod pool;
+pub mod rank_channel;
+mod rank_mapping;
 pub mod rank_memory;
 pub mod reference;
 pub mod rope_cache;

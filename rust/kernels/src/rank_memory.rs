@@ -3,76 +3,22 @@
 //! order of ranks, so that every rank computes the same bits. Two halves take turns: a rank that writes the next one has
 //! seen everybody arrive at this one, so it overwrites only what all have read. One copy and `ranks` reads per element.
 //! A rank that does not come within the time limit is named. Knows nothing of models, steps or why a rank is late.
-#![expect(unsafe_code, reason = "memory that other processes write, and futexes")]
+#![expect(unsafe_code, reason = "memory that other processes write")]
 
 use crate::element::Element;
-use std::fs::OpenOptions;
-use std::os::fd::AsRawFd;
+use crate::rank_mapping::{LINE_BYTES, Mapping, wait_until, wake_all};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+pub use crate::rank_mapping::RankError;
 
 /// Most ranks of one host.
 pub const MAX_RANKS: usize = 64;
-/// A rank's words have lines of their own: one that all write would travel between cores with every poll.
-const LINE_BYTES: usize = 128;
-/// Polls before a rank sleeps: about 30 us, longer than ranks in step with each other ever wait for a part.
-const SPINS: u32 = 1_000;
-/// Longest sleep before the clock is looked at.
-const NAP: Duration = Duration::from_millis(50);
-
-/// Why an exchange was not finished. The memory is of no use afterwards.
-#[derive(Debug)]
-pub enum RankError {
-    /// The memory cannot be had.
-    Memory(std::io::Error),
-    /// It has another size than this group needs.
-    Size {
-        /// Bytes that it has.
-        given: u64,
-        /// Bytes that it should have.
-        needed: usize,
-    },
-    /// Numbers that make no sense.
-    Shape {
-        /// Which.
-        what: &'static str,
-        /// The value.
-        given: usize,
-        /// The limit.
-        limit: usize,
-    },
-    /// A rank did not come.
-    Absent {
-        /// Which.
-        rank: usize,
-        /// How long it was waited for.
-        waited: Duration,
-    },
-}
-
-impl std::fmt::Display for RankError {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Memory(error) => write!(out, "the memory that ranks share cannot be mapped: {error}"),
-            Self::Size { given, needed } => {
-                write!(out, "the memory that ranks share has {given} bytes, this group needs {needed}")
-            }
-            Self::Shape { what, given, limit } => write!(out, "{what} is {given}, the limit is {limit}"),
-            Self::Absent { rank, waited } => {
-                write!(out, "rank {rank} did not come to the exchange within {:.1} s", waited.as_secs_f64())
-            }
-        }
-    }
-}
-
-impl std::error::Error for RankError {}
-
 /// One rank's end of the shared memory.
 #[derive(Debug)]
 pub struct RankMemory {
-    start: *mut u8,
-    bytes: usize,
+    memory: Mapping,
     rank: usize,
     ranks: usize,
     room_bytes: usize,
@@ -80,9 +26,6 @@ pub struct RankMemory {
     exchange: u32,
     max_wait: Duration,
 }
-
-// SAFETY: the mapping belongs to this value and is unmapped by it alone; methods that write take `&mut self`.
-unsafe impl Send for RankMemory {}
 
 impl RankMemory {
     /// Size of the memory for `ranks` ranks with room for parts of `room_bytes`.
@@ -114,27 +57,8 @@ impl RankMemory {
                 limit: 1 << 30,
             });
         }
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(RankError::Memory)?;
-        let needed = Self::bytes_for(ranks, room_bytes);
-        let given = file.metadata().map_err(RankError::Memory)?.len();
-        if given != needed as u64 {
-            return Err(RankError::Size { given, needed });
-        }
-        // SAFETY: a new mapping of a file that is long enough; the address is chosen by the kernel.
-        let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                needed,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(RankError::Memory(std::io::Error::last_os_error()));
-        }
-        Ok(Self { start: start.cast(), bytes: needed, rank, ranks, room_bytes, exchange: 0, max_wait })
+        let memory = Mapping::open(path, Self::bytes_for(ranks, room_bytes))?;
+        Ok(Self { memory, rank, ranks, room_bytes, exchange: 0, max_wait })
     }
 
     /// Replaces `values` by the sum over all ranks, added in the order of ranks in f32 and rounded once.
@@ -219,30 +143,9 @@ impl RankMemory {
     }
 
     fn wait_for(&self, rank: usize, number: u32) -> Result<(), RankError> {
-        let word = self.word(rank);
         let arrived = |seen: u32| seen.wrapping_sub(number).cast_signed() > 0;
-        for _ in 0..SPINS {
-            if arrived(word.load(Ordering::Acquire)) {
-                return Ok(());
-            }
-            std::hint::spin_loop();
-        }
-        let began = Instant::now();
-        let sleeping = self.sleeps(self.rank);
-        sleeping.store(1, Ordering::SeqCst);
-        let outcome = loop {
-            // Looked at after the flag was set: whoever stores later sees the flag, and the futex compares again.
-            let seen = word.load(Ordering::SeqCst);
-            if arrived(seen) {
-                break Ok(());
-            }
-            if began.elapsed() >= self.max_wait {
-                break Err(RankError::Absent { rank, waited: began.elapsed() });
-            }
-            sleep_while(word, seen);
-        };
-        sleeping.store(0, Ordering::SeqCst);
-        outcome
+        wait_until(self.word(rank), self.sleeps(self.rank), arrived, self.max_wait)
+            .map_err(|waited| RankError::Absent { rank, waited })
     }
 
     fn write_part<T: Element>(&mut self, values: &[T]) {
@@ -273,50 +176,18 @@ impl RankMemory {
 
     fn room_of(&self, rank: usize, half: usize) -> *mut u8 {
         let offset = self.ranks * LINE_BYTES * 2 + (half * self.ranks + rank) * self.room_bytes;
-        assert!(offset + self.room_bytes <= self.bytes, "a room lies inside the mapping");
-        // SAFETY: inside the mapping, by the line above.
-        unsafe { self.start.add(offset) }
+        self.memory.room(offset, self.room_bytes)
     }
 
     /// How many exchanges a rank has come to.
     fn word(&self, rank: usize) -> &AtomicU32 {
-        self.line(2 * rank)
+        self.memory.line(2 * rank)
     }
 
     /// Whether a rank sleeps, or is about to.
     fn sleeps(&self, rank: usize) -> &AtomicU32 {
-        self.line(2 * rank + 1)
+        self.memory.line(2 * rank + 1)
     }
-
-    fn line(&self, index: usize) -> &AtomicU32 {
-        assert!(index < 2 * self.ranks, "a line lies inside the head");
-        // SAFETY: inside the mapping, by the line above.
-        let line = unsafe { self.start.add(index * LINE_BYTES) };
-        #[expect(clippy::cast_ptr_alignment, reason = "mappings are aligned to pages and lines to 128 bytes")]
-        let word = line.cast::<AtomicU32>();
-        // SAFETY: valid and aligned, and only ever used as an atomic.
-        unsafe { &*word }
-    }
-}
-
-impl Drop for RankMemory {
-    fn drop(&mut self) {
-        // SAFETY: the mapping of `open`, which nothing refers to any more.
-        let outcome = unsafe { libc::munmap(self.start.cast(), self.bytes) };
-        assert!(outcome == 0 || std::thread::panicking(), "the mapping was ours");
-    }
-}
-
-/// Until the word changes, somebody wakes it, or a nap is over.
-fn sleep_while(word: &AtomicU32, seen: u32) {
-    let nap = libc::timespec { tv_sec: 0, tv_nsec: libc::c_long::from(NAP.subsec_nanos()) };
-    // SAFETY: the word outlives the call; every outcome, errors too, means that the caller looks again.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, seen, &raw const nap) };
-}
-
-fn wake_all(word: &AtomicU32) {
-    // SAFETY: the word outlives the call, which touches nothing else.
-    unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAKE, i32::MAX) };
 }
 
 #[cfg(test)]

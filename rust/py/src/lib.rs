@@ -41,7 +41,7 @@ mod _core {
     #[pymodule_export]
     use crate::process::end_with_parent;
     #[pymodule_export]
-    use crate::ranks::PyRankMemory;
+    use crate::ranks::{PyRankChannel, PyRankMemory};
     #[pymodule_export]
     use crate::request::Delivery;
     #[pymodule_export]

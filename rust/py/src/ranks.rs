@@ -6,6 +6,7 @@ use crate::detach::detached;
 use crate::error;
 use crate::kernels::{Dtype, Memory, view, view_mut};
 use llmscale_kernels::element::{Bf16, Element};
+use llmscale_kernels::rank_channel::RankChannel;
 use llmscale_kernels::rank_memory::{RankError, RankMemory};
 use pyo3::prelude::*;
 use std::path::Path;
@@ -78,5 +79,44 @@ impl PyRankMemory {
         // SAFETY: the caller holds both tensors, which do not overlap, and nobody writes them during the call.
         let (own, out) = unsafe { (view::<T>(own), view_mut::<T>(out)) };
         self.lock().gather_columns(own, widths, out)
+    }
+}
+
+/// One end of a one-way channel between two ranks of one host, for the sender or for the receiver.
+#[pyclass(frozen, name = "RankChannel", module = "llmscale._core")]
+pub(crate) struct PyRankChannel {
+    inner: Mutex<RankChannel>,
+}
+
+#[pymethods]
+impl PyRankChannel {
+    /// Maps `path`, a file of `BYTES` zeros that both ranks open; `peer` is the rank at the other end.
+    #[new]
+    #[pyo3(signature = (path, peer, *, max_wait_us = 60_000_000))]
+    fn new(path: &str, peer: usize, max_wait_us: u64) -> PyResult<Self> {
+        let channel = RankChannel::open(Path::new(path), peer, Duration::from_micros(max_wait_us));
+        Ok(Self { inner: Mutex::new(channel.map_err(|error| rank_error(&error))?) })
+    }
+
+    /// Size of the file.
+    #[classattr]
+    const BYTES: usize = RankChannel::BYTES;
+
+    /// Sends a message, (address, bytes), which may be overwritten afterwards. Waits only while the channel is full.
+    fn send(&self, py: Python<'_>, message: Memory) -> PyResult<()> {
+        // SAFETY: the caller holds the tensor and nobody writes it during the call.
+        detached(py, || self.lock().send(unsafe { view::<u8>(message) })).map_err(|error| rank_error(&error))
+    }
+
+    /// Waits for a message of exactly this length, (address, bytes).
+    fn receive(&self, py: Python<'_>, message: Memory) -> PyResult<()> {
+        // SAFETY: the caller holds the tensor and nobody else touches it during the call.
+        detached(py, || self.lock().receive(unsafe { view_mut::<u8>(message) })).map_err(|error| rank_error(&error))
+    }
+}
+
+impl PyRankChannel {
+    fn lock(&self) -> MutexGuard<'_, RankChannel> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

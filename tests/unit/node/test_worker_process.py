@@ -110,7 +110,7 @@ def test_a_rank_that_does_not_exist_is_no_assignment() -> None:
 
 
 def test_an_assignment_is_one_line_and_its_absence_means_not_needed() -> None:
-    place, meeting = RankPlace(1, 2, 0, 2), Meeting("/proc/1/fd/9", "/somewhere/ranks", 5.0)
+    place, meeting = RankPlace(1, 2, 0, 2), Meeting("/proc/1/fd/9", rendezvous="/somewhere/ranks", max_wait_seconds=5.0)
     assignment = Assignment("ipc://x", 3, place, meeting)
     source = io.BytesIO(write_assignment(assignment) + write_assignment(Assignment("ipc://y", 4)))
     assert read_assignment(source) == assignment

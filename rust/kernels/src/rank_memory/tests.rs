@@ -5,6 +5,7 @@ use crate::element::Bf16;
 use proptest::prelude::*;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 const PATIENCE: Duration = Duration::from_mins(1);
 
