@@ -1,0 +1,46 @@
+"""Goal: a fleet is started anew, node by node, while its clients notice nothing.
+
+Method: two replicas under a load that never stops; SIGTERM to one node, which drains and ends, and is started again;
+then the other. Every event of every client is compared with an undisturbed run in float32.
+"""
+
+from __future__ import annotations
+
+import signal
+
+import psutil
+import pytest
+
+from tests.chaos.client import Load, undisturbed
+from tests.chaos.history import History, faults
+from tests.chaos.test_kills import BODIES, all_ready, replicas
+from tests.processes import Server, serving, wait_until
+
+STREAMS = 6
+
+
+def restart(server: Server, node: psutil.Process) -> None:
+    """Drains a node, and waits until its successor would take a request."""
+    node.send_signal(signal.SIGTERM)
+    wait_until(lambda: not node.is_running(), 20, "the node has drained and ended")
+    wait_until(lambda: not all_ready(server), 5, "the gateway has noticed")
+    wait_until(lambda: all_ready(server), 40, "its successor is ready")
+    wait_until(lambda: all(one["running"] for one in replicas(server)), 20, "both replicas run streams")
+
+
+@pytest.mark.timeout(180)
+def test_a_rolling_restart_under_load_loses_no_stream() -> None:
+    with serving("tiny-chat", "--dtype", "float32", "--replicas", "2") as server:
+        wait_until(lambda: all_ready(server), 60, "both replicas are ready")
+        references = undisturbed(server, BODIES)
+        nodes = [psutil.Process(one["worker_pid"]).parent() for one in replicas(server)]
+        history = History()
+        with Load(server, BODIES, history).running(STREAMS) as look:
+            wait_until(lambda: all(one["running"] for one in replicas(server)), 20, "both replicas run streams")
+            for node in nodes:
+                assert node is not None
+                restart(server, node)
+                look()
+        assert faults(history, references) == []
+        assert server.metric("front_moved_attempts_total") > 0, "streams were handed over"
+        assert server.metric("front_lost_attempts_total") == 0, "no node ended with work"
