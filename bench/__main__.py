@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.result import RESULTS, Report
 
-BENCHES = ("layouts", "offline", "ranks", "scheduler", "serving", "start")
+BENCHES = ("failover", "layouts", "offline", "ranks", "scheduler", "serving", "start")
 
 
 def main() -> None:
@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, help="CPU threads of the model (default: all)")
     group = parser.add_argument_group("offline").add_argument
     group("--cases", help="comma-separated, such as prefill512,decode1,batch8,c16 (default: all that fit)")
+    group = parser.add_argument_group("failover").add_argument
+    group("--kills", type=int, default=10, help="harms per case, 3 at least (default: %(default)s)")
     group = parser.add_argument_group("serving").add_argument
     group("--url", help="a server that runs already (default: start llmscale serve)")
     group("--vocabulary", type=int, default=2_000, help="prompt ids are below this (default: %(default)s)")
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     group("--speed", type=float, default=1.0, help="plays the trace this much faster (default: %(default)s)")
     group("--max-requests", type=int, default=200, help="of the trace, from its beginning (default: %(default)s)")
     group("--rate", type=float, help="Poisson arrivals per second")
-    group("--seconds", type=float, default=60.0, help="of Poisson arrivals (default: %(default)s)")
+    group("--seconds", type=float, default=60.0, help="of Poisson arrivals, or of saturation (default: %(default)s)")
     group("--prompt-tokens", type=int, default=128, help="mean of Poisson requests (default: %(default)s)")
     group("--output-tokens", type=int, default=32, help="mean of Poisson requests (default: %(default)s)")
     group("--first-token-ms", type=float, default=1_000.0, help="objective for goodput (default: %(default)s)")

@@ -130,7 +130,7 @@ class Front:
         max_queued_requests: int | None = None,
         max_queued_tokens: int | None = None,
         max_live_requests: int | None = None,
-        max_node_silence_us: int = 2_000_000,
+        max_node_silence_us: int = 1_750_000,
         key_file: str | None = None,
         node_key: str | None = None,
     ) -> Front: ...

@@ -117,7 +117,8 @@ def headings(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", ["llmscale.cli serve", "llmscale.node", "llmscale.gateway"])
 def test_every_option_of_a_command_that_is_named_exists(module: str) -> None:
-    written = README + (ROOT / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
+    guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
+    written = "\n".join([README, *(path.read_text(encoding="utf-8") for path in guides)])
     commands = [line for line in written.replace("\\\n", " ").splitlines() if COMMANDS[module] in line]
     named = {option for line in commands for option in re.findall(r"--[a-z-]+", line)}
     if module == "llmscale.cli serve":

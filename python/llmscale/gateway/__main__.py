@@ -25,7 +25,8 @@ from llmscale.tokenizer import Tokenizer
 
 _log = structlog.get_logger("llmscale.gateway")
 _POLL_SECONDS = 0.05
-MAX_NODE_SILENCE_SECONDS = 2.0
+# Seven reports of a node, so that a lost one is seen within 2 s.
+MAX_NODE_SILENCE_SECONDS = 1.75
 # Four reports of a node. Below that, a busy host is taken for a dead one.
 LEAST_NODE_SILENCE_SECONDS = 1.0
 

@@ -51,7 +51,7 @@ impl PyFront {
     /// `max_node_silence_us` is lost; nodes report four times a second.
     #[new]
     #[pyo3(signature = (nodes, *, name = "gateway", fleet = "llmscale", max_queued_requests = None,
-        max_queued_tokens = None, max_live_requests = None, max_node_silence_us = 2_000_000, key_file = None,
+        max_queued_tokens = None, max_live_requests = None, max_node_silence_us = 1_750_000, key_file = None,
         node_key = None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
     fn new(
