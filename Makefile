@@ -36,7 +36,7 @@ demo: build  ## stream an answer, kill the worker in the middle, see that the an
 
 test: build  ## everything that needs no GPU and no minutes: Rust, Python, lint of the contracts
 	cargo nextest run --workspace --no-fail-fast
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not slow"
 
 test-all: build  ## also what takes minutes
 	cargo nextest run --workspace --no-fail-fast --run-ignored all

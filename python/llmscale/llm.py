@@ -17,7 +17,7 @@ from llmscale._core import LocalReplica, Sampling
 from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
-from llmscale.node.plan import plan_replica
+from llmscale.node.plan import plan_replica, usable_cpus
 from llmscale.tokenizer import Tokenizer
 from llmscale.types import CompletionOutput, RequestOutput, SamplingParams, Usage
 
@@ -85,6 +85,7 @@ class LLM:
         self.tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
         self._seed = seed
         self._requests = 0
+        threads = plan.usual_threads(usable_cpus()) if threads is None else threads
         self._runner = ModelRunner(plan.folder, plan.dtype, plan.limits, threads=threads)
         self._start()
 

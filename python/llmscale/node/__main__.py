@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import signal
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from llmscale import logs
 from llmscale._core import Engine, end_with_parent
 from llmscale.config import DTYPES, NodeSettings
 from llmscale.errors import LlmscaleError
-from llmscale.node.plan import plan_replica
+from llmscale.node.plan import plan_replica, usable_cpus
 from llmscale.node.supervisor import WorkerSupervisor
 from llmscale.node.worker_process import WorkerProcesses
 
@@ -68,9 +67,7 @@ async def _serve_in(settings: NodeSettings, folder: str) -> None:
     )
     cache_mb = plan.limits.total_blocks * plan.block_bytes // (1 << 20)
     _log.info("node listens", address=engine.address, model=plan.name, dtype=plan.dtype, kv_cache_mb=cache_mb)
-    threads = settings.threads
-    if threads is None and plan.ranks > 1:
-        threads = max(1, len(os.sched_getaffinity(0)) // plan.ranks)
+    threads = plan.usual_threads(usable_cpus()) if settings.threads is None else settings.threads
     processes = WorkerProcesses(threads, keep_spares=plan.ranks if settings.spare_worker else 0)
     supervisor = WorkerSupervisor(engine, plan, processes)
     stop = asyncio.Event()
@@ -144,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a worker whose step takes longer is hung and is replaced (default: %(default)g)",
     )
     add("--kv-cache-bytes", type=int, help="memory for the KV cache (default: about 64k tokens)")
-    add("--threads", type=int, help="CPU threads of a worker (default: all that the process may use)")
+    add("--threads", type=int, help="CPU threads of a worker (default: its share of the CPUs, fewer for a small model)")
     add(
         "-tp", "--tensor-parallel-size", type=int, default=1, help="ranks that share every layer (default: %(default)s)"
     )
