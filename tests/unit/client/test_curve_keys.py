@@ -51,7 +51,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["", PUBLIC[:-1], PUBLIC + "0", PUBLIC[:-1] + " ", PUBLIC[:-1] + "é", PUBLIC[:-1] + '"']
+    "wrong",
+    ["", PUBLIC[:-1], PUBLIC + "0", PUBLIC[:-1] + " ", PUBLIC[:-1] + "é", PUBLIC[:-1] + '"'],
+    ids=["empty", "short", "long", "a space", "no ASCII", "a quote"],
 )
 @pytest.mark.parametrize("name", ["public", "secret", "server"])
 def test_what_is_no_key_is_refused_by_its_role_and_not_repeated(name: str, wrong: str) -> None:
