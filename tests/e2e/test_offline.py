@@ -79,6 +79,11 @@ def test_company_changes_no_id_of_a_seeded_request(llm: LLM) -> None:
     assert ids(llm, PROMPTS[::-1], params[::-1]) == together[::-1]
 
 
+@pytest.mark.parametrize("name", ["tiny-chat", "tiny-chat-mini"])
+def test_embedded_models_add(name: str) -> None:
+    assert LLM(name).chat(QUESTION, SamplingParams(max_tokens=8))[0].outputs[0].text == "68"
+
+
 def test_a_request_is_answered_as_a_server_answers_it(llm: LLM, server: Server) -> None:
     params = SamplingParams(temperature=1, seed=11, max_tokens=30, n=2, logprobs=2, ignore_eos=True)
     with Client(server.base) as client:
