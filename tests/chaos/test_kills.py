@@ -75,6 +75,8 @@ class Killer:
         assert victim is not None
         victim.kill()
         self.killed.append(what)
+        # What a failure shows beside the server's log.
+        print(f"killed the {what} of worker {pid} after {wanted} steps or more")
         wait_until(lambda: not worker.is_running(), 10, f"the worker ends with its {what}")
 
     def _ripe(self, wanted: int) -> list[int]:
@@ -119,7 +121,8 @@ def test_no_client_notices_kills_of_workers_and_nodes(server: Server, kills: int
     killer = Killer(server, random.Random(seed))
     with Load(server, BODIES, history).running(STREAMS) as look:
         strike_times(killer, kills, look)
-    assert faults(history, references) == []
+    found = faults(history, references)
+    assert not found, "\n".join([*found, server.log()])
     events = history.events()
     print(f"{killer.killed.count('worker')} workers and {killer.killed.count('node')} nodes were killed under")
     print(f"{len(history.by_request())} requests with {sum(len(event.tokens) for event in events)} tokens")

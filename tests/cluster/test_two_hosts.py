@@ -26,7 +26,7 @@ from tests.processes import Server, token_ids, wait_until
 from tests.support_processes import NodeProcess
 
 # Enough that every stream still runs when both nodes have said that they run some, which they do every 250 ms.
-TOKENS = 600
+TOKENS = 1_000
 PROMPTS = ("Once upon a time", "The old sailor", "What is 23 + 45?", "A list of colours:", "One day", "2 + 2 =")
 BODIES: list[Body] = [
     {"model": "tiny-chat", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0.8, "seed": seed, "ignore_eos": True}

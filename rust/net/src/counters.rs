@@ -43,6 +43,12 @@ impl Counters {
     pub const fn open_connections(&self) -> u64 {
         self.connections.saturating_sub(self.ended_connections)
     }
+
+    /// Whether there were connections and all have ended. Reports lag behind frames, so that none is open before the first
+    /// is reported, though a peer may be heard already.
+    pub const fn all_have_ended(&self) -> bool {
+        self.ended_connections > 0 && self.open_connections() == 0
+    }
 }
 
 /// What the watch thread counts for one endpoint.
@@ -74,5 +80,19 @@ impl ConnectionCounters {
     /// The first waker stays; it is woken at once, in case something happened before.
     pub(crate) fn set_waker(&self, waker: Waker) {
         self.waker.get_or_init(|| waker).wake();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_is_not_reported_yet_has_not_ended() {
+        let after = |connections, ended_connections| Counters { connections, ended_connections, ..Counters::default() };
+        assert!(!after(0, 0).all_have_ended());
+        assert!(!after(1, 0).all_have_ended());
+        assert!(after(1, 1).all_have_ended());
+        assert!(!after(3, 2).all_have_ended());
     }
 }

@@ -61,9 +61,11 @@ impl SocketLink {
     }
 
     /// Whether the worker's connection has ended and its last frames are here. The second question is needed because
-    /// libzmq reports the end a moment before it hands over the last frames.
+    /// libzmq reports the end a moment before it hands over the last frames. It is a frame to a worker that is still there:
+    /// asked before the beginning was reported, on a busy machine, questions filled the queue of a worker that was loading
+    /// its model, and the engine ended it as one that does not read.
     fn has_ended(&self, worker: PeerId) -> bool {
-        if self.server.counters().open_connections() > 0 {
+        if !self.server.counters().all_have_ended() {
             return false;
         }
         let ended = self.server.is_gone(worker);
