@@ -27,6 +27,8 @@ use table::{Held, Table};
 
 /// Segments that a change sweeps when numbers wait for it: a whole round is done within some ten thousand changes.
 const SWEEP_SEGMENTS: usize = 2;
+/// Keys whose places are brought near together.
+const NEAR_KEYS: usize = 16;
 const LEAST_BYTES: usize = 1 << 20;
 
 /// Settings of an index.
@@ -173,21 +175,26 @@ impl PrefixIndex {
             return;
         };
         match event {
-            KvEvent::Stored(keys) => {
-                for &key in keys {
-                    self.speculation.settle(slot, key);
-                    self.hold(slot, key);
-                }
-            }
-            KvEvent::Removed(keys) => {
-                for &key in keys {
-                    self.speculation.settle(slot, key);
-                    self.table.release(key, slot);
-                }
-            }
+            KvEvent::Stored(keys) => self.change_each(keys, |index, key| {
+                index.speculation.settle(slot, key);
+                index.hold(slot, key);
+            }),
+            KvEvent::Removed(keys) => self.change_each(keys, |index, key| {
+                index.speculation.settle(slot, key);
+                index.table.release(key, slot);
+            }),
             KvEvent::Cleared => {
                 self.forget(replica);
                 self.number(replica);
+            }
+        }
+    }
+
+    fn change_each(&mut self, keys: &[PrefixKey], change: impl Fn(&mut Self, PrefixKey)) {
+        for some in keys.chunks(NEAR_KEYS) {
+            self.table.approach(some);
+            for &key in some {
+                change(self, key);
             }
         }
     }
@@ -201,9 +208,7 @@ impl PrefixIndex {
         if taken == Taken::Applied {
             self.forget(replica);
             if let Some(slot) = self.number(replica) {
-                for &key in keys {
-                    self.hold(slot, key);
-                }
+                self.change_each(keys, |index, key| _ = index.hold(slot, key));
             }
         }
         self.sweep(SWEEP_SEGMENTS);
@@ -215,13 +220,13 @@ impl PrefixIndex {
     pub fn dispatch(&mut self, now: Time, replica: ReplicaId, prompt: &[PrefixKey]) {
         self.expire(now);
         if let Some(slot) = self.slots.of(replica) {
-            for &key in prompt {
-                let held = self.hold(slot, key);
-                if held == Held::New || self.speculation.contains(slot, key) {
-                    let crowded_out = self.speculation.add(slot, key, now + self.options.max_pending);
-                    self.withdraw(crowded_out);
+            self.change_each(prompt, |index, key| {
+                let held = index.hold(slot, key);
+                if held == Held::New || index.speculation.contains(slot, key) {
+                    let crowded_out = index.speculation.add(slot, key, now + index.options.max_pending);
+                    index.withdraw(crowded_out);
                 }
-            }
+            });
         }
         self.sweep(SWEEP_SEGMENTS);
     }

@@ -111,11 +111,12 @@ impl HolderSets {
     /// The value with one more holder, if it is not among them; `None` when that would be a new set and there is no room.
     /// The old value is used up.
     pub(super) fn with(&mut self, value: Value, slot: SlotId, room_bytes: usize) -> Option<Value> {
-        let mut members: Vec<SlotId> = self.holders(value).iter().collect();
-        let Err(place) = members.binary_search(&slot) else {
+        // Most of what is stored again is held already, and a set may have a thousand members.
+        if self.holders(value).contains(slot) {
             return Some(value);
-        };
-        members.insert(place, slot);
+        }
+        let mut members: Vec<SlotId> = self.holders(value).iter().collect();
+        members.insert(members.partition_point(|&member| member < slot), slot);
         let larger = self.acquire(members, room_bytes)?;
         self.release(value);
         Some(larger)
