@@ -79,6 +79,26 @@ def test_a_killed_rank_costs_its_streams_time_only(
         assert not gone, "the ranks of a dead group do not live on"
 
 
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("layout", "victim"), [("-tp", 0), ("-pp", 1)])
+def test_a_hung_rank_is_replaced_with_its_group_after_the_longest_step(
+    layout: str, victim: int, expected: list[list[int]], tmp_path: Path
+) -> None:
+    with node(tmp_path, "--dtype", "float32", layout, "2", "--max-step-seconds", "5") as running:
+        wait_until(lambda: len(ranks_of(running)) == 4, 60, "two ranks and two spares")
+        group, stopped = ranks_of(running)[:2], list[int]()
+
+        def stop(tokens: int) -> None:
+            if tokens >= 20 and not stopped:
+                stopped.append(tokens)
+                group[victim].suspend()
+
+        assert answers(running, stop) == expected
+        assert stopped
+        assert "longer than" in running.log()
+        assert not psutil.wait_procs(group, timeout=5)[1], "a stopped process is killed like any other"
+
+
 def test_a_model_that_cannot_be_cut_so_is_refused_before_anything_starts(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmscale.node", "--model", "tiny-chat", "--listen", f"ipc://{tmp_path}/node"]
     refused = subprocess.run([*command, "-tp", "3"], capture_output=True, text=True, timeout=60, check=False)
