@@ -37,13 +37,6 @@ pub(crate) struct Outcome {
     pub(crate) computed_tokens: Vec<u64>,
 }
 
-impl Outcome {
-    /// Thousandths of the prompt tokens that were found in a cache.
-    pub(crate) fn hit_per_mille(&self) -> u64 {
-        self.cached_tokens * 1_000 / self.prompt_tokens
-    }
-}
-
 /// The value that a hundredth of the values exceed.
 pub(crate) fn percentile_99(values: &[u64]) -> u64 {
     let mut sorted = values.to_vec();
