@@ -82,6 +82,8 @@ def over_gloo(stage: int, rendezvous: str, rows: list[int], answer: Connection) 
     assert link is not None
     work: Callable[[], object] = (lambda: first_stage(link, rows, 1)) if stage == 0 else lambda: last_stage(link, rows)
     answer.send(work())
+    # Who leaves while its last ids are still on their way resets the connection under the one who waits for them.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
