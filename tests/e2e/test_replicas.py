@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.test_worker_death import first_difference
 from tests.processes import Server, serving, token_ids, wait_until
 
-STREAMS = 8
+STREAMS = 12
 
 
 def body(number: int) -> dict[str, object]:
@@ -36,21 +36,14 @@ def test_streams_of_a_killed_replica_go_on_at_the_other() -> None:
             undisturbed = list(pool.map(lambda number: token_ids(server, body(number)), range(STREAMS)))
         nodes = [one for one in server.family() if "llmscale.node" in " ".join(one.cmdline())]
         assert len(nodes) == 2
-        counts = [0] * STREAMS
-
-        def stream(number: int) -> list[str]:
-            def note(count: int) -> None:
-                counts[number] = count
-
-            return token_ids(server, body(number), note)
-
+        lost = server.metric("front_lost_attempts_total")
         with ThreadPoolExecutor(STREAMS) as pool:
-            streams = [pool.submit(stream, number) for number in range(STREAMS)]
-            wait_until(lambda: min(counts) >= 20, 60, "every stream has begun")
+            streams = [pool.submit(token_ids, server, body(number)) for number in range(STREAMS)]
+            # What this process has read lags behind what the replicas have computed, by all of it on a busy machine.
             wait_until(lambda: all(one["running"] for one in replicas(server)), 60, "both replicas have streams")
-            assert not any(running.done() for running in streams), "the kill comes in the middle"
             nodes[0].kill()
             survived = [running.result() for running in streams]
+        assert server.metric("front_lost_attempts_total") > lost, "the kill came in the middle"
         assert [first_difference(*pair) for pair in zip(survived, undisturbed, strict=True)] == [None] * STREAMS
         wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 60, "the dead one is back")
         gone = psutil.wait_procs([nodes[0]], timeout=5)[1]
