@@ -6,7 +6,6 @@
 
 mod feed;
 mod holders;
-mod key;
 mod search;
 mod segment;
 mod slots;
@@ -14,12 +13,11 @@ mod speculation;
 mod table;
 
 pub use feed::Taken;
-pub use key::PrefixKey;
 pub use search::{Level, Levels};
 
 use feed::Feed;
 use holders::SlotId;
-use llmscale_types::{Duration, LimitError, ReplicaId, Time};
+use llmscale_types::{Duration, KvEvent, LimitError, PrefixKey, ReplicaId, Time};
 use rustc_hash::FxHashMap;
 use slots::Slots;
 use speculation::Speculation;
@@ -50,7 +48,7 @@ impl Default for IndexOptions {
     fn default() -> Self {
         Self {
             max_bytes: 128 << 20,
-            tokens_per_key: 128,
+            tokens_per_key: PrefixKey::TOKENS,
             max_pending_keys: 65_536,
             max_pending: Duration::from_millis(30_000),
             ask_again_after: Duration::from_millis(1_000),
@@ -69,17 +67,6 @@ impl IndexOptions {
     fn pending_bytes(&self) -> usize {
         self.max_pending_keys as usize * Speculation::MAX_BYTES
     }
-}
-
-/// What a replica says about its prefix cache.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum KvEvent {
-    /// It holds these prefixes.
-    Stored(Vec<PrefixKey>),
-    /// It holds them no longer.
-    Removed(Vec<PrefixKey>),
-    /// It holds nothing any more.
-    Cleared,
 }
 
 /// Counts since the start.

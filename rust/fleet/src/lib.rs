@@ -10,6 +10,7 @@ pub mod policy;
 mod ranking;
 
 pub use fleet::{Fleet, FleetFull, MemberMut};
-pub use index::{IndexCounters, IndexOptions, KvEvent, Level, Levels, PrefixIndex, PrefixKey, Taken};
+pub use index::{IndexCounters, IndexOptions, Level, Levels, PrefixIndex, Taken};
+pub use llmscale_types::{KvEvent, PrefixKey};
 pub use member::{Load, Member, ModelKey, Offer, PoolId, ReplicaLimits, ReplicaState, Report};
 pub use policy::{LeastWork, Need, Policy, PredictedSeconds};

@@ -8,8 +8,8 @@ pub use least_work::LeastWork;
 pub use predicted::PredictedSeconds;
 
 use crate::fleet::Fleet;
-use crate::index::PrefixKey;
 use crate::member::{Member, PoolId};
+use llmscale_types::PrefixKey;
 use llmscale_types::{Duration, ReplicaId, RequestId, Time};
 use std::sync::Arc;
 

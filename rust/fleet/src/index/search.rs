@@ -5,7 +5,7 @@
 
 use super::PrefixIndex;
 use super::holders::{Holders, SlotId, Value};
-use super::key::PrefixKey;
+use llmscale_types::PrefixKey;
 use llmscale_types::ReplicaId;
 
 /// Most levels that are told apart. The first is the conversation itself, the last the system prompt of all tenants.

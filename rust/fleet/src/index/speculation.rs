@@ -3,7 +3,7 @@
 //! prefix. Knows nothing of what the table holds.
 
 use super::holders::SlotId;
-use super::key::PrefixKey;
+use llmscale_types::PrefixKey;
 use llmscale_types::Time;
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;

@@ -5,8 +5,8 @@
 //! About ten bytes per key; O(1) per look-up, O(holders) per change. Knows nothing of replicas, events or time.
 
 use super::holders::{HolderSets, Holders, SlotId, Value};
-use super::key::PrefixKey;
 use super::segment::{Segment, TAG_BITS};
+use llmscale_types::PrefixKey;
 
 /// Keys in a segment when memory is used up: the header of 24 bytes is small against them, and moving them takes a microsecond.
 const SEGMENT_KEYS: usize = 512;
