@@ -1,5 +1,5 @@
-"""Settings of a node, frozen and checked once. What a user may set has a default that needs no thought; what follows
-from the model is worked out in `node/plan.py`.
+"""Settings of a node and bounds of a fleet, frozen and checked once. What a user may set has a default that needs no
+thought; what follows from the model is worked out in `node/plan.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,15 @@ from llmscale.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float32")
 MAX_STEP_SECONDS = 3_600.0
+# On one machine, of all models together.
+MAX_REPLICAS = 64
+# As many as a front has room for.
+MAX_NODES = 256
+# Seven reports of a node, so that a lost one is seen within 2 s.
+USUAL_NODE_SILENCE_SECONDS = 1.75
+# Four reports of a node. Below that, a busy host is taken for a dead one.
+LEAST_NODE_SILENCE_SECONDS = 1.0
+MOST_NODE_SILENCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)

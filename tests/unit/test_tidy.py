@@ -63,6 +63,8 @@ PARTS = {
     "embedded": set[str](),
     "types": {"errors"},
     "config": {"errors", "env", "types"},
+    "toml_document": {"errors"},
+    "fleet_file": {"config", "embedded", "errors", "toml_document"},
     "logs": {"env"},
     "template_budget": {"errors"},
     "template_sandbox": {"errors", "template_budget"},
