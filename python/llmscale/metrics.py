@@ -260,7 +260,8 @@ class GatewayMetrics(Collector):
             labels=label,
         )
         for replica in status.replicas:
-            key = (replica.model, replica.node)
+            # A node may call its model anything; only names that the operator has given become labels.
+            key = (replica.model if replica.model in self._models else OTHER, replica.node)
             used = replica.total_blocks - replica.free_blocks
             running.add_metric(key, replica.running)
             waiting.add_metric(key, replica.waiting)

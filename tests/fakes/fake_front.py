@@ -81,7 +81,7 @@ class FakeReplica:
     prefix_hits: int = 0
     preemptions: int = 0
     model: str = "tiny"
-    max_sequence_tokens: int = 4096
+    max_sequence_tokens: int = 1 << 20
     vocabulary: int = 512
     worker_pid: int = 4242
     step_ns: int = 0

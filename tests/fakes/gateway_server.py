@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import openai
@@ -91,13 +91,14 @@ async def serving(
     model: str = "tiny",
     max_sequence_tokens: int = 4_096,
     kill_button: bool = False,
+    more_models: Sequence[ServedModel] = (),
 ) -> AsyncIterator[Serving]:
-    """Runs a gateway until the block ends."""
+    """Runs a gateway for `model` and `more_models` until the block ends."""
     front = front or FakeFront()
     limits = limits or GatewayLimits(max_drain_seconds=1)
     config = GatewayConfig(port=0, api_keys=api_keys, limits=limits, kill_button=kill_button)
     served = ServedModel(model, tokenizer, 512, max_sequence_tokens, created=1_700_000_000)
-    gateway = make_gateway(config, front, FakeSampling, [served])
+    gateway = make_gateway(config, front, FakeSampling, [served, *more_models])
     started = asyncio.Event()
     server = make_server(gateway, started.set)
     listener = listen(config)

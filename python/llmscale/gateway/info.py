@@ -20,6 +20,7 @@ from llmscale.gateway.config import ServedModel
 from llmscale.gateway.http import Exchange
 from llmscale.gateway.openai import ModelList, ModelObject
 from llmscale.gateway.openapi import document
+from llmscale.gateway.replicas import SERVING, fleet_state, model_states
 from llmscale.gateway.services import Services
 
 _log = structlog.get_logger("llmscale.gateway")
@@ -66,6 +67,13 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
     preemptions: int
 
 
+class ModelHealth(msgspec.Struct, frozen=True):
+    """One model in /fleet: the best state of its replicas."""
+
+    name: str
+    state: str
+
+
 class Fleet(msgspec.Struct, frozen=True):
     """Response of /fleet: what the chat page shows of the machines behind it."""
 
@@ -73,6 +81,7 @@ class Fleet(msgspec.Struct, frozen=True):
     queued_requests: int
     live_requests: int
     may_kill: bool
+    models: list[ModelHealth]
     replicas: list[ReplicaHealth]
 
 
@@ -110,8 +119,15 @@ async def fleet(services: Services, exchange: Exchange, _tenant: str) -> None:
         )
         for replica in status.replicas
     ]
-    may_kill = services.config.kill_button
-    answer = Fleet(_state(services), status.queued_requests, status.live_requests, may_kill, replicas)
+    states = model_states(services.models, status.replicas)
+    answer = Fleet(
+        "draining" if services.draining else fleet_state(states),
+        status.queued_requests,
+        status.live_requests,
+        services.config.kill_button,
+        [ModelHealth(name, state) for name, state in states.items()],
+        replicas,
+    )
     await exchange.respond(_json.encode(answer), headers=((b"cache-control", b"no-store"),))
 
 
@@ -147,11 +163,14 @@ async def live(_services: Services, exchange: Exchange, _tenant: str) -> None:
 
 
 async def ready(services: Services, exchange: Exchange, _tenant: str) -> None:
-    """GET /health/ready: a request sent now would be computed."""
-    state = _state(services)
-    if state not in ("ready", "recovering"):
-        raise Unavailable(f"not ready: {state}")
-    await exchange.respond(_json.encode({"status": state}))
+    """GET /health/ready: a request for any model that is sent now would be computed."""
+    if services.draining:
+        raise Unavailable("not ready: draining")
+    states = model_states(services.models, services.front.status().replicas)
+    lacking = [f"{name} ({state})" for name, state in states.items() if state not in SERVING]
+    if lacking:
+        raise Unavailable(f"not ready: no replica of {', '.join(lacking)} is ready")
+    await exchange.respond(_json.encode({"status": fleet_state(states)}))
 
 
 async def chat_page(_services: Services, exchange: Exchange, _tenant: str) -> None:
@@ -169,14 +188,3 @@ async def _send_file(exchange: Exchange, name: str) -> None:
     if entry is None:
         raise NotFound("the page has no such file")
     await exchange.respond(entry[1], kind=entry[0], headers=_PAGE_HEADERS)
-
-
-def _state(services: Services) -> str:
-    """The best state of any replica: one that makes progress is enough to serve."""
-    if services.draining:
-        return "draining"
-    states = {replica.state for replica in services.front.status().replicas}
-    for state in ("ready", "recovering", "starting"):
-        if state in states:
-            return state
-    return "down"

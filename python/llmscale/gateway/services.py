@@ -16,6 +16,7 @@ from llmscale.gateway.auth import ApiKeys
 from llmscale.gateway.config import GatewayConfig, ServedModel
 from llmscale.gateway.driver import FrontDriver
 from llmscale.gateway.front import Front, SamplingFactory
+from llmscale.gateway.replicas import ReplicaWatch
 from llmscale.gateway.stream import Sweeper
 from llmscale.metrics import GatewayMetrics, RequestMetrics
 
@@ -43,6 +44,7 @@ class Services:
         self.keys = keys
         per_model = [RequestMetrics(model.name, keys.tenants) for model in models]
         self.metrics = GatewayMetrics(per_model, routes, front.status)
+        self._watch = ReplicaWatch(front, self.models)
         self._driver: FrontDriver | None = None
         self._sweeper: Sweeper | None = None
         self._executor: ThreadPoolExecutor | None = None
@@ -54,11 +56,13 @@ class Services:
         loop = asyncio.get_running_loop()
         self._driver = FrontDriver(self.front, loop)
         self._sweeper = Sweeper(self.metrics, loop)
+        self._watch.start(loop)
         # One thread: it exists to keep the event loop responsive, not to use a second core.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmscale-prompts")
 
     def close(self) -> None:
         """Leaves the event loop; live requests are cancelled."""
+        self._watch.stop()
         if self._driver is not None:
             self._driver.close()
         if self._sweeper is not None:

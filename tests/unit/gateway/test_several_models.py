@@ -1,0 +1,192 @@
+"""One gateway with two models that share nothing: each has its own text, limits, state and figures, and what a replica
+of neither says changes none of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx2
+import openai
+import pytest
+from structlog.testing import capture_logs
+
+from llmscale.gateway.config import ServedModel
+from llmscale.gateway.replicas import ReplicaWatch, fleet_state, model_states
+from llmscale.tokenizer import Tokenizer
+from tests.fakes.fake_front import FakeFront, FakeReplica
+from tests.fakes.gateway_server import Serving, serving
+from tests.fakes.tiny_tokenizer import write_metaspace
+
+HELLO: Any = [{"role": "user", "content": "hello world"}]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    """A model with another tokenizer, another template and other bounds than `tiny`."""
+    tokenizer = Tokenizer(write_metaspace(tmp_path_factory.mktemp("second")))
+    return ServedModel("second", tokenizer, vocabulary=600, max_sequence_tokens=64, created=2)
+
+
+def replicas(tiny: str = "ready", other: str = "ready") -> list[FakeReplica]:
+    return [
+        FakeReplica(node="a", state=tiny, running=1),
+        FakeReplica(node="b", state=other, running=2, model="second", max_sequence_tokens=64, vocabulary=600),
+    ]
+
+
+def answering(tiny: Tokenizer, other: ServedModel) -> FakeFront:
+    """A front whose models answer with their own tokenizers, told apart by the ids of their prompts."""
+    answers = {
+        tuple(tiny.encode_chat(HELLO)): [*tiny.encode("the quick brown fox"), 2],
+        tuple(other.tokenizer.encode_chat(HELLO)): [*other.tokenizer.encode("stop there.")[1:], 2],
+    }
+    tokens: Callable[..., Iterator[int]] = lambda prompt, _sampling: iter(answers[tuple(prompt)])  # noqa: E731
+    return FakeFront(tokens=tokens, eos=frozenset({2}), replicas=replicas())
+
+
+async def get(gateway: Serving, path: str) -> httpx2.Response:
+    async with httpx2.AsyncClient(base_url=gateway.url) as client:
+        return await client.get(path)
+
+
+async def test_each_model_reads_and_writes_with_its_own_tokenizer_and_template(
+    tokenizer: Tokenizer, other: ServedModel
+) -> None:
+    front = answering(tokenizer, other)
+    async with serving(tokenizer, front, more_models=[other]) as gateway:
+        client = gateway.client()
+        texts = {
+            name: (await client.chat.completions.create(model=name, messages=HELLO)).choices[0].message.content
+            for name in ("tiny", "second")
+        }
+    assert texts == {"tiny": "the quick brown fox", "second": "stop there."}
+    assert [(one.model, one.prompt) for one in front.submitted.values()] == [
+        ("tiny", tokenizer.encode_chat(HELLO)),
+        ("second", other.tokenizer.encode_chat(HELLO)),
+    ]
+
+
+async def test_all_models_are_listed_and_an_unknown_one_is_refused_with_the_list(
+    tokenizer: Tokenizer, other: ServedModel
+) -> None:
+    front = FakeFront(replicas=[*replicas(), FakeReplica(node="c", model="stranger")])
+    async with serving(tokenizer, front, more_models=[other], max_sequence_tokens=4_096) as gateway:
+        client = gateway.client()
+        listed = {model.id: model.model_dump()["max_model_len"] async for model in client.models.list()}
+        refusals = []
+        for name in ("tiny-", "stranger"):
+            with pytest.raises(openai.NotFoundError) as caught:
+                await client.chat.completions.create(model=name, messages=HELLO)
+            refusals.append(caught.value)
+    assert listed == {"tiny": 4_096, "second": 64}
+    for refused in refusals:
+        assert refused.code == "unknown_model"
+        assert "served are: second, tiny" in refused.message
+    assert front.submitted == {}
+
+
+async def test_the_bounds_of_one_model_do_not_hold_for_another(tokenizer: Tokenizer, other: ServedModel) -> None:
+    front = FakeFront(replicas=replicas())
+    async with serving(tokenizer, front, more_models=[other], max_sequence_tokens=4_096) as gateway:
+        client = gateway.client()
+        body: dict[str, Any] = {"prompt": "hello", "max_tokens": 70, "extra_body": {"ignore_eos": True}}
+        answer = await client.completions.create(model="tiny", **body)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 70
+        with pytest.raises(openai.BadRequestError, match="the limit is 64"):
+            await client.completions.create(model="second", **body)
+        ids: dict[str, Any] = {"prompt": [550], "max_tokens": 1}
+        await client.completions.create(model="second", **ids)
+        with pytest.raises(openai.BadRequestError, match="the vocabulary is 512"):
+            await client.completions.create(model="tiny", **ids)
+
+
+@pytest.mark.parametrize(
+    ("tiny", "second", "status", "said", "state"),
+    [
+        ("ready", "ready", 200, '{"status":"ready"}', "ready"),
+        ("ready", "recovering", 200, '{"status":"recovering"}', "recovering"),
+        ("ready", "starting", 503, "no replica of second (starting) is ready", "starting"),
+        ("down", "ready", 503, "no replica of tiny (down) is ready", "down"),
+        ("starting", "draining", 503, "no replica of tiny (starting), second (down) is ready", "down"),
+    ],
+)
+async def test_a_gateway_is_ready_when_every_model_has_a_replica_that_is(
+    tokenizer: Tokenizer, other: ServedModel, tiny: str, second: str, status: int, said: str, state: str
+) -> None:
+    front = FakeFront(replicas=[*replicas(tiny, second), FakeReplica(node="c", model="stranger")])
+    async with serving(tokenizer, front, more_models=[other]) as gateway:
+        ready = await get(gateway, "/health/ready")
+        fleet = (await get(gateway, "/fleet")).json()
+    assert ready.status_code == status
+    assert said in ready.text
+    assert fleet["state"] == state
+    assert [model["name"] for model in fleet["models"]] == ["tiny", "second"]
+    assert [replica["model"] for replica in fleet["replicas"]] == ["tiny", "second", "stranger"]
+
+
+def test_one_replica_that_is_ready_is_enough_for_its_model() -> None:
+    found = [FakeReplica(state=state) for state in ("down", "starting", "ready", "recovering", "draining")]
+    assert model_states(["tiny", "second"], found) == {"tiny": "ready", "second": "down"}
+    assert fleet_state({}) == "down"
+
+
+async def test_figures_are_labelled_with_served_models_only(tokenizer: Tokenizer, other: ServedModel) -> None:
+    strangers = [FakeReplica(node=f"c{number}", running=9, model=f"stranger-{number}") for number in range(2)]
+    front = answering(tokenizer, other)
+    front.replicas += strangers
+    async with serving(tokenizer, front, more_models=[other]) as gateway:
+        await gateway.client().chat.completions.create(model="second", messages=HELLO)
+        text = (await get(gateway, "/metrics")).text
+    assert 'llmscale:request_success_total{finished_reason="stop",model_name="second"} 1.0' in text
+    assert 'llmscale:request_success_total{finished_reason="stop",model_name="tiny"} 0.0' in text
+    running = [line for line in text.splitlines() if line.startswith("llmscale:num_requests_running{")]
+    assert running == [
+        'llmscale:num_requests_running{model_name="tiny",node="a"} 1.0',
+        'llmscale:num_requests_running{model_name="second",node="b"} 2.0',
+        'llmscale:num_requests_running{model_name="other",node="c0"} 9.0',
+        'llmscale:num_requests_running{model_name="other",node="c1"} 9.0',
+    ]
+
+
+def test_a_model_takes_what_its_widest_replica_takes_and_no_more_than_it_was_given(other: ServedModel) -> None:
+    models = {"second": other}
+    front = FakeFront(replicas=[FakeReplica(model="second", vocabulary=600, max_sequence_tokens=0, state="down")])
+    watch = ReplicaWatch(front, models)
+
+    def limit(*lengths: int) -> int:
+        front.replicas = [FakeReplica(model="second", vocabulary=600, max_sequence_tokens=length) for length in lengths]
+        watch.look()
+        return models["second"].max_sequence_tokens
+
+    assert limit(0) == 64
+    assert limit(16) == 16
+    assert limit(16, 32) == 32
+    assert limit(16, 128) == 64
+
+
+def test_what_differs_between_replicas_of_one_name_is_said_once(other: ServedModel) -> None:
+    front = FakeFront(replicas=replicas())
+    watch = ReplicaWatch(front, {"second": other})
+    with capture_logs() as before:
+        watch.look()
+    assert [line["what"] for line in before] == ["nodes serve 'tiny', which this gateway does not: name it to serve it"]
+    front.replicas.append(FakeReplica(node="c", model="second", vocabulary=512, max_sequence_tokens=32))
+    with capture_logs() as after:
+        watch.look()
+        watch.look()
+    assert [line["log_level"] for line in after] == ["warning", "warning"]
+    assert "replicas of second have 512 token ids, this gateway's folder has 600" in after[0]["what"]
+    assert "replicas of second take sequences of 32 and 64 tokens" in after[1]["what"]
+
+
+def test_names_that_change_for_ever_do_not_fill_the_memory(other: ServedModel) -> None:
+    front = FakeFront()
+    watch = ReplicaWatch(front, {"second": other})
+    with capture_logs() as said:
+        for number in range(2_000):
+            front.replicas = [FakeReplica(model=f"m{number}")]
+            watch.look()
+    assert len(said) == 1_024
