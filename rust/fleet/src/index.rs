@@ -61,6 +61,7 @@ impl IndexOptions {
     pub fn check(&self) -> Result<(), LimitError> {
         LimitError::at_least("tokens_per_key", u64::from(self.tokens_per_key), 1)?;
         LimitError::at_least("max_pending_keys", u64::from(self.max_pending_keys), 1)?;
+        LimitError::at_most("max_pending_keys", u64::from(self.max_pending_keys), Speculation::MAX_PENDING)?;
         LimitError::at_least("max_bytes", self.max_bytes as u64, (self.pending_bytes() + LEAST_BYTES) as u64)
     }
 
@@ -129,7 +130,7 @@ impl PrefixIndex {
 
     fn forget(&mut self, replica: ReplicaId) {
         if let Some(slot) = self.slots.retire(replica, self.swept_segments) {
-            self.speculation.forget(slot);
+            self.speculation.forget(&mut self.table.sets_mut(), slot);
         }
     }
 
@@ -163,11 +164,11 @@ impl PrefixIndex {
         };
         match event {
             KvEvent::Stored(keys) => self.change_each(keys, |index, key| {
-                index.speculation.settle(slot, key);
+                index.settle(slot, key);
                 index.hold(slot, key);
             }),
             KvEvent::Removed(keys) => self.change_each(keys, |index, key| {
-                index.speculation.settle(slot, key);
+                index.settle(slot, key);
                 index.table.release(key, slot);
             }),
             KvEvent::Cleared => {
@@ -195,7 +196,7 @@ impl PrefixIndex {
         if taken == Taken::Applied {
             self.forget(replica);
             if let Some(slot) = self.number(replica) {
-                self.change_each(keys, |index, key| _ = index.hold(slot, key));
+                self.change_each(keys, |index, key| index.hold(slot, key));
             }
         }
         self.sweep(SWEEP_SEGMENTS);
@@ -203,38 +204,51 @@ impl PrefixIndex {
     }
 
     /// A prompt is on its way to a replica, which will hold its prefixes: they count as held until an event says so, or until
-    /// that took too long.
-    pub fn dispatch(&mut self, now: Time, replica: ReplicaId, prompt: &[PrefixKey]) {
+    /// that took too long. Returns how many of them it counted as holding before.
+    pub fn dispatch(&mut self, now: Time, replica: ReplicaId, prompt: &[PrefixKey]) -> u32 {
         self.expire(now);
+        let known = self.levels(prompt).held_by(replica).map_or(0, Level::keys);
         if let Some(slot) = self.slots.of(replica) {
-            self.change_each(prompt, |index, key| {
-                let held = index.hold(slot, key);
-                if held == Held::New || index.speculation.contains(slot, key) {
-                    let crowded_out = index.speculation.add(slot, key, now + index.options.max_pending);
-                    index.withdraw(crowded_out);
+            let until = now + self.options.max_pending;
+            // Only what it holds already can have been told, and only that is looked up, key by key: the table is in no cache
+            // of the processor. If its prefix has a hole, what comes behind may be held twice, which only counts it twice.
+            let (held, new) = prompt.split_at(known as usize);
+            for some in held.chunks(NEAR_KEYS) {
+                self.table.approach(some);
+                for &key in some {
+                    if !self.table.touch(key, slot) {
+                        self.expect(slot, key, until);
+                    }
                 }
-            });
+            }
+            for some in new.chunks(NEAR_KEYS) {
+                self.speculation.approach(slot, some);
+                for &key in some {
+                    self.expect(slot, key, until);
+                }
+            }
         }
         self.sweep(SWEEP_SEGMENTS);
+        known
+    }
+
+    fn expect(&mut self, slot: SlotId, key: PrefixKey, until: Time) {
+        let told = self.speculation.add(&mut self.table.sets_mut(), slot, key, until);
+        self.counters.untold_holders += u64::from(!told);
     }
 
     /// Forgets what was not confirmed in time.
     pub fn expire(&mut self, now: Time) {
-        while let Some(expired) = self.speculation.expired(now) {
-            self.withdraw(Some(expired));
-        }
+        self.speculation.expire(&mut self.table.sets_mut(), now);
     }
 
-    fn withdraw(&mut self, unconfirmed: Option<(SlotId, PrefixKey)>) {
-        if let Some((slot, key)) = unconfirmed {
-            self.table.release(key, slot);
-        }
+    fn settle(&mut self, slot: SlotId, key: PrefixKey) {
+        self.speculation.settle(&mut self.table.sets_mut(), slot, key);
     }
 
-    fn hold(&mut self, slot: SlotId, key: PrefixKey) -> Held {
+    fn hold(&mut self, slot: SlotId, key: PrefixKey) {
         let held = self.table.hold(key, slot);
         self.counters.untold_holders += u64::from(held == Held::Untold);
-        held
     }
 
     /// Forgets holders that have left, in as many segments, if there may be any.
@@ -250,9 +264,14 @@ impl PrefixIndex {
         }
     }
 
-    /// How many prefixes somebody holds, those included whose holders have just left.
+    /// How many prefixes somebody was told to hold, those included whose holders have just left.
     pub fn keys(&self) -> usize {
         self.table.keys()
+    }
+
+    /// How many prefixes count as held because they were sent, each once for every replica.
+    pub fn pending_keys(&self) -> usize {
+        self.speculation.pending()
     }
 
     /// Memory in use.
@@ -267,9 +286,9 @@ impl PrefixIndex {
 
     /// Asserts what holds between events. O(keys).
     pub fn check(&self) {
-        self.table.check();
+        self.table.check(self.speculation.values());
         self.slots.check();
-        self.speculation.check();
+        self.speculation.check(self.table.sets());
         assert!(self.speculation.bytes() <= self.options.pending_bytes().max(1 << 12), "bytes of what is unconfirmed");
     }
 }

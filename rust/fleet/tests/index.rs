@@ -112,8 +112,9 @@ fn a_snapshot_replaces_what_was_known_and_an_older_one_changes_nothing() {
 #[test]
 fn a_dispatched_prompt_counts_as_held_until_its_time_is_over_or_an_event_confirms_it() {
     let mut index = index();
-    index.dispatch(Time(0), ReplicaId(3), &keys(0..8));
+    assert_eq!(index.dispatch(Time(0), ReplicaId(3), &keys(0..8)), 0);
     assert_eq!(held(&index, &keys(0..8), 3), 8);
+    assert_eq!(index.dispatch(Time(0), ReplicaId(3), &keys(0..9)[..8]), 8);
     stored(&mut index, 3, 0, keys(0..5));
     index.expire(Time(PENDING.0 - 1));
     assert_eq!(held(&index, &keys(0..8), 3), 8);
@@ -131,7 +132,7 @@ fn a_prompt_that_is_sent_again_is_unconfirmed_for_as_long_again() {
     assert_eq!(held(&index, &keys(0..8), 3), 4);
     index.expire(Time(600 + PENDING.0));
     assert_eq!(held(&index, &keys(0..8), 3), 0);
-    assert_eq!(index.keys(), 0);
+    assert_eq!((index.keys(), index.pending_keys()), (0, 0));
 }
 
 #[test]
@@ -140,7 +141,7 @@ fn the_oldest_unconfirmed_prefixes_give_way_when_there_are_too_many() {
     let mut index = PrefixIndex::new(small).expect("the sizes fit together");
     index.join(ReplicaId(0));
     index.dispatch(Time(0), ReplicaId(0), &keys(0..10));
-    assert_eq!(index.keys(), 10);
+    assert_eq!((index.keys(), index.pending_keys()), (0, 10));
     index.dispatch(Time(1), ReplicaId(0), &keys(10..13));
     let left: Vec<u64> = (0..13).filter(|&number| !holders(&index, key(number)).is_empty()).collect();
     assert_eq!(left, (3..13).collect::<Vec<_>>());
@@ -332,7 +333,40 @@ proptest! {
         index.check();
         index.sweep(usize::MAX);
         index.check();
-        let held: BTreeSet<u64> = book.held.keys().map(|&(_, number)| number).collect();
-        prop_assert_eq!(index.keys(), held.len());
+        let told = book.held.iter().filter(|(_, until)| until.is_none()).map(|(&(_, number), _)| number);
+        prop_assert_eq!(index.keys(), told.collect::<BTreeSet<u64>>().len());
+        // What was told behind a hole is expected once more when it is sent.
+        let pending = book.held.values().flatten().count();
+        prop_assert!((pending..=book.held.len()).contains(&index.pending_keys()), "{}", index.pending_keys());
+        index.expire(Time(book.now + PENDING.0));
+        prop_assert_eq!(index.pending_keys(), 0);
+        for number in 0..91 {
+            let told = |&replica: &u32| book.held.get(&(replica, number)) == Some(&None);
+            prop_assert_eq!(holders(&index, key(number)), (0..REPLICAS).filter(told).collect(), "key {}", number);
+        }
+        index.check();
+    }
+}
+
+proptest! {
+    /// Of what is unconfirmed, exactly the newest places are kept, whatever was confirmed or sent again between.
+    #[test]
+    fn what_gives_way_is_what_was_sent_first_and_never_again(
+        sent in prop::collection::vec((0..REPLICAS, 0_u64..40, 1_u64..12), 1..60),
+        max_pending_keys in 1_u32..60,
+    ) {
+        let mut index = PrefixIndex::new(IndexOptions { max_pending_keys, ..options() }).expect("the sizes fit together");
+        (0..REPLICAS).for_each(|replica| index.join(ReplicaId(replica)));
+        let mut ring: Vec<(u32, u64)> = Vec::new();
+        for (number, &(replica, from, count)) in sent.iter().enumerate() {
+            index.dispatch(Time(number as u64), ReplicaId(replica), &keys(from..from + count));
+            ring.extend((from..from + count).map(|number| (replica, number)));
+            let kept = ring.len().saturating_sub(max_pending_keys as usize);
+            for number in 0..51 {
+                let expected = ring[kept..].iter().filter(|(_, key)| *key == number).map(|&(replica, _)| replica);
+                prop_assert_eq!(holders(&index, key(number)), expected.collect(), "key {}", number);
+            }
+            index.check();
+        }
     }
 }

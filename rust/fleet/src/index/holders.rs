@@ -44,11 +44,14 @@ impl Value {
 pub(super) enum Holders<'a> {
     /// One.
     One(SlotId),
-    /// Two or more, in order.
+    /// Two or more, in order, or none.
     Many(&'a [SlotId]),
 }
 
 impl Holders<'_> {
+    /// No one.
+    pub(super) const NOBODY: Self = Self::Many(&[]);
+
     /// How many.
     pub(super) fn count(&self) -> usize {
         match self {
@@ -85,6 +88,15 @@ struct Set {
     uses: u32,
 }
 
+/// A set, and the one that it became when a slot was added or taken away. Keys that follow each other in a prompt have
+/// equal holders, so the next key mostly takes the same step, and a thousand members are neither copied nor hashed for it.
+#[derive(Clone, Copy, Debug)]
+struct Step {
+    from: Value,
+    slot: SlotId,
+    to: Value,
+}
+
 /// All sets of two or more.
 #[derive(Debug, Default)]
 pub(super) struct HolderSets {
@@ -92,6 +104,32 @@ pub(super) struct HolderSets {
     free: Vec<u32>,
     by_members: FxHashMap<Arc<[SlotId]>, u32>,
     bytes: usize,
+    /// The last steps up and down, while both of their sets are there.
+    grown: Option<Step>,
+    shrunk: Option<Step>,
+}
+
+/// All sets, and the memory that they may take together.
+#[derive(Debug)]
+pub(super) struct BoundedSets<'a> {
+    pub(super) sets: &'a mut HolderSets,
+    pub(super) max_bytes: usize,
+}
+
+impl BoundedSets<'_> {
+    fn room_bytes(&self) -> usize {
+        self.max_bytes.saturating_sub(self.sets.bytes())
+    }
+
+    /// `HolderSets::with` in the room that is left.
+    pub(super) fn with(&mut self, value: Value, slot: SlotId) -> Option<Value> {
+        self.sets.with(value, slot, self.room_bytes())
+    }
+
+    /// `HolderSets::without` in the room that is left.
+    pub(super) fn without(&mut self, value: Value, slot: SlotId) -> Option<Value> {
+        self.sets.without(value, slot, self.room_bytes())
+    }
 }
 
 impl HolderSets {
@@ -111,6 +149,9 @@ impl HolderSets {
     /// The value with one more holder, if it is not among them; `None` when that would be a new set and there is no room.
     /// The old value is used up.
     pub(super) fn with(&mut self, value: Value, slot: SlotId, room_bytes: usize) -> Option<Value> {
+        if let Some(step) = self.grown.filter(|step| (step.from, step.slot) == (value, slot)) {
+            return Some(self.again(step));
+        }
         // Most of what is stored again is held already, and a set may have a thousand members.
         if self.holders(value).contains(slot) {
             return Some(value);
@@ -118,8 +159,38 @@ impl HolderSets {
         let mut members: Vec<SlotId> = self.holders(value).iter().collect();
         members.insert(members.partition_point(|&member| member < slot), slot);
         let larger = self.acquire(members, room_bytes)?;
+        self.grown = Some(Step { from: value, slot, to: larger });
         self.release(value);
         Some(larger)
+    }
+
+    /// The value without one of its holders, as with `retain`.
+    pub(super) fn without(&mut self, value: Value, slot: SlotId, room_bytes: usize) -> Option<Value> {
+        if let Some(step) = self.shrunk.filter(|step| (step.from, step.slot) == (value, slot)) {
+            return Some(self.again(step));
+        }
+        if value == Value::one(slot) {
+            return None;
+        }
+        if !self.holders(value).contains(slot) {
+            return Some(value);
+        }
+        let members: Vec<SlotId> = self.holders(value).iter().filter(|&held| held != slot).collect();
+        let first = members[0];
+        let rest = self.acquire(members, room_bytes);
+        // A first holder that remains alone for want of room is no step to take again.
+        self.shrunk = rest.map(|to| Step { from: value, slot, to });
+        self.release(value);
+        Some(rest.unwrap_or(Value::one(first)))
+    }
+
+    /// One more prefix takes a step that the last one took.
+    fn again(&mut self, step: Step) -> Value {
+        if let Some(set) = step.to.set() {
+            self.sets[set].as_mut().expect("a step is forgotten with its sets").uses += 1;
+        }
+        self.release(step.from);
+        step.to
     }
 
     /// The value of those that may stay; `None` if nobody does. If the rest would be a new set and there is no room, its
@@ -170,6 +241,9 @@ impl HolderSets {
             self.by_members.remove(&set.members);
             self.bytes -= SET_BYTES + size_of_val(&*set.members);
             self.free.push(number as u32);
+            // The number may come to stand for others.
+            self.grown = self.grown.filter(|step| step.from != value && step.to != value);
+            self.shrunk = self.shrunk.filter(|step| step.from != value && step.to != value);
         }
     }
 

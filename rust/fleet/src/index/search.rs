@@ -15,11 +15,29 @@ const WIDTH: usize = 8;
 /// Values that are remembered for the levels that follow.
 const MAX_PROBES: usize = 48;
 
+/// Pairs of values that are looked through for levels. Two pairs may be of the same holders, told of one and sent to another.
+const MAX_PAIRS: usize = 2 * MAX_LEVELS;
+
+/// Who was told to hold a prefix, and who will hold it as it was sent there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Found {
+    told: Option<Value>,
+    sent: Option<Value>,
+}
+
+impl Found {
+    fn is_nobody(self) -> bool {
+        self == Self::default()
+    }
+}
+
 /// A stretch of a prompt's prefix with equal holders.
 #[derive(Clone, Copy, Debug)]
 pub struct Level<'a> {
     keys: u32,
-    holders: Holders<'a>,
+    /// Nobody is in both.
+    told: Holders<'a>,
+    sent: Holders<'a>,
     index: &'a PrefixIndex,
 }
 
@@ -31,12 +49,25 @@ impl<'a> Level<'a> {
 
     /// How many hold it, those included that have left since.
     pub fn count(&self) -> usize {
-        self.holders.count()
+        self.told.count() + self.sent.count()
+    }
+
+    fn at(&self, place: usize) -> SlotId {
+        let told = self.told.count();
+        if place < told { self.told.at(place) } else { self.sent.at(place - told) }
+    }
+
+    fn contains(&self, slot: SlotId) -> bool {
+        self.told.contains(slot) || self.sent.contains(slot)
+    }
+
+    fn is_held_as(&self, other: &Self) -> bool {
+        self.count() == other.count() && (0..self.count()).all(|place| other.contains(self.at(place)))
     }
 
     /// The replica at a place below `count`; `None` if it has left.
     pub fn replica(&self, place: usize) -> Option<ReplicaId> {
-        self.index.slots.owner(self.holders.at(place))
+        self.index.slots.owner(self.at(place))
     }
 
     /// All that hold it, in the order of the index.
@@ -60,7 +91,7 @@ impl<'a> Levels<'a> {
     /// The deepest level that a replica holds.
     pub fn held_by(&self, replica: ReplicaId) -> Option<&Level<'a>> {
         let slot = self.iter().next()?.index.slots.of(replica)?;
-        self.iter().find(|level| level.holders.contains(slot))
+        self.iter().find(|level| level.contains(slot))
     }
 }
 
@@ -68,19 +99,19 @@ impl<'a> Levels<'a> {
 struct Search<'a> {
     index: &'a PrefixIndex,
     prompt: &'a [PrefixKey],
-    probes: [(u32, Option<Value>); MAX_PROBES],
+    probes: [(u32, Found); MAX_PROBES],
     count: usize,
 }
 
 impl<'a> Search<'a> {
     fn new(index: &'a PrefixIndex, prompt: &'a [PrefixKey]) -> Self {
-        Self { index, prompt, probes: [(0, None); MAX_PROBES], count: 0 }
+        Self { index, prompt, probes: [(0, Found::default()); MAX_PROBES], count: 0 }
     }
 
     /// The last key before `high` whose value is still of the kind `below`, and its value; `low`, if none after it is.
-    fn narrow(&mut self, low: u32, high: u32, below: impl Fn(Option<Value>) -> bool) -> (u32, Option<Value>) {
+    fn narrow(&mut self, low: u32, high: u32, below: impl Fn(Found) -> bool) -> (u32, Found) {
         let known = self.probes[..self.count].iter().filter(|(at, _)| (low..high).contains(at));
-        let (mut low, mut low_value) = (low, None);
+        let (mut low, mut low_value) = (low, Found::default());
         let mut high = high;
         for &(at, value) in known {
             match below(value) {
@@ -96,9 +127,11 @@ impl<'a> Search<'a> {
             let parts = WIDTH as u64 + 1 - first;
             let places: [u32; WIDTH] =
                 std::array::from_fn(|at| low + ((span * (at as u64 + 1 - first) / parts) as u32).max(1));
-            let values = self.index.table.get_all(places.map(|at| self.prompt[at as usize - 1]));
-            for (&at, &value) in places.iter().zip(&values) {
-                let value = value.filter(|&value| self.index.is_alive(value));
+            let keys = places.map(|at| self.prompt[at as usize - 1]);
+            let told = self.index.table.get_all(keys);
+            let sent = keys.map(|key| self.index.speculation.get(key));
+            for (&at, (&told, &sent)) in places.iter().zip(told.iter().zip(&sent)) {
+                let value = Found { told: told.filter(|&told| self.index.is_alive(told)), sent };
                 self.remember(at, value);
                 if !below(value) {
                     high = at;
@@ -110,7 +143,7 @@ impl<'a> Search<'a> {
         (low, low_value)
     }
 
-    fn remember(&mut self, at: u32, value: Option<Value>) {
+    fn remember(&mut self, at: u32, value: Found) {
         if let Some(place) = self.probes.get_mut(self.count) {
             *place = (at, value);
             self.count += 1;
@@ -123,11 +156,20 @@ impl PrefixIndex {
     pub fn levels(&self, prompt: &[PrefixKey]) -> Levels<'_> {
         let mut levels = Levels::default();
         let mut search = Search::new(self, prompt);
-        let (mut keys, mut value) = search.narrow(0, prompt.len() as u32 + 1, |value| value.is_some());
-        for level in &mut levels.levels {
-            let Some(held) = value else { break };
-            *level = Some(Level { keys, holders: self.table.holders(held), index: self });
-            (keys, value) = search.narrow(0, keys, |other| other != Some(held));
+        let (mut keys, mut found) = search.narrow(0, prompt.len() as u32 + 1, |found| !found.is_nobody());
+        let mut count = 0;
+        for _ in 0..MAX_PAIRS {
+            if found.is_nobody() || count == MAX_LEVELS {
+                break;
+            }
+            let holders = |value: Option<Value>| value.map_or(Holders::NOBODY, |value| self.table.holders(value));
+            let level = Level { keys, told: holders(found.told), sent: holders(found.sent), index: self };
+            let deeper = count.checked_sub(1).and_then(|last| levels.levels[last]);
+            if deeper.is_none_or(|deeper| !deeper.is_held_as(&level)) {
+                levels.levels[count] = Some(level);
+                count += 1;
+            }
+            (keys, found) = search.narrow(0, keys, |other| other != found);
         }
         levels
     }

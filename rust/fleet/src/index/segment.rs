@@ -52,8 +52,13 @@ impl Segment {
         self.words.get(Self::home(self.span(), tag)).copied().unwrap_or(EMPTY)
     }
 
+    /// Room for this many homes, all at once.
+    pub(super) fn with_span(span: usize) -> Self {
+        Self { words: vec![EMPTY; span + TAIL].into_boxed_slice(), ..Self::default() }
+    }
+
     /// Where the tag is, or where it would have to be.
-    fn find(&self, tag: u64) -> Result<usize, usize> {
+    pub(super) fn find(&self, tag: u64) -> Result<usize, usize> {
         let mut at = Self::home(self.span(), tag);
         while let Some(&word) = self.words.get(at)
             && word >> BELOW_TAG < tag
@@ -71,18 +76,21 @@ impl Segment {
         self.find(tag).ok().map(|at| value_of(self.words[at]))
     }
 
-    /// Replaces the value of a tag that is there, and marks it as used.
-    pub(super) fn set(&mut self, tag: u64, value: Value) {
-        let at = self.find(tag).expect("only what is there is replaced");
-        self.words[at] = word(tag, value);
+    /// The value at a place where `find` has found a tag.
+    pub(super) fn value_at(&self, at: usize) -> Value {
+        value_of(self.words[at])
     }
 
-    /// Adds a tag that is not there. `false` if it does not fit into the words that the segment has.
-    pub(super) fn insert(&mut self, tag: u64, value: Value) -> bool {
+    /// Replaces the value at a place where `find` has found a tag, and marks it as used.
+    pub(super) fn replace(&mut self, at: usize, value: Value) {
+        self.words[at] = word(self.words[at] >> BELOW_TAG, value);
+    }
+
+    /// Adds a tag at the place where `find` has missed it. `false` if it does not fit into the words that the segment has.
+    pub(super) fn insert_at(&mut self, at: usize, tag: u64, value: Value) -> bool {
         if (self.entries() + 1) * 8 > self.span() * 7 {
             return false;
         }
-        let at = self.find(tag).expect_err("only what is not there is added");
         let Some(free) = self.words[at..].iter().position(|&word| word == EMPTY) else {
             return false;
         };
@@ -92,14 +100,19 @@ impl Segment {
         true
     }
 
-    /// Removes a tag that is there.
-    pub(super) fn remove(&mut self, tag: u64) {
-        let at = self.find(tag).expect("only what is there is removed");
-        self.remove_at(at);
+    /// Adds a tag that is not there, in as many words as that takes.
+    pub(super) fn grow_and_insert(&mut self, tag: u64, value: Value) {
+        loop {
+            self.grow();
+            let at = self.find(tag).expect_err("only what is not there is added");
+            if self.insert_at(at, tag, value) {
+                return;
+            }
+        }
     }
 
-    /// Words behind it that are not at home come one closer.
-    fn remove_at(&mut self, at: usize) {
+    /// Removes what is at a place where `find` has found it. Words behind it that are not at home come one closer.
+    pub(super) fn remove_at(&mut self, at: usize) {
         let span = self.span();
         let displaced = |place: usize, word: u64| word != EMPTY && Self::home(span, word >> BELOW_TAG) < place;
         let mut end = at + 1;

@@ -4,7 +4,7 @@
 //! into segments at random, so this is the fleet's order too); a holder that would need a new set is not recorded.
 //! About ten bytes per key; O(1) per look-up, O(holders) per change. Knows nothing of replicas, events or time.
 
-use super::holders::{HolderSets, Holders, SlotId, Value};
+use super::holders::{BoundedSets, HolderSets, Holders, SlotId, Value};
 use super::segment::{Segment, TAG_BITS};
 use llmscale_types::PrefixKey;
 
@@ -90,6 +90,27 @@ impl Table {
         std::hint::black_box(words.fold(0, |sum, word| sum ^ word));
     }
 
+    /// Marks a key as used. Whether a slot is among its holders.
+    pub(super) fn touch(&mut self, key: PrefixKey, slot: SlotId) -> bool {
+        let (segment, tag) = self.place(key);
+        let segment = &mut self.segments[segment];
+        segment.find(tag).is_ok_and(|at| {
+            let value = segment.value_at(at);
+            segment.replace(at, value);
+            self.sets.holders(value).contains(slot)
+        })
+    }
+
+    /// The sets of holders, for others to use in the memory that segments leave.
+    pub(super) fn sets_mut(&mut self) -> BoundedSets<'_> {
+        BoundedSets { max_bytes: self.max_bytes - self.segment_bytes, sets: &mut self.sets }
+    }
+
+    /// The sets of holders.
+    pub(super) fn sets(&self) -> &HolderSets {
+        &self.sets
+    }
+
     /// Who a value stands for.
     pub(super) fn holders(&self, value: Value) -> Holders<'_> {
         self.sets.holders(value)
@@ -99,22 +120,27 @@ impl Table {
     pub(super) fn hold(&mut self, key: PrefixKey, slot: SlotId) -> Held {
         let room_bytes = self.room_bytes();
         let (segment, tag) = self.place(key);
-        let Some(value) = self.segments[segment].get(tag) else {
+        let Ok(at) = self.segments[segment].find(tag) else {
             return self.add(segment, tag, Value::one(slot));
         };
+        let value = self.segments[segment].value_at(at);
         let (value, held) = match self.sets.with(value, slot, room_bytes) {
             Some(same) if same == value => (value, Held::Known),
             Some(larger) => (larger, Held::New),
             None => (value, Held::Untold),
         };
-        self.segments[segment].set(tag, value);
+        self.segments[segment].replace(at, value);
         held
     }
 
     fn add(&mut self, segment: usize, tag: u64, value: Value) -> Held {
-        while !self.segments[segment].insert(tag, value) {
+        loop {
             let room_bytes = self.room_bytes();
             let share = &mut self.segments[segment];
+            let at = share.find(tag).expect_err("only what is not there is added");
+            if share.insert_at(at, tag, value) {
+                break;
+            }
             if share.growth_bytes() <= room_bytes {
                 let before = share.bytes();
                 share.grow();
@@ -133,21 +159,33 @@ impl Table {
 
     /// Forgets a holder.
     pub(super) fn release(&mut self, key: PrefixKey, slot: SlotId) {
+        let room_bytes = self.room_bytes();
         let (segment, tag) = self.place(key);
-        self.retain(segment, tag, |held| held != slot);
+        let Ok(at) = self.segments[segment].find(tag) else {
+            return;
+        };
+        let value = self.segments[segment].value_at(at);
+        let rest = self.sets.without(value, slot, room_bytes);
+        self.settle(segment, at, value, rest);
         self.shrink(segment);
     }
 
     fn retain(&mut self, segment: usize, tag: u64, stays: impl Fn(SlotId) -> bool) {
         let room_bytes = self.room_bytes();
-        let Some(value) = self.segments[segment].get(tag) else {
-            return;
-        };
-        match self.sets.retain(value, room_bytes, stays) {
-            Some(same) if same == value => {}
-            Some(rest) => self.segments[segment].set(tag, rest),
+        if let Ok(at) = self.segments[segment].find(tag) {
+            let value = self.segments[segment].value_at(at);
+            let rest = self.sets.retain(value, room_bytes, stays);
+            self.settle(segment, at, value, rest);
+        }
+    }
+
+    /// Writes down who is left of a key's holders, and forgets the key if nobody is.
+    fn settle(&mut self, segment: usize, at: usize, before: Value, rest: Option<Value>) {
+        match rest {
+            Some(same) if same == before => {}
+            Some(rest) => self.segments[segment].replace(at, rest),
             None => {
-                self.segments[segment].remove(tag);
+                self.segments[segment].remove_at(at);
                 self.keys -= 1;
             }
         }
@@ -170,10 +208,10 @@ impl Table {
         self.shrink(segment);
     }
 
-    /// Asserts what holds between changes.
-    pub(super) fn check(&self) {
+    /// Asserts what holds between changes, given the sets that others use.
+    pub(super) fn check(&self, others: impl Iterator<Item = Value>) {
         self.segments.iter().for_each(Segment::check);
-        self.sets.check(self.segments.iter().flat_map(Segment::iter).map(|(_, value)| value));
+        self.sets.check(self.segments.iter().flat_map(Segment::iter).map(|(_, value)| value).chain(others));
         let words: usize = self.segments.iter().map(Segment::bytes).sum();
         assert_eq!(self.segment_bytes, size_of_val(&self.segments[..]) + words, "bytes of segments");
         assert_eq!(self.keys, self.segments.iter().map(Segment::entries).sum::<usize>(), "keys are counted");
