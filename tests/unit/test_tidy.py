@@ -39,7 +39,7 @@ CRATES = {
     "front": {"types", "cost", "fleet", "tenancy"},
     "wire": {"types"},
     "net": {"types", "wire"},
-    "engine": {"types", "cost", "scheduler", "front", "wire", "net"},
+    "engine": {"types", "cost", "blocks", "scheduler", "front", "wire", "net"},
     "kernels": set[str](),
     "sim": {"types", "cost", "blocks", "scheduler", "tenancy", "fleet", "front", "wire"},
     "py": {"types", "scheduler", "kernels", "wire", "net", "engine", "front", "sim"},

@@ -169,6 +169,7 @@ class Status(Record, frozen=True):
     worker_pid: U32 | None
     step_ns: U64
     stage_wait_ns: U64
+    kv_changes: U64
 
 
 class Pong(Record, frozen=True):
@@ -179,6 +180,26 @@ class Pong(Record, frozen=True):
     nonce: U64
 
 
+class KvChanges(Record, frozen=True):
+    """A change of the prefix cache; only for fronts that ask."""
+
+    node: U64
+    epoch: U64
+    number: U64
+    cleared: bool
+    runs: list[U32]
+    keys: list[U64]
+
+
+class KvSnapshot(Record, frozen=True):
+    """All that the prefix cache holds; only for fronts that ask."""
+
+    node: U64
+    epoch: U64
+    number: U64
+    keys: list[U64]
+
+
 class Rejected(OpenRecord, frozen=True):
     """The end of a connection, by the node's wish."""
 
@@ -187,11 +208,12 @@ class Rejected(OpenRecord, frozen=True):
     versions: Versions
 
 
-FromNode = Welcome | Outputs | GiveBack | Status | Pong | Rejected
+FromNode = Welcome | Outputs | GiveBack | Status | Pong | Rejected | KvChanges | KvSnapshot
 
 _ENVELOPE: Final = msgspec.msgpack.Decoder(tuple[U8, U8, msgspec.Raw])
 _BODIES: Final[tuple[msgspec.msgpack.Decoder[Any], ...]] = tuple(
-    msgspec.msgpack.Decoder(kind) for kind in (Welcome, Outputs, GiveBack, Status, Pong, Rejected)
+    msgspec.msgpack.Decoder(kind)
+    for kind in (Welcome, Outputs, GiveBack, Status, Pong, Rejected, KvChanges, KvSnapshot)
 )
 
 

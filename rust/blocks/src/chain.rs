@@ -2,7 +2,7 @@
 //! before it, starting from the namespace of (tenant, model, revision, adapter). Keyed BLAKE3, 256 bits, so that a tenant
 //! cannot compute another's keys; about 0.2 us per block of 32 ids, paid when a request arrives or while a step runs.
 
-use llmscale_types::Token;
+use llmscale_types::{PrefixKey, Token};
 
 /// A link of the chain.
 pub type BlockHash = [u8; 32];
@@ -61,6 +61,17 @@ impl ChainHasher {
             hashes.push(hash);
         }
         hashes
+    }
+
+    /// Names of the prefixes of `ids`, one every `key_tokens`; none if blocks are longer than that.
+    pub fn keys(&self, namespace: &Namespace, ids: &[Token], block_tokens: u32, key_tokens: u32) -> Vec<PrefixKey> {
+        let blocks = (key_tokens / block_tokens) as usize;
+        if blocks == 0 {
+            return Vec::new();
+        }
+        let named = ids.len() - ids.len() % key_tokens as usize;
+        let chain = self.chain(namespace, &ids[..named], block_tokens);
+        chain.iter().skip(blocks - 1).step_by(blocks).map(PrefixKey::of_hash).collect()
     }
 
     fn cut(&self, mut hash: BlockHash) -> BlockHash {

@@ -3,11 +3,13 @@
 //! Nothing here moves a byte of KV: it is bookkeeping that workers follow.
 
 pub mod chain;
+pub mod changes;
 pub mod pool;
 pub mod prefix;
 pub mod store;
 
 pub use chain::{BlockHash, ChainHasher, Namespace};
+pub use changes::Changes;
 pub use pool::BlockPool;
 pub use prefix::PrefixIndex;
 pub use store::{BlockStore, CacheCounters};

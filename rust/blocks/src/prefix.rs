@@ -3,7 +3,7 @@
 //! another request's content. One entry per block, hence bounded by the pool; the pool decides when an entry dies.
 
 use crate::chain::{BlockHash, Namespace};
-use llmscale_types::{BlockId, Token};
+use llmscale_types::{BlockId, PrefixKey, Token};
 use rustc_hash::FxHashMap;
 use std::num::NonZeroU64;
 
@@ -16,6 +16,8 @@ struct Entry {
     parent: Option<ContentId>,
     namespace: Namespace,
     hash: BlockHash,
+    /// Whether the prefix that it ends is one that the fleet knows by name.
+    named: bool,
 }
 
 /// Contents of blocks, by chain hash. Looked up by hash, never iterated.
@@ -56,7 +58,8 @@ impl PrefixIndex {
     }
 
     /// Records that `block` holds `ids` after `parent`. A block of the same hash keeps its place: the older copy is the
-    /// one that others already share. Returns the content that later blocks name as their parent.
+    /// one that others already share. `named` says whether the fleet knows the prefix that ends here by name. Returns the
+    /// content that later blocks name as their parent, and whether it is new.
     pub fn register(
         &mut self,
         block: BlockId,
@@ -64,20 +67,21 @@ impl PrefixIndex {
         parent: Option<ContentId>,
         hash: &BlockHash,
         ids: &[Token],
-    ) -> ContentId {
+        named: bool,
+    ) -> (ContentId, bool) {
         assert_eq!(ids.len(), self.block_tokens, "only full blocks are registered");
         if let Some((_, content)) = self.find(namespace, parent, hash, ids) {
-            return content;
+            return (content, false);
         }
         assert!(self.entries[block.index()].is_none(), "block {block} is registered twice");
         let content = ContentId::new(self.next_content).expect("starts at one");
         self.next_content += 1;
         let start = block.index() * self.block_tokens;
         self.ids[start..start + self.block_tokens].copy_from_slice(ids);
-        self.entries[block.index()] = Some(Entry { content, parent, namespace: *namespace, hash: *hash });
+        self.entries[block.index()] = Some(Entry { content, parent, namespace: *namespace, hash: *hash, named });
         // After a collision the newer content takes the place; the older stays unreachable until its block is reused.
         self.by_hash.insert(key(hash), block);
-        content
+        (content, true)
     }
 
     /// Whether the block's content can still be found.
@@ -85,13 +89,18 @@ impl PrefixIndex {
         self.entries[block.index()].is_some()
     }
 
-    /// The block is about to hold something else.
-    pub fn forget(&mut self, block: BlockId) {
-        if let Some(entry) = self.entries[block.index()].take()
-            && self.by_hash.get(&key(&entry.hash)) == Some(&block)
-        {
+    /// The block is about to hold something else. Returns the name of the prefix that is lost, if it has one.
+    pub fn forget(&mut self, block: BlockId) -> Option<PrefixKey> {
+        let entry = self.entries[block.index()].take()?;
+        if self.by_hash.get(&key(&entry.hash)) == Some(&block) {
             self.by_hash.remove(&key(&entry.hash));
         }
+        entry.named.then(|| PrefixKey::of_hash(&entry.hash))
+    }
+
+    /// Names of all prefixes that have one. O(blocks).
+    pub fn named(&self) -> impl Iterator<Item = PrefixKey> {
+        self.entries.iter().flatten().filter(|entry| entry.named).map(|entry| PrefixKey::of_hash(&entry.hash))
     }
 
     /// The device's memory is gone: nothing is known any more. Content ids go on, so that none is named twice.

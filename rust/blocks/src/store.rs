@@ -2,9 +2,10 @@
 //! Every operation is O(blocks named in it). Sequences own their tables; the store owns counts and contents.
 
 use crate::chain::{BlockHash, ChainHasher, Namespace};
+use crate::changes::Changes;
 use crate::pool::BlockPool;
 use crate::prefix::{ContentId, PrefixIndex};
-use llmscale_types::{BlockId, Token};
+use llmscale_types::{BlockId, KvEvent, PrefixKey, Token};
 
 /// How often prefixes were looked for and found, in tokens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -25,6 +26,9 @@ pub struct BlockStore {
     hasher: ChainHasher,
     block_tokens: u32,
     counters: CacheCounters,
+    changes: Changes,
+    /// Blocks from one named prefix to the next; 0 if none has a name.
+    blocks_per_key: u32,
 }
 
 /// A prefix that was found, already shared with the asker.
@@ -45,6 +49,8 @@ impl BlockStore {
             hasher,
             block_tokens,
             counters: CacheCounters::default(),
+            changes: Changes::default(),
+            blocks_per_key: PrefixKey::TOKENS / block_tokens,
         }
     }
 
@@ -103,15 +109,18 @@ impl BlockStore {
     pub fn allocate(&mut self) -> Option<BlockId> {
         let block = self.pool.allocate()?;
         if self.prefix.holds(block) {
-            self.prefix.forget(block);
+            if let Some(key) = self.prefix.forget(block) {
+                self.changes.removed(key);
+            }
             self.counters.evicted_blocks += 1;
         }
         Some(block)
     }
 
-    /// Makes a full, computed block findable by others.
+    /// Makes a full, computed block findable by others. `index` is its place in the sequence's table.
     pub fn register(
         &mut self,
+        index: u32,
         block: BlockId,
         namespace: &Namespace,
         parent: Option<ContentId>,
@@ -119,7 +128,34 @@ impl BlockStore {
         ids: &[Token],
     ) -> ContentId {
         assert!(self.pool.references(block) > 0, "block {block} is registered by nobody who holds it");
-        self.prefix.register(block, namespace, parent, hash, ids)
+        // 0 divides nothing.
+        let named = (index + 1).is_multiple_of(self.blocks_per_key);
+        let (content, new) = self.prefix.register(block, namespace, parent, hash, ids, named);
+        if named && new {
+            self.changes.stored(PrefixKey::of_hash(hash));
+        }
+        content
+    }
+
+    /// Names a prefix every so many tokens instead of the usual number, before anything is cached.
+    pub fn name_prefixes_every(&mut self, tokens: u32) {
+        assert_eq!(self.prefix.named().count(), 0, "names are settled before the first");
+        self.blocks_per_key = tokens / self.block_tokens;
+    }
+
+    /// Begins or ends to keep what changes among the named prefixes.
+    pub fn want_changes(&mut self, wanted: bool) {
+        self.changes.want(wanted);
+    }
+
+    /// What has changed among the named prefixes since the last call, if it was wanted.
+    pub fn take_changes(&mut self) -> Vec<KvEvent> {
+        self.changes.take()
+    }
+
+    /// All named prefixes that can be found. O(blocks).
+    pub fn named(&self) -> impl Iterator<Item = PrefixKey> {
+        self.prefix.named()
     }
 
     /// Gives a table back, last block first, so that a prefix's children are reused before their parents.
@@ -134,6 +170,7 @@ impl BlockStore {
     pub fn reset(&mut self) {
         self.pool.reset();
         self.prefix.clear();
+        self.changes.cleared();
     }
 
     /// Walks everything, given how often sequences reference each block. O(blocks), for tests and idle checks.
@@ -165,7 +202,7 @@ mod tests {
         let (mut table, mut parent) = (hit.blocks, hit.content);
         for (index, block_ids) in ids.chunks_exact(TOKENS as usize).enumerate().skip(found) {
             let block = store.allocate().expect("the test's pool is large enough");
-            parent = Some(store.register(block, namespace, parent, &hashes[index], block_ids));
+            parent = Some(store.register(index as u32, block, namespace, parent, &hashes[index], block_ids));
             table.push(block);
         }
         (table, found)

@@ -210,6 +210,7 @@ struct Node {
     knows_numerics: bool,
     told_drained: bool,
     next_status: Time,
+    next_caches: Time,
     dropped_frames: u64,
     board: Noticeboard,
 }
@@ -241,6 +242,7 @@ impl Node {
             knows_numerics: false,
             told_drained: false,
             next_status: Time(0),
+            next_caches: Time(0),
             dropped_frames: 0,
             config,
             replica,

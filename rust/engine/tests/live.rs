@@ -211,6 +211,7 @@ fn front(node: &NodeHandle) -> FrontHandle {
         name: "front".to_owned(),
         fleet: "test".to_owned(),
         options: FrontOptions::default(),
+        secret: [3; 32],
         max_node_silence: Duration::from_millis(2_000),
     };
     let context = Context::new(AllowList::default(), 1).unwrap();
@@ -228,6 +229,7 @@ fn request(prompt: Vec<Token>, seed: u64, max_tokens: u32) -> NewRequest {
         model: "hash".to_owned(),
         class: Class::Standard,
         prompt,
+        prefix: Arc::default(),
         sampling: Sampling { seed, max_tokens, ..Sampling::default() },
         deadline: None,
         detached: false,

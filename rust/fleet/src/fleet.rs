@@ -2,10 +2,10 @@
 //! Replicas that are down stay listed, so that they are seen and their speed is remembered, until a newcomer needs the
 //! place. Looking at one is O(1), changing one O(log replicas).
 
-use crate::index::PrefixIndex;
+use crate::index::{Level, PrefixIndex};
 use crate::member::{Load, Member, ModelKey, Offer, PoolId, ReplicaState};
 use crate::ranking::Ranking;
-use llmscale_types::ReplicaId;
+use llmscale_types::{PrefixKey, ReplicaId, Time};
 use rustc_hash::FxHashMap;
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
@@ -86,6 +86,15 @@ impl Fleet {
     /// What replicas hold, to change.
     pub fn prefixes_mut(&mut self) -> Option<&mut PrefixIndex> {
         self.prefixes.as_mut()
+    }
+
+    /// A prompt of these prefixes is on its way to a replica. Returns how many of its tokens are said to be cached there; it
+    /// counts as holding all of them from now on.
+    pub fn dispatch(&mut self, now: Time, id: ReplicaId, prefix: &[PrefixKey]) -> u32 {
+        let Some(prefixes) = self.prefixes.as_mut().filter(|_| !prefix.is_empty()) else { return 0 };
+        let cached_keys = prefixes.levels(prefix).held_by(id).map_or(0, Level::keys);
+        prefixes.dispatch(now, id, prefix);
+        cached_keys.saturating_mul(prefixes.tokens_per_key())
     }
 
     /// A replica is connected. An earlier incarnation must have left.

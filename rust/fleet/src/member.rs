@@ -124,6 +124,8 @@ pub struct Report {
     pub step_ns: u64,
     /// Of it, what the last stage of a pipeline waited for the stages before it: the bubble.
     pub stage_wait_ns: u64,
+    /// Number of the last change of the prefix cache that fronts were told.
+    pub kv_changes: u64,
 }
 
 /// What one front has on one replica.

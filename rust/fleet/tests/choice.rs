@@ -119,6 +119,7 @@ fn a_reported_backlog_counts_and_wears_off_with_time() {
         worker_pid: None,
         step_ns: 0,
         stage_wait_ns: 0,
+        kv_changes: 0,
     };
     set(&mut fleet, 0, |member| member.report = Some((Time(1_000), report)));
     assert_eq!(choose(&fleet, &need(pool)), None);

@@ -50,8 +50,7 @@ impl Front {
             total_tokens: request.max_total_tokens(),
             context_tokens: u64::from(request.context_tokens()),
             output_tokens: u64::from(request.expected_tokens),
-            // Keys are made under the replicas' secret, which a front does not have.
-            prefix: Arc::default(),
+            prefix: Arc::clone(&request.prefix),
             numerics: request.numerics.clone(),
             look_ahead,
             now,
@@ -81,9 +80,12 @@ impl Front {
     fn send(&mut self, now: Time, id: RequestId, replica: ReplicaId, out: &mut Vec<FrontAction>) {
         self.dequeue(id);
         let request = self.requests.get_mut(&id).expect("it was in the queue");
+        let cached_tokens = self.fleet.dispatch(now, replica, &request.prefix);
         let mut member = self.fleet.get_mut(replica).expect("it was chosen from the fleet");
         request.attempt = request.attempt.next();
+        // The last token is always computed: its output is the next one.
         let context_tokens = request.context_tokens();
+        let context_tokens = context_tokens - cached_tokens.min(context_tokens - 1);
         member.load.sequences += 1;
         member.load.unstarted_sequences += 1;
         member.load.unstarted_tokens += u64::from(context_tokens);

@@ -4,9 +4,10 @@
 use crate::delivery::Deliveries;
 use llmscale_fleet::{Offer, Report};
 use llmscale_types::{
-    Attempt, Class, Epoch, FinishReason, LimitError, NodeId, Outputs, Refusal, ReplicaId, RequestId, Sampling,
-    Submission, Time, Token,
+    Attempt, Class, Epoch, FinishReason, KvEvent, LimitError, NodeId, Outputs, PrefixKey, Refusal, ReplicaId,
+    RequestId, Sampling, Submission, Time, Token,
 };
+use std::sync::Arc;
 
 /// What a client wants.
 #[derive(Clone, PartialEq, Debug)]
@@ -19,6 +20,8 @@ pub struct NewRequest {
     pub class: Class,
     /// Prompt ids.
     pub prompt: Vec<Token>,
+    /// Names of the prompt's prefixes, as replicas tell of them; empty if they are not known.
+    pub prefix: Arc<[PrefixKey]>,
     /// How to choose tokens and when to end; the seed is drawn already.
     pub sampling: Sampling,
     /// When the request expires.
@@ -108,6 +111,20 @@ pub enum ReplicaFrame {
     Status(Report),
     /// It is there.
     Pong,
+    /// Its prefix cache has changed.
+    KvChanges {
+        /// Which change.
+        number: u64,
+        /// What changed, in order.
+        events: Vec<KvEvent>,
+    },
+    /// All that its prefix cache holds.
+    KvSnapshot {
+        /// The change after which this is so.
+        number: u64,
+        /// Names of prefixes.
+        keys: Vec<PrefixKey>,
+    },
 }
 
 /// Something is to be done.
@@ -157,6 +174,11 @@ pub enum ToReplica {
         request: RequestId,
         /// The try.
         attempt: Attempt,
+    },
+    /// Tell what your prefix cache holds.
+    KvAsk {
+        /// The first change that this front has not heard of.
+        from: u64,
     },
 }
 

@@ -51,6 +51,8 @@ impl Front {
             }
             ReplicaFrame::Status(report) => self.reported(now, replica, report, out),
             ReplicaFrame::Pong => {}
+            ReplicaFrame::KvChanges { number, events } => self.kv_changes(now, replica, number, &events, out),
+            ReplicaFrame::KvSnapshot { number, keys } => self.kv_snapshot(replica, number, &keys),
         }
     }
 

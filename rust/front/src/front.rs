@@ -8,7 +8,7 @@ use crate::queue::Queue;
 use crate::request::Request;
 use crate::timers::{Due, Timers};
 use crate::usual_output::UsualOutput;
-use llmscale_fleet::{Fleet, LeastWork, Policy, PoolId};
+use llmscale_fleet::{Fleet, LeastWork, Policy, PoolId, PredictedSeconds, PrefixIndex};
 use llmscale_types::{LimitError, ReplicaId, RequestId, Time};
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,16 +32,22 @@ pub struct Front {
 }
 
 impl Front {
-    /// An empty front that places requests by least work.
+    /// An empty front that places requests by predicted seconds, or by least work if it does not look at prefix caches.
     pub fn new(options: FrontOptions) -> Result<Self, LimitError> {
-        Self::with_policy(options, Box::new(LeastWork))
+        let policy: Box<dyn Policy> =
+            if options.prefixes.is_some() { Box::new(PredictedSeconds) } else { Box::new(LeastWork) };
+        Self::with_policy(options, policy)
     }
 
     /// An empty front.
     pub fn with_policy(options: FrontOptions, policy: Box<dyn Policy>) -> Result<Self, LimitError> {
         options.check()?;
+        let fleet = match &options.prefixes {
+            Some(prefixes) => Fleet::with_prefixes(options.max_replicas, PrefixIndex::new(prefixes.clone())?),
+            None => Fleet::new(options.max_replicas),
+        };
         Ok(Self {
-            fleet: Fleet::new(options.max_replicas),
+            fleet,
             policy,
             requests: FxHashMap::default(),
             queues: Vec::new(),

@@ -4,6 +4,7 @@
 //! is placed; a frame of N tokens costs O(N). Knows nothing of text, HTTP or sockets.
 
 mod attempt;
+mod caches;
 mod check;
 mod counters;
 mod delivery;
@@ -25,6 +26,6 @@ pub use counters::FrontCounters;
 pub use delivery::{Deliveries, Delivery};
 pub use event::{EndReason, FrontAction, FrontEvent, NewRequest, ReplicaFrame, SubmitError, ToReplica, Usage};
 pub use front::Front;
-pub use llmscale_fleet::{ModelKey, Offer, PoolId, ReplicaLimits, ReplicaState, Report};
+pub use llmscale_fleet::{IndexOptions, ModelKey, Offer, PoolId, ReplicaLimits, ReplicaState, Report};
 pub use options::FrontOptions;
 pub use status::{FrontStatus, ReplicaStatus};

@@ -101,6 +101,7 @@ impl Front {
         member.report = Some((now, report));
         member.state = Some(report.state);
         drop(member);
+        self.kv_heard_of(now, replica, report.kv_changes, out);
         self.relieve(now, out);
     }
 

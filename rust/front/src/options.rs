@@ -1,6 +1,7 @@
 //! What an operator may set about a front, checked once when it starts. The bounds that other crates share are in
 //! `FrontLimits`; here are the spans that only the front's own decisions use.
 
+use llmscale_fleet::IndexOptions;
 use llmscale_types::{Duration, FrontLimits, LimitError};
 
 /// Settings of one front.
@@ -17,6 +18,8 @@ pub struct FrontOptions {
     /// How long a ready replica may stay silent about an attempt, beyond eight times what was predicted, before the
     /// attempt is given up: the last resort against a frame that was lost without a trace.
     pub max_silence: Duration,
+    /// What is remembered of the replicas' prefix caches; `None` places requests without looking at them.
+    pub prefixes: Option<IndexOptions>,
 }
 
 impl Default for FrontOptions {
@@ -27,6 +30,7 @@ impl Default for FrontOptions {
             promote_after: Duration::from_millis(5_000),
             max_without_replica: Duration::from_millis(60_000),
             max_silence: Duration::from_millis(120_000),
+            prefixes: Some(IndexOptions::default()),
         }
     }
 }
@@ -37,6 +41,7 @@ impl FrontOptions {
         self.limits.check()?;
         LimitError::at_least("max_replicas", u64::from(self.max_replicas), 1)?;
         LimitError::at_most("max_replicas", u64::from(self.max_replicas), 65_536)?;
+        self.prefixes.as_ref().map_or(Ok(()), IndexOptions::check)?;
         LimitError::at_least("promote_after", self.promote_after.0, 1)?;
         LimitError::at_least("max_silence", self.max_silence.0, 1)
     }

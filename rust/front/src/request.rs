@@ -5,8 +5,8 @@ use crate::event::{EndReason, NewRequest, Usage};
 use crate::options::FrontOptions;
 use llmscale_fleet::PoolId;
 use llmscale_types::{
-    Attempt, Class, Duration, FinishReason, FrontId, ReplicaId, RequestId, Sampling, SequenceKey, Submission, Time,
-    Token, TokenLogprobs,
+    Attempt, Class, Duration, FinishReason, FrontId, PrefixKey, ReplicaId, RequestId, Sampling, SequenceKey,
+    Submission, Time, Token, TokenLogprobs,
 };
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,6 +23,8 @@ pub(crate) struct Request {
     /// Prompt ids, then all output ids of all attempts.
     context: Vec<Token>,
     prompt_tokens: u32,
+    /// Names of the prompt's prefixes.
+    pub(crate) prefix: Arc<[PrefixKey]>,
     /// The newest attempt; 0 before the first.
     pub(crate) attempt: Attempt,
     /// Attempts that were lost.
@@ -59,7 +61,7 @@ pub(crate) enum Place {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Sent {
     pub(crate) replica: ReplicaId,
-    /// Context that was sent: what the replica has to compute before its first token.
+    /// Context that the replica has to compute before its first token, as far as was known when it was sent.
     pub(crate) context_tokens: u32,
     /// A token came.
     pub(crate) started: bool,
@@ -91,6 +93,7 @@ impl Request {
             sampling: new.sampling,
             namespace: new.namespace,
             prompt_tokens: new.prompt.len() as u32,
+            prefix: new.prefix,
             context: new.prompt,
             attempt: Attempt(0),
             lost: 0,

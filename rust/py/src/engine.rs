@@ -2,8 +2,8 @@
 
 use crate::error;
 use crate::limits::PyEngineLimits;
-use crate::request::parse_address;
-use crate::sampling::{random_bytes, random_seed};
+use crate::request::{fleet_secret, parse_address};
+use crate::sampling::random_seed;
 use llmscale_engine::{Command, NodeConfig, NodeEvent, NodeHandle, NodeReport, RankLinks};
 use llmscale_net::link::WorkerLink;
 use llmscale_net::link::socket::SocketLink;
@@ -83,8 +83,7 @@ impl Engine {
         let list = allow_list.map(|path| AllowList::load(Path::new(path))).transpose().map_err(|error| text(&error))?;
         let keys = own.map(|own| ServerKeys { own, admitted: Roles::of(&[Role::Gateway, Role::Client, Role::Node]) });
         let context = Context::new(list.unwrap_or_default(), 1).map_err(|error| text(&error))?;
-        let mut secret = [0; 32];
-        random_bytes(&mut secret)?;
+        let secret = fleet_secret(&fleet, keys.as_ref().map(|keys| &keys.own.public));
         let config = NodeConfig {
             limits: limits.0.clone(),
             model: ModelIdentity {

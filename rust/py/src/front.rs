@@ -1,8 +1,8 @@
 //! The door for a gateway: the front's thread, submissions, what arrives for readers.
 
 use crate::error;
-use crate::request::{Delivery, class, logprob_row, namespace, parse_address};
-use crate::sampling::{PySampling, random_bytes};
+use crate::request::{Delivery, class, fleet_secret, logprob_row, namespace, parse_address};
+use crate::sampling::PySampling;
 use llmscale_engine::{Arrival, FrontConfig, FrontHandle, NodeAddress};
 use llmscale_front::{FrontEvent, FrontOptions, FrontStatus, NewRequest, ReplicaStatus, SubmitError};
 use llmscale_net::{AllowList, ClientKeys, Context, KeyPair, PublicKey};
@@ -84,16 +84,16 @@ impl PyFront {
             max_live_requests: max_live_requests.unwrap_or(defaults.max_live_requests),
             ..defaults
         };
+        let secret = fleet_secret(fleet, keys.as_ref().map(|keys| &keys.server));
         let config = FrontConfig {
             name: name.to_owned(),
             fleet: fleet.to_owned(),
             options: FrontOptions { limits, ..FrontOptions::default() },
+            secret,
             max_node_silence: Duration(max_node_silence_us),
         };
         let context = Context::new(AllowList::default(), 1).map_err(|error| text(&error))?;
         let handle = FrontHandle::start(config, &context, &nodes).map_err(|error| text(&error))?;
-        let mut secret = [0; 32];
-        random_bytes(&mut secret)?;
         Ok(Self { handle: Mutex::new(Some(Arc::new(handle))), secret })
     }
 
@@ -122,6 +122,8 @@ impl PyFront {
             model,
             class: class(priority)?,
             prompt,
+            // Named where the replicas are known.
+            prefix: Arc::default(),
             sampling: sampling.0.clone(),
             deadline: timeout_us.map(|span| handle.now() + Duration(span)),
             detached,

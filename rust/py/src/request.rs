@@ -1,6 +1,7 @@
 //! What the doors for requests share: classes by name, namespaces of cache keys, deliveries to Python.
 
 use crate::error;
+use llmscale_net::PublicKey;
 use llmscale_types::{Class, TokenLogprobs};
 use pyo3::prelude::*;
 
@@ -18,6 +19,19 @@ pub(crate) fn class(name: &str) -> PyResult<Class> {
             Err(error::config(format!("priority is {other:?}, it must be interactive, standard, batch or background")))
         }
     }
+}
+
+/// What keys prefixes in a fleet: all who know its name and the nodes' public key have the same, so that a prompt is named
+/// alike at every gateway and node. It only keeps names of different fleets apart; what may be shared is decided by the
+/// namespace, and what is shared by comparing ids.
+pub(crate) fn fleet_secret(fleet: &str, nodes: Option<&PublicKey>) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("llmscale 2026-11 names of prefixes in a fleet");
+    hasher.update(&(fleet.len() as u64).to_le_bytes());
+    hasher.update(fleet.as_bytes());
+    if let Some(key) = nodes {
+        hasher.update(key.as_bytes());
+    }
+    *hasher.finalize().as_bytes()
 }
 
 /// Separates what may share KV blocks: keyed over tenant, model, revision and adapter, each with its length, so that no

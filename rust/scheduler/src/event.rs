@@ -1,8 +1,10 @@
 //! What happens to a replica and what it wants done. Drivers and the simulator own everything in between.
 
 use llmscale_types::{
-    Attempt, Delta, Epoch, FrontId, Outputs, Refusal, RequestId, SequenceKey, StepId, StepResult, Submission,
+    Attempt, Delta, Epoch, FrontId, KvEvent, Outputs, PrefixKey, Refusal, RequestId, SequenceKey, StepId, StepResult,
+    Submission,
 };
+use std::sync::Arc;
 
 /// Something happened.
 #[derive(Debug)]
@@ -13,6 +15,13 @@ pub enum Event {
     Abort(SequenceKey),
     /// A front wants an attempt back if it has not been admitted.
     Recall(SequenceKey),
+    /// A front wants to know what the prefix cache holds, from a number on, and what changes from then on.
+    KvAsk {
+        /// Who.
+        front: FrontId,
+        /// The first change that it has not heard of.
+        from: u64,
+    },
     /// A front is gone: its attempts end without outputs.
     FrontGone(FrontId),
     /// A worker group finished a step.
@@ -42,6 +51,25 @@ pub enum GiveBack {
     Refused(Refusal),
 }
 
+/// What a front is told about the prefix cache.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum KvWord {
+    /// One numbered change.
+    Changes {
+        /// Its number.
+        number: u64,
+        /// What changed, in order.
+        events: Arc<[KvEvent]>,
+    },
+    /// All that is held after a change.
+    Snapshot {
+        /// The number of that change.
+        number: u64,
+        /// The names of all prefixes that have one.
+        keys: Vec<PrefixKey>,
+    },
+}
+
 /// What the driver has to do. Reused between calls, so that a steady step allocates nothing here.
 #[derive(Debug, Default)]
 pub struct Actions {
@@ -51,6 +79,8 @@ pub struct Actions {
     pub outputs: Vec<Outputs>,
     /// Attempts to hand back.
     pub give_back: Vec<(SequenceKey, GiveBack)>,
+    /// What fronts are told about the prefix cache, in order.
+    pub kv: Vec<(FrontId, KvWord)>,
 }
 
 impl Actions {
@@ -68,6 +98,7 @@ impl Actions {
             outputs.clear();
         }
         self.give_back.retain(|(key, _)| key.front != front);
+        self.kv.retain(|(listener, _)| *listener != front);
     }
 
     /// Forgets everything and keeps the memory.
@@ -75,6 +106,7 @@ impl Actions {
         self.execute = None;
         self.outputs.iter_mut().for_each(Outputs::clear);
         self.give_back.clear();
+        self.kv.clear();
     }
 }
 

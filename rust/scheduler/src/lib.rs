@@ -1,6 +1,6 @@
 //! One replica as a deterministic state machine: events in, actions out, no clock, socket, thread or randomness.
 //! `replica` composes; `queue` orders what waits, `planner` makes the next step, `complete` takes a step's result in one
-//! pass, `groups` splits what runs among the stages of a pipeline, `recovery` turns a dead worker, or one that gave up its steps, into a preemption, `sequences` holds the rows of
+//! pass, `kv_feed` tells fronts what is cached, `groups` splits what runs among the stages of a pipeline, `recovery` turns a dead worker, or one that gave up its steps, into a preemption, `sequences` holds the rows of
 //! what runs. `mirror` is the workers' half of the plan contract: it expands deltas into the buffers that an executor reads.
 
 pub mod event;
@@ -11,6 +11,7 @@ pub mod replica;
 mod check;
 mod complete;
 mod groups;
+mod kv_feed;
 mod planner;
 mod queue;
 mod record;
@@ -18,7 +19,7 @@ mod recovery;
 mod sequences;
 mod wheel;
 
-pub use event::{Actions, Event, GiveBack, ReplicaCounters, ReplicaLoad};
+pub use event::{Actions, Event, GiveBack, KvWord, ReplicaCounters, ReplicaLoad};
 pub use mirror::{Gap, Mirror, SlotSampling, StepCounts};
 pub use policy::{FirstComeFirstServed, OrderKey, Policy};
 pub use replica::Replica;

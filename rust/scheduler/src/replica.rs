@@ -4,6 +4,7 @@
 
 use crate::event::{Actions, Event, GiveBack, ReplicaCounters, ReplicaLoad, RequestKey, request_key, same_attempt};
 use crate::groups::Groups;
+use crate::kv_feed::KvFeed;
 use crate::policy::{OrderKey, Policy};
 use crate::queue::{Place, WaitingQueue};
 use crate::record::Record;
@@ -12,8 +13,8 @@ use llmscale_blocks::{BlockStore, CacheCounters, ChainHasher};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, LimitError, Refusal,
-    RequestId, SequenceKey, Slot, StepId, Submission, Time, Token,
+    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, LimitError, PrefixKey,
+    Refusal, RequestId, SequenceKey, Slot, StepId, Submission, Time, Token,
 };
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeSet, VecDeque};
@@ -77,6 +78,7 @@ pub struct Replica {
     /// Sequences with full blocks that the prefix index does not know yet, with the step that filled them.
     pub(crate) unregistered: VecDeque<(Slot, u64)>,
     pub(crate) ended: Vec<(Slot, FinishReason)>,
+    pub(crate) kv_feed: KvFeed,
     pub(crate) draining: bool,
     pub(crate) counters: ReplicaCounters,
 }
@@ -105,6 +107,7 @@ impl Replica {
             leave_after_step: Vec::new(),
             unregistered: VecDeque::new(),
             ended: Vec::new(),
+            kv_feed: KvFeed::default(),
             draining: false,
             counters: ReplicaCounters::default(),
             policy,
@@ -121,6 +124,7 @@ impl Replica {
             Event::Submit(submission) => self.submit(*submission, out),
             Event::Abort(key) => self.abort(key, out),
             Event::Recall(key) => self.recall(key, out),
+            Event::KvAsk { front, from } => self.kv_feed.ask(front, from, &mut self.blocks),
             Event::FrontGone(front) => self.front_gone(front, out),
             Event::StepDone(result) => return self.complete(&result, out),
             Event::WorkerUp(epoch) => self.worker_up(epoch),
@@ -219,6 +223,7 @@ impl Replica {
     fn front_gone(&mut self, front: FrontId, out: &mut Actions) {
         // Its number may pass to another front before the driver delivers, and requests of two fronts share their numbers.
         out.forget(front);
+        self.kv_feed.forget(front, &mut self.blocks);
         let waiting: Vec<RequestId> =
             self.queue.iter().map(Record::key).filter(|key| key.front == front).map(|key| key.request).collect();
         let running = self.sequences.occupied().map(|slot| self.sequences.record(slot).key());
@@ -364,9 +369,31 @@ impl Replica {
                 record.hashes.push(hash);
             }
             let hash = record.hashes[block];
-            cold.content = Some(self.blocks.register(cold.table[block], namespace, cold.content, &hash, ids));
+            let (index, id) = (block as u32, cold.table[block]);
+            cold.content = Some(self.blocks.register(index, id, namespace, cold.content, &hash, ids));
             cold.registered_blocks = block as u32 + 1;
         }
+    }
+
+    /// Names a prefix every so many tokens instead of the usual number, before the first request.
+    pub fn name_prefixes_every(&mut self, tokens: u32) {
+        self.blocks.name_prefixes_every(tokens);
+    }
+
+    /// Number of the last change of the cache that fronts were told.
+    pub fn kv_changes(&self) -> u64 {
+        self.kv_feed.last()
+    }
+
+    /// Names of all prefixes in the cache that have one. O(blocks).
+    pub fn named_prefixes(&self) -> impl Iterator<Item = PrefixKey> {
+        self.blocks.named()
+    }
+
+    /// Tells fronts what has changed in the prefix cache. Drivers call it as often as they want to send; a change takes
+    /// a frame per front that listens.
+    pub fn tell_caches(&mut self, out: &mut Actions) {
+        self.kv_feed.tell(&mut self.blocks, out);
     }
 
     /// How full the replica is.

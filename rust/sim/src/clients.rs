@@ -6,6 +6,7 @@ use crate::happening::ClientAct;
 use crate::random::Random;
 use llmscale_front::NewRequest;
 use llmscale_types::{Class, Duration, Sampling, Time, Token};
+use std::sync::Arc;
 
 /// The model that every node of a simulation serves.
 pub(crate) const MODEL: &str = "hash";
@@ -47,6 +48,7 @@ pub(crate) fn wish(mix: &Mix, random: &mut Random, now: Time, said: Option<Vec<T
         model: MODEL.to_owned(),
         class: *random.pick(&Class::ALL),
         prompt,
+        prefix: Arc::default(),
         sampling,
         deadline,
         detached,

@@ -5,6 +5,10 @@ use std::collections::BTreeMap;
 
 /// Faults and paths of recovery that five hundred seeds must reach at least once.
 pub const EXPECTED: &[&str] = &[
+    "caches_asked_again",
+    "caches_changed",
+    "caches_lost",
+    "caches_told_at_once",
     "client_attached",
     "client_cancelled",
     "client_cut_at_token",
@@ -47,6 +51,7 @@ pub const EXPECTED: &[&str] = &[
     "node_paused",
     "node_restarted",
     "node_silent_for_front",
+    "prompt_named",
     "replica_discarded_rows",
     "replica_poisoned",
     "replica_preemptions",

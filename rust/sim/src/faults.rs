@@ -75,6 +75,8 @@ pub struct Mix {
     pub max_admission_bytes: u64,
     /// Nodes of odd places compute otherwise than those of even ones.
     pub two_numerics: bool,
+    /// Fronts ask nodes what their prefix caches hold, and look at that when they place requests.
+    pub caches: bool,
     /// Bounds of every front.
     pub front: FrontLimits,
     /// How long a ready replica may be silent about an attempt.
@@ -118,12 +120,14 @@ impl Mix {
         let max_admission_bytes = *added.pick(&[300, 600, MAX_ADMISSION_BYTES]);
         let (deadly_raises, two_numerics) = (added.chance(500), added.chance(500));
         let pipelines = added.chance(300);
+        let caches = added.chance(400);
         Self {
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
             faults,
             engine: draw_engine(random, pipelines),
             max_admission_bytes,
+            caches,
             front: FrontLimits {
                 max_queued_requests: if tiny_queues { random.count(1, 4) } else { 64 },
                 max_queued_tokens: if random.chance(200) { random.between(20, 120) } else { 10_000 },

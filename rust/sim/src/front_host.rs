@@ -8,12 +8,15 @@ use crate::around::Around;
 use crate::clients::Wish;
 use crate::happening::{ClientAct, Happening};
 use crate::ledger::{ByClient, Ledger, Moment};
+use crate::node::SECRET;
 use conversation::Conversation;
+use llmscale_blocks::ChainHasher;
 use llmscale_front::{
-    EndReason, Front, FrontAction, FrontEvent, FrontOptions, ReplicaState, ReplicaStatus, SubmitError, ToReplica,
+    EndReason, Front, FrontAction, FrontEvent, FrontOptions, IndexOptions, ReplicaState, ReplicaStatus, SubmitError,
+    ToReplica,
 };
 use llmscale_types::error::QueueUnit;
-use llmscale_types::{Duration, FinishReason, Refusal, ReplicaId, RequestId, Time};
+use llmscale_types::{Duration, FinishReason, PrefixKey, Refusal, ReplicaId, RequestId, Time};
 use llmscale_wire::{FromNode, decode};
 use std::collections::VecDeque;
 
@@ -60,6 +63,7 @@ impl FrontHost {
             promote_after: Duration::from_millis(300),
             max_without_replica: around.mix.max_without_replica,
             max_silence: around.mix.max_silence,
+            prefixes: around.mix.caches.then(|| index_options(around.mix.engine.block_tokens)),
         };
         Self {
             number,
@@ -176,7 +180,7 @@ impl FrontHost {
                             self.ledger.sent(replica.index(), submission);
                         }
                         ToReplica::Abort { request, .. } => self.ledger.given_up(*request),
-                        ToReplica::Recall { .. } => {}
+                        ToReplica::Recall { .. } | ToReplica::KvAsk { .. } => {}
                     }
                     self.outgoing.push_back((replica, message));
                 }
@@ -232,7 +236,13 @@ impl FrontHost {
     /// A client submits. Returns the request, if it was taken.
     pub(crate) fn submit(&mut self, wish: &Wish, around: &mut Around) -> Option<RequestId> {
         let now = around.now();
-        let outcome = self.front.submit(now, wish.new.clone(), &mut self.actions);
+        let mut new = wish.new.clone();
+        if let Some(block_tokens) = self.front.block_tokens_for_names(&new.model) {
+            let hasher = ChainHasher::new(SECRET);
+            new.prefix = hasher.keys(&new.namespace, &new.prompt, block_tokens, block_tokens).into();
+            around.coverage.reach("prompt_named");
+        }
+        let outcome = self.front.submit(now, new, &mut self.actions);
         let taken = match outcome {
             Ok(request) => {
                 self.ledger.open(request, &wish.new, wish.reads, now);
@@ -324,6 +334,13 @@ impl FrontHost {
         self.ledger.live() == 0 && self.wake_at.is_none()
     }
 
+    /// Whether this front has heard what a node's prefix cache holds. A front without an index has nothing to hear.
+    pub(crate) fn knows_caches(&self, place: usize, named: impl Iterator<Item = PrefixKey>) -> bool {
+        let replica = ReplicaId(place as u32);
+        let mut unknown = named.filter(|&key| self.front.says_held(replica, key) == Some(false));
+        unknown.next().is_none()
+    }
+
     /// Nodes that take work from this front.
     pub(crate) fn ready_nodes(&self, now: Time) -> usize {
         let status = self.front.status(now);
@@ -344,6 +361,16 @@ impl FrontHost {
         if self.presence == Presence::Running {
             self.ledger.check_deadlines(now);
         }
+    }
+}
+
+fn index_options(block_tokens: u32) -> IndexOptions {
+    IndexOptions {
+        tokens_per_key: block_tokens,
+        max_bytes: 2 << 20,
+        max_pending_keys: 256,
+        max_pending: Duration::from_millis(300),
+        ask_again_after: Duration::from_millis(50),
     }
 }
 

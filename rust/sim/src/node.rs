@@ -74,21 +74,28 @@ pub(crate) struct NodeProcess {
     last_reset: Option<u64>,
     grown: Grown,
     next_status: Time,
+    next_caches: Time,
     next_round: Option<Time>,
     cost: CostModel,
     out: Actions,
 }
 
+/// Keys the names of prefixes in the whole simulated fleet.
+pub(crate) const SECRET: [u8; 32] = [7; 32];
+
 impl NodeProcess {
     /// A process that has just started, and so has its first worker.
     pub(crate) fn start(place: usize, node: NodeId, around: &mut Around) -> Self {
-        let replica = Replica::new(around.mix.engine.clone(), [7; 32], Box::new(FirstComeFirstServed));
+        let replica = Replica::new(around.mix.engine.clone(), SECRET, Box::new(FirstComeFirstServed));
+        let mut replica = replica
+            .expect("a mix draws sizes that fit together")
+            .with_max_admission_bytes(around.mix.max_admission_bytes);
+        // Prompts are short here, so every block has a name.
+        replica.name_prefixes_every(around.mix.engine.block_tokens);
         let mut process = Self {
             place,
             node,
-            replica: replica
-                .expect("a mix draws sizes that fit together")
-                .with_max_admission_bytes(around.mix.max_admission_bytes),
+            replica,
             worker: None,
             paused: false,
             state: NodeState::Starting,
@@ -104,6 +111,7 @@ impl NodeProcess {
             last_reset: None,
             grown: Grown::Bare,
             next_status: around.now(),
+            next_caches: around.now(),
             next_round: None,
             cost: CostModel::new(),
             out: Actions::default(),

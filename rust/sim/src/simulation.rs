@@ -147,6 +147,12 @@ impl Simulation {
             && self.fronts.iter().all(FrontHost::is_quiet)
             && self.nodes.iter().all(at_rest)
             && self.fronts.iter().all(|front| front.ready_nodes(self.around.now()) == self.nodes.len())
+            && self.fronts.iter().all(|front| self.knows_all_caches(front))
+    }
+
+    fn knows_all_caches(&self, front: &FrontHost) -> bool {
+        let nodes = self.nodes.iter().flatten();
+        nodes.enumerate().all(|(place, node)| front.knows_caches(place, node.replica.named_prefixes()))
     }
 
     fn carry_out(&mut self, happening: Happening) {

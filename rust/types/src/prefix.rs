@@ -16,12 +16,6 @@ impl PrefixKey {
     pub fn of_hash(hash: &[u8; 32]) -> Self {
         Self(u64::from_le_bytes(hash[..8].try_into().expect("a hash has 32 bytes")))
     }
-
-    /// Blocks from one named prefix to the next; `None` for blocks that are longer, whose prefixes have no names.
-    pub fn blocks(block_tokens: u32) -> Option<u32> {
-        assert!(block_tokens.is_power_of_two(), "blocks of {block_tokens} tokens");
-        (block_tokens <= Self::TOKENS).then(|| Self::TOKENS / block_tokens)
-    }
 }
 
 /// What a replica says about its prefix cache.

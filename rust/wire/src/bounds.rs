@@ -1,6 +1,7 @@
 //! The bounds of every message, in one place: lengths of names and columns, columns of one table that must be parallel,
 //! counts that must fit each other. Applied before writing and after reading; linear in the columns, no allocation.
 
+use crate::caches::KvChanges;
 use crate::error::WireError;
 use crate::limits::CodecLimits;
 use crate::node::{FromNode, Hello, ModelRef, Submit, ToNode, Welcome};
@@ -18,7 +19,7 @@ impl Bounds for ToNode {
         match self {
             Self::Hello(hello) => check_hello(hello, limits),
             Self::Submit(submit) => check_submit(submit, limits),
-            Self::Abort(_) | Self::Recall(_) | Self::Ping(_) | Self::Goodbye => Ok(()),
+            Self::Abort(_) | Self::Recall(_) | Self::Ping(_) | Self::Goodbye | Self::KvAsk(_) => Ok(()),
         }
     }
 }
@@ -29,6 +30,8 @@ impl Bounds for FromNode {
             Self::Welcome(welcome) => check_welcome(welcome, limits),
             Self::Outputs(frame) => check_outputs(&frame.outputs, limits),
             Self::Rejected(rejected) => text("message", &rejected.message, limits),
+            Self::KvChanges(changes) => check_changes(changes, limits),
+            Self::KvSnapshot(snapshot) => at_most("keys", snapshot.keys.len(), limits.max_rows),
             Self::GiveBack(_) | Self::Status(_) | Self::Pong(_) => Ok(()),
         }
     }
@@ -75,6 +78,13 @@ fn check_welcome(welcome: &Welcome, limits: &CodecLimits) -> Result<(), WireErro
     optional_name("adapter", welcome.model.adapter.as_ref(), limits)?;
     name("numerics", &welcome.model.numerics, limits)?;
     at_most("eos_tokens", welcome.limits.eos_tokens.len(), 64)
+}
+
+fn check_changes(changes: &KvChanges, limits: &CodecLimits) -> Result<(), WireError> {
+    at_most("keys", changes.keys.len(), limits.max_rows)?;
+    at_most("runs", changes.runs.len(), limits.max_rows)?;
+    let named: u64 = changes.runs.iter().map(|&keys| u64::from(keys)).sum();
+    parallel("keys", changes.keys.len(), usize::try_from(named).unwrap_or(usize::MAX))
 }
 
 fn check_submit(submit: &Submit, limits: &CodecLimits) -> Result<(), WireError> {

@@ -4,6 +4,7 @@
 //! bound of `CodecLimits`, so that later stages check nothing again. Knows nothing of sockets, peers or time.
 
 mod bounds;
+mod caches;
 mod error;
 mod field;
 mod frame;
@@ -17,6 +18,7 @@ mod words;
 mod worker;
 mod writer;
 
+pub use caches::{KvAsk, KvChanges, KvSnapshot};
 pub use error::WireError;
 pub use frame::{Message, decode, encode, encode_into};
 pub use limits::CodecLimits;

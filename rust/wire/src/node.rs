@@ -2,6 +2,7 @@
 //! limits (or rejects it), then submissions and outputs flow; frames of a node name its incarnation and worker epoch, so
 //! that a front can drop what a dead one sent. Time is always a span that is left, never a date.
 
+use crate::caches::{KvAsk, KvChanges, KvSnapshot};
 use crate::field::{codes, open_record, record};
 use crate::frame::messages;
 use crate::version::VersionRange;
@@ -25,6 +26,8 @@ pub enum ToNode {
     Ping(Ping),
     /// The front goes away; what it left running is to be dropped.
     Goodbye,
+    /// What does your prefix cache hold?
+    KvAsk(KvAsk),
 }
 
 /// From a node to a front.
@@ -42,9 +45,13 @@ pub enum FromNode {
     Pong(Pong),
     /// The connection is not wanted.
     Rejected(Rejected),
+    /// The prefix cache has changed.
+    KvChanges(KvChanges),
+    /// All that the prefix cache holds.
+    KvSnapshot(KvSnapshot),
 }
 
-messages!(ToNode { Hello = 0 (Hello), Submit = 1 (Submit), Abort = 2 (Abort), Recall = 3 (Recall), Ping = 4 (Ping), Goodbye = 5 });
+messages!(ToNode { Hello = 0 (Hello), Submit = 1 (Submit), Abort = 2 (Abort), Recall = 3 (Recall), Ping = 4 (Ping), Goodbye = 5, KvAsk = 6 (KvAsk) });
 messages!(FromNode {
     Welcome = 0 (Welcome),
     Outputs = 1 (NodeOutputs),
@@ -52,6 +59,8 @@ messages!(FromNode {
     Status = 3 (Status),
     Pong = 4 (Pong),
     Rejected = 5 (Rejected),
+    KvChanges = 6 (KvChanges),
+    KvSnapshot = 7 (KvSnapshot),
 });
 
 /// Which model a peer means.
@@ -280,6 +289,8 @@ pub struct Status {
     pub step_ns: u64,
     /// Of it, what the last stage of a pipeline waited for the stages before it: the bubble.
     pub stage_wait_ns: u64,
+    /// Number of the last change of the prefix cache that fronts were told.
+    pub kv_changes: u64,
 }
 
 /// The answer to a ping.
@@ -381,6 +392,7 @@ record!(Status {
     worker_pid: Option<u32>,
     step_ns: u64,
     stage_wait_ns: u64,
+    kv_changes: u64,
 });
 record!(Pong { node: NodeId, epoch: Epoch, nonce: u64 });
 codes!(RejectCode {

@@ -7,12 +7,12 @@
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
     Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId,
-    NodeId, Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs,
+    NodeId, Outputs, PrefixKey, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs,
 };
 use llmscale_wire::{
-    Abort, CodecLimits, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, Message,
-    ModelIdentity, ModelRef, NeedSnapshot, NodeLimits, NodeOutputs, NodeState, Ping, Pong, Ready, Recall, RejectCode,
-    Rejected, Status, Submit, ToNode, ToWorker, VersionRange, Welcome, decode, encode,
+    Abort, CodecLimits, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, KvAsk, KvChanges,
+    KvSnapshot, Message, ModelIdentity, ModelRef, NeedSnapshot, NodeLimits, NodeOutputs, NodeState, Ping, Pong, Ready,
+    Recall, RejectCode, Rejected, Status, Submit, ToNode, ToWorker, VersionRange, Welcome, decode, encode,
 };
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -83,10 +83,21 @@ fn to_node() -> Vec<(&'static str, ToNode)> {
         ("recall", ToNode::Recall(Recall { request, attempt })),
         ("ping", ToNode::Ping(Ping { nonce: 1 << 40 })),
         ("goodbye", ToNode::Goodbye),
+        ("kv_ask", ToNode::KvAsk(KvAsk { from: 12 })),
     ]
 }
 
 fn from_node() -> Vec<(&'static str, FromNode)> {
+    let changes = KvChanges {
+        node: NODE,
+        epoch: EPOCH,
+        number: 12,
+        cleared: true,
+        runs: vec![0, 1, 2],
+        keys: vec![PrefixKey(7), PrefixKey(u64::MAX), PrefixKey(1 << 40)],
+    };
+    let snapshot =
+        KvSnapshot { node: NODE, epoch: EPOCH, number: 13, keys: vec![PrefixKey(7), PrefixKey(u64::MAX - 1)] };
     let welcome = Welcome {
         version: 1,
         node: NODE,
@@ -141,6 +152,7 @@ fn from_node() -> Vec<(&'static str, FromNode)> {
         worker_pid: Some(4_242),
         step_ns: 161_000_000_000,
         stage_wait_ns: 3_000_000_000,
+        kv_changes: 12,
     };
     let starting = Status { state: NodeState::Starting, worker_pid: None, ..status };
     let rejected = Rejected {
@@ -168,6 +180,8 @@ fn from_node() -> Vec<(&'static str, FromNode)> {
         ("status", FromNode::Status(status)),
         ("status_starting", FromNode::Status(starting)),
         ("pong", FromNode::Pong(Pong { node: NODE, epoch: EPOCH, nonce: 1 << 40 })),
+        ("kv_changes", FromNode::KvChanges(changes)),
+        ("kv_snapshot", FromNode::KvSnapshot(snapshot)),
         ("rejected", FromNode::Rejected(rejected)),
     ]
 }

@@ -6,7 +6,7 @@ use super::{FrontConfig, NodeAddress};
 use llmscale_front::{FrontEvent, ReplicaFrame, ToReplica};
 use llmscale_net::{ClientEndpoint, Context, EndpointOptions, NetError, Phase, PollHandle, ReceiveError, Waker};
 use llmscale_types::{Duration, NodeId, ReplicaId, Time};
-use llmscale_wire::{CodecLimits, FromNode, Hello, Ping, ToNode, VERSIONS, decode, encode};
+use llmscale_wire::{CodecLimits, FromNode, Hello, KvSnapshot, Ping, ToNode, VERSIONS, decode, encode};
 
 /// How often an unanswered greeting is repeated.
 const GREETING_INTERVAL: Duration = Duration::from_millis(100);
@@ -93,6 +93,13 @@ impl Connection {
             FromNode::GiveBack(back) => (back.node, back.epoch, translate::give_back(&back)),
             FromNode::Status(status) => (status.node, status.epoch, ReplicaFrame::Status(translate::report(&status))),
             FromNode::Pong(pong) => (pong.node, pong.epoch, ReplicaFrame::Pong),
+            FromNode::KvChanges(changes) => {
+                let (node, epoch, number) = (changes.node, changes.epoch, changes.number);
+                (node, epoch, ReplicaFrame::KvChanges { number, events: changes.arrive() })
+            }
+            FromNode::KvSnapshot(KvSnapshot { node, epoch, number, keys }) => {
+                (node, epoch, ReplicaFrame::KvSnapshot { number, keys })
+            }
             FromNode::Welcome(_) => unreachable!("handled above"),
             FromNode::Rejected(_) => return self.lose(now),
         };

@@ -2,7 +2,7 @@
 
 use llmscale_front::{ModelKey, Offer, ReplicaFrame, ReplicaLimits, ReplicaState, Report, ToReplica};
 use llmscale_types::Time;
-use llmscale_wire::{Abort, GiveBack, NodeState, Recall, Status, Submit, ToNode, Welcome};
+use llmscale_wire::{Abort, GiveBack, KvAsk, NodeState, Recall, Status, Submit, ToNode, Welcome};
 
 pub(super) fn offer(welcome: Welcome) -> Offer {
     let Welcome { node, epoch, model, limits, .. } = welcome;
@@ -52,6 +52,7 @@ pub(super) fn report(status: &Status) -> Report {
         worker_pid: status.worker_pid,
         step_ns: status.step_ns,
         stage_wait_ns: status.stage_wait_ns,
+        kv_changes: status.kv_changes,
     }
 }
 
@@ -65,5 +66,6 @@ pub(super) fn to_node(message: ToReplica, now: Time) -> ToNode {
         ToReplica::Submit(submission) => ToNode::Submit(Submit::depart(*submission, now)),
         ToReplica::Abort { request, attempt, at_token } => ToNode::Abort(Abort { request, attempt, at_token }),
         ToReplica::Recall { request, attempt } => ToNode::Recall(Recall { request, attempt }),
+        ToReplica::KvAsk { from } => ToNode::KvAsk(KvAsk { from }),
     }
 }

@@ -3,14 +3,18 @@
 use super::Node;
 use crate::fronts::PROBE;
 use crate::report::{NodeEvent, NodeReport};
-use llmscale_scheduler::{Event, GiveBack};
-use llmscale_types::{FinishReason, FrontId};
-use llmscale_wire::{self as wire, FromNode, NodeOutputs, NodeState, Status};
+use llmscale_scheduler::{Event, GiveBack, KvWord};
+use llmscale_types::{Duration, FinishReason, FrontId};
+use llmscale_wire::{self as wire, FromNode, KvChanges, KvSnapshot, NodeOutputs, NodeState, Status};
+
+/// How often fronts hear of changes in the prefix cache while steps run: a tiny model makes 1,000 steps a second.
+const CACHES_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Node {
     pub(super) fn deliver(&mut self) {
         self.deliver_outputs();
         self.deliver_returns();
+        self.deliver_caches();
         self.deliver_status();
         self.out.clear();
     }
@@ -71,6 +75,26 @@ impl Node {
         }
     }
 
+    /// Changes of a while go together. One that is lost on the way is missed with the next and asked for.
+    fn deliver_caches(&mut self) {
+        let now = self.clock.now();
+        if now < self.next_caches && !self.sent.is_empty() {
+            return;
+        }
+        self.next_caches = now + CACHES_INTERVAL;
+        self.replica.tell_caches(&mut self.out);
+        let (node, epoch) = (self.config.node, self.epoch);
+        for (front, word) in std::mem::take(&mut self.out.kv) {
+            let frame = match word {
+                KvWord::Changes { number, events } => {
+                    FromNode::KvChanges(KvChanges::depart(node, epoch, number, &events))
+                }
+                KvWord::Snapshot { number, keys } => FromNode::KvSnapshot(KvSnapshot { node, epoch, number, keys }),
+            };
+            self.tell(front, &frame);
+        }
+    }
+
     fn deliver_status(&mut self) {
         let now = self.clock.now();
         if now < self.next_status {
@@ -116,6 +140,7 @@ impl Node {
             worker_pid: self.worker.as_ref().and_then(|worker| worker.pid),
             step_ns: self.step_ns,
             stage_wait_ns: self.stage_wait_ns,
+            kv_changes: self.replica.kv_changes(),
         }
     }
 }

@@ -144,6 +144,9 @@ impl Node {
                 self.tell(front, &FromNode::Pong(pong));
             }
             ToNode::Goodbye => self.drop_front(peer),
+            ToNode::KvAsk(ask) => {
+                self.event(Event::KvAsk { front, from: ask.from });
+            }
         }
     }
 

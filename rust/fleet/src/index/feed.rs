@@ -2,7 +2,8 @@
 //! does not follow is a gap, which is asked for once, and again after a while. O(1) per batch. Knows nothing of what the
 //! batches say.
 
-use llmscale_types::{Duration, Time};
+use super::PrefixIndex;
+use llmscale_types::{Duration, ReplicaId, Time};
 
 /// What is to be done with a batch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,12 +40,21 @@ impl Feed {
                 self.reach(number);
                 Taken::Applied
             }
-            std::cmp::Ordering::Greater if self.asked.is_some_and(|at| now < at + ask_again_after) => Taken::Waiting,
-            std::cmp::Ordering::Greater => {
-                self.asked = Some(now);
-                Taken::Ask { from: self.next }
-            }
+            std::cmp::Ordering::Greater => self.ask(now, ask_again_after),
         }
+    }
+
+    /// Judges the number of the last batch that was sent, by word of the replica itself.
+    fn hear_of(&mut self, now: Time, number: u64, ask_again_after: Duration) -> Taken {
+        if number < self.next { Taken::Old } else { self.ask(now, ask_again_after) }
+    }
+
+    fn ask(&mut self, now: Time, ask_again_after: Duration) -> Taken {
+        if self.asked.is_some_and(|at| now < at + ask_again_after) {
+            return Taken::Waiting;
+        }
+        self.asked = Some(now);
+        Taken::Ask { from: self.next }
     }
 
     /// Judges a snapshot of the state after the batch of a number. One as old as what was applied is not needed.
@@ -60,5 +70,15 @@ impl Feed {
         // A replica that names the last number of all only harms itself.
         self.next = number.saturating_add(1);
         self.asked = None;
+    }
+}
+
+impl PrefixIndex {
+    /// A replica says which batch it sent last: also the last one of all is missed in time.
+    pub fn hear_of(&mut self, now: Time, replica: ReplicaId, number: u64) -> Taken {
+        let Some(feed) = self.feeds.get_mut(&replica) else { return Taken::Unknown };
+        let taken = feed.hear_of(now, number, self.options.ask_again_after);
+        self.counters.gaps += u64::from(matches!(taken, Taken::Ask { from } if from > 0));
+        taken
     }
 }

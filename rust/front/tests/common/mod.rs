@@ -60,6 +60,7 @@ pub(crate) fn report(state: ReplicaState) -> Report {
         worker_pid: Some(7),
         step_ns: 0,
         stage_wait_ns: 0,
+        kv_changes: 0,
     }
 }
 
@@ -70,6 +71,7 @@ pub(crate) fn new_request(max_tokens: u32) -> NewRequest {
         model: "tiny".into(),
         class: Class::Standard,
         prompt: vec![5, 6, 7],
+        prefix: std::sync::Arc::default(),
         sampling: Sampling { max_tokens, seed: 9, ..Sampling::default() },
         deadline: None,
         detached: false,
@@ -83,6 +85,8 @@ pub(crate) struct Bench {
     pub(crate) wake_at: Option<Time>,
     /// What was sent and not looked at.
     pub(crate) sends: Vec<(ReplicaId, ToReplica)>,
+    /// Questions for caches, and from which change on.
+    pub(crate) asks: Vec<(u32, u64)>,
     /// What readers have got.
     pub(crate) delivered: BTreeMap<RequestId, Vec<Token>>,
     pub(crate) logprobs: BTreeMap<RequestId, Vec<(u32, TokenLogprobs)>>,
@@ -97,6 +101,7 @@ impl Bench {
             now: Time(1_000_000),
             wake_at: None,
             sends: Vec::new(),
+            asks: Vec::new(),
             delivered: BTreeMap::new(),
             logprobs: BTreeMap::new(),
             ends: BTreeMap::new(),
@@ -137,6 +142,7 @@ impl Bench {
         self.front.check();
         for action in out {
             match action {
+                FrontAction::Send { replica, message: ToReplica::KvAsk { from } } => self.asks.push((replica.0, from)),
                 FrontAction::Send { replica, message } => self.sends.push((replica, message)),
                 FrontAction::Deliver(deliveries) => {
                     for delivery in deliveries.iter() {
@@ -209,7 +215,7 @@ impl Bench {
         let sent = self.sent().into_iter();
         sent.filter_map(|(replica, message)| match message {
             ToReplica::Submit(submission) => Some((replica, *submission)),
-            ToReplica::Abort { .. } | ToReplica::Recall { .. } => None,
+            ToReplica::Abort { .. } | ToReplica::Recall { .. } | ToReplica::KvAsk { .. } => None,
         })
         .collect()
     }

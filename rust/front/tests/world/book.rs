@@ -302,7 +302,7 @@ impl Book {
             ReplicaFrame::Status(report) => {
                 self.links[replica as usize].as_mut().expect("it is up").state = report.state;
             }
-            ReplicaFrame::Pong => {}
+            ReplicaFrame::Pong | ReplicaFrame::KvChanges { .. } | ReplicaFrame::KvSnapshot { .. } => {}
         }
     }
 

@@ -102,7 +102,7 @@ impl FakeReplica {
                     self.send(ReplicaFrame::GiveBack { request, attempt, refusal: None });
                 }
             }
-            Some(ToReplica::Abort { .. } | ToReplica::Recall { .. }) | None => {}
+            Some(ToReplica::Abort { .. } | ToReplica::Recall { .. } | ToReplica::KvAsk { .. }) | None => {}
         }
     }
 

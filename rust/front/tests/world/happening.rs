@@ -11,7 +11,7 @@ use proptest::sample::{Index, select};
 /// One thing that happens.
 #[derive(Clone, Debug)]
 pub(crate) enum Happening {
-    Submit { new: NewRequest, timeout_us: Option<u64> },
+    Submit { new: Box<NewRequest>, timeout_us: Option<u64> },
     Receive(usize),
     Step { replica: usize, tokens: u32 },
     Deliver(usize),
@@ -50,8 +50,17 @@ fn submit() -> impl Strategy<Value = Happening> {
             }
             let sampling = Sampling { max_tokens, seed, ..Sampling::default() };
             let (namespace, model) = ([0; 32], model.into());
-            let new = NewRequest { namespace, model, class, prompt, sampling, deadline: None, detached };
-            Happening::Submit { new, timeout_us }
+            let new = NewRequest {
+                namespace,
+                model,
+                class,
+                prompt,
+                prefix: std::sync::Arc::default(),
+                sampling,
+                deadline: None,
+                detached,
+            };
+            Happening::Submit { new: Box::new(new), timeout_us }
         })
 }
 

@@ -47,6 +47,7 @@ impl Book {
                 entry.place = Place::On(replica);
                 entry.started = false;
             }
+            ToReplica::KvAsk { .. } => panic!("a front without an index asks for caches"),
             ToReplica::Abort { request, attempt, at_token } => {
                 if self.expected.aborts.remove(&(replica, *request, *attempt, *at_token)) {
                     return;

@@ -39,6 +39,7 @@ fn options() -> FrontOptions {
         max_without_replica: Duration::from_millis(2_000),
         // Silence has tests of its own; here it would need the book to predict times.
         max_silence: Duration(u64::MAX / 4),
+        prefixes: None,
     }
 }
 
@@ -158,6 +159,7 @@ impl World {
             worker_pid: None,
             step_ns: 0,
             stage_wait_ns: 0,
+            kv_changes: 0,
         };
         let (node, epoch) = (self.replicas[replica].node, self.replicas[replica].epoch);
         self.mail(replica, Mail { node, epoch, frame: ReplicaFrame::Status(report) });
@@ -197,7 +199,7 @@ impl World {
         // What is due comes before what happens, for the book as for the front.
         self.book.expire(self.now);
         match happening {
-            Happening::Submit { new, timeout_us } => self.submit(new, timeout_us),
+            Happening::Submit { new, timeout_us } => self.submit(*new, timeout_us),
             Happening::Receive(replica) => self.replicas[replica].receive(),
             Happening::Step { replica, tokens } => self.replicas[replica].step(tokens),
             Happening::Deliver(replica) => self.deliver(replica),

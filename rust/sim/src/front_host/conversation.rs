@@ -4,7 +4,9 @@
 use crate::around::Around;
 use llmscale_front::{FrontEvent, ModelKey, Offer, ReplicaFrame, ReplicaLimits, ReplicaState, Report, ToReplica};
 use llmscale_types::{Duration, NodeId, ReplicaId, Time};
-use llmscale_wire::{Abort, FromNode, Hello, NodeState, Ping, Recall, Status, Submit, ToNode, VERSIONS, Welcome};
+use llmscale_wire::{
+    Abort, FromNode, Hello, KvAsk, KvSnapshot, NodeState, Ping, Recall, Status, Submit, ToNode, VERSIONS, Welcome,
+};
 
 /// How often an unanswered greeting is repeated.
 const GREETING_INTERVAL: Duration = Duration::from_millis(100);
@@ -67,6 +69,13 @@ impl Conversation {
             }
             FromNode::Status(status) => (status.node, status.epoch, ReplicaFrame::Status(report(&status))),
             FromNode::Pong(pong) => (pong.node, pong.epoch, ReplicaFrame::Pong),
+            FromNode::KvChanges(changes) => {
+                let (node, epoch, number) = (changes.node, changes.epoch, changes.number);
+                (node, epoch, ReplicaFrame::KvChanges { number, events: changes.arrive() })
+            }
+            FromNode::KvSnapshot(KvSnapshot { node, epoch, number, keys }) => {
+                (node, epoch, ReplicaFrame::KvSnapshot { number, keys })
+            }
             FromNode::Welcome(_) => unreachable!("handled above"),
             FromNode::Rejected(_) => return self.lose(around),
         };
@@ -110,6 +119,7 @@ impl Conversation {
             ToReplica::Submit(submission) => ToNode::Submit(Submit::depart(*submission, around.now())),
             ToReplica::Abort { request, attempt, at_token } => ToNode::Abort(Abort { request, attempt, at_token }),
             ToReplica::Recall { request, attempt } => ToNode::Recall(Recall { request, attempt }),
+            ToReplica::KvAsk { from } => ToNode::KvAsk(KvAsk { from }),
         };
         if around.send_to_node(self.front, self.place, &message) { None } else { self.lose(around) }
     }
@@ -173,5 +183,6 @@ fn report(status: &Status) -> Report {
         worker_pid: status.worker_pid,
         step_ns: status.step_ns,
         stage_wait_ns: status.stage_wait_ns,
+        kv_changes: status.kv_changes,
     }
 }

@@ -41,6 +41,10 @@ impl NodeProcess {
                 self.tell(front, &FromNode::Pong(pong), around);
             }
             ToNode::Goodbye => self.drop_front(peer, now),
+            ToNode::KvAsk(ask) => {
+                around.coverage.add("caches_asked_again", u64::from(ask.from > 0));
+                self.event(now, Event::KvAsk { front, from: ask.from });
+            }
         }
     }
 

@@ -4,14 +4,20 @@
 use super::{Grown, NodeProcess, STATUS_INTERVAL};
 use crate::around::Around;
 use crate::peers::PROBE;
-use llmscale_scheduler::{Event, GiveBack};
-use llmscale_types::{FinishReason, FrontId, Refusal};
-use llmscale_wire::{self as wire, FromNode, NodeOutputs, NodeState, Status};
+use llmscale_scheduler::{Event, GiveBack, KvWord};
+use llmscale_types::{Duration, FinishReason, FrontId, Refusal};
+use llmscale_wire::{self as wire, FromNode, KvChanges, KvSnapshot, NodeOutputs, NodeState, Status};
+
+/// How often fronts hear of changes in the prefix cache while steps run.
+const CACHES_INTERVAL: Duration = Duration::from_millis(20);
+/// Of a thousand frames about the cache, this many are lost.
+const LOST_CACHES: u64 = 100;
 
 impl NodeProcess {
     pub(super) fn deliver(&mut self, around: &mut Around) {
         self.deliver_outputs(around);
         self.deliver_returns(around);
+        self.deliver_caches(around);
         self.deliver_status(around);
         self.out.clear();
     }
@@ -73,6 +79,34 @@ impl NodeProcess {
         }
     }
 
+    fn deliver_caches(&mut self, around: &mut Around) {
+        let now = around.now();
+        if now < self.next_caches && !self.sent.is_empty() {
+            return;
+        }
+        self.next_caches = now + CACHES_INTERVAL;
+        self.replica.tell_caches(&mut self.out);
+        let (node, epoch) = (self.node, self.epoch);
+        for (front, word) in std::mem::take(&mut self.out.kv) {
+            let frame = match word {
+                KvWord::Changes { number, events } => {
+                    around.coverage.reach("caches_changed");
+                    FromNode::KvChanges(KvChanges::depart(node, epoch, number, &events))
+                }
+                KvWord::Snapshot { number, keys } => {
+                    around.coverage.add("caches_told_at_once", u64::from(!keys.is_empty()));
+                    FromNode::KvSnapshot(KvSnapshot { node, epoch, number, keys })
+                }
+            };
+            // A front that reads slowly has no room for more, and such frames are then dropped.
+            if around.random.chance(LOST_CACHES) {
+                around.coverage.reach("caches_lost");
+            } else {
+                self.tell(front, &frame, around);
+            }
+        }
+    }
+
     fn deliver_status(&mut self, around: &mut Around) {
         let now = around.now();
         if now < self.next_status {
@@ -105,6 +139,7 @@ impl NodeProcess {
             worker_pid: None,
             step_ns: 0,
             stage_wait_ns: 0,
+            kv_changes: self.replica.kv_changes(),
         }
     }
 }

@@ -4,12 +4,13 @@
 
 use llmscale_types::{
     Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId,
-    NodeId, Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs, error::QueueUnit,
+    NodeId, Outputs, PrefixKey, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs,
+    error::QueueUnit,
 };
 use llmscale_wire::{
-    Abort, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, ModelIdentity, ModelRef,
-    NeedSnapshot, NodeLimits, NodeOutputs, NodeState, Ping, Pong, Ready, Recall, RejectCode, Rejected, Status, Submit,
-    ToNode, ToWorker, VersionRange, Welcome,
+    Abort, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, KvAsk, KvChanges, KvSnapshot,
+    ModelIdentity, ModelRef, NeedSnapshot, NodeLimits, NodeOutputs, NodeState, Ping, Pong, Ready, Recall, RejectCode,
+    Rejected, Status, Submit, ToNode, ToWorker, VersionRange, Welcome,
 };
 use proptest::collection::vec;
 use proptest::option;
@@ -169,6 +170,7 @@ pub(crate) fn to_node() -> impl Strategy<Value = ToNode> {
         }),
         long_number().prop_map(|nonce| ToNode::Ping(Ping { nonce })),
         Just(ToNode::Goodbye),
+        long_number().prop_map(|from| ToNode::KvAsk(KvAsk { from })),
     ]
 }
 
@@ -214,7 +216,7 @@ fn status() -> impl Strategy<Value = Status> {
         incarnation(),
         select(states),
         [number(), number(), number(), number()],
-        [(); 8].map(|()| long_number()),
+        [(); 9].map(|()| long_number()),
         option::of(number()),
     )
         .prop_map(|((node, epoch), state, counts, totals, worker_pid)| Status {
@@ -234,7 +236,12 @@ fn status() -> impl Strategy<Value = Status> {
             worker_pid,
             step_ns: totals[6],
             stage_wait_ns: totals[7],
+            kv_changes: totals[8],
         })
+}
+
+fn prefix_key() -> impl Strategy<Value = PrefixKey> {
+    long_number().prop_map(PrefixKey)
 }
 
 /// Any message of a node.
@@ -262,6 +269,15 @@ pub(crate) fn from_node() -> impl Strategy<Value = FromNode> {
         ),
         status().prop_map(FromNode::Status),
         (incarnation(), long_number()).prop_map(|((node, epoch), nonce)| FromNode::Pong(Pong { node, epoch, nonce })),
+        (incarnation(), long_number(), any::<bool>(), vec(vec(prefix_key(), 0..4), 0..5)).prop_map(
+            |((node, epoch), number, cleared, runs)| {
+                let (lengths, keys) = (runs.iter().map(|run| run.len() as u32).collect(), runs.concat());
+                FromNode::KvChanges(KvChanges { node, epoch, number, cleared, runs: lengths, keys })
+            }
+        ),
+        (incarnation(), long_number(), vec(prefix_key(), 0..6)).prop_map(|((node, epoch), number, keys)| {
+            FromNode::KvSnapshot(KvSnapshot { node, epoch, number, keys })
+        }),
         (select(codes), text(), versions()).prop_map(|(code, message, versions)| FromNode::Rejected(Rejected {
             code,
             message,
