@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from llmscale.errors import LlmscaleError
+from llmscale.errors import ConfigError, LlmscaleError
 
 app = typer.Typer(
     name="llmscale",
@@ -28,6 +28,7 @@ ModelArgument = Annotated[
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: ModelArgument = "tiny-chat",
     host: Annotated[str, typer.Option(help="Address; anything but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
@@ -52,10 +53,17 @@ def serve(
     kill_button: Annotated[
         bool, typer.Option("--kill-button", help="Let the chat page kill workers, to see answers survive it.")
     ] = False,
+    fleet_file: Annotated[
+        Path | None, typer.Option(help="Serve the models of this llmscale.toml; it stands for MODEL and all options.")
+    ] = None,
 ) -> None:
     """Serve MODEL over OpenAI's HTTP API on this machine: a gateway, a node and a chat page."""
-    from llmscale.cli.serve import ServeOptions, run
+    from llmscale.cli.serve import ServeOptions, run, run_file
 
+    if fleet_file is not None:
+        _check_stands_alone(context, "fleet_file")
+        run_file(fleet_file)
+        return
     run(
         ServeOptions(
             model=model,
@@ -76,6 +84,19 @@ def serve(
             kill_button=kill_button,
         )
     )
+
+
+def _check_stands_alone(context: typer.Context, option: str) -> None:
+    """An option beside a file that says the same would win or lose; either would surprise somebody."""
+    given = [
+        name
+        for name in context.params
+        if name != option and (source := context.get_parameter_source(name)) is not None and source.name != "DEFAULT"
+    ]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} is given beside --{option.replace('_', '-')}: write it into the file, or leave one out"
+        )
 
 
 @app.command()

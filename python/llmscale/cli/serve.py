@@ -1,43 +1,34 @@
-"""`llmscale serve`: a gateway in this process, a node per replica beside it, one command.
+"""`llmscale serve`: a gateway in this process and a node per replica beside it, for one model or for those of a file.
 
-Nodes run as children, so that a dead node is started again while the gateway keeps its requests; all end together.
+A model on the command line is a fleet file of one that nobody wrote, so both go the same way. Everything that can be
+wrong with replicas of this host is found before anything is started, in O(headers of the checkpoints). Nodes run as
+children: a dead one is started again while the gateway keeps its requests, and all end together.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from llmscale import logs
-from llmscale._core import Front, Sampling
-from llmscale.config import NodeSettings
+from llmscale._core import Front
+from llmscale.config import MAX_REPLICAS, NodeSettings
 from llmscale.errors import ConfigError
-from llmscale.gateway.config import GatewayConfig, ServedModel
-from llmscale.gateway.serve import run as run_gateway
-from llmscale.node.plan import ReplicaPlan, plan_replica
-from llmscale.tokenizer import Tokenizer
-
-_log = structlog.get_logger("llmscale.serve")
-
-FIRST_BACKOFF_SECONDS = 0.2
-MAX_BACKOFF_SECONDS = 30.0
-# A node that has lived this long is not in a loop of deaths, and is started again without a pause.
-STEADY_SECONDS = 10.0
-STOP_SECONDS = 35.0
-MAX_REPLICAS = 64
+from llmscale.fleet_file import FleetFile, GatewayEntry, ModelEntry, read_fleet_file
+from llmscale.gateway.fleet import gateway_config, serve_fleet
+from llmscale.gateway.local_nodes import threads_per_worker
+from llmscale.gateway.replicas import model_states
+from llmscale.models.locate import locate_model, model_name
+from llmscale.node.plan import plan_replica
 
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """What the command line says; names are those of its options."""
+    """What the command line says of one model; names are those of its options."""
 
     model: str
     host: str = "127.0.0.1"
@@ -60,152 +51,84 @@ class ServeOptions:
         if not 1 <= self.replicas <= MAX_REPLICAS:
             raise ConfigError(f"replicas is {self.replicas}, it must be from 1 to {MAX_REPLICAS} on one machine")
 
-    @property
-    def threads_per_worker(self) -> int | None:
-        """What was asked for, or each replica's share of the CPUs; None lets a single replica decide."""
-        if self.threads is not None or self.replicas == 1:
-            return self.threads
-        workers = self.replicas * self.tensor_parallel_size * self.pipeline_parallel_size
-        return max(1, len(os.sched_getaffinity(0)) // max(1, workers))
-
-    def node_settings(self, listen: str) -> NodeSettings:
-        """The node's part."""
-        return NodeSettings(
+    def fleet(self) -> FleetFile:
+        """The same as a file would say it. Raises `ModelError` when there is no such model."""
+        folder = locate_model(self.model)
+        entry = ModelEntry(
             model=self.model,
-            listen=listen,
-            served_name=self.served_model_name,
+            replicas=self.replicas,
             dtype=self.dtype,
-            max_sequence_tokens=self.max_model_len,
-            max_sequences=self.max_num_seqs,
-            max_step_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
-            threads=self.threads_per_worker,
+            threads=self.threads,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
         )
-
-    def node_arguments(self, listen: str) -> list[str]:
-        """The node's command line."""
-        named = {
-            "--model": self.model,
-            "--listen": listen,
-            "--served-name": self.served_model_name,
-            "--dtype": self.dtype,
-            "--max-model-len": self.max_model_len,
-            "--max-num-seqs": self.max_num_seqs,
-            "--max-num-batched-tokens": self.max_num_batched_tokens,
-            "--kv-cache-bytes": self.kv_cache_bytes,
-            "--threads": self.threads_per_worker,
-            "--tensor-parallel-size": self.tensor_parallel_size,
-            "--pipeline-parallel-size": self.pipeline_parallel_size,
-            "--parent": os.getpid(),
-        }
-        given = [(name, str(value)) for name, value in named.items() if value is not None]
-        return [sys.executable, "-m", "llmscale.node", *(word for pair in given for word in pair)]
+        gateway = GatewayEntry(
+            host=self.host, port=self.port, api_key_file=self.api_key_file, kill_button=self.kill_button
+        )
+        return FleetFile(models={self.served_model_name or model_name(self.model, folder): entry}, gateway=gateway)
 
 
 def run(options: ServeOptions) -> None:
-    """Serves until SIGTERM or SIGINT. Raises ModelError and ConfigError before anything is started."""
+    """Serves one model until SIGTERM or SIGINT. Raises ModelError and ConfigError before anything is started."""
     logs.configure()
-    config = GatewayConfig(
-        host=options.host,
-        port=options.port,
-        api_keys=options.api_keys,
-        api_key_file=None if options.api_key_file is None else Path(options.api_key_file),
-        kill_button=options.kill_button,
+    _serve(options.fleet(), options.api_keys)
+
+
+def run_file(path: Path) -> None:
+    """The same for the models of a fleet file."""
+    logs.configure()
+    _serve(read_fleet_file(path), ())
+
+
+def _serve(fleet: FleetFile, api_keys: Sequence[str]) -> None:
+    # Checked before folders are read, so that a wrong setting shows at once.
+    gateway_config(fleet, api_keys)
+    for name, entry in fleet.models.items():
+        if entry.local_replicas:
+            plan_replica(_node_settings(fleet, name, entry))
+    serve_fleet(fleet, api_keys=api_keys, on_started=lambda front, port: _announce(front, fleet, port))
+
+
+def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettings:
+    """What a node of this host will make of its command line."""
+    return NodeSettings(
+        model=entry.model,
+        listen="",
+        served_name=name,
+        dtype=entry.dtype,
+        max_sequence_tokens=entry.max_model_len,
+        max_sequences=entry.max_num_seqs,
+        max_step_tokens=entry.max_num_batched_tokens,
+        kv_cache_bytes=entry.kv_cache_bytes,
+        threads=threads_per_worker(fleet, name),
+        spare_worker=entry.spare_worker,
+        tensor_parallel_size=entry.tensor_parallel_size,
+        pipeline_parallel_size=entry.pipeline_parallel_size,
+        fleet=fleet.fleet,
+        max_step_seconds=entry.max_step_seconds,
     )
-    with tempfile.TemporaryDirectory(prefix="llmscale-serve-") as folder:
-        addresses = [f"ipc://{folder}/node-{number}" for number in range(options.replicas)]
-        plan = plan_replica(options.node_settings(addresses[0]))
-        tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
-        model = ServedModel(
-            name=plan.name,
-            tokenizer=tokenizer,
-            vocabulary=plan.limits.vocabulary,
-            max_sequence_tokens=plan.limits.max_sequence_tokens,
-            created=int(time.time()),
-        )
-        front = Front(addresses)
-        keepers = [NodeKeeper(options.node_arguments(address)) for address in addresses]
-        for keeper in keepers:
-            keeper.start()
-        try:
-            run_gateway(config, front, Sampling, [model], on_started=lambda port: _announce(front, plan, config, port))
-        finally:
-            for keeper in keepers:
-                keeper.ask_to_stop()
-            for keeper in keepers:
-                keeper.stop()
 
 
-class NodeKeeper:
-    """Keeps the node process alive from a thread of its own.
-
-    The node asks the kernel to end it with the thread that started it, so every start happens in this one thread, which
-    lives as long as the command.
-    """
-
-    def __init__(self, command: list[str]) -> None:
-        self._command = command
-        self._stopping = threading.Event()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="node-keeper", daemon=True)
-
-    def start(self) -> None:
-        """Starts the node."""
-        self._thread.start()
-        self._started.wait()
-
-    def ask_to_stop(self) -> None:
-        """Lets the node drain."""
-        self._stopping.set()
-        process = self._process
-        if process is not None and process.poll() is None:
-            process.terminate()
-
-    def stop(self) -> None:
-        """Ends the node: it drains, then it must go."""
-        self.ask_to_stop()
-        process = self._process
-        if process is not None:
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        self._thread.join()
-
-    def _keep(self) -> None:
-        backoff = FIRST_BACKOFF_SECONDS
-        while not self._stopping.is_set():
-            began = time.monotonic()
-            self._process = subprocess.Popen(self._command)  # noqa: S603  # our own interpreter and module
-            self._started.set()
-            code = self._process.wait()
-            # A node ends with 0 when it is told to, mostly by a signal to the whole group; this process hears it too.
-            if self._stopping.wait(1.0 if code == 0 else 0.0):
-                return
-            if time.monotonic() - began > STEADY_SECONDS:
-                backoff = FIRST_BACKOFF_SECONDS
-            _log.warning("node ended, starting it again", code=code, in_seconds=backoff)
-            self._stopping.wait(backoff)
-            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
-
-
-def _announce(front: Front, plan: ReplicaPlan, config: GatewayConfig, port: int) -> None:
-    """Prints where to go, and then, from a thread, when the model is ready."""
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    base = f"http://{host}:{port}"
-    sys.stdout.write(f"llmscale listens on {base}/v1 and loads {plan.name} ...\n")
+def _announce(front: Front, fleet: FleetFile, port: int) -> None:
+    """Prints where to go, and then, from a thread, when every model is ready."""
+    host = fleet.gateway.host
+    base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    names = list(fleet.models)
+    verb = "loads" if fleet.local_workers else "looks for"
+    sys.stdout.write(f"llmscale listens on {base}/v1 and {verb} {', '.join(names)} ...\n")
     sys.stdout.flush()
-    threading.Thread(target=_announce_ready, args=(front, plan, base), name="announce", daemon=True).start()
+    threading.Thread(target=_announce_ready, args=(front, names, base), name="announce", daemon=True).start()
 
 
-def _announce_ready(front: Front, plan: ReplicaPlan, base: str) -> None:
+def _announce_ready(front: Front, names: Sequence[str], base: str) -> None:
     began = time.monotonic()
-    while not any(replica.state == "ready" for replica in front.status().replicas):
+    while set(model_states(names, front.status().replicas).values()) != {"ready"}:
         time.sleep(0.02)
-    body = f'{{"model": "{plan.name}", "messages": [{{"role": "user", "content": "What is 23 + 45?"}}]}}'
+    body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "What is 23 + 45?"}}]}}'
     sys.stdout.write(
         f"ready after {time.monotonic() - began:.1f} s\n\n"
         f"  chat page   {base}/\n"

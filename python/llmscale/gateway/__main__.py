@@ -1,7 +1,8 @@
 """`python -m llmscale.gateway --nodes tcp://... --model tiny-chat`: one gateway in front of running nodes.
 
 Waits until a node has told what it serves, loads that model's tokenizer from its folder, then listens until SIGTERM or
-SIGINT. SIGTERM drains: no new requests, running streams finish within a bound or end with an error that says to retry.
+SIGINT. With `--fleet-file` a file says everything, this host's replicas are started, and nothing is waited for. SIGTERM
+drains: no new requests, running streams finish within a bound or end with an error that says to retry.
 """
 
 from __future__ import annotations
@@ -11,36 +12,54 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import structlog
 
 from llmscale import logs
 from llmscale._core import Front, ReplicaStatus, Sampling
+from llmscale.config import LEAST_NODE_SILENCE_SECONDS, MOST_NODE_SILENCE_SECONDS, USUAL_NODE_SILENCE_SECONDS
 from llmscale.errors import ConfigError, LlmscaleError
+from llmscale.fleet_file import read_fleet_file
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
+from llmscale.gateway.fleet import serve_fleet
 from llmscale.gateway.serve import run
 from llmscale.models.locate import locate_model, model_name
 from llmscale.tokenizer import Tokenizer
 
 _log = structlog.get_logger("llmscale.gateway")
 _POLL_SECONDS = 0.05
-# Seven reports of a node, so that a lost one is seen within 2 s.
-MAX_NODE_SILENCE_SECONDS = 1.75
-# Four reports of a node. Below that, a busy host is taken for a dead one.
-LEAST_NODE_SILENCE_SECONDS = 1.0
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Parses the command line and serves."""
-    arguments = _parser().parse_args(words)
+    file = _fleet_file(words)
+    serve = partial(_serve, _parser().parse_args(words)) if file is None else partial(_serve_file, file)
     logs.configure()
     try:
-        _serve(arguments)
+        serve()
     except (LlmscaleError, OSError) as error:
         _log.error("the gateway ends", reason=str(error))
         return 1
     return 0
+
+
+def _fleet_file(words: Sequence[str] | None) -> Path | None:
+    """The file, if one is named. Nothing else may be beside it: what would hold then?"""
+    parser = argparse.ArgumentParser(prog="python -m llmscale.gateway", add_help=False, allow_abbrev=False)
+    parser.add_argument("--fleet-file", type=Path)
+    known, others = parser.parse_known_args(words)
+    file: Path | None = known.fleet_file
+    if file is not None and others and not {"-h", "--help"}.intersection(others):
+        parser.error(f"--fleet-file stands alone, write into the file what {' '.join(others)} says")
+    return None if {"-h", "--help"}.intersection(others) else file
+
+
+def _serve_file(file: Path) -> None:
+    fleet = read_fleet_file(file)
+    names = list(fleet.models)
+    serve_fleet(fleet, on_started=lambda _front, port: _announce(fleet.gateway.host, port, names))
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -69,7 +88,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     replicas = _wait_for(front, list(folders), arguments.max_wait_seconds)
     models = [_load(name, folder, replicas[name]) for name, folder in folders.items()]
-    run(config, front, Sampling, models, on_started=lambda port: _announce(config, port, list(folders)))
+    run(config, front, Sampling, models, on_started=lambda port: _announce(config.host, port, list(folders)))
 
 
 def _named(model: str) -> tuple[str, Path]:
@@ -107,15 +126,16 @@ def _load(name: str, folder: Path, replica: ReplicaStatus) -> ServedModel:
     )
 
 
-def _announce(config: GatewayConfig, port: int, names: Sequence[str]) -> None:
-    _log.info("gateway listens", address=f"http://{config.host}:{port}", models=", ".join(names))
+def _announce(host: str, port: int, names: Sequence[str]) -> None:
+    _log.info("gateway listens", address=f"http://{host}:{port}", models=", ".join(names))
 
 
 def _silence(text: str) -> float:
     seconds = float(text)
-    if not LEAST_NODE_SILENCE_SECONDS <= seconds <= 600:
+    if not LEAST_NODE_SILENCE_SECONDS <= seconds <= MOST_NODE_SILENCE_SECONDS:
         raise argparse.ArgumentTypeError(
-            f"{seconds:g} s of silence: it must be from {LEAST_NODE_SILENCE_SECONDS:g}, four reports of a node, to 600"
+            f"{seconds:g} s of silence: it must be from {LEAST_NODE_SILENCE_SECONDS:g}, four reports of a node,"
+            f" to {MOST_NODE_SILENCE_SECONDS:g}"
         )
     return seconds
 
@@ -133,6 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         " --nodes tcp://127.0.0.1:7000 --model tiny-chat --port 8000",
     )
     add = parser.add_argument
+    add("--fleet-file", type=Path, metavar="FILE", help="llmscale.toml instead of all other options")
     add("--nodes", nargs="+", required=True, metavar="ADDRESS", help="nodes: tcp://HOST:PORT or ipc://PATH")
     add(
         "--model",
@@ -157,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--max-node-silence-seconds",
         type=_silence,
-        default=MAX_NODE_SILENCE_SECONDS,
+        default=USUAL_NODE_SILENCE_SECONDS,
         help="a node that says nothing for this long is lost; nodes report every 0.25 s (default: %(default)g)",
     )
     add("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="largest body (default: %(default)s)")

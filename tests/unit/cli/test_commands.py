@@ -49,6 +49,8 @@ def test_generate_completes_a_text_the_same_twice() -> None:
         (("serve", "tiny-chat", "--port", "70000"), "port"),
         (("serve", "tiny-chat", "--max-model-len", "0"), "max"),
         (("serve", "tiny-chat", "--api-key-file", "no-such-file"), "no-such-file"),
+        (("serve", "--fleet-file", "no-such-file"), "no-such-file"),
+        (("serve", "tiny-chat", "--fleet-file", "x", "--port", "8000"), "port, model is given beside --fleet-file"),
         (("keys", "unused", "gateway"), "gateway:NAME"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -59,3 +61,22 @@ def test_a_mistake_is_one_line_and_exit_code_one(words: tuple[str, ...], said: s
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("dtypes = 'float32'", "fleet.toml:3: models.a.dtypes: there is no such name; did you mean dtype?"),
+        ("max_model_len = 9999", "this model allows 2 to 2,048"),
+        ("pipeline_parallel_size = 200", "stages"),
+        ("kv_cache_bytes = 9", "kv_cache_bytes is 9"),
+    ],
+)
+def test_a_mistake_in_a_fleet_file_is_found_before_anything_starts(entry: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "fleet.toml"
+    file.write_text(f"[models.a]\nmodel = 'tiny-chat'\n{entry}\n[models.b]\nmodel = 'tiny-chat-mini'\n")
+    done = llmscale("serve", "--fleet-file", str(file))
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout

@@ -37,12 +37,29 @@ def test_the_help_names_every_setting_and_gives_an_example() -> None:
     made = subprocess.run(
         [sys.executable, "-m", "llmscale.gateway", "--help"], capture_output=True, text=True, check=True, timeout=60
     )
-    for word in ("--nodes", "--model", "--api-key-file", "--max-drain-seconds", "Example:"):
+    for word in ("--fleet-file", "--nodes", "--model", "--api-key-file", "--max-drain-seconds", "Example:"):
         assert word in made.stdout
 
 
 def test_a_wrong_setting_ends_the_process_with_its_reason() -> None:
     assert main(["--nodes", "ipc:///nowhere", "--model", "tiny-chat", "--host", "0.0.0.0"]) == 1
+
+
+def test_a_fleet_file_that_is_wrong_ends_the_process_with_its_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "llmscale.toml"
+    file.write_text("[models.a]\nmodel = 'tiny-chat'\nreplica = 2\n")
+    assert main(["--fleet-file", str(file)]) == 1
+    said = capsys.readouterr()
+    assert f"{file}:3: models.a.replica: there is no such name; did you mean replicas?" in said.out + said.err
+
+
+@pytest.mark.parametrize("words", [["--port", "8000"], ["--model", "tiny-chat"]])
+def test_nothing_stands_beside_a_fleet_file(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--fleet-file", "llmscale.toml", *words])
+    assert f"write into the file what {' '.join(words)} says" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", ["0.99", "601", "nan"])

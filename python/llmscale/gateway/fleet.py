@@ -1,0 +1,115 @@
+"""From a fleet to its gateway: the nodes of this host started, those elsewhere connected, one front before all of them.
+
+`serve_fleet` is what every command that serves ends in; a single model is a fleet of one. It costs a process per
+replica and reads each model's tokenizer once. Knows nothing of HTTP, and of a model only what its folder's
+`config.json` says.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from llmscale._core import Front, Sampling
+from llmscale.errors import ConfigError
+from llmscale.fleet_file import FleetFile, KeysEntry, ModelEntry
+from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
+from llmscale.gateway.local_nodes import NodeKeeper, local_nodes
+from llmscale.gateway.serve import run
+from llmscale.models.locate import locate_model
+from llmscale.models.registry import describe_model
+from llmscale.tokenizer import Tokenizer
+
+# A public key is 40 characters.
+_MAX_KEY_BYTES = 1_024
+
+
+def gateway_config(fleet: FleetFile, api_keys: Sequence[str] = ()) -> GatewayConfig:
+    """The gateway's part. Raises `ConfigError`."""
+    entry = fleet.gateway
+    limits = {name: value for name, value in msgspec.structs.asdict(entry.limits).items() if value is not None}
+    return GatewayConfig(
+        host=entry.host,
+        port=entry.port,
+        api_keys=tuple(api_keys),
+        api_key_file=None if entry.api_key_file is None else Path(entry.api_key_file),
+        limits=GatewayLimits(**limits),
+        kill_button=entry.kill_button,
+    )
+
+
+def load_model(name: str, entry: ModelEntry) -> ServedModel:
+    """A model as its folder on this host describes it. Raises `ModelError` and `ConfigError`."""
+    folder = locate_model(entry.model)
+    spec = describe_model(folder).spec
+    return ServedModel(
+        name=name,
+        tokenizer=Tokenizer(folder, vocabulary=spec.vocabulary),
+        vocabulary=spec.vocabulary,
+        max_sequence_tokens=spec.sequence_limit(entry.max_model_len),
+        created=int(time.time()),
+    )
+
+
+def serve_fleet(
+    fleet: FleetFile, *, api_keys: Sequence[str] = (), on_started: Callable[[Front, int], None] | None = None
+) -> None:
+    """Serves until SIGTERM or SIGINT. `on_started` is called with the front and the port once connections are accepted.
+
+    Raises `ConfigError` and `ModelError` before anything is started, and `OSError` when it cannot listen.
+    """
+    config = gateway_config(fleet, api_keys)
+    models = [load_model(name, entry) for name, entry in fleet.models.items()]
+    with tempfile.TemporaryDirectory(prefix="llmscale-serve-") as folder:
+        nodes = local_nodes(fleet, folder)
+        addresses = [node.address for node in nodes]
+        addresses += [address for entry in fleet.models.values() for address in entry.nodes]
+        key_file, node_key = _front_keys(fleet.keys, has_local_nodes=bool(nodes))
+        front = Front(
+            addresses,
+            fleet=fleet.fleet,
+            max_node_silence_us=int(fleet.gateway.max_node_silence_seconds * 1e6),
+            key_file=key_file,
+            node_key=node_key,
+        )
+        keepers = [NodeKeeper(node) for node in nodes]
+        for keeper in keepers:
+            keeper.start()
+        try:
+            run(
+                config,
+                front,
+                Sampling,
+                models,
+                on_started=None if on_started is None else lambda port: on_started(front, port),
+            )
+        finally:
+            for keeper in keepers:
+                keeper.ask_to_stop()
+            for keeper in keepers:
+                keeper.stop()
+
+
+def _front_keys(keys: KeysEntry | None, *, has_local_nodes: bool) -> tuple[str | None, str | None]:
+    """The file of the gateway's pair and the nodes' public key. Raises `ConfigError` for a file that is not there."""
+    if keys is None:
+        return None, None
+    needed = [keys.pair, keys.node_public]
+    if has_local_nodes:
+        # Nodes of this host listen where only this machine is, but the front trusts one key for all nodes.
+        needed += [keys.node_pair, keys.allow_list]
+    for path in needed:
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no key file {path}; make it with `llmscale keys {keys.folder} node gateway:{keys.gateway}`,"
+                " or copy it from where that was done"
+            )
+    try:
+        with keys.node_public.open("rb") as file:
+            return str(keys.pair), file.read(_MAX_KEY_BYTES).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the key file {keys.node_public} cannot be read: {error}") from error

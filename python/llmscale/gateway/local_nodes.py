@@ -1,0 +1,140 @@
+"""The nodes that a gateway starts on its own host: their command lines, and that they are started again when they end.
+
+One `NodeKeeper` per replica holds a process and a thread, whose only work is to wait. A node is a command to it: it
+loads nothing of a node's code and knows no model, request or socket.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from llmscale.fleet_file import FleetFile
+
+_log = structlog.get_logger("llmscale.serve")
+
+FIRST_BACKOFF_SECONDS: Final = 0.2
+MAX_BACKOFF_SECONDS: Final = 30.0
+# A node that has lived this long is not in a loop of deaths, and is started again without a pause.
+STEADY_SECONDS: Final = 10.0
+STOP_SECONDS: Final = 35.0
+
+
+@dataclass(frozen=True, slots=True)
+class LocalNode:
+    """One replica of this host: what it serves, where the front finds it, and how it is started."""
+
+    model: str
+    address: str
+    command: tuple[str, ...]
+
+
+def threads_per_worker(fleet: FleetFile, model: str) -> int | None:
+    """What was asked for, or each worker's share of the CPUs; None lets a single replica decide."""
+    asked = fleet.models[model].threads
+    if asked is not None or sum(entry.local_replicas for entry in fleet.models.values()) == 1:
+        return asked
+    return max(1, len(os.sched_getaffinity(0)) // fleet.local_workers)
+
+
+def local_nodes(fleet: FleetFile, folder: str) -> list[LocalNode]:
+    """The nodes of this host; `folder` is for their sockets."""
+    found: list[LocalNode] = []
+    for model, entry in fleet.models.items():
+        for _ in range(entry.local_replicas):
+            address = f"ipc://{folder}/node-{len(found)}"
+            found.append(LocalNode(model, address, _command(fleet, model, address)))
+    return found
+
+
+def _command(fleet: FleetFile, model: str, address: str) -> tuple[str, ...]:
+    entry = fleet.models[model]
+    keys = fleet.keys
+    named = {
+        "--model": entry.model,
+        "--listen": address,
+        "--served-name": model,
+        "--dtype": entry.dtype,
+        "--max-model-len": entry.max_model_len,
+        "--max-num-seqs": entry.max_num_seqs,
+        "--max-num-batched-tokens": entry.max_num_batched_tokens,
+        "--max-step-seconds": entry.max_step_seconds,
+        "--kv-cache-bytes": entry.kv_cache_bytes,
+        "--threads": threads_per_worker(fleet, model),
+        "--tensor-parallel-size": entry.tensor_parallel_size,
+        "--pipeline-parallel-size": entry.pipeline_parallel_size,
+        "--fleet": fleet.fleet,
+        # The front knows all nodes by one public key, those of this host too.
+        "--key-file": None if keys is None else keys.node_pair,
+        "--allow-list": None if keys is None else keys.allow_list,
+        "--parent": os.getpid(),
+    }
+    # With "=", so that a value that begins with a dash is not taken for an option.
+    words = [f"{name}={value}" for name, value in named.items() if value is not None]
+    if not entry.spare_worker:
+        words.append("--no-spare-worker")
+    return (sys.executable, "-m", "llmscale.node", *words)
+
+
+class NodeKeeper:
+    """Keeps the node process alive from a thread of its own.
+
+    The node asks the kernel to end it with the thread that started it, so every start happens in this one thread, which
+    lives as long as the command.
+    """
+
+    def __init__(self, node: LocalNode) -> None:
+        self._node = node
+        self._stopping = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="node-keeper", daemon=True)
+
+    def start(self) -> None:
+        """Starts the node."""
+        self._thread.start()
+        self._started.wait()
+
+    def ask_to_stop(self) -> None:
+        """Lets the node drain."""
+        self._stopping.set()
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
+
+    def stop(self) -> None:
+        """Ends the node: it drains, then it must go."""
+        self.ask_to_stop()
+        process = self._process
+        if process is not None:
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        backoff = FIRST_BACKOFF_SECONDS
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            self._process = subprocess.Popen(self._node.command)  # noqa: S603  # our own interpreter and module
+            if self._stopping.is_set():
+                # Whoever asked has seen the process before this one.
+                self._process.terminate()
+            self._started.set()
+            code = self._process.wait()
+            # A node ends with 0 when it is told to, mostly by a signal to the whole group; this process hears it too.
+            if self._stopping.wait(1.0 if code == 0 else 0.0):
+                return
+            if time.monotonic() - began > STEADY_SECONDS:
+                backoff = FIRST_BACKOFF_SECONDS
+            _log.warning("node ended, starting it again", model=self._node.model, code=code, in_seconds=backoff)
+            self._stopping.wait(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)

@@ -1,0 +1,107 @@
+"""The nodes of this host: what their command lines say, how CPUs are shared, and that a dead one is started again."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from llmscale.errors import ConfigError
+from llmscale.fleet_file import FleetFile, KeysEntry, ModelEntry, parse_fleet_file
+from llmscale.gateway.fleet import gateway_config, serve_fleet
+from llmscale.gateway.local_nodes import LocalNode, NodeKeeper, local_nodes, threads_per_worker
+from llmscale.node.__main__ import _parser
+from tests.processes import wait_until
+
+TWO = FleetFile(
+    fleet="lab",
+    models={
+        "a": ModelEntry(
+            model="/models/a", replicas=2, dtype="float32", max_model_len=64, kv_cache_bytes=9, spare_worker=False
+        ),
+        "-b": ModelEntry(model="tiny-chat", nodes=("tcp://10.0.0.1:7000",)),
+        "c": ModelEntry(model="tiny-chat", tensor_parallel_size=2, threads=3),
+    },
+    keys=KeysEntry(folder="/keys", gateway="edge"),
+)
+
+
+def test_every_replica_of_this_host_has_a_node_of_its_own_and_others_have_none() -> None:
+    nodes = local_nodes(TWO, "/run")
+    assert [(node.model, node.address) for node in nodes] == [
+        ("a", "ipc:///run/node-0"),
+        ("a", "ipc:///run/node-1"),
+        ("c", "ipc:///run/node-2"),
+    ]
+
+
+def test_a_command_line_says_what_the_file_says() -> None:
+    command = local_nodes(TWO, "/run")[1].command
+    assert command[:3] == (sys.executable, "-m", "llmscale.node")
+    read = _parser().parse_args(list(command[3:]))
+    assert (read.model, read.served_name, read.listen, read.fleet) == ("/models/a", "a", "ipc:///run/node-1", "lab")
+    assert (read.dtype, read.max_model_len, read.kv_cache_bytes) == ("float32", 64, 9)
+    assert (read.spare_worker, read.parent) == (False, os.getpid())
+    assert (read.key_file, read.allow_list) == (Path("/keys/node.key"), Path("/keys/allowed"))
+    assert _parser().parse_args(list(local_nodes(TWO, "/run")[2].command[3:])).tensor_parallel_size == 2
+
+
+def test_a_name_that_begins_with_a_dash_is_a_value() -> None:
+    entry = ModelEntry(model="tiny-chat")
+    command = local_nodes(FleetFile(models={"-tp": entry}), "/run")[0].command
+    assert _parser().parse_args(list(command[3:])).served_name == "-tp"
+
+
+def test_workers_share_the_cpus_unless_the_file_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(13)))
+    # Two workers of a and two of c, 13 CPUs.
+    assert threads_per_worker(TWO, "a") == 3
+    assert threads_per_worker(TWO, "c") == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0, 1})
+    assert threads_per_worker(TWO, "a") == 1
+    alone = FleetFile(models={"a": ModelEntry(model="tiny-chat"), "b": TWO.models["-b"]})
+    assert threads_per_worker(alone, "a") is None, "a node alone knows best"
+
+
+def test_a_node_that_ends_is_started_again_until_it_is_asked_to_stop(tmp_path: Path) -> None:
+    counted = tmp_path / "starts"
+    script = f"open({str(counted)!r}, 'a').write('x')"
+    keeper = NodeKeeper(LocalNode("a", "ipc:///nowhere", (sys.executable, "-c", f"{script}; raise SystemExit(3)")))
+    with capture_logs() as said:
+        keeper.start()
+        wait_until(lambda: counted.exists() and len(counted.read_text()) >= 2, 30, "it was started again")
+        keeper.stop()
+    starts = len(counted.read_text())
+    assert [(line["model"], line["code"]) for line in said[:1]] == [("a", 3)]
+    assert len(said) in (starts - 1, starts)
+
+
+def test_limits_of_the_file_are_those_of_the_gateway_and_others_stay() -> None:
+    text = "[gateway.limits]\nmax_body_bytes = 77\n[models.a]\nmodel = 'tiny-chat'\n"
+    limits = gateway_config(parse_fleet_file(text, Path("/f"))).limits
+    assert (limits.max_body_bytes, limits.max_messages) == (77, 2_048)
+
+
+@pytest.mark.parametrize("missing", ["gateway-edge.key", "node.public", "node.key", "allowed"])
+def test_a_key_file_that_is_not_there_is_named_before_anything_starts(tmp_path: Path, missing: str) -> None:
+    for name in ("gateway-edge.key", "node.public", "node.key", "allowed"):
+        if name != missing:
+            (tmp_path / name).write_text("x")
+    keys = KeysEntry(folder=str(tmp_path), gateway="edge")
+    with pytest.raises(ConfigError, match=f"no key file {tmp_path}/{missing}; make it with `llmscale keys"):
+        serve_fleet(FleetFile(models={"a": ModelEntry(model="tiny-chat")}, keys=keys))
+
+
+def test_a_node_on_another_host_needs_keys() -> None:
+    entry = ModelEntry(model="tiny-chat", nodes=("tcp://10.0.0.1:7000",))
+    with pytest.raises(ConfigError, match="reachable from other hosts and no CURVE keys"):
+        serve_fleet(FleetFile(models={"tiny-chat": entry}))
+
+
+def test_a_gateway_that_others_reach_needs_api_keys() -> None:
+    text = "[gateway]\nhost = '0.0.0.0'\n[models.a]\nmodel = 'tiny-chat'\n"
+    with pytest.raises(ConfigError, match=r"host is 0\.0\.0\.0 and no API key is set"):
+        gateway_config(parse_fleet_file(text, Path("/f")))
