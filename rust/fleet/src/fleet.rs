@@ -2,7 +2,8 @@
 //! Replicas that are down stay listed, so that they are seen and their speed is remembered, until a newcomer needs the
 //! place. Looking at one is O(1), changing one O(log replicas).
 
-use crate::index::{Level, PrefixIndex};
+use crate::ejection::Court;
+use crate::index::PrefixIndex;
 use crate::member::{Load, Member, ModelKey, Offer, PoolId, ReplicaState};
 use crate::ranking::Ranking;
 use llmscale_types::{PrefixKey, ReplicaId, Time};
@@ -29,6 +30,7 @@ pub struct Fleet {
     /// By pool number.
     rankings: Vec<Ranking>,
     prefixes: Option<PrefixIndex>,
+    pub(crate) court: Court,
     max_replicas: u32,
 }
 
@@ -69,6 +71,7 @@ impl Fleet {
             pools: Vec::new(),
             rankings: Vec::new(),
             prefixes: None,
+            court: Court::default(),
             max_replicas,
         }
     }
@@ -92,8 +95,7 @@ impl Fleet {
     /// counts as holding all of them from now on.
     pub fn dispatch(&mut self, now: Time, id: ReplicaId, prefix: &[PrefixKey]) -> u32 {
         let Some(prefixes) = self.prefixes.as_mut().filter(|_| !prefix.is_empty()) else { return 0 };
-        let cached_keys = prefixes.levels(prefix).held_by(id).map_or(0, Level::keys);
-        prefixes.dispatch(now, id, prefix);
+        let cached_keys = prefixes.dispatch(now, id, prefix);
         cached_keys.saturating_mul(prefixes.tokens_per_key())
     }
 
@@ -150,11 +152,16 @@ impl Fleet {
     /// in between.
     fn rank(&mut self, place: u32) {
         let member = &self.members[place as usize];
-        let ranking = &mut self.rankings[member.pool.0 as usize];
+        let pool = member.pool;
+        let ranking = &mut self.rankings[pool.0 as usize];
+        let ready = ranking.count();
         if member.state == Some(ReplicaState::Ready) {
             ranking.set(member.id, member.last_known_work_ns());
         } else {
             ranking.remove(member.id);
+        }
+        if ranking.count() != ready {
+            self.keep_half(pool);
         }
     }
 

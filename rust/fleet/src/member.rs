@@ -2,6 +2,7 @@
 //! there. Loads are exact counts; they become predicted time only when somebody asks, with the newest cost model, so
 //! sums never drift. Everything is O(1).
 
+use crate::health::Health;
 use llmscale_cost::{CostModel, StepShape};
 use llmscale_types::{Duration, Epoch, NodeId, ReplicaId, StepId, Time, Token};
 use std::sync::Arc;
@@ -164,6 +165,8 @@ pub struct Member {
     pub load: Load,
     /// Nothing is sent before this moment: the replica said that it is full.
     pub refused_until: Option<Time>,
+    /// How well it answers.
+    pub health: Health,
     cost: CostModel,
     last_frame: Option<(StepId, Time)>,
 }
@@ -181,16 +184,17 @@ impl Member {
             report: None,
             load: Load::default(),
             refused_until: None,
+            health: Health::default(),
             cost: CostModel::new(),
             last_frame: None,
         }
     }
 
-    /// The same place with a new incarnation; what was learned about its speed stays.
+    /// The same place with a new incarnation; what was learned about its speed and its health stays.
     pub(crate) fn rejoin(&mut self, pool: PoolId, offer: Offer) {
         assert_eq!(self.load, Load::default(), "the attempts of the last incarnation were taken back");
-        let cost = self.cost.clone();
-        *self = Self { cost, ..Self::new(self.id, pool, offer) };
+        let (health, cost) = (self.health.clone(), self.cost.clone());
+        *self = Self { health, cost, ..Self::new(self.id, pool, offer) };
     }
 
     /// Whether a frame comes from this incarnation. Workers may have been replaced since the last frame: that raises the
@@ -228,8 +232,13 @@ impl Member {
         &self.cost
     }
 
-    /// Whether this front may send it anything at all now.
+    /// Whether this front may send it anything at all now: it can take it, and it has answered well enough.
     pub fn takes_work(&self, now: Time) -> bool {
+        self.is_willing(now) && self.health.lets_in(now)
+    }
+
+    /// Whether it says that it can take work now.
+    pub fn is_willing(&self, now: Time) -> bool {
         self.state == Some(ReplicaState::Ready) && self.refused_until.is_none_or(|until| now >= until)
     }
 
