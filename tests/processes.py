@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -80,9 +81,16 @@ class Server:
         return float(next(words[1] for words in lines if words and words[0] == f"llmscale:{name}"))
 
     def is_ready(self) -> bool:
-        """Whether a step has run."""
+        """Whether a step of every model has run."""
+        return self._is_well("/health/ready")
+
+    def is_alive(self) -> bool:
+        """Whether it answers."""
+        return self._is_well("/health/live")
+
+    def _is_well(self, path: str) -> bool:
         try:
-            return self.get("/health/ready").status_code == 200
+            return self.get(path).status_code == 200
         except httpx2.TransportError:
             return False
 
@@ -106,6 +114,20 @@ def serving(model: str = "tiny-chat", *options: str) -> Iterator[Server]:
 
 
 @contextmanager
+def serving_fleet(
+    folder: Path, text: str, *, module: str = "llmscale.cli serve", is_ready: bool = True
+) -> Iterator[Server]:
+    """The models of a fleet file, which is written with a free port; ready, or only alive if that is not wanted."""
+    port = free_port()
+    file = folder / "llmscale.toml"
+    file.write_text(f"[gateway]\nport = {port}\n{text}", encoding="utf-8")
+    with _running(
+        [sys.executable, "-m", *module.split(), "--fleet-file", str(file)], port, is_ready=is_ready
+    ) as server:
+        yield server
+
+
+@contextmanager
 def gateway(nodes: Sequence[str], *options: str, on: Host | None = None) -> Iterator[Server]:
     """A gateway for tiny-chat in front of running nodes, ready; afterwards nothing of it is left. `on` is the host that
     it runs on, if not this one."""
@@ -123,7 +145,12 @@ def gateway(nodes: Sequence[str], *options: str, on: Host | None = None) -> Iter
 
 @contextmanager
 def _running(
-    command: list[str], port: int, host: str = "127.0.0.1", headers: dict[str, str] | None = None
+    command: list[str],
+    port: int,
+    host: str = "127.0.0.1",
+    headers: dict[str, str] | None = None,
+    *,
+    is_ready: bool = True,
 ) -> Iterator[Server]:
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -136,7 +163,8 @@ def _running(
     reader.start()
     try:
         try:
-            wait_until(lambda: server.is_ready() or process.poll() is not None, START_SECONDS, "the server is ready")
+            answers = server.is_ready if is_ready else server.is_alive
+            wait_until(lambda: answers() or process.poll() is not None, START_SECONDS, "the server is ready")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{server.log()}") from None
         assert process.poll() is None, f"the server ended with code {process.returncode}:\n{server.log()}"

@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from llmscale.choice import ENDED_WELL, Choice, Delivery, failure
-from llmscale.errors import LlmscaleError, Unavailable
+from llmscale.errors import LlmscaleError, Unavailable, UnknownModel
 from llmscale.gateway.front import Front
 from llmscale.gateway.http import trace_of
 from llmscale.gateway.reply import Reply
@@ -63,6 +63,12 @@ class FrontDriver:
             choice.request = self._front.submit(
                 tenant, metrics.model, prompt, sampling, priority=priority, timeout_us=timeout_us, detached=False
             )
+        except UnknownModel as error:
+            self.abandon(reply)
+            # The front knows models by the nodes that it has seen; a 404 would say that nobody will ever serve this one.
+            raise Unavailable(
+                f"no replica of {metrics.model} has been seen yet; retry in a moment, /fleet shows those that are there"
+            ) from error
         except BaseException:
             self.abandon(reply)
             raise

@@ -12,6 +12,7 @@ import openai
 import pytest
 from structlog.testing import capture_logs
 
+from llmscale.errors import UnknownModel
 from llmscale.gateway.config import ServedModel
 from llmscale.gateway.replicas import ReplicaWatch, fleet_state, model_states
 from llmscale.tokenizer import Tokenizer
@@ -85,6 +86,16 @@ async def test_all_models_are_listed_and_an_unknown_one_is_refused_with_the_list
         assert refused.code == "unknown_model"
         assert "served are: second, tiny" in refused.message
     assert front.submitted == {}
+
+
+async def test_a_model_whose_first_replica_has_not_come_yet_is_not_unknown(
+    tokenizer: Tokenizer, other: ServedModel
+) -> None:
+    front = FakeFront(refusal=UnknownModel("the model is not served here"))
+    async with serving(tokenizer, front, more_models=[other]) as gateway:
+        with pytest.raises(openai.InternalServerError, match="no replica of second has been seen yet") as refused:
+            await gateway.client().chat.completions.create(model="second", messages=HELLO)
+    assert (refused.value.status_code, refused.value.code) == (503, "unavailable")
 
 
 async def test_the_bounds_of_one_model_do_not_hold_for_another(tokenizer: Tokenizer, other: ServedModel) -> None:

@@ -1,0 +1,170 @@
+"""Goal: several models of one fleet file answer behind one gateway, and what happens to one leaves the other alone.
+
+Method: tiny-chat and tiny-chat-mini in one `llmscale.toml`, real processes, the official client; a worker is killed in
+mid-stream, a node elsewhere (with keys) comes after the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from llmscale.cli.keys import run as make_keys
+from tests.e2e.test_worker_death import first_difference
+from tests.fleet import Fleet
+from tests.processes import Server, free_port, serving_fleet, wait_until
+
+MODELS = ("tiny-chat", "mini")
+STREAMS = 6
+# Float32, so that a continued stream has the ids of an undisturbed one.
+BOTH = """
+[models.tiny-chat]
+model = "tiny-chat"
+dtype = "float32"
+
+[models.mini]
+model = "tiny-chat-mini"
+dtype = "float32"
+"""
+QUESTION: Any = [{"role": "user", "content": "What is 23 + 45?"}]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving_fleet(tmp_path_factory.mktemp("fleet"), BOTH) as server:
+        yield server
+
+
+def replicas(server: Server) -> dict[str, dict[str, Any]]:
+    """What /fleet says of each model's only replica."""
+    return {one["model"]: one for one in server.get("/fleet").json()["replicas"]}
+
+
+async def test_both_models_answer_the_official_client_at_once(server: Server) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{server.base}/v1", api_key="none", max_retries=0) as client:
+        assert [model.id async for model in client.models.list()] == list(MODELS)
+
+        async def story(model: str, seed: int) -> str:
+            stream = await client.completions.create(
+                model=model, prompt="Once upon a time", max_tokens=48, temperature=1, seed=seed, stream=True
+            )
+            chunks = [chunk async for chunk in stream]
+            assert {chunk.model for chunk in chunks} == {model}
+            return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+
+        alone = {model: [await story(model, seed) for seed in range(4)] for model in MODELS}
+        mixed = await asyncio.gather(*(story(model, seed) for seed in range(4) for model in MODELS))
+        assert {model: list(mixed[place::2]) for place, model in enumerate(MODELS)} == alone
+        assert not set(alone["tiny-chat"]) & set(alone["mini"]), "they are not one model under two names"
+        answers = await asyncio.gather(
+            *(client.chat.completions.create(model=model, messages=QUESTION, temperature=0) for model in MODELS)
+        )
+        assert [answer.choices[0].message.content for answer in answers] == ["68", "68"]
+        with pytest.raises(openai.NotFoundError, match="served are: mini, tiny-chat"):
+            await client.chat.completions.create(model="tiny-chat-mini", messages=QUESTION)
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """One answer: its characters, and what the comments in it say of restarts."""
+
+    text: list[str]
+    restarts: list[str]
+
+
+def streamed(server: Server, model: str, seed: int) -> Streamed:
+    body = {"model": model, "prompt": "Once upon a time", "max_tokens": 1_000, "ignore_eos": True, "seed": seed}
+    text: list[str] = []
+    restarts: list[str] = []
+    last = ""
+    with server.client.stream("POST", f"{server.base}/v1/completions", json={**body, "stream": True}) as response:
+        for line in response.iter_lines():
+            if line.startswith(": restarts"):
+                restarts.append(line)
+            elif line.startswith("data: {"):
+                text += [choice["text"] for choice in json.loads(line.removeprefix("data: "))["choices"]]
+            last = line or last
+    assert last == "data: [DONE]"
+    return Streamed(list("".join(text)), restarts)
+
+
+@pytest.mark.timeout(240)
+def test_the_death_of_one_models_worker_leaves_the_streams_of_the_other_alone(server: Server) -> None:
+    asked = [(model, seed) for seed in range(STREAMS) for model in MODELS]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        undisturbed = list(pool.map(lambda one: streamed(server, *one), asked))
+        before = replicas(server)
+        streams = [pool.submit(streamed, server, *one) for one in asked]
+        # Of the servers' own reports: what this process has read lags behind them.
+        wait_until(lambda: all(one["running"] for one in replicas(server).values()), 60, "both models have streams")
+        os.kill(before["tiny-chat"]["worker_pid"], signal.SIGKILL)
+        survived = [stream.result() for stream in streams]
+    after = replicas(server)
+    assert [first_difference(one.text, other.text) for one, other in zip(undisturbed, survived, strict=True)] == [
+        None
+    ] * len(asked)
+    restarts = {
+        model: [one.restarts for one, of in zip(survived, asked, strict=True) if of[0] == model] for model in MODELS
+    }
+    assert [": restarts 1"] in restarts["tiny-chat"], "the kill came in the middle"
+    assert restarts["mini"] == [[]] * STREAMS
+    assert after["tiny-chat"]["worker_restarts"] == before["tiny-chat"]["worker_restarts"] + 1
+    for figure in ("node", "worker_pid", "worker_restarts", "preemptions"):
+        assert after["mini"][figure] == before["mini"][figure]
+    assert server.metric("front_lost_attempts_total") == 0
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("keyed") / "keys"
+    make_keys(folder, ("node", "gateway:edge", "client:app:acme"), force=False)
+    return folder
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("module", ["llmscale.cli serve", "llmscale.gateway"])
+def test_a_node_elsewhere_is_found_when_it_comes_and_the_model_here_has_not_waited(
+    keys: Path, tmp_path: Path, module: str
+) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    text = f"""
+[keys]
+folder = "{keys}"
+gateway = "edge"
+
+[models.tiny-chat]
+model = "tiny-chat"
+threads = 1
+
+[models.mini]
+model = "tiny-chat-mini"
+nodes = ["{address}"]
+"""
+    body = {"messages": QUESTION, "temperature": 0, "model": "tiny-chat"}
+    with serving_fleet(tmp_path, text, module=module, is_ready=False) as server:
+        wait_until(lambda: "no replica of mini (down)" in said(server), 60, "only the model elsewhere is missing")
+        assert server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"] == "68"
+        refused = server.post("/v1/chat/completions", body | {"model": "mini"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
+        with Fleet(keys, keys).node(tmp_path, "--model=tiny-chat-mini", "--served-name=mini", address=address):
+            wait_until(server.is_ready, 60, "the gateway has found the node")
+            answer = server.post("/v1/chat/completions", body | {"model": "mini"})
+            assert answer.json()["choices"][0]["message"]["content"] == "68"
+        wait_until(lambda: "no replica of mini (down)" in said(server), 60, "the node is gone again")
+        assert server.post("/v1/chat/completions", body).status_code == 200
+
+
+def said(server: Server) -> str:
+    """What a gateway that is not ready says of it."""
+    text: str = server.get("/health/ready").text
+    return text
