@@ -65,7 +65,7 @@ class FrontDriver:
             )
         except UnknownModel as error:
             self.abandon(reply)
-            # The front knows models by the nodes that it has seen; a 404 would say that nobody will ever serve this one.
+            # The front knows models by the nodes that it has seen; a 404 would say that nobody will ever serve it.
             raise Unavailable(
                 f"no replica of {metrics.model} has been seen yet; retry in a moment, /fleet shows those that are there"
             ) from error
