@@ -8,7 +8,7 @@ PORT ?= 8000
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name 'Cargo.toml' -o -name '*.c' 2>/dev/null) Cargo.toml Cargo.lock pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve demo test test-all lint bench clean
+.PHONY: help build serve demo test test-all mutants lint bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test: build  ## everything that needs no GPU and no minutes: Rust, Python, lint 
 test-all: build  ## also what takes minutes
 	cargo nextest run --workspace --no-fail-fast --run-ignored all
 	$(BIN)/python -m pytest -m "not gpu"
+
+mutants:  ## plant one bug after the other in the core and see which simulated world finds it
+	cargo nextest run -p llmscale-sim --test mutants --no-capture
 
 lint: build  ## rustfmt, clippy, ruff, mypy
 	cargo fmt --check

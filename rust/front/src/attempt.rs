@@ -8,7 +8,7 @@ use crate::order::{Head, most_urgent};
 use crate::request::{Place, Reader, Sent};
 use crate::timers::Due;
 use llmscale_fleet::{Need, PoolId};
-use llmscale_types::{Duration, FinishReason, ReplicaId, RequestId, Time};
+use llmscale_types::{Duration, FinishReason, Planted, ReplicaId, RequestId, Time};
 use std::sync::Arc;
 
 /// How often the predicted time to start may pass before silence counts as loss.
@@ -51,7 +51,7 @@ impl Front {
             context_tokens: u64::from(request.context_tokens()),
             output_tokens: u64::from(request.expected_tokens),
             prefix: Arc::clone(&request.prefix),
-            numerics: request.numerics.clone(),
+            numerics: request.numerics.clone().filter(|_| !Planted::IgnoresNumerics.is_here()),
             look_ahead,
             now,
         }
@@ -111,7 +111,7 @@ impl Front {
         };
         let mut member =
             self.fleet.get_mut(sent.replica).expect("attempts are released before their replica is forgotten");
-        member.load.sequences -= 1;
+        member.load.sequences -= u32::from(!Planted::ForgetsToReleaseLoad.is_here());
         member.load.output_tokens -= u64::from(request.expected_tokens);
         if !sent.started {
             member.load.unstarted_sequences -= 1;

@@ -5,7 +5,7 @@ use crate::delivery::Deliveries;
 use crate::event::{EndReason, FrontAction};
 use crate::front::Front;
 use crate::request::{Place, Reader};
-use llmscale_types::{FinishReason, RequestId, Time};
+use llmscale_types::{FinishReason, Planted, RequestId, Time};
 
 impl Front {
     /// Ends a request by its client's wish: as stopped when the answer is cut at a token, else as aborted.
@@ -42,7 +42,7 @@ impl Front {
         }
         let request = self.request_mut(id);
         request.reader = Reader::Attached;
-        let from_index = from_index.min(request.output_tokens());
+        let from_index = if Planted::TellsReadersTwice.is_here() { 0 } else { from_index.min(request.output_tokens()) };
         request.read(from_index);
         let mut logprobs = request.logprobs_from(from_index).peekable();
         let mut deliveries = Deliveries::with_capacity((request.output_tokens() - from_index) as usize);

@@ -5,7 +5,7 @@ use crate::event::{EndReason, NewRequest, Usage};
 use crate::options::FrontOptions;
 use llmscale_fleet::PoolId;
 use llmscale_types::{
-    Attempt, Class, Duration, FinishReason, FrontId, PrefixKey, ReplicaId, RequestId, Sampling, SequenceKey,
+    Attempt, Class, Duration, FinishReason, FrontId, Planted, PrefixKey, ReplicaId, RequestId, Sampling, SequenceKey,
     Submission, Time, Token, TokenLogprobs,
 };
 use std::collections::VecDeque;
@@ -164,8 +164,9 @@ impl Request {
         Submission {
             key: SequenceKey { front: FrontId(0), request, attempt: self.attempt },
             namespace: self.namespace,
+        let cut = usize::from(Planted::GoesOnWithoutTheLastToken.is_here() && self.output_tokens() > 0);
             class: self.class,
-            context: self.context.clone(),
+            context: self.context[..self.context.len() - cut].to_vec(),
             prompt_tokens: self.prompt_tokens,
             sampling: self.sampling.clone(),
             deadline: self.deadline,
@@ -198,7 +199,8 @@ impl Request {
             Reader::Detached(until) => Some(until),
             Reader::Attached => None,
         };
-        let deadline = if matches!(self.place, Place::Held(_)) { None } else { self.deadline };
+        let held = matches!(self.place, Place::Held(_)) || Planted::IgnoresDeadlines.is_here();
+        let deadline = if held { None } else { self.deadline };
         [silence, away, deadline].into_iter().flatten().min()
     }
 

@@ -6,7 +6,7 @@ use crate::front::Front;
 use crate::request::Request;
 use llmscale_fleet::{Member, PoolId};
 use llmscale_types::error::QueueUnit;
-use llmscale_types::{Duration, Refusal, RequestId, Time};
+use llmscale_types::{Duration, Planted, Refusal, RequestId, Time};
 
 /// What a refused client is told to wait when no replica is ready and nothing can be predicted.
 const RETRY_WITHOUT_REPLICA: Duration = Duration::from_millis(5_000);
@@ -74,6 +74,9 @@ impl Front {
     }
 
     fn fits_bounds(&self, now: Time, pool: PoolId, prompt_tokens: u64) -> Result<(), Refusal> {
+        if Planted::QueuesWithoutBound.is_here() {
+            return Ok(());
+        }
         let limits = &self.options.limits;
         let full = |queued: u64, limit: u64, unit| Refusal::QueueFull {
             queued,

@@ -5,7 +5,7 @@
 use crate::event::Actions;
 use crate::replica::{Flight, Replica};
 use crate::sequences::{Hot, Phase};
-use llmscale_types::{Attempt, FinishReason, Finished, RequestId, RowError, Slot, StepResult, Token};
+use llmscale_types::{Attempt, FinishReason, Finished, Planted, RequestId, RowError, Slot, StepResult, Token};
 
 impl Replica {
     /// Applies the result of the oldest step in flight. Returns false if the result does not fit that step: the worker
@@ -62,7 +62,8 @@ impl Replica {
         for (&slot, &token) in result.slots.iter().zip(&result.tokens) {
             let logprob = logprobs.next_if(|(named, _)| *named == slot);
             let hot = &self.sequences.hot[slot.index()];
-            if hot.phase == Phase::Free || hot.admitted_step > flight.step.0 {
+            let newer = hot.admitted_step > flight.step.0 && !Planted::GivesRowsToTheNextInSlot.is_here();
+            if hot.phase == Phase::Free || newer {
                 self.counters.discarded_rows += 1;
                 continue;
             }
@@ -79,7 +80,7 @@ impl Replica {
             outputs.tokens.push(token);
             if stops(hot, token) || (hot.more_stops && self.is_other_stop(slot, token)) {
                 ended.push((slot, FinishReason::Stop));
-            } else if length >= hot.limit_tokens {
+            } else if length >= hot.limit_tokens + u32::from(Planted::ComputesOneTooMany.is_here()) {
                 ended.push((slot, FinishReason::Length));
             } else if hot.phase == Phase::Preempted && length == self.sequences.cold[slot.index()].expected_tokens {
                 self.requeue(slot);

@@ -4,7 +4,7 @@
 
 use crate::event::{Actions, KvWord};
 use llmscale_blocks::BlockStore;
-use llmscale_types::{FrontId, KvEvent};
+use llmscale_types::{FrontId, KvEvent, Planted};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -80,6 +80,7 @@ impl KvFeed {
                 out.kv.push((front, KvWord::Snapshot { number: self.last, keys }));
                 continue;
             }
+            let from = if Planted::ReplayLeavesOneOut.is_here() && from < self.last { from + 1 } else { from };
             for number in from..=self.last {
                 let events = Arc::clone(&self.kept[(number - first_kept) as usize]);
                 out.kv.push((front, KvWord::Changes { number, events }));

@@ -8,7 +8,7 @@
 use crate::event::Actions;
 use crate::replica::{Flight, Replica};
 use crate::sequences::Phase;
-use llmscale_types::{Delta, Epoch, FinishReason, Slot, StepId};
+use llmscale_types::{Delta, Epoch, FinishReason, Planted, Slot, StepId};
 use std::collections::BTreeSet;
 
 impl Replica {
@@ -28,10 +28,16 @@ impl Replica {
         self.counters.worker_losses += 1;
         let suspects = self.rows_at_work();
         let occupied: Vec<Slot> = self.sequences.occupied().collect();
-        for &slot in &occupied {
-            self.sequences.cold[slot.index()].table.clear();
+        if Planted::KeepsCacheOfDeadWorker.is_here() {
+            for &slot in &occupied {
+                self.release_blocks(slot);
+            }
+        } else {
+            for &slot in &occupied {
+                self.sequences.cold[slot.index()].table.clear();
+            }
+            self.blocks.reset();
         }
-        self.blocks.reset();
         self.take_back(&occupied, &suspects, out);
     }
 
@@ -59,7 +65,9 @@ impl Replica {
 
     /// Nothing runs any more: every sequence goes back to the queue, unless it is a suspect for the second time.
     fn take_back(&mut self, occupied: &[Slot], suspects: &BTreeSet<Slot>, out: &mut Actions) {
-        self.base = Delta::NOTHING;
+        if !Planted::NewWorkerGetsNoSnapshot.is_here() {
+            self.base = Delta::NOTHING;
+        }
         self.flights.clear();
         self.groups.clear();
         self.running.clear();
@@ -69,8 +77,8 @@ impl Replica {
         self.prefill_backlog = 0;
         for &slot in occupied {
             let mut record = self.sequences.vacate(slot);
-            if suspects.contains(&slot) {
-                if record.suspect {
+            if suspects.contains(&slot) && !Planted::ForgetsSuspects.is_here() {
+                if record.suspect || Planted::ConvictsAtOnce.is_here() {
                     self.counters.poisoned += 1;
                     self.conclude(&record, FinishReason::Poisoned, out);
                     continue;

@@ -13,8 +13,8 @@ use llmscale_blocks::{BlockStore, CacheCounters, ChainHasher};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, LimitError, PrefixKey,
-    Refusal, RequestId, SequenceKey, Slot, StepId, Submission, Time, Token,
+    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, LimitError, Planted,
+    PrefixKey, Refusal, RequestId, SequenceKey, Slot, StepId, Submission, Time, Token,
 };
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeSet, VecDeque};
@@ -273,7 +273,9 @@ impl Replica {
                     self.stop_running(slot);
                     self.pending_leave.push(slot);
                 }
-                self.release_blocks(slot);
+                if !Planted::AbortLeaksBlocks.is_here() {
+                    self.release_blocks(slot);
+                }
                 self.sequences.vacate(slot)
             }
             At::Queue(place) => self.queue.remove(place).expect("its place was looked up"),
@@ -285,7 +287,9 @@ impl Replica {
     pub(crate) fn forget(&mut self, record: &Record) {
         let key = record.key();
         self.places.remove(&request_key(key));
-        if let Some(deadline) = record.submission.deadline {
+        if let Some(deadline) = record.submission.deadline
+            && !Planted::KeepsDeadlineOfTheEnded.is_here()
+        {
             self.deadlines.remove(&(deadline, key.front, key.request));
         }
     }
@@ -299,7 +303,10 @@ impl Replica {
 
     /// Back to the queue with all its tokens; the slot is free.
     pub(crate) fn requeue(&mut self, slot: Slot) {
-        let record = self.sequences.vacate(slot);
+        let mut record = self.sequences.vacate(slot);
+        if Planted::PreemptionForgetsAToken.is_here() && record.output_tokens(record.submission.context.len()) > 1 {
+            record.submission.context.pop();
+        }
         self.wait_again(record);
     }
 

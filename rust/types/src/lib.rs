@@ -7,6 +7,7 @@ pub mod ids;
 pub mod limits;
 pub mod output;
 pub mod plan;
+pub mod planted;
 pub mod prefix;
 pub mod request;
 pub mod time;
@@ -18,6 +19,7 @@ pub use ids::{
 pub use limits::{EngineLimits, FrontLimits};
 pub use output::{FinishReason, Finished, Outputs, TokenLogprobs};
 pub use plan::{Admission, Chunk, Delta, RowError, StepResult};
+pub use planted::Planted;
 pub use prefix::{KvEvent, PrefixKey};
 pub use request::{Class, Sampling, Submission};
 pub use time::{Duration, Time};

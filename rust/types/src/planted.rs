@@ -1,0 +1,95 @@
+//! Bugs that tests plant in the production state machines to see that the simulator finds them. One thread has at most one.
+//! Without the feature `planted`, which only the simulator's tests turn on, every question is answered "no" at compile time
+//! and nothing of this is left in a build. Knows nothing of what the bugs do: each is where its name is asked for.
+
+/// A bug.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Planted {
+    /// A replica believes that the cache of its dead worker is still there.
+    KeepsCacheOfDeadWorker,
+    /// A replica convicts whoever was at work when its worker died for the first time.
+    ConvictsAtOnce,
+    /// A replica gives the last rows of an ended sequence to the next one in its slot.
+    GivesRowsToTheNextInSlot,
+    /// A replica does not give blocks back when a sequence is aborted.
+    AbortLeaksBlocks,
+    /// A replica does not remember who was at work when its worker died.
+    ForgetsSuspects,
+    /// A replica computes one token more than was asked for.
+    ComputesOneTooMany,
+    /// A replica forgets the token that was sampled before a preemption.
+    PreemptionForgetsAToken,
+    /// A replica goes on from the order that its dead worker knew.
+    NewWorkerGetsNoSnapshot,
+    /// A replica keeps the deadline of what has ended.
+    KeepsDeadlineOfTheEnded,
+    /// A replica leaves one change out when it tells a front what it missed.
+    ReplayLeavesOneOut,
+    /// A front loses a token of a frame with many.
+    LosesATokenOfALargeFrame,
+    /// A front tells a reader who comes back what that one has already.
+    TellsReadersTwice,
+    /// A front takes tokens of attempts that it has given up.
+    TakesTokensOfOldAttempts,
+    /// A front lets requests live on after their deadline.
+    IgnoresDeadlines,
+    /// A front does not take the load of a lost attempt off its replica.
+    ForgetsToReleaseLoad,
+    /// A front goes on without the last token that it has.
+    GoesOnWithoutTheLastToken,
+    /// A front goes on where tokens are computed otherwise, though another replica is free.
+    IgnoresNumerics,
+    /// A front takes more requests than its bound.
+    QueuesWithoutBound,
+}
+
+impl Planted {
+    /// All of them.
+    pub const ALL: [Self; 18] = [
+        Self::KeepsCacheOfDeadWorker,
+        Self::ConvictsAtOnce,
+        Self::GivesRowsToTheNextInSlot,
+        Self::AbortLeaksBlocks,
+        Self::ForgetsSuspects,
+        Self::ComputesOneTooMany,
+        Self::PreemptionForgetsAToken,
+        Self::NewWorkerGetsNoSnapshot,
+        Self::KeepsDeadlineOfTheEnded,
+        Self::ReplayLeavesOneOut,
+        Self::LosesATokenOfALargeFrame,
+        Self::TellsReadersTwice,
+        Self::TakesTokensOfOldAttempts,
+        Self::IgnoresDeadlines,
+        Self::ForgetsToReleaseLoad,
+        Self::GoesOnWithoutTheLastToken,
+        Self::IgnoresNumerics,
+        Self::QueuesWithoutBound,
+    ];
+
+    /// Whether this thread has the bug.
+    #[cfg(feature = "planted")]
+    pub fn is_here(self) -> bool {
+        HERE.get() == Some(self)
+    }
+
+    /// Whether this thread has the bug.
+    #[cfg(not(feature = "planted"))]
+    #[inline]
+    pub const fn is_here(self) -> bool {
+        false
+    }
+
+    /// Gives this thread the bug while `run` runs.
+    #[cfg(feature = "planted")]
+    pub fn while_here<R>(self, run: impl FnOnce() -> R) -> R {
+        let before = HERE.replace(Some(self));
+        let result = run();
+        HERE.set(before);
+        result
+    }
+}
+
+#[cfg(feature = "planted")]
+thread_local! {
+    static HERE: std::cell::Cell<Option<Planted>> = const { std::cell::Cell::new(None) };
+}
