@@ -3,7 +3,7 @@
 import { GatewayError, listModels, streamChat } from "/page/client.js";
 import { Fleet } from "/page/fleet.js";
 import { Settings } from "/page/settings.js";
-import { figures, show } from "/page/text.js";
+import { figures, show, span } from "/page/text.js";
 
 const byId = (id) => document.getElementById(id);
 const SUGGESTIONS = ["What is 23 + 45?", "Convert 3 km to m.", "Sort these numbers: 9, 4, 17, 1.", "Tell me a short story about a fox."];
@@ -16,17 +16,35 @@ const settings = new Settings(() => { loadModels(); fleet.refresh(); });
 const fleet = new Fleet(settings, fleetChanged);
 
 function setNotice(text, kind = "plain") {
+  // Screen readers read a status again whenever it is written.
+  if (byId("notice").textContent === text) return;
   byId("notice").textContent = text;
   byId("notice").dataset.kind = kind;
   byId("notice").hidden = !text;
 }
 
 function fleetChanged({ state, replaced }) {
-  if (state === "recovering" && running) setNotice("A worker is being replaced. The answer goes on from where it is.");
-  else if (state === "unreachable") setNotice("The gateway cannot be reached. Trying again …", "bad");
+  if (replaced) {
+    if (running?.model === replaced.model) running.note("worker replaced");
+    return;
+  }
+  if (state === "unreachable") setNotice("The gateway cannot be reached. Trying again …", "bad");
   else if (state === "key needed") setNotice("This gateway needs an API key: see the settings.", "bad");
-  else if (state === "ready") { setNotice(""); if (!byId("model").value) loadModels(); }
-  if (replaced && running) running.note("worker replaced");
+  // What happens to one model is no news for an answer of another.
+  else if (running && fleet.isRecovering(running.model)) setNotice("A worker is being replaced. The answer goes on from where it is.");
+  else if (!fleet.isRecovering(byId("model").value)) { setNotice(""); if (!byId("model").value) loadModels(); }
+  for (const option of byId("model").options) {
+    const own = fleet.models.get(option.value) ?? "ready";
+    const label = own === "ready" ? option.value : `${option.value} (${own})`;
+    // An open list closes in some browsers when it is written to.
+    if (option.textContent !== label) option.textContent = label;
+  }
+}
+
+function modelChanged() {
+  byId("welcome-model").textContent = byId("model").value || "the model";
+  document.title = `${byId("model").value} · llmscale`;
+  composerChanged();
 }
 
 async function loadModels() {
@@ -35,12 +53,11 @@ async function loadModels() {
     const chosen = byId("model").value;
     byId("model").replaceChildren(...names.map((name) => new Option(name, name)));
     if (names.includes(chosen)) byId("model").value = chosen;
-    byId("welcome-model").textContent = byId("model").value || "the model";
-    document.title = `${byId("model").value} · llmscale`;
+    modelChanged();
   } catch (error) {
     if (error.status === 401) settings.ask("api-key");
+    composerChanged();
   }
-  composerChanged();
 }
 
 /** One answer on the page. */
@@ -52,7 +69,11 @@ class Answer {
   #stop = new AbortController();
   #first = null;
   #last = 0;
+  #pause = 0;
+  #survived = false;
   #tokens = 0;
+  #severalModels = byId("model").options.length > 1;
+  model = byId("model").value;
   text = "";
 
   constructor() {
@@ -76,7 +97,7 @@ class Answer {
 
   /** Streams the answer to these messages. */
   async run(messages) {
-    const request = { model: byId("model").value, messages, ...settings.request() };
+    const request = { model: this.model, messages, ...settings.request() };
     try {
       for await (const news of streamChat(request, settings.apiKey, this.#stop.signal)) this.#take(news);
     } catch (error) {
@@ -90,15 +111,20 @@ class Answer {
 
   #take(news) {
     if (news.text !== undefined) {
-      this.#last = performance.now() - this.#started;
-      this.#first ??= this.#last;
+      const now = performance.now() - this.#started;
+      if (this.#first !== null) this.#pause = Math.max(this.#pause, now - this.#last);
+      this.#last = now;
+      this.#first ??= now;
       this.#tokens += 1;
       this.text += news.text;
       this.#element.classList.replace("waiting", "writing");
       // One drawing per frame, however fast the tokens come.
       if (!this.#frame) this.#frame = requestAnimationFrame(() => { this.#frame = 0; this.#draw(); });
     }
-    if (news.restarts !== undefined) this.note(news.restarts === 1 ? "survived a restart" : `survived ${news.restarts} restarts`);
+    if (news.restarts !== undefined) {
+      this.#survived = true;
+      this.note(news.restarts === 1 ? "survived a restart" : `survived ${news.restarts} restarts`);
+    }
     if (news.finish === "length") this.note("cut off at the token limit");
     if (news.usage) this.#tokens = news.usage.completion_tokens;
   }
@@ -107,7 +133,10 @@ class Answer {
     const scroller = byId("scroller");
     const atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
     show(this.#part("text"), this.text);
-    this.#part("figures").textContent = this.#tokens ? figures(this.#tokens, this.#first, this.#last) : "";
+    const parts = this.#tokens ? [figures(this.#tokens, this.#first, this.#last)] : [];
+    if (this.#severalModels) parts.unshift(this.model);
+    if (this.#survived) parts.push(`longest pause ${span(this.#pause)}`);
+    this.#part("figures").textContent = parts.join(" · ");
     if (atEnd) scroller.scrollTop = scroller.scrollHeight;
   }
 
@@ -209,7 +238,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) running?.stop();
 });
 byId("new-chat").addEventListener("click", newChat);
-byId("model").addEventListener("change", () => { byId("welcome-model").textContent = byId("model").value; });
+byId("model").addEventListener("change", modelChanged);
 byId("suggestions").append(
   ...SUGGESTIONS.map((text) => {
     const button = document.createElement("button");

@@ -11,10 +11,13 @@ export class Fleet {
   #listener;
   #timer = 0;
   #restarts = new Map();
+  #recovering = new Set();
   state = "unknown";
+  /** State of each served model by its name. */
+  models = new Map();
   busy = false;
 
-  /** `listener` is told of every change of state, and of every worker that was replaced. */
+  /** `listener` is told whenever the fleet was asked, and of every worker that was replaced. */
   constructor(settings, listener) {
     this.#settings = settings;
     this.#listener = listener;
@@ -38,20 +41,27 @@ export class Fleet {
     this.#timer = setTimeout(() => this.refresh(), often ? BUSY_MS : CALM_MS);
   }
 
+  /** Whether a worker of this model is being replaced now. */
+  isRecovering(model) {
+    return this.#recovering.has(model);
+  }
+
   #setState(state) {
-    const before = this.state;
     this.state = state;
     byId("fleet-button").dataset.state = state;
     byId("fleet-state").textContent = state;
-    if (before !== state) this.#listener({ state, before });
+    this.#listener({ state });
   }
 
   #show(fleet) {
-    // The gateway names the best replica; a worker that is being replaced is worth showing even beside a healthy one.
-    const recovering = fleet.replicas.some((replica) => replica.state === "recovering");
-    this.#setState(fleet.state === "ready" && recovering ? "recovering" : fleet.state);
+    this.models = new Map(fleet.models.map((model) => [model.name, model.state]));
+    // The gateway names each model's best replica; a worker that is being replaced is worth showing beside a healthy one.
+    const recovering = fleet.replicas.filter((replica) => replica.state === "recovering");
+    this.#recovering = new Set(recovering.map((replica) => replica.model));
+    this.#setState(fleet.state === "ready" && this.#recovering.size ? "recovering" : fleet.state);
+    const models = this.models.size > 1 ? ` of ${this.models.size} models` : "";
     byId("fleet-summary").textContent =
-      `${fleet.replicas.length} ${fleet.replicas.length === 1 ? "replica" : "replicas"}, ` +
+      `${fleet.replicas.length} ${fleet.replicas.length === 1 ? "replica" : "replicas"}${models}, ` +
       `${fleet.live_requests} live and ${fleet.queued_requests} queued requests`;
     for (const replica of fleet.replicas) {
       const before = this.#restarts.get(replica.node);
@@ -63,6 +73,7 @@ export class Fleet {
 
   #row(replica, mayKill) {
     const item = row(replica);
+    if (!this.models.has(replica.model)) item.querySelector(".state").textContent = "not served here";
     const button = item.querySelector(".kill");
     button.hidden = !mayKill || !replica.worker_pid;
     button.addEventListener("click", () => this.#kill(replica.worker_pid, button));

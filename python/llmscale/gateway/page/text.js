@@ -39,6 +39,11 @@ export function figures(tokens, firstMs, lastMs) {
     const rate = ((tokens - 1) * 1000) / (lastMs - firstMs);
     parts.push(`${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`);
   }
-  if (firstMs !== null) parts.push(`first after ${firstMs < 1000 ? `${Math.round(firstMs)} ms` : `${(firstMs / 1000).toFixed(1)} s`}`);
+  if (firstMs !== null) parts.push(`first after ${span(firstMs)}`);
   return parts.join(" · ");
+}
+
+/** "23 ms" or "1.2 s". */
+export function span(ms) {
+  return ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`;
 }

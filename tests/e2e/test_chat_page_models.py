@@ -1,0 +1,228 @@
+"""Goal: the chat page asks the model that was chosen, shows what is behind each, and an answer outlives the worker that
+its own button kills.
+
+Method: a real browser before a scripted front with two models, and before real processes with two replicas; there the
+workers are stopped in the middle of an answer, so that the button is pressed in its middle on any machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from llmscale.gateway.config import ServedModel
+from llmscale.tokenizer import Tokenizer
+from tests.fakes.browser import CHROMIUM, Page, browsing
+from tests.fakes.fake_front import FakeFront, FakeReplica
+from tests.fakes.gateway_server import serving, until
+from tests.fakes.tiny_tokenizer import write_byte_level, write_metaspace
+from tests.processes import Server, serving_fleet, wait_until
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+LAST = "document.querySelector('.assistant:last-of-type')"
+TEXT = f"{LAST}.querySelector('.text').textContent"
+IDLE = "!document.getElementById('send').hidden"
+OPTIONS = "[...document.getElementById('model').options].map(option => option.textContent)"
+
+
+@pytest.fixture
+async def page(tmp_path: Path) -> AsyncIterator[Page]:
+    async with browsing(tmp_path / "profile") as opened:
+        yield opened
+        assert opened.failures == []
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write_byte_level(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
+    return ServedModel("second", Tokenizer(write_metaspace(tmp_path_factory.mktemp("second"))), 600, 4_096, created=2)
+
+
+async def put(page: Page, field: str, value: str, event: str = "input") -> None:
+    """What a user's typing or choosing does to a field."""
+    await page.value(
+        f"(() => {{ const field = document.getElementById('{field}'); field.value = {json.dumps(value)};"
+        f"field.dispatchEvent(new Event('{event}', {{bubbles: true}})); }})()"
+    )
+
+
+async def ask(page: Page, text: str) -> None:
+    await put(page, "prompt", text)
+    await page.value("document.getElementById('form').requestSubmit()")
+
+
+def replica(model: str, state: str = "ready", **more: Any) -> FakeReplica:
+    return FakeReplica(node=f"{model}-{more.get('worker_pid', 0)}", model=model, state=state, **more)
+
+
+async def test_the_page_asks_the_chosen_model_and_says_which_one_answered(
+    tokenizer: Tokenizer, second: ServedModel, page: Page
+) -> None:
+    script = itertools.chain([[*tokenizer.encode("from tiny"), 2]], [[*second.tokenizer.encode("stop here.")[1:], 2]])
+    front = FakeFront(tokens=lambda _prompt, _sampling: next(script), eos=frozenset({2}))
+    front.replicas = [replica("tiny"), replica("second")]
+    async with serving(tokenizer, front, more_models=[second]) as gateway:
+        await page.open(gateway.url)
+        await page.until("document.getElementById('model').value === 'tiny'")
+        assert await page.value(OPTIONS) == ["tiny", "second"]
+        await ask(page, "hello")
+        await page.until(f"{IDLE} && {TEXT} === 'from tiny'")
+        assert (await page.value(f"{LAST}.querySelector('.figures').textContent")).startswith("tiny · ")
+        await put(page, "model", "second", "change")
+        assert await page.value("document.title") == "second · llmscale"
+        await ask(page, "hello again")
+        await page.until(f"{IDLE} && {TEXT} === 'stop here.'")
+        assert (await page.value(f"{LAST}.querySelector('.figures').textContent")).startswith("second · ")
+    assert [one.model for one in front.submitted.values()] == ["tiny", "second"]
+    # The conversation goes on, in the other model's own template.
+    asked = second.tokenizer.decode(front.submitted[2].prompt, skip_special_tokens=False)
+    assert asked.startswith("<s>")
+    assert "hello" in asked
+    assert "from tiny" in asked
+
+
+async def test_a_model_without_a_replica_is_marked_and_each_replica_shows_its_model(
+    tokenizer: Tokenizer, second: ServedModel, page: Page
+) -> None:
+    front = FakeFront(automatic=False)
+    front.replicas = [replica("tiny"), replica("second", "starting"), replica("stranger")]
+    async with serving(tokenizer, front, more_models=[second]) as gateway:
+        await page.open(gateway.url)
+        await page.until(f"{OPTIONS}.join() === 'tiny,second (starting)'")
+        assert await page.value("document.getElementById('fleet-state').textContent") == "starting"
+        await page.value("document.getElementById('fleet-button').click()")
+        rows = "[...document.querySelectorAll('.replica')].map(row => ['name', 'state'].map("
+        rows += "part => row.querySelector('.' + part).textContent).join())"
+        await page.until(f"{rows}.length === 3")
+        assert await page.value(rows) == ["tiny,ready", "second,starting", "stranger,not served here"]
+        summary = await page.value("document.getElementById('fleet-summary').textContent")
+        assert summary.startswith("3 replicas of 2 models, ")
+        front.replicas[1] = replica("second")
+        await page.until(f"{OPTIONS}.join() === 'tiny,second'")
+        await page.until("document.getElementById('fleet-state').textContent === 'ready'")
+
+
+async def test_a_worker_of_another_model_is_no_news_for_an_answer(
+    tokenizer: Tokenizer, second: ServedModel, page: Page
+) -> None:
+    answer = [*tokenizer.encode("one two three four"), 2]
+    front = FakeFront(tokens=lambda _prompt, _sampling: iter(answer), automatic=False)
+    front.replicas = [replica("tiny"), replica("second")]
+    async with serving(tokenizer, front, more_models=[second]) as gateway:
+        await page.open(gateway.url)
+        await page.until("document.getElementById('model').value === 'tiny'")
+        await ask(page, "count")
+        await until(lambda: front.live)
+        front.step(tokens=2)
+        await page.until(f"{TEXT}.length > 0")
+        front.replicas[1] = replica("second", "recovering")
+        await page.until(f"{OPTIONS}.join() === 'tiny,second (recovering)'")
+        assert await page.value("document.getElementById('notice').hidden")
+        front.replicas[1] = replica("second", worker_restarts=1)
+        await page.until(f"{OPTIONS}.join() === 'tiny,second'")
+        assert await page.value(f"{LAST}.querySelector('.badge').hidden")
+        front.replicas[0] = replica("tiny", "recovering")
+        await page.until("document.getElementById('notice').textContent.includes('being replaced')")
+        front.replicas[0] = replica("tiny", worker_restarts=1)
+        await page.until(f"{LAST}.querySelector('.badge').textContent === 'worker replaced'")
+        while front.live:
+            front.step()
+        await page.until(f"{IDLE} && {TEXT} === 'one two three four'")
+
+
+TWO_REPLICAS = """
+kill_button = true
+
+[models.tiny-chat]
+model = "tiny-chat"
+replicas = 2
+dtype = "float32"
+"""
+
+
+@pytest.mark.timeout(180)
+async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page: Page, tmp_path: Path) -> None:
+    with serving_fleet(tmp_path, TWO_REPLICAS) as server:
+        await asyncio.to_thread(all_at_rest, server)
+        await page.open(server.base)
+        await page.until("document.getElementById('model').value === 'tiny-chat'")
+        for field, value in (("seed", "21"), ("temperature", "0")):
+            await put(page, field, value)
+        await ask(page, "Tell me a story.")
+        await page.until(f"{IDLE} && {TEXT}.length > 100", seconds=60)
+        undisturbed = await page.value(TEXT)
+        await page.value("document.getElementById('new-chat').click()")
+        # Nodes report four times a second: the last word of before must not be taken for the answer that comes.
+        await asyncio.to_thread(all_at_rest, server)
+        workers = [one["worker_pid"] for one in await asyncio.to_thread(fleet_of, server)]
+        try:
+            await stop_in_the_middle(page, workers)
+            await page.value("document.getElementById('fleet-button').click()")
+            # The page's answer is all that runs, so its replica is the one that runs something.
+            busy = "[...document.querySelectorAll('.replica')]"
+            busy += ".filter(row => row.querySelector('.running').textContent === '1')"
+            await page.until(f"{busy}.length === 1", seconds=30)
+            killed = int(await page.value(f"{busy}[0].querySelector('.pid').textContent"))
+            assert killed in workers
+            assert not await page.value(IDLE), "the answer is in its middle"
+            middle = await page.value(TEXT)
+            await page.value(f"{busy}[0].querySelector('.kill').click()")
+            await until(lambda: not psutil.pid_exists(killed))
+        finally:
+            send(signal.SIGCONT, workers)
+        await page.until(IDLE, seconds=60)
+        assert undisturbed.startswith(middle)
+        assert 20 < len(middle) < len(undisturbed)
+        assert await page.value(TEXT) == undisturbed
+        assert await page.value(f"{LAST}.querySelector('.badge').textContent") == "survived a restart"
+        figures = await page.value(f"{LAST}.querySelector('.figures').textContent")
+        assert " · longest pause " in figures
+        restarts = "[...document.querySelectorAll('.replica .restarts')].map(one => one.textContent).sort().join()"
+        await page.until(f"{restarts} === '0,1'", seconds=30)
+        # The page asks for the fleet as long as it is open.
+        await page.call("Page.navigate", url="about:blank")
+
+
+async def stop_in_the_middle(page: Page, workers: Sequence[int]) -> None:
+    """Asks for the story and lets the workers compute for a moment at a time, until a part of it is on the page."""
+    send(signal.SIGSTOP, workers)
+    await ask(page, "Tell me a story.")
+    async with asyncio.timeout(60):
+        while not await page.value(f"{LAST} !== null && {TEXT}.length > 20"):
+            send(signal.SIGCONT, workers)
+            await asyncio.sleep(0.002)
+            send(signal.SIGSTOP, workers)
+
+
+def send(number: signal.Signals, processes: Sequence[int]) -> None:
+    for process in processes:
+        try:
+            os.kill(process, number)
+        except ProcessLookupError:
+            assert number == signal.SIGCONT
+
+
+def fleet_of(server: Server) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = server.get("/fleet").json()["replicas"]
+    return found
+
+
+def all_at_rest(server: Server) -> None:
+    def states() -> list[tuple[str, int]]:
+        return [(one["state"], one["running"]) for one in fleet_of(server)]
+
+    wait_until(lambda: states() == [("ready", 0)] * 2, 60, "both replicas are ready and run nothing")
