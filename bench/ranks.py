@@ -70,12 +70,13 @@ def main(arguments: argparse.Namespace) -> Report:
 def _run(folder: Path, scratch: Path, batches: tuple[int, ...], steps: int, repeats: int) -> dict[str, list[float]]:
     from llmscale.models.shard import RankPlace
     from llmscale.node.rank_meeting import RankMeeting
+    from llmscale.parallel.layout import HostLayout
 
-    sums, stages = RankMeeting(RANKS, 1), RankMeeting(1, RANKS)
+    sums, stages = RankMeeting(HostLayout(RANKS)), RankMeeting(HostLayout(1, RANKS))
     meetings = tuple(stages.of(RankPlace(0, 1, stage, RANKS)) for stage in range(RANKS))
     memory = sums.of(RankPlace(0, RANKS)).memory
     assert memory is not None, "ranks that share layers share memory"
-    task = Task(folder, memory, meetings, str(scratch / "store"), batches, steps, max(5, repeats))
+    task = Task(folder, memory, meetings, f"file://{scratch / 'store'}", batches, steps, max(5, repeats))
     context = SpawnContext()
     receiver, sender = context.Pipe(duplex=False)
     ranks = [context.Process(target=_rank, args=(rank, task, sender)) for rank in range(RANKS)]
@@ -103,17 +104,19 @@ def _rank(rank: int, task: Task, sender: Connection) -> None:
     if len(cpus) >= RANKS:
         os.sched_setaffinity(0, {cpus[rank]})
     env.prepare_for_torch()
+    env.prepare_for_torch_distributed("lo")
     import torch
     import torch.distributed
 
     from llmscale.models.shard import RankPlace
-    from llmscale.parallel.groups import join_stages, join_tensor_group
+    from llmscale.parallel.groups import join_stages, join_tensor_group, join_world
 
     torch.set_num_threads(1)
     place = RankPlace(rank, RANKS)
     group = join_tensor_group(place, Meeting(task.memory), "bfloat16")
     stage = RankPlace(0, 1, rank, RANKS)
-    gloo = join_stages(stage, Meeting(rendezvous=task.rendezvous))
+    there = Meeting(rendezvous=task.rendezvous)
+    gloo = join_stages(stage, there, join_world(stage, there))
     channels = join_stages(stage, task.stages[rank])
     assert gloo is not None, "there are two stages"
     assert channels is not None, "there are two stages"

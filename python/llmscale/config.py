@@ -55,6 +55,8 @@ class NodeSettings:
     """The node's CURVE key pair; needed to listen beyond this machine."""
     allow_list: Path | None = None
     """Public keys of those who may connect."""
+    max_join_seconds: float = 120.0
+    """How long the hosts of one replica wait for each other before one gives up and says for whom it waited."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -64,6 +66,7 @@ class NodeSettings:
             "max_step_tokens",
             "max_fronts",
             "max_step_seconds",
+            "max_join_seconds",
             "tensor_parallel_size",
             "pipeline_parallel_size",
         ):
@@ -72,5 +75,7 @@ class NodeSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
         if self.max_step_seconds > MAX_STEP_SECONDS:
             raise ConfigError(f"max_step_seconds is {self.max_step_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
+        if self.max_join_seconds > MAX_STEP_SECONDS:
+            raise ConfigError(f"max_join_seconds is {self.max_join_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
         if (self.key_file is None) != (self.allow_list is None):
             raise ConfigError("key_file and allow_list belong together: set both, or neither to stay on loopback")

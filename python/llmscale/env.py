@@ -28,9 +28,47 @@ LOG_FORMAT = Variable("LLMSCALE_LOG_FORMAT", "text or json", "text on a terminal
 OMP_WAIT_POLICY = Variable("OMP_WAIT_POLICY", "how torch's threads wait between products", "passive")
 GOMP_SPINCOUNT = Variable("GOMP_SPINCOUNT", "how long they poll before they sleep, in polls of 10 ns or so", "2000")
 
-GLOO_INTERFACE = Variable("GLOO_SOCKET_IFNAME", "network interface between pipeline stages", "lo, on one host")
+GLOO_INTERFACE = Variable("GLOO_SOCKET_IFNAME", "network interface between ranks on CPUs", "the way to host 0")
+NCCL_INTERFACE = Variable("NCCL_SOCKET_IFNAME", "network interface on which GPUs of several hosts meet", "the same")
 
-VARIABLES: tuple[Variable, ...] = (CPU_LEVEL, HF_HOME, LOG_FORMAT, OMP_WAIT_POLICY, GOMP_SPINCOUNT, GLOO_INTERFACE)
+LAUNCHER_VARIABLES: tuple[Variable, ...] = (
+    Variable("GROUP_RANK", "torchrun: which host this is", "--host-index"),
+    Variable("NODE_RANK", "scripts around torchrun: the same", "--host-index"),
+    Variable("GROUP_WORLD_SIZE", "torchrun: how many hosts", "--hosts"),
+    Variable("NNODES", "scripts around torchrun: the same", "--hosts"),
+    Variable("RANK", "torchrun: which process this is of all; checked", "none"),
+    Variable("WORLD_SIZE", "torchrun: how many processes; checked", "none"),
+    Variable("LOCAL_RANK", "torchrun: which process of this host; the first one acts", "0"),
+    Variable("LOCAL_WORLD_SIZE", "torchrun: how many processes per host; checked", "1"),
+    Variable("MASTER_ADDR", "torchrun: address of host 0", "--leader"),
+    Variable("MASTER_PORT", "torchrun: a port that is taken", "none"),
+    Variable("LWS_WORKER_INDEX", "LeaderWorkerSet: which host this is", "--host-index"),
+    Variable("LWS_GROUP_SIZE", "LeaderWorkerSet: how many hosts", "--hosts"),
+    Variable("LWS_LEADER_ADDRESS", "LeaderWorkerSet: address of host 0", "--leader"),
+    Variable("SLURM_NODEID", "Slurm: which host of the step this is", "--host-index"),
+    Variable("SLURM_STEP_NUM_NODES", "Slurm: how many hosts the step has", "--hosts"),
+    Variable("SLURM_STEP_NODELIST", "Slurm: hosts of the step, of which the first one leads", "--leader"),
+    Variable("SLURM_JOB_NODELIST", "Slurm: the same of the job, for a step that has no list", "--leader"),
+    Variable("SLURM_LOCALID", "Slurm: which task of this host; the first one acts", "0"),
+)
+"""Of a node's launcher; flags in their place."""
+
+VARIABLES: tuple[Variable, ...] = (
+    CPU_LEVEL,
+    HF_HOME,
+    LOG_FORMAT,
+    OMP_WAIT_POLICY,
+    GOMP_SPINCOUNT,
+    GLOO_INTERFACE,
+    NCCL_INTERFACE,
+    *LAUNCHER_VARIABLES,
+)
+
+
+def launcher_environment() -> dict[str, str]:
+    """What a launcher has set."""
+    values = {variable.name: variable.read() for variable in LAUNCHER_VARIABLES}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def prepare_for_torch() -> None:
@@ -43,5 +81,12 @@ def prepare_for_torch() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # By default gloo listens on the interface that the host's name leads to, which others may reach.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def prepare_for_torch_distributed(interface: str) -> None:
+    """Sets where ranks listen for each other, unless the user has set it: read when a process group is made.
+
+    By default gloo listens on the interface that the host's name leads to, which may be another network, or loopback.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)

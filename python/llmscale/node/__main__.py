@@ -1,7 +1,8 @@
 """`python -m llmscale.node --model DIR`: one node on this host, until SIGTERM or SIGINT.
 
 Prints one line when fronts can connect and one when the first step has run. SIGTERM drains: waiting work goes back to
-its fronts, running work ends, then the process exits with code 0.
+its fronts, running work ends, then the process exits with code 0. Where a replica spans hosts the same command runs on
+each; the first host owns the engine, the others start and end ranks as it says.
 """
 
 from __future__ import annotations
@@ -9,20 +10,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import secrets
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import structlog
 
-from llmscale import logs
+from llmscale import env, logs
 from llmscale._core import Engine, end_with_parent
 from llmscale.config import DTYPES, NodeSettings
 from llmscale.errors import LlmscaleError
-from llmscale.node.plan import plan_replica, usable_cpus
+from llmscale.node.follower import Follower
+from llmscale.node.membership import Membership
+from llmscale.node.plan import ReplicaPlan, plan_replica, usable_cpus
+from llmscale.node.span import Span, connect_to_leader, host_facts
 from llmscale.node.supervisor import WorkerSupervisor
 from llmscale.node.worker_process import WorkerProcesses
+from llmscale.parallel.hosts import HostFlags, Hosts, resolve_hosts
 
 _log = structlog.get_logger("llmscale.node")
 
@@ -36,21 +43,37 @@ def main() -> int:
     if arguments.parent is not None:
         end_with_parent(arguments.parent)
     try:
-        asyncio.run(_serve(_settings(arguments)))
+        hosts = resolve_hosts(env.launcher_environment(), _host_flags(arguments))
+        if not hosts.acts:
+            _log.info("another process runs this host; this one has nothing to do", host=hosts.index)
+            return 0
+        asyncio.run(_serve(_settings(arguments), hosts))
     except LlmscaleError as error:
         _log.error("the node ends", reason=str(error), code=error.code)
         return 1
     return 0
 
 
-async def _serve(settings: NodeSettings) -> None:
+async def _serve(settings: NodeSettings, hosts: Hosts) -> None:
+    plan = plan_replica(settings, hosts.count)
+    threads = plan.usual_threads(usable_cpus()) if settings.threads is None else settings.threads
+    processes = WorkerProcesses(threads, keep_spares=plan.layout.ranks_per_host if settings.spare_worker else 0)
+    if not hosts.is_leader:
+        await _follow(settings, hosts, plan, processes)
+        return
     # Only this user may enter: worker links are not authenticated beyond the folder's permissions.
     with tempfile.TemporaryDirectory(prefix="llmscale-node-") as folder:
-        await _serve_in(settings, folder)
+        span = None if hosts.count == 1 else Span.open(settings, hosts, plan)
+        try:
+            await _lead(settings, plan, processes, span, folder)
+        finally:
+            if span is not None:
+                span.close()
 
 
-async def _serve_in(settings: NodeSettings, folder: str) -> None:
-    plan = plan_replica(settings)
+async def _lead(
+    settings: NodeSettings, plan: ReplicaPlan, processes: WorkerProcesses, span: Span | None, folder: str
+) -> None:
     engine = Engine(
         limits=plan.limits,
         name=plan.name,
@@ -67,13 +90,8 @@ async def _serve_in(settings: NodeSettings, folder: str) -> None:
     )
     cache_mb = plan.limits.total_blocks * plan.block_bytes // (1 << 20)
     _log.info("node listens", address=engine.address, model=plan.name, dtype=plan.dtype, kv_cache_mb=cache_mb)
-    threads = plan.usual_threads(usable_cpus()) if settings.threads is None else settings.threads
-    processes = WorkerProcesses(threads, keep_spares=plan.ranks if settings.spare_worker else 0)
-    supervisor = WorkerSupervisor(engine, plan, processes)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    supervisor = WorkerSupervisor(engine, plan, processes, span)
+    stop = _stop_signal()
     supervising = asyncio.create_task(supervisor.run())
     announcing = asyncio.create_task(_announce(supervisor))
     stopping = asyncio.create_task(stop.wait())
@@ -81,10 +99,36 @@ async def _serve_in(settings: NodeSettings, folder: str) -> None:
     announcing.cancel()
     if not supervising.done():
         await _drain(engine, supervisor)
-        await supervisor.stop()
+    await supervisor.stop()
+    # It tells the engine of the deaths that `stop` has caused.
+    await asyncio.wait({supervising})
     engine.close()
     stopping.cancel()
     await supervising
+
+
+async def _follow(settings: NodeSettings, hosts: Hosts, plan: ReplicaPlan, processes: WorkerProcesses) -> None:
+    facts = host_facts(settings, hosts, plan)
+    membership = Membership(hosts.index, secrets.token_hex(8), facts, plan.limits.total_blocks, time.monotonic())
+    door = connect_to_leader(settings, hosts)
+    try:
+        follower = Follower(hosts, settings, plan, door, membership, processes)
+        stop = _stop_signal()
+        following = asyncio.create_task(follower.run())
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        follower.stop()
+        await following
+    finally:
+        door.close()
+
+
+def _stop_signal() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
 async def _announce(supervisor: WorkerSupervisor) -> None:
@@ -116,7 +160,12 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         fleet=arguments.fleet,
         key_file=arguments.key_file,
         allow_list=arguments.allow_list,
+        max_join_seconds=arguments.max_join_seconds,
     )
+
+
+def _host_flags(arguments: argparse.Namespace) -> HostFlags:
+    return HostFlags(arguments.hosts, arguments.host_index, arguments.leader)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,8 +204,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--fleet", default="llmscale", help="only fronts of the same fleet are served (default: %(default)s)")
     add("--key-file", type=Path, help="the node's CURVE key pair; needed to listen beyond this machine")
     add("--allow-list", type=Path, help="public keys of those who may connect; belongs to --key-file")
+    _add_hosts(parser)
     add("--parent", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_hosts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "one replica on several hosts",
+        "The same command on every host. Under torchrun, LeaderWorkerSet or srun the first three are known.",
+    )
+    add = group.add_argument
+    add("--hosts", type=int, help="hosts that share the replica's ranks (default: 1, or what the launcher says)")
+    add("--host-index", type=int, help="which of them this is, from 0; host 0 serves at --listen")
+    add("--leader", metavar="HOST[:PORT]", help="where the others meet host 0 (port 7070 by default)")
+    add(
+        "--max-join-seconds",
+        type=float,
+        default=120.0,
+        help="how long hosts wait for each other before they give up (default: %(default)g)",
+    )
 
 
 if __name__ == "__main__":

@@ -10,15 +10,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from llmscale._core import EngineLimits
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError
 from llmscale.models.checkpoint import Checkpoint, match_tensors, open_checkpoint
 from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
 from llmscale.models.locate import locate_model, model_name
-from llmscale.models.registry import describe_model
-from llmscale.models.shard import RankPlace, shard_model
+from llmscale.models.registry import ModelDescription, describe_model
+from llmscale.models.shard import shard_model
 from llmscale.models.spec import ModelSpec
+from llmscale.parallel.layout import HostLayout
 
 BLOCK_TOKENS = 32
 # 64k tokens are 32 conversations of 2,048; beyond that the cache is there for reuse, and a quarter of the memory is a
@@ -45,18 +48,14 @@ class ReplicaPlan:
     block_bytes: int
     weight_bytes: int
     """Of the checkpoint: what a step of a single sequence reads."""
-    tensor_size: int = 1
-    stages: int = 1
-
-    @property
-    def ranks(self) -> int:
-        """Worker processes."""
-        return self.tensor_size * self.stages
+    configuration_digest: bytes
+    """Of what the folder says about the model's layers and the ids that end a sequence."""
+    layout: HostLayout
 
     def usual_threads(self, cpus: int) -> int:
         """Threads of a worker that nobody has set: its share of the CPUs, but no more than its weights are worth."""
-        share = cpus // self.ranks
-        return max(1, min(share, self.weight_bytes // self.ranks // BYTES_PER_THREAD))
+        share = cpus // self.layout.ranks_per_host
+        return max(1, min(share, self.weight_bytes // self.layout.ranks // BYTES_PER_THREAD))
 
 
 def usable_cpus() -> int:
@@ -64,13 +63,17 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def plan_replica(settings: NodeSettings) -> ReplicaPlan:
-    """Works the sizes out. Raises ModelError for a folder that cannot be served, ConfigError for misfit sizes."""
+def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
+    """Works the sizes out, for ranks on so many hosts.
+
+    Raises ModelError for a folder that cannot be served, ConfigError for misfit sizes.
+    """
     folder = locate_model(settings.model)
     description = describe_model(folder)
     spec = description.spec
     # Refuses what cannot be cut before anything is started.
-    shard_model(spec, RankPlace(0, settings.tensor_parallel_size, 0, settings.pipeline_parallel_size))
+    layout = HostLayout(settings.tensor_parallel_size, settings.pipeline_parallel_size, hosts)
+    shard_model(spec, layout.place(0))
     checkpoint = open_checkpoint(description.folder)
     match_tensors(spec, checkpoint)
     dtype = _dtype(settings.dtype, checkpoint)
@@ -99,9 +102,14 @@ def plan_replica(settings: NodeSettings) -> ReplicaPlan:
         revision=fingerprint.rpartition(":")[2][:16],
         block_bytes=block_bytes,
         weight_bytes=sum(checkpoint.dtype_bytes.values()),
-        tensor_size=settings.tensor_parallel_size,
-        stages=settings.pipeline_parallel_size,
+        configuration_digest=_configuration_digest(description),
+        layout=layout,
     )
+
+
+def _configuration_digest(description: ModelDescription) -> bytes:
+    said = (description.spec, description.defaults.eos_token_ids)
+    return hashlib.sha256(msgspec.json.encode(said, order="deterministic")).digest()
 
 
 def _dtype(requested: str, checkpoint: Checkpoint) -> str:

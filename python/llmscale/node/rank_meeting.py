@@ -1,7 +1,8 @@
 """Where the ranks of one epoch meet on this host: memory per stage for sums, and channels between stages.
 
 The memory has no name in the file system: ranks open it through this process's descriptors, so nothing is left behind
-however the node ends. It does not know what ranks exchange.
+however the node ends. Ranks of other hosts are met over torch.distributed at a rendezvous that was made elsewhere. It
+does not know what ranks exchange.
 """
 
 from __future__ import annotations
@@ -12,37 +13,47 @@ from typing import Self
 from llmscale._core import RankChannel, RankMemory
 from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import ROOM_BYTES, Meeting
+from llmscale.parallel.layout import HostLayout
 
 
 class RankMeeting:
-    """Owns what the ranks of one epoch meet in. Closed when they are gone, or have all mapped it."""
+    """Owns what the ranks of one host and epoch meet in. Closed when they are gone, or have all mapped it."""
 
-    def __init__(self, tensor_size: int, stages: int) -> None:
-        sums = RankMemory.bytes_for(tensor_size, ROOM_BYTES)
-        self._sums = [_memory(sums) for _ in range(stages)] if tensor_size > 1 else []
-        # By tensor rank: from each stage to the next, and from the last one back to the first.
-        between = stages if stages > 1 else 0
-        self._channels = [[_memory(RankChannel.BYTES) for _ in range(between)] for _ in range(tensor_size)]
+    def __init__(self, layout: HostLayout, host: int = 0, rendezvous: str | None = None) -> None:
+        """`rendezvous` is needed where the layout has several hosts."""
+        assert rendezvous is not None or layout.hosts == 1, "ranks of several hosts need a rendezvous"
+        self._layout = layout
+        self._rendezvous = rendezvous
+        self._memory: list[int] = []
+        # By stage.
+        self._sums: dict[int, int] = {}
+        # By sending and receiving rank: from each stage to the next, and from the last one back to the first.
+        self._channels: dict[tuple[int, int], int] = {}
+        for place in layout.places(host):
+            self._prepare(place)
 
     def of(self, place: RankPlace) -> Meeting:
         """What a rank is told."""
-        memory = _path(self._sums[place.stage]) if self._sums else None
-        channels = [_path(descriptor) for descriptor in self._channels[place.tensor_rank]]
-        if not channels:
-            return Meeting(memory)
-        ends = place.is_first_stage or place.is_last_stage
+        before, behind, first, last = _neighbours(place)
+        samples = None
+        if place.is_first_stage:
+            samples = self._channel(last, place.rank)
+        elif place.is_last_stage:
+            samples = self._channel(place.rank, first)
         return Meeting(
-            memory,
-            before=None if place.is_first_stage else channels[place.stage - 1],
-            behind=None if place.is_last_stage else channels[place.stage],
-            samples=channels[-1] if ends else None,
+            self._path(self._sums.get(place.stage)),
+            before=None if place.is_first_stage else self._channel(before, place.rank),
+            behind=None if place.is_last_stage else self._channel(place.rank, behind),
+            samples=samples,
+            rendezvous=self._rendezvous,
         )
 
     def close(self) -> None:
         """Gives the memory up; ranks that have mapped it keep it."""
-        for descriptors in (self._sums, *self._channels):
-            while descriptors:
-                os.close(descriptors.pop())
+        while self._memory:
+            os.close(self._memory.pop())
+        self._sums.clear()
+        self._channels.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -50,12 +61,33 @@ class RankMeeting:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _prepare(self, place: RankPlace) -> None:
+        layout = self._layout
+        together = layout.are_together(layout.stage_ranks(place.stage))
+        if place.tensor_size > 1 and place.stage not in self._sums and together:
+            self._sums[place.stage] = self._new(RankMemory.bytes_for(place.tensor_size, ROOM_BYTES))
+        if place.stages == 1:
+            return
+        _, behind, first, _ = _neighbours(place)
+        receiver = first if place.is_last_stage else behind
+        if layout.host_of(receiver) == layout.host_of(place.rank):
+            self._channels[place.rank, receiver] = self._new(RankChannel.BYTES)
 
-def _path(descriptor: int) -> str:
-    return f"/proc/{os.getpid()}/fd/{descriptor}"
+    def _new(self, size_bytes: int) -> int:
+        descriptor = os.memfd_create("llmscale-ranks", os.MFD_CLOEXEC)
+        self._memory.append(descriptor)
+        os.ftruncate(descriptor, size_bytes)
+        return descriptor
+
+    def _channel(self, sender: int, receiver: int) -> str | None:
+        return self._path(self._channels.get((sender, receiver)))
+
+    @staticmethod
+    def _path(descriptor: int | None) -> str | None:
+        return None if descriptor is None else f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
-def _memory(size_bytes: int) -> int:
-    descriptor = os.memfd_create("llmscale-ranks", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, size_bytes)
-    return descriptor
+def _neighbours(place: RankPlace) -> tuple[int, int, int, int]:
+    """Ranks of the same number in the stage before, the one behind, the first and the last."""
+    last = (place.stages - 1) * place.tensor_size + place.tensor_rank
+    return place.rank - place.tensor_size, place.rank + place.tensor_size, place.tensor_rank, last

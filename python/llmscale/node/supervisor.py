@@ -1,27 +1,33 @@
 """Keeps the worker processes of a replica alive: starts them, hears of a death, starts all anew under a new epoch.
 
-The ranks of a group live and die together: one that is left waits for the others in vain. A worker that dies before it
-has ever been ready, or again and again without a step in between, is not started for ever: after five such deaths
-within a minute the node gives up with the worker's last words. It does not know requests; the engine keeps those.
+The ranks of a group live and die together: one that is left waits for the others in vain. Those of other hosts are
+started and ended by the nodes there, which a `LeaderGroup` speaks to. A worker that dies before it has ever been ready,
+or again and again without a step in between, is not started for ever: after five such deaths within a minute the node
+gives up with the worker's last words. It does not know requests; the engine keeps those.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import signal
+import contextlib
+import socket
 import time
 from dataclasses import dataclass, field
 
 import structlog
 
 from llmscale._core import Engine, NodeEvent
-from llmscale.errors import WorkerError
-from llmscale.models.shard import RankPlace
+from llmscale.errors import ConfigError, WorkerError
+from llmscale.node.group_messages import RankLink
+from llmscale.node.leader_group import LeaderGroup
 from llmscale.node.plan import ReplicaPlan
 from llmscale.node.rank_meeting import RankMeeting
-from llmscale.node.worker_process import WorkerProcess, WorkerProcesses
+from llmscale.node.rank_processes import RankProcesses
+from llmscale.node.span import Span
+from llmscale.node.worker_process import WorkerProcesses
 from llmscale.parallel.assignment import Assignment
+from llmscale.parallel.hosts import tcp_address
 
 _log = structlog.get_logger("llmscale.node")
 
@@ -33,28 +39,27 @@ MAX_BACKOFF_SECONDS = 30.0
 
 @dataclass(slots=True)
 class _Life:
-    """The processes of one epoch, by rank."""
+    """One epoch of the group."""
 
     epoch: int
-    processes: list[WorkerProcess]
-    meeting: RankMeeting
+    ranks: RankProcesses
     steps_before: int
     failure: str | None = None
 
-    async def first_death(self) -> tuple[WorkerProcess, int]:
-        """The process that ends first, with its exit code; the others are ended then."""
-        waits = {asyncio.create_task(process.wait()): process for process in self.processes}
-        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        first = done.pop()
-        self.kill()
-        await asyncio.gather(*waits)
-        self.meeting.close()
-        return waits[first], first.result()
-
-    def kill(self) -> None:
-        """Ends all, now."""
-        for process in self.processes:
-            process.send_signal(signal.SIGKILL)
+    async def end(self, group: LeaderGroup | None) -> str:
+        """Waits until it cannot go on, here or on another host, ends it, and says why."""
+        dying = asyncio.create_task(self.ranks.first_death())
+        if group is None:
+            return await dying
+        troubled = asyncio.create_task(group.trouble())
+        await asyncio.wait({dying, troubled}, return_when=asyncio.FIRST_COMPLETED)
+        reason = None if dying.done() else troubled.result()
+        self.ranks.kill()
+        troubled.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await troubled
+        death = await dying
+        return reason or death
 
 
 @dataclass(slots=True)
@@ -74,10 +79,11 @@ class _Deaths:
 class WorkerSupervisor:
     """Decides when a node's worker processes start and end."""
 
-    def __init__(self, engine: Engine, plan: ReplicaPlan, processes: WorkerProcesses) -> None:
+    def __init__(self, engine: Engine, plan: ReplicaPlan, processes: WorkerProcesses, span: Span | None = None) -> None:
         self._engine = engine
         self._plan = plan
         self._processes = processes
+        self._span = span
         self._preparing: asyncio.Task[None] | None = None
         self._deaths = _Deaths()
         self._life: _Life | None = None
@@ -86,44 +92,71 @@ class WorkerSupervisor:
         self.drained = asyncio.Event()
 
     async def run(self) -> None:
-        """Supervises until `stop`. Raises WorkerError when workers keep dying."""
+        """Supervises until `stop`. Raises WorkerError when workers keep dying, or a host does not come."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._engine.fileno(), self._hear)
+        if self._span is not None:
+            self._span.group.open()
         try:
-            while not self._stopping:
+            while await self._gather():
                 self._life = await self._start()
-                process, code = await self._life.first_death()
-                await self._bury(self._life, process, code)
+                if self._stopping:
+                    # `stop` came while they were started, and has not seen them.
+                    self._life.ranks.kill()
+                how = await self._life.end(self._span.group if self._span else None)
+                await self._bury(self._life, how)
         finally:
             loop.remove_reader(self._engine.fileno())
 
     async def stop(self) -> None:
         """Ends the worker processes: asks first, insists after two seconds."""
         self._stopping = True
+        if self._span is not None:
+            await self._span.group.close()
         if self._preparing is not None:
             await self._preparing
         await self._processes.close()
         if self._life is not None:
-            await asyncio.gather(*(process.stop() for process in self._life.processes))
+            await self._life.ranks.stop()
+
+    async def _gather(self) -> bool:
+        """Waits for the other hosts; False when there is nothing to start any more."""
+        if self._span is not None and not self._stopping:
+            await self._span.group.gather(self._span.max_join_seconds)
+        return not self._stopping
 
     async def _start(self) -> _Life:
-        plan = self._plan
-        places = [RankPlace.of_rank(rank, plan.tensor_size, plan.stages) for rank in range(plan.ranks)]
-        leader = next(place.rank for place in places if place.is_leader)
-        epoch, links = self._engine.prepare_worker(str(plan.folder), plan.dtype, ranks=plan.ranks, leader=leader)
-        life = _Life(epoch, [], RankMeeting(plan.tensor_size, plan.stages), self._engine.report().steps)
-        for place, link in zip(places, links, strict=True):
-            process = await self._processes.start(Assignment(link, epoch, place, life.meeting.of(place)))
-            life.processes.append(process)
-            _log.info("worker started", epoch=epoch, pid=process.pid, rank=place.rank)
+        plan, span, layout = self._plan, self._span, self._plan.layout
+        leader = next(rank for rank in range(layout.ranks) if layout.place(rank).is_leader)
+        epoch, links = self._engine.prepare_worker(
+            str(plan.folder),
+            plan.dtype,
+            ranks=layout.ranks,
+            leader=leader,
+            local_ranks=layout.ranks_per_host,
+            reach=None if span is None else tcp_address(span.address, "*"),
+        )
+        port = None if span is None else _free_port(span.address)
+        rendezvous = None if span is None or port is None else tcp_address(span.address, port)
+        meeting = RankMeeting(layout, rendezvous=rendezvous)
+        life = _Life(epoch, RankProcesses(epoch, meeting), self._engine.report().steps)
+        if span is not None and port is not None:
+            span.group.run(epoch, _links_by_host(plan, links), port)
+        places = layout.places(0)
+        assignments = [
+            Assignment(links[place.rank], epoch, place, meeting.of(place), share=(number, len(places)))
+            for number, place in enumerate(places)
+        ]
+        await life.ranks.start(self._processes, assignments)
         return life
 
-    async def _bury(self, life: _Life, process: WorkerProcess, code: int) -> None:
+    async def _bury(self, life: _Life, how: str) -> None:
+        if self._span is not None and not self._stopping:
+            self._span.group.rest()
         self._engine.worker_died(life.epoch)
         if self._stopping:
             return
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        _log.warning("worker died", epoch=life.epoch, pid=process.pid, how=how, said=life.failure)
+        _log.warning("worker died", epoch=life.epoch, how=how, said=life.failure)
         if self._engine.report().steps > life.steps_before:
             return
         deaths = self._deaths.note(time.monotonic())
@@ -142,6 +175,8 @@ class WorkerSupervisor:
     def _note(self, event: NodeEvent) -> None:
         if event.kind == "worker_ready":
             _log.info("worker ready", epoch=event.epoch, pid=event.pid, loading_ms=event.loading_ns // 1_000_000)
+            if self._span is not None:
+                self._span.group.serve()
             if self.ready.is_set():
                 self._prepare_spare()
         elif event.kind == "ready":
@@ -154,8 +189,28 @@ class WorkerSupervisor:
         elif event.kind == "worker_failed" and self._life is not None and self._life.epoch == event.epoch:
             self._life.failure = event.message
             # It may hang rather than exit; what it computes is lost either way.
-            self._life.kill()
+            self._life.ranks.kill()
 
     def _prepare_spare(self) -> None:
         if not self._stopping:
             self._preparing = asyncio.create_task(self._processes.prepare())
+
+
+def _links_by_host(plan: ReplicaPlan, links: list[str]) -> dict[int, tuple[RankLink, ...]]:
+    """What the other hosts are told: the port of each of their ranks' links."""
+    layout = plan.layout
+    return {
+        host: tuple(RankLink(place.rank, int(links[place.rank].rpartition(":")[2])) for place in layout.places(host))
+        for host in range(1, layout.hosts)
+    }
+
+
+def _free_port(address: str) -> int:
+    """A port for one epoch's rendezvous. Who takes it before rank 0 does costs the epoch; the next one has another."""
+    try:
+        family, _, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(where[:2], family=family) as server:
+            port: int = server.getsockname()[1]
+            return port
+    except OSError as error:
+        raise ConfigError(f"no port can be had at {address}, this host's own address: {error}") from error

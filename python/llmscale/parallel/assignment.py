@@ -24,15 +24,17 @@ class Meeting:
     """Where ranks of one epoch meet."""
 
     memory: str | None = None
-    """File of `RankMemory.bytes_for(tensor_size, ROOM_BYTES)` zeros, one per stage; None for one rank per stage."""
+    """File of `RankMemory.bytes_for(tensor_size, ROOM_BYTES)` zeros, one per stage; None for one rank per stage, and
+    for a stage on several hosts."""
     before: str | None = None
-    """File of `RankChannel.BYTES` zeros that brings the residual stream from the stage before; None for the first."""
+    """File of `RankChannel.BYTES` zeros that brings the residual stream from the stage before; None for the first, and
+    where that stage is elsewhere."""
     behind: str | None = None
     """The same, to the stage behind; None for the last."""
     samples: str | None = None
     """The same, with sampled ids from the last stage to the first; None for those between."""
     rendezvous: str | None = None
-    """Instead of channels, where stages are on several hosts: a file that torch.distributed makes."""
+    """For whom the files above are not: where torch.distributed meets, tcp://HOST:PORT, or file://PATH on one host."""
     max_wait_seconds: float = 60.0
 
 
@@ -43,6 +45,12 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epoch: int
     place: RankPlace = RankPlace()
     meeting: Meeting = Meeting()
+    model_folder: str | None = None
+    """Where the model lies on this host, if not where the engine's host has it."""
+    key_file: str | None = None
+    """The fleet's node key, for an engine on another host."""
+    share: tuple[int, int] = (0, 1)
+    """Which part of this host's CPUs is this rank's, and of how many."""
 
     @property
     def who(self) -> str:

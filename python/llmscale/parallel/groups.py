@@ -1,55 +1,145 @@
 """How the ranks of one replica find each other, and the groups that come of it.
 
-Ranks of one host meet in shared memory; stages on several hosts meet in torch.distributed, whose store is a file in a
-folder that only this user may enter. Every wait has a deadline: a rank that does not come ends the group, never hangs
-it. It does not know models beyond the number format, or who starts processes.
+Ranks of one host meet in shared memory, those of several hosts in torch.distributed: over gloo for tensors of the CPU
+and NCCL for those of a GPU. Every wait has a deadline: a rank that does not come ends the group, never hangs it. It
+does not know models beyond the number format, or who starts processes.
 """
 
 from __future__ import annotations
 
 import datetime
+import socket
 
 import torch.distributed
+from torch._C._distributed_c10d import Store, TCPStore
 
-from llmscale._core import RankMemory
+from llmscale._core import RankChannel, RankMemory
 from llmscale.errors import WorkerError
 from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import ROOM_BYTES, Meeting
-from llmscale.parallel.pipeline import ChannelStageLink, StageLink, TorchStageLink
-from llmscale.parallel.tensor import Alone, SharedMemoryGroup, TensorGroup
+from llmscale.parallel.pipeline import ChannelEdge, Edge, StageLink, TorchEdge
+from llmscale.parallel.tensor import Alone, SharedMemoryGroup, TensorGroup, TorchGroup
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""By the device that computes; ids and counts stay on the CPU."""
 
 
-def join_tensor_group(place: RankPlace, meeting: Meeting, dtype: str) -> TensorGroup:
-    """The ranks that share this one's layers. Raises WorkerError."""
-    if place.tensor_size == 1:
-        return Alone()
-    if meeting.memory is None:
-        raise WorkerError(
-            f"rank {place.rank} shares its layers with {place.tensor_size - 1} others and was not told where"
-        )
-    max_wait_us = int(meeting.max_wait_seconds * 1e6)
-    memory = RankMemory(
-        meeting.memory, place.tensor_rank, place.tensor_size, ROOM_BYTES, dtype, max_wait_us=max_wait_us
-    )
-    return SharedMemoryGroup(memory, place.tensor_rank, place.tensor_size)
+def join_world(place: RankPlace, meeting: Meeting, device: str = "cpu") -> torch.distributed.ProcessGroup | None:
+    """All ranks of the replica, at a rendezvous; None where the meeting names none. Raises WorkerError.
 
-
-def join_stages(place: RankPlace, meeting: Meeting) -> StageLink | None:
-    """The stages before and behind this one, once all ranks of the replica are there. Raises WorkerError."""
-    if place.stages == 1:
-        return None
+    Called once in a process, before the other two. Rank 0 makes the store.
+    """
     if meeting.rendezvous is None:
-        return ChannelStageLink(place, meeting)
+        return None
+    wait = datetime.timedelta(seconds=meeting.max_wait_seconds)
     try:
-        torch.distributed.init_process_group(
-            "gloo",
-            init_method=f"file://{meeting.rendezvous}",
-            rank=place.rank,
-            world_size=place.ranks,
-            timeout=datetime.timedelta(seconds=meeting.max_wait_seconds),
-        )
-    except (RuntimeError, ValueError) as error:
+        scheme, _, address = meeting.rendezvous.partition("://")
+        if scheme == "tcp":
+            torch.distributed.init_process_group(
+                BACKENDS[device],
+                store=_store(address, place, wait),
+                rank=place.rank,
+                world_size=place.ranks,
+                timeout=wait,
+            )
+        else:
+            torch.distributed.init_process_group(
+                BACKENDS[device],
+                init_method=meeting.rendezvous,
+                rank=place.rank,
+                world_size=place.ranks,
+                timeout=wait,
+            )
+    except (RuntimeError, ValueError, OSError) as error:
         raise WorkerError(f"rank {place.rank} of {place.ranks} did not meet the others: {error}") from error
     group = torch.distributed.group.WORLD
     assert group is not None, "the default group was just made"
-    return TorchStageLink(group, place)
+    return group
+
+
+def _store(address: str, place: RankPlace, wait: datetime.timedelta) -> Store:
+    """The store at HOST:PORT. By itself torch listens on every interface; here it does on that one alone."""
+    host, _, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    listening: int | None = None
+    if place.rank == 0:
+        family, _, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.create_server(where[:2], family=family, backlog=place.ranks) as server:
+            listening = server.detach()
+    return TCPStore(
+        host,
+        int(port),
+        place.ranks,
+        is_master=listening is not None,
+        timeout=wait,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
+
+
+def join_tensor_group(
+    place: RankPlace, meeting: Meeting, dtype: str, world: torch.distributed.ProcessGroup | None = None
+) -> TensorGroup:
+    """The ranks that share this one's layers. Raises WorkerError.
+
+    All ranks of a world call this at the same point: those whose stages lie on several hosts make groups together.
+    """
+    own: torch.distributed.ProcessGroup | None = None
+    if world is not None and place.tensor_size > 1:
+        own = _stage_group(place)
+    if place.tensor_size == 1:
+        return Alone()
+    if meeting.memory is not None:
+        max_wait_us = int(meeting.max_wait_seconds * 1e6)
+        memory = RankMemory(
+            meeting.memory, place.tensor_rank, place.tensor_size, ROOM_BYTES, dtype, max_wait_us=max_wait_us
+        )
+        return SharedMemoryGroup(memory, place.tensor_rank, place.tensor_size)
+    if own is None:
+        raise WorkerError(
+            f"rank {place.rank} shares its layers with {place.tensor_size - 1} others and was not told where"
+        )
+    return TorchGroup(own)
+
+
+def _stage_group(place: RankPlace) -> torch.distributed.ProcessGroup:
+    """Every rank makes the groups of all stages, as torch wants it, and keeps its own."""
+    own: torch.distributed.ProcessGroup | None = None
+    for stage in range(place.stages):
+        ranks = list(range(stage * place.tensor_size, (stage + 1) * place.tensor_size))
+        try:
+            made = torch.distributed.new_group(ranks)
+        except RuntimeError as error:
+            raise WorkerError(f"rank {place.rank} did not meet the others of its stage: {error}") from error
+        if isinstance(made, torch.distributed.ProcessGroup):
+            assert stage == place.stage, (stage, place)
+            own = made
+    assert own is not None, "every rank is of a stage"
+    return own
+
+
+def join_stages(
+    place: RankPlace, meeting: Meeting, world: torch.distributed.ProcessGroup | None = None
+) -> StageLink | None:
+    """The stages before and behind this one; None for a replica of one stage. Raises WorkerError."""
+    if place.stages == 1:
+        return None
+    max_wait_us = int(meeting.max_wait_seconds * 1e6)
+
+    def edge(path: str | None, peer: int) -> Edge:
+        if path is not None:
+            return ChannelEdge(RankChannel(path, peer, max_wait_us=max_wait_us))
+        if world is not None:
+            # A step in flight takes one send of each rank; more can only be those whose end was not looked at yet.
+            return TorchEdge(world, peer, max_sends=place.stages)
+        raise WorkerError(f"rank {place.rank} was not told how it meets rank {peer}")
+
+    first, last = place.tensor_rank, (place.stages - 1) * place.tensor_size + place.tensor_rank
+    samples = None
+    if place.is_first_stage or place.is_last_stage:
+        samples = edge(meeting.samples, first if place.is_last_stage else last)
+    return StageLink(
+        before=None if place.is_first_stage else edge(meeting.before, place.rank - place.tensor_size),
+        behind=None if place.is_last_stage else edge(meeting.behind, place.rank + place.tensor_size),
+        samples=samples,
+    )

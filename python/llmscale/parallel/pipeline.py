@@ -1,90 +1,47 @@
 """Where the stages of a pipeline meet: the residual stream goes from one to the next, sampled ids from last to first.
 
-Both go between ranks of the same number within their stages: through channels in shared memory on one host (about 10 us
-a message, where gloo takes 100 to 1,800), else point to point over torch.distributed. A send does not wait for its
-receiver, who may be at another group's step. Every wait has an end. It does not know steps: the caller receives in the
-order in which the other side sends.
+Both go between ranks of the same number within their stages: through channels in shared memory where both run on one
+host (about 10 us a message, where gloo takes 100 to 1,800), else point to point over torch.distributed; one pipeline
+may use both kinds. A send does not wait for its receiver, who may be at another group's step. Every wait has an end. It
+does not know steps: the caller receives in the order in which the other side sends.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.distributed
 from torch import Tensor
 
 from llmscale._core import RankChannel
-from llmscale.errors import WorkerError
-from llmscale.models.shard import RankPlace
-from llmscale.parallel.assignment import Meeting
 
 
-class StageLink(Protocol):
-    """One rank's neighbours in the pipeline."""
+class Edge(Protocol):
+    """One way from a rank to another, for the sender or for the receiver. Raises WorkerError or RuntimeError."""
 
-    def receive_stream(self, out: Tensor) -> None:
-        """Fills [T, H] with what the stage before has computed."""
+    def send(self, tensor: Tensor) -> None:
+        """Hands a contiguous tensor over, which may be overwritten afterwards."""
 
-    def take_waited_ns(self) -> int:
-        """What `receive_stream` has waited since the last call: the bubble of a step."""
-
-    def send_stream(self, stream: Tensor) -> None:
-        """Hands [T, H] to the stage behind. The tensor may be overwritten afterwards."""
-
-    def send_tokens(self, tokens: Tensor) -> None:
-        """From the last stage: int32 [R], the ids of a step, -1 where a row has none. May be overwritten afterwards."""
-
-    def receive_tokens(self, out: Tensor) -> None:
-        """In the first stage: what `send_tokens` sent, in the order of steps."""
+    def receive(self, out: Tensor) -> None:
+        """Fills a contiguous tensor of the shape and type that the other side sends."""
 
 
-class ChannelStageLink:
-    """Stages of one host."""
+class ChannelEdge:
+    """Between ranks of one host, in shared memory."""
 
-    def __init__(self, place: RankPlace, meeting: Meeting) -> None:
-        """Raises WorkerError for a meeting without the channels that the place needs."""
-        first, last = place.tensor_rank, (place.stages - 1) * place.tensor_size + place.tensor_rank
-        max_wait_us = int(meeting.max_wait_seconds * 1e6)
+    def __init__(self, channel: RankChannel) -> None:
+        self._channel = channel
 
-        def channel(path: str | None, peer: int) -> RankChannel:
-            if path is None:
-                raise WorkerError(f"rank {place.rank} was not told how it meets rank {peer}")
-            return RankChannel(path, peer, max_wait_us=max_wait_us)
+    def send(self, tensor: Tensor) -> None:
+        """See `Edge`."""
+        self._channel.send(_memory(tensor))
 
-        self._before = None if place.is_first_stage else channel(meeting.before, place.rank - place.tensor_size)
-        self._behind = None if place.is_last_stage else channel(meeting.behind, place.rank + place.tensor_size)
-        ends = place.is_first_stage or place.is_last_stage
-        self._samples = channel(meeting.samples, first if place.is_last_stage else last) if ends else None
-        self._waited_ns = 0
-
-    def receive_stream(self, out: Tensor) -> None:
-        """See `StageLink`."""
-        assert self._before is not None, "the first stage embeds"
-        started = time.perf_counter_ns()
-        self._before.receive(_memory(out))
-        self._waited_ns += time.perf_counter_ns() - started
-
-    def take_waited_ns(self) -> int:
-        """See `StageLink`."""
-        waited_ns, self._waited_ns = self._waited_ns, 0
-        return waited_ns
-
-    def send_stream(self, stream: Tensor) -> None:
-        """See `StageLink`."""
-        assert self._behind is not None, "the last stage samples"
-        self._behind.send(_memory(stream))
-
-    def send_tokens(self, tokens: Tensor) -> None:
-        """See `StageLink`."""
-        assert self._samples is not None, "only the last stage samples"
-        self._samples.send(_memory(tokens))
-
-    def receive_tokens(self, out: Tensor) -> None:
-        """See `StageLink`."""
-        assert self._samples is not None, "only the first stage asks for ids"
-        self._samples.receive(_memory(out))
+    def receive(self, out: Tensor) -> None:
+        """See `Edge`."""
+        self._channel.receive(_memory(out))
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
@@ -92,48 +49,66 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.nbytes
 
 
-class TorchStageLink:
-    """Stages over a process group of torch.distributed that holds every rank of the replica."""
+class TorchEdge:
+    """Between ranks of several hosts, over a process group that holds both; its time-out is the deadline of a wait."""
 
-    def __init__(self, group: torch.distributed.ProcessGroup, place: RankPlace) -> None:
+    def __init__(self, group: torch.distributed.ProcessGroup, peer: int, max_sends: int) -> None:
+        """`max_sends` is how many may be on their way; one more waits for the oldest."""
         self._group = group
-        self._before = place.rank - place.tensor_size
-        self._behind = place.rank + place.tensor_size
-        self._first = place.tensor_rank
-        self._last = (place.stages - 1) * place.tensor_size + place.tensor_rank
-        self._waited_ns = 0
+        self._peer = peer
+        self._max_sends = max_sends
         self._on_its_way: deque[tuple[torch.distributed.Work, Tensor]] = deque()
-        # A step in flight takes one send of each rank; more can only be those whose end was not looked at yet.
-        self._max_sends = place.stages
 
-    def receive_stream(self, out: Tensor) -> None:
-        """See `StageLink`."""
-        started = time.perf_counter_ns()
-        torch.distributed.recv(out, group=self._group, group_src=self._before)
-        self._waited_ns += time.perf_counter_ns() - started
-
-    def take_waited_ns(self) -> int:
-        """See `StageLink`."""
-        waited_ns, self._waited_ns = self._waited_ns, 0
-        return waited_ns
-
-    def send_stream(self, stream: Tensor) -> None:
-        """See `StageLink`."""
-        self._send(stream, self._behind)
-
-    def send_tokens(self, tokens: Tensor) -> None:
-        """See `StageLink`."""
-        self._send(tokens, self._first)
-
-    def receive_tokens(self, out: Tensor) -> None:
-        """See `StageLink`."""
-        torch.distributed.recv(out, group=self._group, group_src=self._last)
-
-    def _send(self, tensor: Tensor, to: int) -> None:
+    def send(self, tensor: Tensor) -> None:
+        """See `Edge`."""
         while self._on_its_way and (len(self._on_its_way) >= self._max_sends or self._on_its_way[0][0].is_completed()):
             self._on_its_way.popleft()[0].wait()
         # The caller's tensor is overwritten by its next step.
         held = tensor.clone()
-        work = torch.distributed.isend(held, group=self._group, group_dst=to)
+        work = torch.distributed.isend(held, group=self._group, group_dst=self._peer)
         assert work is not None, "both ranks are of the group"
         self._on_its_way.append((work, held))
+
+    def receive(self, out: Tensor) -> None:
+        """See `Edge`."""
+        torch.distributed.recv(out, group=self._group, group_src=self._peer)
+
+
+@dataclass(slots=True)
+class StageLink:
+    """One rank's neighbours in the pipeline. An edge is None where the pipeline has none."""
+
+    before: Edge | None
+    """From the stage before; None in the first."""
+    behind: Edge | None
+    """To the stage behind; None in the last."""
+    samples: Edge | None
+    """From the last stage to the first; None in those between."""
+    _waited_ns: int = 0
+
+    def receive_stream(self, out: Tensor) -> None:
+        """Fills [T, H] with what the stage before has computed."""
+        assert self.before is not None, "the first stage embeds"
+        started = time.perf_counter_ns()
+        self.before.receive(out)
+        self._waited_ns += time.perf_counter_ns() - started
+
+    def take_waited_ns(self) -> int:
+        """What `receive_stream` has waited since the last call: the bubble of a step."""
+        waited_ns, self._waited_ns = self._waited_ns, 0
+        return waited_ns
+
+    def send_stream(self, stream: Tensor) -> None:
+        """Hands [T, H] to the stage behind. The tensor may be overwritten afterwards."""
+        assert self.behind is not None, "the last stage samples"
+        self.behind.send(stream)
+
+    def send_tokens(self, tokens: Tensor) -> None:
+        """From the last stage: int32 [R], the ids of a step, -1 where a row has none. May be overwritten afterwards."""
+        assert self.samples is not None, "only the last stage samples"
+        self.samples.send(tokens)
+
+    def receive_tokens(self, out: Tensor) -> None:
+        """In the first stage: what `send_tokens` sent, in the order of steps."""
+        assert self.samples is not None, "only the first stage asks for ids"
+        self.samples.receive(out)

@@ -24,6 +24,10 @@ class TensorGroup(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def kind(self) -> str:
+        """A word for how sums are made, for the numerics id: another order gives other last bits."""
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks of a contiguous tensor, which may be overwritten. Raises WorkerError."""
 
@@ -36,6 +40,7 @@ class Alone:
 
     rank = 0
     size = 1
+    kind = "tp"
 
     def sum(self, tensor: Tensor) -> Tensor:
         """See `TensorGroup`."""
@@ -48,6 +53,8 @@ class Alone:
 
 class SharedMemoryGroup:
     """Ranks of one host, on CPUs. Sums are added in the order of ranks, in float32, and rounded once."""
+
+    kind = "tp"
 
     def __init__(self, memory: RankMemory, rank: int, size: int) -> None:
         self._memory = memory
@@ -73,6 +80,7 @@ class TorchGroup:
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
         self._group = group
+        self.kind = f"tp-{torch.distributed.get_backend(group)}"
         self.rank = torch.distributed.get_rank(group)
         self.size = torch.distributed.get_world_size(group)
 

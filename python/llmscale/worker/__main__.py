@@ -12,7 +12,6 @@ import sys
 
 from llmscale import env, logs
 from llmscale._core import WorkerSession, end_with_parent
-from llmscale.models.shard import RankPlace
 
 
 def main() -> int:
@@ -31,20 +30,21 @@ def main() -> int:
     assignment = read_assignment(sys.stdin.buffer)
     if assignment is None:
         return 0
-    keep_to_share_of_cpus(assignment.place)
-    WorkerLoop(WorkerSession(assignment.link, assignment.epoch), assignment, arguments.threads).run()
+    keep_to_share_of_cpus(*assignment.share)
+    session = WorkerSession(assignment.link, assignment.epoch, assignment.key_file)
+    WorkerLoop(session, assignment, arguments.threads).run()
     return 0
 
 
-def keep_to_share_of_cpus(place: RankPlace) -> None:
-    """Gives each rank CPUs of its own where there are enough.
+def keep_to_share_of_cpus(index: int, ranks: int) -> None:
+    """Gives each of a host's ranks CPUs of its own where there are enough.
 
     Ranks that meet in memory wait for each other every few hundred microseconds. Left to the system two of them often
     shared one of two cores, and a sum took 33 us instead of 1.
     """
     cpus = sorted(os.sched_getaffinity(0))
-    if 1 < place.ranks <= len(cpus):
-        first, last = (len(cpus) * rank // place.ranks for rank in (place.rank, place.rank + 1))
+    if 1 < ranks <= len(cpus):
+        first, last = (len(cpus) * rank // ranks for rank in (index, index + 1))
         os.sched_setaffinity(0, cpus[first:last])
 
 

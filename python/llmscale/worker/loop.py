@@ -55,7 +55,7 @@ class WorkerLoop:
     def _configure(self, order: WorkerOrder) -> None:
         started = time.perf_counter_ns()
         runner = ModelRunner(
-            Path(order.model_folder),
+            Path(self._assignment.model_folder or order.model_folder),
             order.dtype,
             order.limits,
             threads=self._threads,

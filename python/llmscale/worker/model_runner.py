@@ -19,7 +19,8 @@ from llmscale.models.loader import LoadOptions, Progress, load_weights
 from llmscale.models.registry import describe_model
 from llmscale.models.shard import RankPlace, shard_model
 from llmscale.parallel.assignment import Meeting
-from llmscale.parallel.groups import join_stages, join_tensor_group
+from llmscale.parallel.groups import join_stages, join_tensor_group, join_world
+from llmscale.parallel.interface import interface_towards
 from llmscale.worker.executor_torch import Ranks, TorchExecutor
 from llmscale.worker.kv_region import KvRegion, kv_layout
 from llmscale.worker.step import StepInputs, StepLimits
@@ -97,15 +98,18 @@ class ModelRunner:
             max_sequence_tokens=limits.max_sequence_tokens,
         )
         meeting = meeting or Meeting()
-        self.stage = join_stages(place, meeting)
-        group = join_tensor_group(place, meeting, self.dtype)
+        if meeting.rendezvous is not None:
+            env.prepare_for_torch_distributed(interface_towards(meeting.rendezvous))
+        world = join_world(place, meeting)
+        self.stage = join_stages(place, meeting, world)
+        group = join_tensor_group(place, meeting, self.dtype, world)
         ranks = Ranks(group, self.stage, part.vocabulary_start, part.vocabulary_widths)
         self._executor = TorchExecutor(part.spec, weights, self.region, NativeOps(self.kernels), step_limits, ranks)
         self._logits: Tensor | None = None
         self.layers = len(part.spec.blocks)
         linear = self._executor.linear_kind
         self.numerics = (
-            f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/tp{place.tensor_size}"
+            f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/{group.kind}{place.tensor_size}"
         )
 
     def forward(self, step: StepInputs) -> tuple[int, int]:

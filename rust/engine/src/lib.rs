@@ -1,10 +1,12 @@
 //! The live drivers: threads that own sockets and clocks and drive the pure state machines. `node` runs a replica for
-//! the fronts that connect to it; `worker` is the other end of the engine's link; `front` connects a gateway to its nodes. A driver decides nothing: it turns
+//! the fronts that connect to it; `worker` is the other end of the engine's link; `front` connects a gateway to its nodes; `group_door` is where the hosts of one replica meet. A driver decides nothing: it turns
 //! frames into events and actions into frames.
 
 pub mod clock;
 pub mod front;
 mod fronts;
+pub mod group_door;
+pub mod group_keys;
 pub mod node;
 pub mod ranks;
 pub mod report;
@@ -12,6 +14,8 @@ pub mod worker;
 
 pub use clock::Clock;
 pub use front::{Arrival, FrontConfig, FrontHandle, NodeAddress};
+pub use group_door::GroupDoor;
+pub use group_keys::GroupKeys;
 pub use node::{Command, NodeConfig, NodeError, NodeHandle};
 pub use ranks::RankLinks;
 pub use report::{NodeEvent, NodeReport};

@@ -27,6 +27,20 @@ impl PeerId {
     }
 }
 
+/// For an owner in another language.
+impl From<PeerId> for u32 {
+    fn from(peer: PeerId) -> Self {
+        peer.0
+    }
+}
+
+/// Back again; a number that is no connection reaches nobody.
+impl From<u32> for PeerId {
+    fn from(number: u32) -> Self {
+        Self(number)
+    }
+}
+
 impl fmt::Display for PeerId {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "{:08x}", self.0)

@@ -4,7 +4,7 @@ use crate::error;
 use crate::limits::PyEngineLimits;
 use crate::request::{fleet_secret, parse_address};
 use crate::sampling::random_seed;
-use llmscale_engine::{Command, NodeConfig, NodeEvent, NodeHandle, NodeReport, RankLinks};
+use llmscale_engine::{Command, GroupKeys, NodeConfig, NodeEvent, NodeHandle, NodeReport, RankLinks};
 use llmscale_net::link::WorkerLink;
 use llmscale_net::link::socket::SocketLink;
 use llmscale_net::{Address, AllowList, Context, EndpointOptions, KeyPair, Role, Roles, ServerKeys};
@@ -24,7 +24,9 @@ pub(crate) struct Engine {
 
 struct Inner {
     handle: Option<NodeHandle>,
+    /// For links to ranks; it admits other nodes of the fleet and nobody else.
     context: Context,
+    keys: GroupKeys,
     epoch: Epoch,
 }
 
@@ -81,6 +83,7 @@ impl Engine {
         let address: Address = parse_address(listen)?;
         let own = key_file.map(|path| KeyPair::load(Path::new(path))).transpose().map_err(|error| text(&error))?;
         let list = allow_list.map(|path| AllowList::load(Path::new(path))).transpose().map_err(|error| text(&error))?;
+        let links = GroupKeys::new(own.clone());
         let keys = own.map(|own| ServerKeys { own, admitted: Roles::of(&[Role::Gateway, Role::Client, Role::Node]) });
         let context = Context::new(list.unwrap_or_default(), 1).map_err(|error| text(&error))?;
         let secret = fleet_secret(&fleet, keys.as_ref().map(|keys| &keys.own.public));
@@ -104,7 +107,8 @@ impl Engine {
         };
         let handle = NodeHandle::start(config, &context, &address, keys.as_ref(), &EndpointOptions::default())
             .map_err(|error| text(&error))?;
-        let inner = Inner { handle: Some(handle), context, epoch: Epoch(0) };
+        let context = links.context().map_err(|error| text(&error))?;
+        let inner = Inner { handle: Some(handle), context, keys: links, epoch: Epoch(0) };
         Ok(Self { inner: Mutex::new(inner), limits: limits.0.clone(), folder: link_folder })
     }
 
@@ -120,20 +124,34 @@ impl Engine {
     }
 
     /// Makes the links for the ranks of the next group of workers and configures whoever connects to them. Rank `leader`
-    /// speaks for all. Returns (epoch, one address per rank).
-    #[pyo3(signature = (model_folder, dtype, *, ranks = 1, leader = 0))]
+    /// speaks for all. The first `local_ranks` are on this host, all by default; the others reach the address `reach`,
+    /// `tcp://HOST:*` for free ports. Returns (epoch, one address per rank).
+    #[pyo3(signature = (model_folder, dtype, *, ranks = 1, leader = 0, local_ranks = None, reach = None))]
     fn prepare_worker(
         &self,
         model_folder: String,
         dtype: &str,
         ranks: usize,
         leader: usize,
+        local_ranks: Option<usize>,
+        reach: Option<&str>,
     ) -> PyResult<(u64, Vec<String>)> {
         let mut inner = self.lock();
         let epoch = inner.epoch.next();
-        let paths: Vec<String> =
-            (0..ranks).map(|rank| format!("ipc://{}/worker-{epoch}-{rank}", self.folder)).collect();
-        let mut links = paths.iter().map(|path| inner.listen(path)).collect::<PyResult<Vec<_>>>()?;
+        let local_ranks = local_ranks.unwrap_or(ranks);
+        let mut paths = Vec::with_capacity(ranks);
+        let mut links: Vec<Box<dyn WorkerLink>> = Vec::with_capacity(ranks);
+        for rank in 0..ranks {
+            let link = if rank < local_ranks {
+                inner.listen(&format!("ipc://{}/worker-{epoch}-{rank}", self.folder), None)?
+            } else {
+                let reach =
+                    reach.ok_or_else(|| error::config(format!("rank {rank} is elsewhere, and reach is unset")))?;
+                inner.listen(reach, inner.keys.server().as_ref())?
+            };
+            paths.push(link.address().to_string());
+            links.push(Box::new(link));
+        }
         if leader >= links.len() {
             return Err(error::config(format!("rank {leader} of {ranks} is to lead; there is no such rank")));
         }
@@ -192,12 +210,11 @@ impl Inner {
         self.handle.as_ref().ok_or_else(|| error::worker("the engine is closed".to_owned()))
     }
 
-    fn listen(&self, path: &str) -> PyResult<Box<dyn WorkerLink>> {
+    fn listen(&self, path: &str, keys: Option<&ServerKeys>) -> PyResult<SocketLink> {
         let address: Address = parse_address(path)?;
         let waker = self.handle()?.link_waker();
-        let link = SocketLink::listen(&self.context, &address, None, &EndpointOptions::default(), waker)
-            .map_err(|error| error::config(error.to_string()))?;
-        Ok(Box::new(link))
+        SocketLink::listen(&self.context, &address, keys, &EndpointOptions::default(), waker)
+            .map_err(|error| error::config(error.to_string()))
     }
 
     fn order(&self, command: Command) -> PyResult<()> {

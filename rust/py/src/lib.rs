@@ -8,6 +8,7 @@ mod detach;
 mod engine;
 mod error;
 mod front;
+mod group_door;
 mod kernels;
 mod limits;
 mod local;
@@ -30,6 +31,8 @@ mod _core {
     use crate::engine::{Engine, PyNodeEvent, PyNodeReport};
     #[pymodule_export]
     use crate::front::{PyFront, PyFrontStatus, PyReplicaStatus};
+    #[pymodule_export]
+    use crate::group_door::PyGroupDoor;
     #[pymodule_export]
     use crate::kernels::CpuKernels;
     #[pymodule_export]

@@ -3,6 +3,7 @@
 use crate::buffer::Int32Buffer;
 use crate::detach::detached;
 use crate::error;
+use crate::group_door::load_keys;
 use crate::kernels::{CpuKernels, Dtype, Memory};
 use crate::limits::PyEngineLimits;
 use crate::request::parse_address;
@@ -11,7 +12,7 @@ use crate::step::{PyStepCounts, buffer};
 use llmscale_engine::worker::SessionError;
 use llmscale_engine::{Order, WorkerSession};
 use llmscale_net::link::socket::SocketWorker;
-use llmscale_net::{Address, AllowList, Context, EndpointOptions};
+use llmscale_net::{Address, EndpointOptions};
 use llmscale_types::Epoch;
 use llmscale_wire::{Dtype as WireDtype, FailureCode};
 use pyo3::prelude::*;
@@ -66,12 +67,14 @@ fn session_error(error: &SessionError) -> PyErr {
 
 #[pymethods]
 impl PyWorkerSession {
-    /// Connects to the engine's link at `address`, in the background.
+    /// Connects to the engine's link at `address`, in the background; with a key file, only to a node of this fleet.
     #[new]
-    fn new(address: &str, epoch: u64) -> PyResult<Self> {
+    #[pyo3(signature = (address, epoch, key_file = None))]
+    fn new(address: &str, epoch: u64, key_file: Option<&str>) -> PyResult<Self> {
         let address: Address = parse_address(address)?;
-        let context = Context::new(AllowList::default(), 1).map_err(|error| error::worker(error.to_string()))?;
-        let side = SocketWorker::connect(&context, &address, None, &EndpointOptions::default())
+        let keys = load_keys(key_file)?;
+        let context = keys.context().map_err(|error| error::worker(error.to_string()))?;
+        let side = SocketWorker::connect(&context, &address, keys.client().as_ref(), &EndpointOptions::default())
             .map_err(|error| error::worker(error.to_string()))?;
         let session = WorkerSession::new(Box::new(side), Epoch(epoch));
         Ok(Self { inner: Mutex::new(session), started: Mutex::new(Instant::now()) })

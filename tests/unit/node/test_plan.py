@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 from llmscale.config import NodeSettings
 from llmscale.node.plan import ReplicaPlan, plan_replica
+from llmscale.parallel.layout import HostLayout
 
 
-def with_cpus(plan: ReplicaPlan, cpus: int, **changes: int) -> int:
-    return dataclasses.replace(plan, **changes).usual_threads(cpus)
+def with_cpus(plan: ReplicaPlan, cpus: int, weight_bytes: int = 9 << 20, layout: HostLayout | None = None) -> int:
+    changed = dataclasses.replace(plan, weight_bytes=weight_bytes, layout=layout or plan.layout)
+    return changed.usual_threads(cpus)
 
 
 def test_threads_are_a_share_of_the_cpus_and_no_more_than_the_weights_are_worth() -> None:
@@ -18,5 +23,26 @@ def test_threads_are_a_share_of_the_cpus_and_no_more_than_the_weights_are_worth(
     assert with_cpus(plan, 16, weight_bytes=270 << 20) == 16
     assert with_cpus(plan, 64, weight_bytes=270 << 20) == 16
     assert with_cpus(plan, 16, weight_bytes=16 << 30) == 16
-    assert with_cpus(plan, 16, weight_bytes=16 << 30, tensor_size=4) == 4
-    assert with_cpus(plan, 2, weight_bytes=16 << 30, tensor_size=2, stages=2) == 1
+    assert with_cpus(plan, 16, weight_bytes=16 << 30, layout=HostLayout(4)) == 4
+    assert with_cpus(plan, 2, weight_bytes=16 << 30, layout=HostLayout(2, 2)) == 1
+    assert with_cpus(plan, 16, weight_bytes=16 << 30, layout=HostLayout(2, 2, 2)) == 8, "two ranks on this host"
+
+
+def test_the_configuration_has_one_digest_in_every_process() -> None:
+    settings = NodeSettings(model="tiny-chat-mini", listen="tcp://127.0.0.1:0")
+    words = [sys.executable, "-c", PRINTS_DIGEST]
+    printed = {
+        subprocess.run(words, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    }
+    assert printed == {plan_replica(settings).configuration_digest.hex().encode()}
+    other = plan_replica(NodeSettings(model="tiny-chat", listen="tcp://127.0.0.1:0"))
+    assert other.configuration_digest.hex().encode() not in printed
+
+
+PRINTS_DIGEST = """
+from llmscale.config import NodeSettings
+from llmscale.node.plan import plan_replica
+plan = plan_replica(NodeSettings(model="tiny-chat-mini", listen="tcp://127.0.0.1:0"))
+print(plan.configuration_digest.hex(), end="")
+"""

@@ -17,8 +17,9 @@ from llmscale.errors import WorkerError
 from llmscale.models.shard import RankPlace
 from llmscale.node.rank_meeting import RankMeeting
 from llmscale.parallel.assignment import Meeting
-from llmscale.parallel.groups import join_stages
-from llmscale.parallel.pipeline import ChannelStageLink, StageLink
+from llmscale.parallel.groups import join_stages, join_world
+from llmscale.parallel.layout import HostLayout
+from llmscale.parallel.pipeline import StageLink
 
 STEPS = 12
 HIDDEN = 48
@@ -66,10 +67,12 @@ def last_stage(link: StageLink, rows: list[int]) -> None:
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=STEPS), st.integers(0, 3))
 def test_three_stages_of_one_host_pass_on_what_they_compute(rows: list[int], ahead: int) -> None:
-    with RankMeeting(1, 3) as meeting, ThreadPoolExecutor(3) as pool:
-        links = [
-            ChannelStageLink(place, meeting.of(place)) for place in (RankPlace(0, 1, stage, 3) for stage in range(3))
-        ]
+    with RankMeeting(HostLayout(1, 3)) as meeting, ThreadPoolExecutor(3) as pool:
+        places = [RankPlace(0, 1, stage, 3) for stage in range(3)]
+        links = [join_stages(place, meeting.of(place)) for place in places]
+        assert links[0] is not None
+        assert links[1] is not None
+        assert links[2] is not None
         ids = pool.submit(first_stage, links[0], rows, ahead)
         others = [pool.submit(middle_stage, links[1], rows), pool.submit(last_stage, links[2], rows)]
         for other in others:
@@ -78,7 +81,8 @@ def test_three_stages_of_one_host_pass_on_what_they_compute(rows: list[int], ahe
 
 
 def over_gloo(stage: int, rendezvous: str, rows: list[int], answer: Connection) -> None:
-    link = join_stages(RankPlace(0, 1, stage, 2), Meeting(rendezvous=rendezvous))
+    place, meeting = RankPlace(0, 1, stage, 2), Meeting(rendezvous=rendezvous)
+    link = join_stages(place, meeting, join_world(place, meeting))
     assert link is not None
     work: Callable[[], object] = (lambda: first_stage(link, rows, 1)) if stage == 0 else lambda: last_stage(link, rows)
     answer.send(work())
@@ -92,7 +96,7 @@ def test_two_processes_exchange_over_torch_distributed(tmp_path: Path) -> None:
     context = SpawnContext()
     ends = [context.Pipe(duplex=False) for _ in range(2)]
     processes = [
-        context.Process(target=over_gloo, args=(stage, str(tmp_path / "store"), rows, ends[stage][1]))
+        context.Process(target=over_gloo, args=(stage, f"file://{tmp_path / 'store'}", rows, ends[stage][1]))
         for stage in range(2)
     ]
     for process in processes:
