@@ -148,6 +148,7 @@ class GiveBack(Record, frozen=True):
     request: U64
     attempt: U32
     refusal: Annotated[list[U64], msgspec.Meta(min_length=1, max_length=5)] | None
+    suspect: bool
 
 
 class Status(Record, frozen=True):
@@ -255,7 +256,7 @@ def submit(
 ) -> bytes:
     """A request to run. `sampling` comes from `sampling_fields`, `priority` is a key of `CLASSES`."""
     context = tuple(prompt)
-    body = (request, attempt, namespace, CLASSES[priority], context, len(context), sampling, remaining_us)
+    body = (request, attempt, namespace, CLASSES[priority], context, len(context), sampling, remaining_us, False)
     return _frame(1, body)
 
 

@@ -90,10 +90,13 @@ impl Front {
         member.load.unstarted_sequences += 1;
         member.load.unstarted_tokens += u64::from(context_tokens);
         member.load.output_tokens += u64::from(request.expected_tokens);
-        let predicted = Duration::from_nanos(member.backlog_ns(now).saturating_mul(PATIENCE));
+        let predicted_ns = member.backlog_ns(now);
+        member.health.sent(id);
         drop(member);
-        let patience = self.options.max_silence + predicted;
-        let sent = Sent { replica, context_tokens, started: false, recalled: false, heard: now, patience };
+        let patience = self.options.max_silence + Duration::from_nanos(predicted_ns.saturating_mul(PATIENCE));
+        let predicted = Duration::from_nanos(predicted_ns);
+        let (started, recalled) = (false, false);
+        let sent = Sent { replica, context_tokens, started, recalled, at: now, predicted, heard: now, patience };
         request.place = Place::Sent(sent);
         let submission = Box::new(request.submission(id));
         let new = self.sent.entry(replica).or_default().insert(id);
@@ -120,6 +123,8 @@ impl Front {
         if member.load.sequences == member.load.unstarted_sequences {
             member.pause();
         }
+        // A probe that has not been answered yet decides nothing.
+        member.health.let_go(sent.heard, id);
         drop(member);
         let known = self.sent.get_mut(&sent.replica).is_some_and(|there| there.remove(&id));
         assert!(known, "request {id} is not on replica {}", sent.replica);
@@ -234,9 +239,10 @@ impl Front {
 
     /// A replica that is not ready is silent for a reason; a ready one has lost the attempt.
     fn fell_silent(&mut self, now: Time, id: RequestId, sent: Sent, out: &mut Vec<FrontAction>) {
-        let ready = self.fleet.get(sent.replica).is_some_and(|member| member.takes_work(now));
+        let ready = self.fleet.get(sent.replica).is_some_and(|member| member.is_willing(now));
         if ready {
             self.counters.silences += 1;
+            self.blame(now, id);
             self.abort(id, sent.replica, None, out);
             self.lose(id, Loss::Fault, out);
         } else {

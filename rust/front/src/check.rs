@@ -24,6 +24,7 @@ impl Front {
         self.check_queues(&requests);
         self.check_loads(&requests);
         self.check_timers(&requests);
+        self.fleet.check_health();
     }
 
     fn check_request(&self, id: RequestId, request: &Request) {
@@ -103,6 +104,7 @@ impl Front {
             let wanted = match due {
                 Due::Request(id) => requests.get(&id).and_then(|request| request.timer),
                 Due::Replica(id) => self.fleet.get(id).and_then(|member| member.refused_until),
+                Due::Trial(pool) => self.queue(pool).trial_at,
                 Due::Pool(pool) => self.queue(pool).alone_since.map(|since| since + self.options.max_without_replica),
             };
             assert_eq!(wanted, Some(at), "{due:?} is due for nothing");

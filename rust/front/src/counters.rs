@@ -17,7 +17,7 @@ pub struct FrontCounters {
     pub given_back: u64,
     /// Attempts asked back.
     pub recalls: u64,
-    /// Attempts moved away from a draining replica in the middle of their stream.
+    /// Attempts moved away from a draining replica, or one without a worker, in the middle of their stream.
     pub moved: u64,
     /// Output tokens taken into records.
     pub tokens: u64,

@@ -106,6 +106,8 @@ pub enum ReplicaFrame {
         attempt: Attempt,
         /// Why it was not taken.
         refusal: Option<Refusal>,
+        /// A worker died or raised while computing it, and it has made no progress since.
+        suspect: bool,
     },
     /// How the node is doing.
     Status(Report),
@@ -168,7 +170,7 @@ pub enum ToReplica {
         /// Output tokens that count.
         at_token: Option<u32>,
     },
-    /// Give that back, if it was not admitted.
+    /// Give that back, if it has no place on the worker.
     Recall {
         /// The request.
         request: RequestId,

@@ -6,6 +6,7 @@ use crate::attempt::Loss;
 use crate::delivery::Deliveries;
 use crate::event::{EndReason, FrontAction, ReplicaFrame};
 use crate::front::Front;
+use crate::health::FirstToken;
 use crate::request::{Place, Reader};
 use crate::timers::Due;
 use llmscale_cost::StepShape;
@@ -24,6 +25,7 @@ const LEAST_REFUSED: Duration = Duration::from_millis(10);
 struct Findings {
     gaps: Vec<(RequestId, Attempt)>,
     overruns: Vec<RequestId>,
+    first_tokens: Vec<FirstToken>,
     shape: StepShape,
 }
 
@@ -46,8 +48,8 @@ impl Front {
         }
         match frame {
             ReplicaFrame::Outputs(outputs) => self.outputs(now, replica, outputs, out),
-            ReplicaFrame::GiveBack { request, attempt, refusal } => {
-                self.given_back(now, replica, request, attempt, refusal, out);
+            ReplicaFrame::GiveBack { request, attempt, refusal, suspect } => {
+                self.given_back(now, replica, (request, attempt), refusal, suspect, out);
             }
             ReplicaFrame::Status(report) => self.reported(now, replica, report, out),
             ReplicaFrame::Pong => {}
@@ -78,11 +80,12 @@ impl Front {
         if findings.shape != StepShape::default() {
             self.fleet.get_mut(replica).expect("the fence has passed").observe(step, now, findings.shape);
         }
+        self.credit(now, replica, &findings.first_tokens);
         for (id, attempt) in findings.gaps {
-            self.gap(id, attempt, out);
+            self.gap(now, id, attempt, out);
         }
         for end in finished {
-            self.finished(replica, end, out);
+            self.finished(now, replica, end, out);
         }
         for id in findings.overruns {
             self.overrun(id, out);
@@ -122,15 +125,21 @@ impl Front {
                 }
                 Ordering::Equal => {}
             }
-            let Place::Sent(sent) = &mut request.place else { unreachable!("it was just found here") };
-            sent.heard = now;
-            if sent.started {
             if row == 3 && Planted::LosesATokenOfALargeFrame.is_here() {
                 continue;
             }
+            let Place::Sent(sent) = &mut request.place else { unreachable!("it was just found here") };
+            sent.heard = now;
+            // It has a place on the worker again: what was asked back stays.
+            sent.recalled = false;
+            if sent.started {
                 findings.shape.decodes += 1;
             } else {
                 sent.started = true;
+                // Its whole context has gone through the model.
+                request.suspect = false;
+                let (predicted, taken) = (sent.predicted, now.since(sent.at));
+                findings.first_tokens.push(FirstToken { request: id, predicted, taken });
                 if request.numerics.as_ref().is_some_and(|last| *last != member.numerics) {
                     self.counters.numerics_changes += 1;
                 }
@@ -158,7 +167,7 @@ impl Front {
 
     /// A token is missing: the attempt cannot be trusted any more, the record can. A frame may show the same gap in
     /// several rows.
-    fn gap(&mut self, id: RequestId, attempt: Attempt, out: &mut Vec<FrontAction>) {
+    fn gap(&mut self, now: Time, id: RequestId, attempt: Attempt, out: &mut Vec<FrontAction>) {
         let Some(request) = self.requests.get(&id) else {
             return;
         };
@@ -166,13 +175,14 @@ impl Front {
             && request.attempt == attempt
         {
             self.counters.gaps += 1;
+            self.blame(now, id);
             self.abort(id, sent.replica, None, out);
             self.lose(id, Loss::Fault, out);
         }
     }
 
     /// An attempt came to its end.
-    fn finished(&mut self, replica: ReplicaId, end: Finished, out: &mut Vec<FrontAction>) {
+    fn finished(&mut self, now: Time, replica: ReplicaId, end: Finished, out: &mut Vec<FrontAction>) {
         let Some(request) = self.requests.get_mut(&end.request) else {
             self.counters.late += 1;
             return;
@@ -183,7 +193,7 @@ impl Front {
             return;
         }
         if request.output_tokens() != end.output_tokens {
-            self.gap(end.request, end.attempt, out);
+            self.gap(now, end.request, end.attempt, out);
             return;
         }
         request.cached_tokens = end.cached_tokens.min(request.usage(0).prompt_tokens);
@@ -205,9 +215,9 @@ impl Front {
         &mut self,
         now: Time,
         replica: ReplicaId,
-        id: RequestId,
-        attempt: Attempt,
+        (id, attempt): (RequestId, Attempt),
         refusal: Option<Refusal>,
+        suspect: bool,
         out: &mut Vec<FrontAction>,
     ) {
         let Some(request) = self.requests.get(&id) else {
@@ -219,9 +229,13 @@ impl Front {
             self.counters.stale_rows += 1;
             return;
         }
+        let started = matches!(request.place, Place::Sent(sent) if sent.started);
         let mut member = self.fleet.get_mut(replica).expect("the fence has passed");
         match refusal {
-            None => drop(member),
+            None => {
+                drop(member);
+                self.counters.moved += u64::from(started);
+            }
             Some(Refusal::Draining) => {
                 member.state = Some(ReplicaState::Draining);
                 drop(member);
@@ -237,6 +251,7 @@ impl Front {
             }
             Some(Refusal::Duplicate) => {
                 drop(member);
+                self.blame(now, id);
                 self.lose(id, Loss::Fault, out);
                 return;
             }
@@ -244,12 +259,15 @@ impl Front {
                 Refusal::TooLong { .. } | Refusal::EmptyPrompt | Refusal::UnknownToken { .. } | Refusal::BadSampling,
             ) => {
                 drop(member);
+                // This front has checked it against what the replica offered.
+                self.blame(now, id);
                 self.release(id);
                 self.conclude(id, EndReason::Refused(refusal.expect("it was just matched")), out);
                 return;
             }
         }
         self.counters.given_back += 1;
+        self.request_mut(id).suspect |= suspect;
         self.lose(id, Loss::NoFault, out);
     }
 }

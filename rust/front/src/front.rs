@@ -25,6 +25,8 @@ pub struct Front {
     pub(crate) queues: Vec<Queue>,
     /// Who is where.
     pub(crate) sent: BTreeMap<ReplicaId, BTreeSet<RequestId>>,
+    /// Replicas without a worker, and since when.
+    pub(crate) recovering: BTreeMap<ReplicaId, Time>,
     pub(crate) timers: Timers,
     pub(crate) last_request: RequestId,
     pub(crate) usual_output: UsualOutput,
@@ -47,11 +49,12 @@ impl Front {
             None => Fleet::new(options.max_replicas),
         };
         Ok(Self {
-            fleet,
+            fleet: fleet.with_health(options.health),
             policy,
             requests: FxHashMap::default(),
             queues: Vec::new(),
             sent: BTreeMap::new(),
+            recovering: BTreeMap::new(),
             timers: Timers::default(),
             last_request: RequestId(0),
             usual_output: UsualOutput::new(),
@@ -83,6 +86,8 @@ impl Front {
             match due {
                 Due::Request(id) => self.request_due(now, id, out),
                 Due::Replica(replica) => self.refusal_over(replica),
+                // Whoever waits is placed after every event.
+                Due::Trial(pool) => self.queue_mut(pool).trial_at = None,
                 Due::Pool(pool) => self.give_up_pool(pool, out),
             }
         }
@@ -92,8 +97,10 @@ impl Front {
     pub(crate) fn settle(&mut self, now: Time, out: &mut Vec<FrontAction>) {
         // An event may set a moment that has passed already, such as the deadline of a late submission.
         self.fall_due(now, out);
-        for pool in 0..self.queues.len() {
-            self.place_waiting(now, PoolId(pool as u32), out);
+        self.fleet.review(now);
+        for pool in (0..self.queues.len() as u32).map(PoolId) {
+            self.place_waiting(now, pool, out);
+            self.arm_trial(now, pool);
         }
         if let Some(at) = self.timers.announce() {
             out.push(FrontAction::WakeAt(at));

@@ -11,6 +11,7 @@ mod delivery;
 mod event;
 mod frame;
 mod front;
+mod health;
 mod membership;
 mod options;
 mod order;
@@ -26,6 +27,9 @@ pub use counters::FrontCounters;
 pub use delivery::{Deliveries, Delivery};
 pub use event::{EndReason, FrontAction, FrontEvent, NewRequest, ReplicaFrame, SubmitError, ToReplica, Usage};
 pub use front::Front;
-pub use llmscale_fleet::{IndexOptions, ModelKey, Offer, PoolId, ReplicaLimits, ReplicaState, Report};
+pub use llmscale_fleet::{
+    HealthCounters, HealthOptions, IndexOptions, ModelKey, Offer, PoolId, ReplicaLimits, ReplicaState, Report, Tally,
+    Trust,
+};
 pub use options::FrontOptions;
 pub use status::{FrontStatus, ReplicaStatus};

@@ -1,7 +1,7 @@
 //! What an operator may set about a front, checked once when it starts. The bounds that other crates share are in
 //! `FrontLimits`; here are the spans that only the front's own decisions use.
 
-use llmscale_fleet::IndexOptions;
+use llmscale_fleet::{HealthOptions, IndexOptions};
 use llmscale_types::{Duration, FrontLimits, LimitError};
 
 /// Settings of one front.
@@ -15,11 +15,16 @@ pub struct FrontOptions {
     pub promote_after: Duration,
     /// How long requests wait when no replica of their model is connected.
     pub max_without_replica: Duration,
+    /// How long the streams of a replica wait for its next worker before they go on elsewhere. A spare takes 150 ms; a
+    /// worker that has to import and load first takes seconds.
+    pub max_recovering: Duration,
     /// How long a ready replica may stay silent about an attempt, beyond eight times what was predicted, before the
     /// attempt is given up: the last resort against a frame that was lost without a trace.
     pub max_silence: Duration,
     /// What is remembered of the replicas' prefix caches; `None` places requests without looking at them.
     pub prefixes: Option<IndexOptions>,
+    /// When a replica that answers badly is left alone, and for how long.
+    pub health: HealthOptions,
 }
 
 impl Default for FrontOptions {
@@ -29,8 +34,10 @@ impl Default for FrontOptions {
             max_replicas: 256,
             promote_after: Duration::from_millis(5_000),
             max_without_replica: Duration::from_millis(60_000),
+            max_recovering: Duration::from_millis(500),
             max_silence: Duration::from_millis(120_000),
             prefixes: Some(IndexOptions::default()),
+            health: HealthOptions::default(),
         }
     }
 }
@@ -41,6 +48,7 @@ impl FrontOptions {
         self.limits.check()?;
         LimitError::at_least("max_replicas", u64::from(self.max_replicas), 1)?;
         LimitError::at_most("max_replicas", u64::from(self.max_replicas), 65_536)?;
+        self.health.check()?;
         self.prefixes.as_ref().map_or(Ok(()), IndexOptions::check)?;
         LimitError::at_least("promote_after", self.promote_after.0, 1)?;
         LimitError::at_least("max_silence", self.max_silence.0, 1)

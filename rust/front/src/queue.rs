@@ -14,6 +14,8 @@ pub(crate) struct Queue {
     pub(crate) output_tokens: u64,
     /// Since when no replica of the pool is connected.
     pub(crate) alone_since: Option<Time>,
+    /// When a replica that is left alone may be tried, while requests wait.
+    pub(crate) trial_at: Option<Time>,
 }
 
 impl Queue {

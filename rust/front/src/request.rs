@@ -37,6 +37,8 @@ pub(crate) struct Request {
     pub(crate) cached_tokens: u32,
     /// How its last token was computed; `None` before the first.
     pub(crate) numerics: Option<Arc<str>>,
+    /// A worker died or raised while computing it, and no token has come since.
+    pub(crate) suspect: bool,
     pub(crate) reader: Reader,
     /// Output tokens that the reader has for good.
     read_tokens: u32,
@@ -67,6 +69,9 @@ pub(crate) struct Sent {
     pub(crate) started: bool,
     /// It was asked back.
     pub(crate) recalled: bool,
+    /// When it was sent, and how long its first token was predicted to take from then.
+    pub(crate) at: Time,
+    pub(crate) predicted: Duration,
     /// When something was last heard of it.
     pub(crate) heard: Time,
     /// How long it may stay silent.
@@ -102,6 +107,7 @@ impl Request {
             expected_tokens,
             cached_tokens: 0,
             numerics: None,
+            suspect: false,
             reader,
             read_tokens: 0,
             unread_logprobs: VecDeque::new(),
@@ -161,15 +167,16 @@ impl Request {
 
     /// What the next attempt is sent.
     pub(crate) fn submission(&self, request: RequestId) -> Submission {
+        let cut = usize::from(Planted::GoesOnWithoutTheLastToken.is_here() && self.output_tokens() > 0);
         Submission {
             key: SequenceKey { front: FrontId(0), request, attempt: self.attempt },
             namespace: self.namespace,
-        let cut = usize::from(Planted::GoesOnWithoutTheLastToken.is_here() && self.output_tokens() > 0);
             class: self.class,
             context: self.context[..self.context.len() - cut].to_vec(),
             prompt_tokens: self.prompt_tokens,
             sampling: self.sampling.clone(),
             deadline: self.deadline,
+            suspect: self.suspect,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use crate::counters::FrontCounters;
 use crate::front::Front;
-use llmscale_fleet::{Load, ModelKey, ReplicaLimits, ReplicaState, Report};
+use llmscale_fleet::{HealthCounters, Load, ModelKey, ReplicaLimits, ReplicaState, Report, Tally, Trust};
 use llmscale_types::{Epoch, NodeId, ReplicaId, Time};
 
 /// A front at one moment.
@@ -18,6 +18,8 @@ pub struct FrontStatus {
     pub replicas: Vec<ReplicaStatus>,
     /// Counts since the start.
     pub counters: FrontCounters,
+    /// Counts of replicas that were left alone, since the start.
+    pub health: HealthCounters,
 }
 
 /// One replica at one moment.
@@ -43,6 +45,12 @@ pub struct ReplicaStatus {
     pub load: Load,
     /// Predicted time until that is done.
     pub remaining_ns: u64,
+    /// Whether it gets work.
+    pub trust: Trust,
+    /// How it answered lately.
+    pub tally: Tally,
+    /// How often it was left alone.
+    pub ejections: u64,
 }
 
 impl Front {
@@ -59,6 +67,9 @@ impl Front {
             report: member.report.map(|(_, report)| report),
             load: member.load,
             remaining_ns: member.remaining_ns(now),
+            trust: member.health.trust(),
+            tally: member.health.tally(now, self.fleet.health_options()),
+            ejections: member.health.ejections(),
         });
         FrontStatus {
             queued_requests: self.queued_requests(),
@@ -66,6 +77,7 @@ impl Front {
             live_requests: self.requests.len() as u64,
             replicas: replicas.collect(),
             counters: self.counters,
+            health: self.fleet.health_counters(),
         }
     }
 }

@@ -12,6 +12,8 @@ pub(crate) enum Due {
     Request(RequestId),
     /// A replica that was full may be tried again.
     Replica(ReplicaId),
+    /// A replica of a pool that is left alone may be tried.
+    Trial(PoolId),
     /// A pool has been without replicas for too long.
     Pool(PoolId),
 }

@@ -93,6 +93,7 @@ impl LocalReplica {
             context: prompt,
             sampling: sampling.0.clone(),
             deadline: timeout_us.map(|span| Time(now.0.saturating_add(span))),
+            suspect: false,
         };
         let _ = local.event(now, Event::Submit(Box::new(submission)));
         if let Some((_, GiveBack::Refused(refusal))) = local.out.give_back.pop() {

@@ -64,6 +64,7 @@ pub fn steady_decode(running: u32, steps: u32) -> Vec<SteadyStep> {
             context,
             sampling: Sampling { max_tokens: output, ..Sampling::default() },
             deadline: None,
+            suspect: false,
         };
         let _ = replica.on_event(Time(0), Event::Submit(Box::new(submission)), &mut out);
     }

@@ -46,7 +46,10 @@ pub enum Event {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum GiveBack {
     /// The front asked for it.
-    Recalled,
+    Recalled {
+        /// A worker died or raised while computing it.
+        suspect: bool,
+    },
     /// It cannot run here, or not now.
     Refused(Refusal),
 }

@@ -3,8 +3,9 @@
 //! listen), nothing while nobody does. Memory is bounded by what is kept. Knows nothing of what fronts make of it.
 
 use crate::event::{Actions, KvWord};
+use crate::replica::Replica;
 use llmscale_blocks::BlockStore;
-use llmscale_types::{FrontId, KvEvent, Planted};
+use llmscale_types::{FrontId, KvEvent, Planted, PrefixKey};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -53,11 +54,6 @@ impl KvFeed {
         }
     }
 
-    /// Number of the last change.
-    pub(crate) fn last(&self) -> u64 {
-        self.last
-    }
-
     /// Tells everybody what is new.
     pub(crate) fn tell(&mut self, blocks: &mut BlockStore, out: &mut Actions) {
         if self.listeners.is_empty() {
@@ -104,6 +100,29 @@ impl KvFeed {
     }
 }
 
+impl Replica {
+    /// Names a prefix every so many tokens instead of the usual number, before the first request.
+    pub fn name_prefixes_every(&mut self, tokens: u32) {
+        self.blocks.name_prefixes_every(tokens);
+    }
+
+    /// Number of the last change of the cache that fronts were told.
+    pub fn kv_changes(&self) -> u64 {
+        self.kv_feed.last
+    }
+
+    /// Names of all prefixes in the cache that have one. O(blocks).
+    pub fn named_prefixes(&self) -> impl Iterator<Item = PrefixKey> {
+        self.blocks.named()
+    }
+
+    /// Tells fronts what has changed in the prefix cache. Drivers call it as often as they want to send; a change takes
+    /// a frame per front that listens.
+    pub fn tell_caches(&mut self, out: &mut Actions) {
+        self.kv_feed.tell(&mut self.blocks, out);
+    }
+}
+
 fn keys_of(events: &[KvEvent]) -> usize {
     events
         .iter()
@@ -118,7 +137,7 @@ fn keys_of(events: &[KvEvent]) -> usize {
 mod tests {
     use super::*;
     use llmscale_blocks::ChainHasher;
-    use llmscale_types::{PrefixKey, Token};
+    use llmscale_types::Token;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 

@@ -57,16 +57,7 @@ impl WaitingQueue {
     }
 
     pub(crate) fn remove(&mut self, place: Place) -> Option<Box<Record>> {
-        self.remove_ordinary(place).or_else(|| {
-            let record = self.suspects.remove(&place)?;
-            self.tokens -= record.submission.context.len() as u64;
-            Some(record)
-        })
-    }
-
-    /// Like `remove`, but a suspect stays.
-    pub(crate) fn remove_ordinary(&mut self, place: Place) -> Option<Box<Record>> {
-        let record = self.ordinary.remove(&place)?;
+        let record = self.ordinary.remove(&place).or_else(|| self.suspects.remove(&place))?;
         self.tokens -= record.submission.context.len() as u64;
         Some(record)
     }

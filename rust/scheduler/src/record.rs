@@ -31,7 +31,8 @@ impl Record {
             deadline: submission.deadline,
         };
         let order = policy.key(&facts);
-        Self { submission, arrival, order, hashes, cached_tokens: None, suspect: false }
+        let suspect = submission.suspect;
+        Self { submission, arrival, order, hashes, cached_tokens: None, suspect }
     }
 
     pub(crate) fn key(&self) -> SequenceKey {

@@ -13,8 +13,8 @@ use llmscale_blocks::{BlockStore, CacheCounters, ChainHasher};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, LimitError, Planted,
-    PrefixKey, Refusal, RequestId, SequenceKey, Slot, StepId, Submission, Time, Token,
+    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, LimitError, Planted, Refusal,
+    RequestId, SequenceKey, Slot, StepId, Submission, Time, Token,
 };
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeSet, VecDeque};
@@ -207,13 +207,12 @@ impl Replica {
     fn recall(&mut self, key: SequenceKey, out: &mut Actions) {
         match self.places.get(&request_key(key)).copied() {
             Some(location) if same_attempt(location.attempt, key.attempt) => {
-                // A suspect stays until it is cleared or found guilty. Elsewhere nothing would be known against it, and a
-                // request that kills workers would go from node to node for ever.
-                if let At::Queue(place) = location.at
-                    && let Some(record) = self.queue.remove_ordinary(place)
-                {
+                if let At::Queue(place) = location.at {
+                    let record = self.queue.remove(place).expect("its place was looked up");
                     self.forget(&record);
-                    out.give_back.push((key, GiveBack::Recalled));
+                    // A suspect stays one wherever it goes, or a request that kills workers would go from node to node
+                    // for ever.
+                    out.give_back.push((key, GiveBack::Recalled { suspect: record.suspect }));
                 }
             }
             _ => self.counters.unknown_orders += 1,
@@ -380,27 +379,6 @@ impl Replica {
             cold.content = Some(self.blocks.register(index, id, namespace, cold.content, &hash, ids));
             cold.registered_blocks = block as u32 + 1;
         }
-    }
-
-    /// Names a prefix every so many tokens instead of the usual number, before the first request.
-    pub fn name_prefixes_every(&mut self, tokens: u32) {
-        self.blocks.name_prefixes_every(tokens);
-    }
-
-    /// Number of the last change of the cache that fronts were told.
-    pub fn kv_changes(&self) -> u64 {
-        self.kv_feed.last()
-    }
-
-    /// Names of all prefixes in the cache that have one. O(blocks).
-    pub fn named_prefixes(&self) -> impl Iterator<Item = PrefixKey> {
-        self.blocks.named()
-    }
-
-    /// Tells fronts what has changed in the prefix cache. Drivers call it as often as they want to send; a change takes
-    /// a frame per front that listens.
-    pub fn tell_caches(&mut self, out: &mut Actions) {
-        self.kv_feed.tell(&mut self.blocks, out);
     }
 
     /// How full the replica is.

@@ -63,6 +63,7 @@ pub const EXPECTED: &[&str] = &[
     "stream_kept_numerics",
     "stream_survived_restart",
     "stream_survived_two_restarts",
+    "suspect_given_back",
     "worker_condemned",
     "worker_crashed",
     "worker_deadly_token",

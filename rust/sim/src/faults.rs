@@ -3,6 +3,7 @@
 //! drawn once.
 
 use crate::random::Random;
+use llmscale_front::HealthOptions;
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{Duration, EngineLimits, FrontLimits, Token};
 
@@ -77,6 +78,8 @@ pub struct Mix {
     pub two_numerics: bool,
     /// Fronts ask nodes what their prefix caches hold, and look at that when they place requests.
     pub caches: bool,
+    /// When fronts leave nodes alone that answer badly, and for how long.
+    pub health: HealthOptions,
     /// Bounds of every front.
     pub front: FrontLimits,
     /// How long a ready replica may be silent about an attempt.
@@ -121,6 +124,7 @@ impl Mix {
         let (deadly_raises, two_numerics) = (added.chance(500), added.chance(500));
         let pipelines = added.chance(300);
         let caches = added.chance(400);
+        let health = draw_health(&mut added);
         Self {
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
@@ -128,6 +132,7 @@ impl Mix {
             engine: draw_engine(random, pipelines),
             max_admission_bytes,
             caches,
+            health,
             front: FrontLimits {
                 max_queued_requests: if tiny_queues { random.count(1, 4) } else { 64 },
                 max_queued_tokens: if random.chance(200) { random.between(20, 120) } else { 10_000 },
@@ -177,6 +182,20 @@ fn draw_faults(kinds: &[Fault], random: &mut Random) -> Vec<(Fault, Duration)> {
         on.then(|| (fault, random.span(200_000, 2_000_000)))
     });
     drawn.collect()
+}
+
+/// Spans that fit a world of seconds.
+fn draw_health(random: &mut Random) -> HealthOptions {
+    HealthOptions {
+        window: random.span(200_000, 2_000_000),
+        least_failures: random.count(1, 5),
+        ejection: random.span(20_000, 400_000),
+        max_ejection: Duration::from_millis(800),
+        forgive_after: random.span(100_000, 2_000_000),
+        late_factor: random.count(2, 4),
+        late_grace: random.span(1_000, 50_000),
+        slow_factor: random.count(2, 8),
+    }
 }
 
 /// With `pipelines`, every step in flight is of another group.

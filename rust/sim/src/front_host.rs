@@ -13,7 +13,7 @@ use conversation::Conversation;
 use llmscale_blocks::ChainHasher;
 use llmscale_front::{
     EndReason, Front, FrontAction, FrontEvent, FrontOptions, IndexOptions, ReplicaState, ReplicaStatus, SubmitError,
-    ToReplica,
+    ToReplica, Trust,
 };
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{Duration, FinishReason, PrefixKey, Refusal, ReplicaId, RequestId, Time};
@@ -62,8 +62,11 @@ impl FrontHost {
             max_replicas: 8,
             promote_after: Duration::from_millis(300),
             max_without_replica: around.mix.max_without_replica,
+            // Less than a new worker takes, so that streams move.
+            max_recovering: Duration::from_millis(30),
             max_silence: around.mix.max_silence,
             prefixes: around.mix.caches.then(|| index_options(around.mix.engine.block_tokens)),
+            health: around.mix.health,
         };
         Self {
             number,
@@ -226,7 +229,8 @@ impl FrontHost {
         let alike_and_idle = |other: &ReplicaStatus| {
             let idle = other.report.is_some_and(|report| report.predicted_backlog_ns == 0 && report.waiting == 0);
             let ready = other.state == Some(ReplicaState::Ready) && other.load.sequences == 0;
-            around.mix.numerics(other.replica.index()) == wanted && ready && idle
+            let trusted = other.trust == Trust::Trusted;
+            around.mix.numerics(other.replica.index()) == wanted && ready && idle && trusted
         };
         let passed_over = self.front.status(around.now()).replicas.iter().any(alike_and_idle);
         let was_full = around.coverage.count("replica_queue_full") > 0;

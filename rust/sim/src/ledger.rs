@@ -134,7 +134,10 @@ impl Ledger {
         assert_eq!(submission.key.attempt.0, account.attempts, "attempts of request {request} are counted one by one");
         account.check_context(request, submission);
         account.place = Some(place);
-        (account.crashes, account.ordinary_crashes) = (0, 0);
+        // What a replica has told against it goes along; what it has not is forgotten with the replica.
+        if !submission.suspect {
+            (account.crashes, account.ordinary_crashes) = (0, 0);
+        }
     }
 
     /// An attempt was given up by the front while the request goes on.

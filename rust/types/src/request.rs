@@ -142,6 +142,8 @@ pub struct Submission {
     pub sampling: Sampling,
     /// When the request expires, on the receiver's clock.
     pub deadline: Option<Time>,
+    /// A worker died or raised while computing it, and it has made no progress since: it runs alone until it does.
+    pub suspect: bool,
 }
 
 impl Submission {

@@ -106,6 +106,8 @@ pub struct Submit {
     pub sampling: Sampling,
     /// Time until the request expires.
     pub remaining: Option<Duration>,
+    /// A worker died or raised while computing it, and it has made no progress since.
+    pub suspect: bool,
 }
 
 impl Submit {
@@ -120,6 +122,7 @@ impl Submit {
             prompt_tokens: submission.prompt_tokens,
             sampling: submission.sampling,
             remaining: submission.deadline.map(|deadline| deadline.since(now)),
+            suspect: submission.suspect,
         }
     }
 
@@ -133,6 +136,7 @@ impl Submit {
             prompt_tokens: self.prompt_tokens,
             sampling: self.sampling,
             deadline: self.remaining.map(|remaining| now + remaining),
+            suspect: self.suspect,
         }
     }
 }
@@ -148,7 +152,7 @@ pub struct Abort {
     pub at_token: Option<u32>,
 }
 
-/// A try that the front would rather place elsewhere. An admitted one stays, and nothing is answered.
+/// A try that the front would rather place elsewhere. One that has a place on the worker stays, and nothing is answered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Recall {
     /// The request.
@@ -239,6 +243,8 @@ pub struct GiveBack {
     pub attempt: Attempt,
     /// Why it was not taken; `None` when the front recalled it.
     pub refusal: Option<Refusal>,
+    /// A worker died or raised while computing it, and it has made no progress since.
+    pub suspect: bool,
 }
 
 /// What a node can do right now.
@@ -344,6 +350,7 @@ record!(Submit {
     prompt_tokens: u32,
     sampling: Sampling,
     remaining: Option<Duration>,
+    suspect: bool,
 });
 record!(Abort { request: RequestId, attempt: Attempt, at_token: Option<u32> });
 record!(Recall { request: RequestId, attempt: Attempt });
@@ -373,6 +380,7 @@ record!(GiveBack {
     request: RequestId,
     attempt: Attempt,
     refusal: Option<Refusal>,
+    suspect: bool,
 });
 codes!(NodeState { Starting = 0, Ready = 1, Recovering = 2, Draining = 3 });
 record!(Status {

@@ -61,6 +61,7 @@ fn to_node() -> Vec<(&'static str, ToNode)> {
         prompt_tokens: 7,
         sampling: full_sampling(),
         remaining: Some(Duration(30_000_000)),
+        suspect: true,
     };
     let minimal = Submit {
         request: RequestId(1),
@@ -71,6 +72,7 @@ fn to_node() -> Vec<(&'static str, ToNode)> {
         prompt_tokens: 1,
         sampling: Sampling::default(),
         remaining: None,
+        suspect: false,
     };
     let (request, attempt) = (RequestId(1_000_000), Attempt(2));
     vec![
@@ -162,7 +164,8 @@ fn from_node() -> Vec<(&'static str, FromNode)> {
     };
     let give_back = |refusal| {
         let (request, attempt) = (RequestId(1_000_000), Attempt(2));
-        FromNode::GiveBack(GiveBack { node: NODE, epoch: EPOCH, request, attempt, refusal })
+        let suspect = Option::is_none(&refusal);
+        FromNode::GiveBack(GiveBack { node: NODE, epoch: EPOCH, request, attempt, refusal, suspect })
     };
     let retry_after = Duration(1_500_000);
     let full = Refusal::QueueFull { queued: 256, limit: 256, unit: QueueUnit::Requests, retry_after };

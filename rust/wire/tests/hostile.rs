@@ -166,11 +166,11 @@ fn a_name_one_byte_over_its_limit_is_refused_in_both_directions() {
 #[test]
 fn a_prompt_longer_than_its_context_is_refused() {
     // Submit with an empty context and one prompt token; would make the count of emitted tokens negative.
-    let mut frame = vec![0x93, 1, 1, 0x98, 1, 1, 0xc4, 32];
+    let mut frame = vec![0x93, 1, 1, 0x99, 1, 1, 0xc4, 32];
     frame.extend([0; 32]);
     frame.extend([1, 0x90, 1]);
     frame.extend([0x9f, 0xca, 0, 0, 0, 0, 0, 0xca, 0, 0, 0, 0, 0xca, 0, 0, 0, 0, 0xca, 0, 0, 0, 0]);
-    frame.extend([0xca, 0, 0, 0, 0, 0xca, 0, 0, 0, 0, 0, 0, 0xc0, 0x90, 1, 0, 0x90, 0xc2, 0xc0]);
+    frame.extend([0xca, 0, 0, 0, 0, 0xca, 0, 0, 0, 0, 0, 0, 0xc0, 0x90, 1, 0, 0x90, 0xc2, 0xc0, 0xc2]);
     let refusal = WireError::Limit(LimitError::TooLarge { field: "prompt_tokens", given: 1, limit: 0 });
     assert_eq!(decode::<ToNode>(&frame, &limits()), Err(refusal));
 }

@@ -112,6 +112,7 @@ fn the_longest_submission_that_the_limits_allow_fits_a_frame() {
         context,
         sampling: chatty(),
         remaining: Some(llmscale_types::Duration(u64::MAX)),
+        suspect: false,
     };
     assert!(encode(&ToNode::Submit(submit), &CodecLimits::default()).is_ok());
 }

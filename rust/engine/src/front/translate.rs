@@ -57,8 +57,8 @@ pub(super) fn report(status: &Status) -> Report {
 }
 
 pub(super) fn give_back(give_back: &GiveBack) -> ReplicaFrame {
-    let GiveBack { request, attempt, refusal, .. } = *give_back;
-    ReplicaFrame::GiveBack { request, attempt, refusal }
+    let GiveBack { request, attempt, refusal, suspect, .. } = *give_back;
+    ReplicaFrame::GiveBack { request, attempt, refusal, suspect }
 }
 
 pub(super) fn to_node(message: ToReplica, now: Time) -> ToNode {

@@ -57,9 +57,9 @@ impl Node {
 
     fn deliver_returns(&mut self) {
         for (key, reason) in std::mem::take(&mut self.out.give_back) {
-            let refusal = match reason {
-                GiveBack::Recalled => None,
-                GiveBack::Refused(refusal) => Some(refusal),
+            let (refusal, suspect) = match reason {
+                GiveBack::Recalled { suspect } => (None, suspect),
+                GiveBack::Refused(refusal) => (Some(refusal), false),
             };
             let give_back = wire::GiveBack {
                 node: self.config.node,
@@ -67,6 +67,7 @@ impl Node {
                 request: key.request,
                 attempt: key.attempt,
                 refusal,
+                suspect,
             };
             // A probe that finds a full queue comes back: an earlier one waits there and does as well.
             if key.front != PROBE {

@@ -348,5 +348,6 @@ fn probe(epoch: Epoch) -> Submission {
         prompt_tokens: 1,
         sampling: Sampling { temperature: 0.0, max_tokens: 1, ignore_eos: true, ..Sampling::default() },
         deadline: None,
+        suspect: false,
     }
 }

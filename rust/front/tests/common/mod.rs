@@ -192,7 +192,7 @@ impl Bench {
     }
 
     pub(crate) fn give_back(&mut self, replica: u32, request: RequestId, attempt: u32, refusal: Option<Refusal>) {
-        self.frame(replica, ReplicaFrame::GiveBack { request, attempt: Attempt(attempt), refusal });
+        self.frame(replica, ReplicaFrame::GiveBack { request, attempt: Attempt(attempt), refusal, suspect: false });
     }
 
     /// One token of one request.

@@ -79,6 +79,8 @@ pub(crate) struct Book {
     pub(crate) expected: Expected,
     pub(crate) max_sequence_tokens: u64,
     pub(crate) max_on_replica: usize,
+    /// Replicas that the front leaves alone because they answered badly; whom that may be is tested elsewhere.
+    pub(crate) left_alone: BTreeSet<u32>,
 }
 
 impl Book {
@@ -93,6 +95,7 @@ impl Book {
             expected: Expected::default(),
             max_sequence_tokens: 40,
             max_on_replica: 8,
+            left_alone: BTreeSet::new(),
         }
     }
 
@@ -296,7 +299,7 @@ impl Book {
         }
         match frame {
             ReplicaFrame::Outputs(outputs) => self.outputs(replica, outputs),
-            ReplicaFrame::GiveBack { request, attempt, refusal } => {
+            ReplicaFrame::GiveBack { request, attempt, refusal, .. } => {
                 self.given_back(now, replica, *request, *attempt, *refusal);
             }
             ReplicaFrame::Status(report) => {

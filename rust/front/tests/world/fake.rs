@@ -84,7 +84,7 @@ impl FakeReplica {
             Some(ToReplica::Submit(submission)) => {
                 let (request, attempt) = (submission.key.request, submission.key.attempt);
                 if let Some(refusal) = self.refuse_next.take() {
-                    self.send(ReplicaFrame::GiveBack { request, attempt, refusal: Some(refusal) });
+                    self.send(ReplicaFrame::GiveBack { request, attempt, refusal: Some(refusal), suspect: false });
                 } else {
                     self.sequences.insert(request, Sequence { submission: *submission, stepped: false });
                 }
@@ -99,7 +99,7 @@ impl FakeReplica {
             Some(ToReplica::Recall { request, attempt }) if self.runs(request, attempt) => {
                 if !self.sequences[&request].stepped {
                     self.sequences.remove(&request);
-                    self.send(ReplicaFrame::GiveBack { request, attempt, refusal: None });
+                    self.send(ReplicaFrame::GiveBack { request, attempt, refusal: None, suspect: false });
                 }
             }
             Some(ToReplica::Abort { .. } | ToReplica::Recall { .. } | ToReplica::KvAsk { .. }) | None => {}
@@ -120,7 +120,7 @@ impl FakeReplica {
             .collect();
         for (request, attempt) in waiting {
             self.sequences.remove(&request);
-            self.send(ReplicaFrame::GiveBack { request, attempt, refusal: Some(Refusal::Draining) });
+            self.send(ReplicaFrame::GiveBack { request, attempt, refusal: Some(Refusal::Draining), suspect: false });
         }
     }
 

@@ -87,7 +87,8 @@ impl Book {
         for (replica, link) in self.links.iter().enumerate() {
             let Some(link) = link else { continue };
             let free = link.state == ReplicaState::Ready && link.refused_until.is_none_or(|until| until <= now);
-            if free && self.on(replica as u32).is_empty() {
+            let left_alone = self.left_alone.contains(&(replica as u32));
+            if free && !left_alone && self.on(replica as u32).is_empty() {
                 let model = self.models[replica];
                 let waits = |entry: &&Entry| entry.place == Place::Waiting && entry.model == model;
                 assert_eq!(self.entries.iter().find(waits).map(|entry| entry.id), None, "replica {replica} is idle");

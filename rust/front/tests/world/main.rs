@@ -12,8 +12,8 @@ use book::Book;
 use fake::{EOS, FakeReplica, Mail, VOCABULARY};
 use happening::{Happening, happening};
 use llmscale_front::{
-    Front, FrontAction, FrontCounters, FrontEvent, FrontOptions, ModelKey, NewRequest, Offer, ReplicaFrame,
-    ReplicaLimits, ReplicaState, Report, SubmitError,
+    Front, FrontAction, FrontCounters, FrontEvent, FrontOptions, HealthOptions, ModelKey, NewRequest, Offer,
+    ReplicaFrame, ReplicaLimits, ReplicaState, Report, SubmitError, Trust,
 };
 use llmscale_types::{Duration, Epoch, FrontLimits, Refusal, ReplicaId, RequestId, Time};
 use proptest::prelude::*;
@@ -40,6 +40,8 @@ fn options() -> FrontOptions {
         // Silence has tests of its own; here it would need the book to predict times.
         max_silence: Duration(u64::MAX / 4),
         prefixes: None,
+        max_recovering: Duration(u64::MAX / 4),
+        health: HealthOptions::default(),
     }
 }
 
@@ -102,6 +104,8 @@ impl World {
 
     fn take(&mut self, out: &[FrontAction]) {
         self.book.expire(self.now);
+        let untrusted = self.front.status(self.now).replicas.into_iter().filter(|one| one.trust != Trust::Trusted);
+        self.book.left_alone = untrusted.map(|one| one.replica.0).collect();
         self.book.hold_against(self.now, out);
         self.front.check();
         for action in out {

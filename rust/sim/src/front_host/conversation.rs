@@ -64,8 +64,8 @@ impl Conversation {
         let (node, epoch, frame) = match frame {
             FromNode::Outputs(outputs) => (outputs.node, outputs.epoch, ReplicaFrame::Outputs(outputs.outputs)),
             FromNode::GiveBack(back) => {
-                let (request, attempt, refusal) = (back.request, back.attempt, back.refusal);
-                (back.node, back.epoch, ReplicaFrame::GiveBack { request, attempt, refusal })
+                let (request, attempt, refusal, suspect) = (back.request, back.attempt, back.refusal, back.suspect);
+                (back.node, back.epoch, ReplicaFrame::GiveBack { request, attempt, refusal, suspect })
             }
             FromNode::Status(status) => (status.node, status.epoch, ReplicaFrame::Status(report(&status))),
             FromNode::Pong(pong) => (pong.node, pong.epoch, ReplicaFrame::Pong),

@@ -58,10 +58,13 @@ impl NodeProcess {
 
     fn deliver_returns(&mut self, around: &mut Around) {
         for (key, reason) in std::mem::take(&mut self.out.give_back) {
-            let refusal = match reason {
-                GiveBack::Recalled => None,
-                GiveBack::Refused(refusal) => Some(refusal),
+            let (refusal, suspect) = match reason {
+                GiveBack::Recalled { suspect } => (None, suspect),
+                GiveBack::Refused(refusal) => (Some(refusal), false),
             };
+            if suspect {
+                around.coverage.reach("suspect_given_back");
+            }
             if matches!(refusal, Some(Refusal::QueueFull { .. })) {
                 around.coverage.reach("replica_queue_full");
             }
@@ -71,6 +74,7 @@ impl NodeProcess {
                 request: key.request,
                 attempt: key.attempt,
                 refusal,
+                suspect,
             };
             around.note("node gives back", [self.place as u64, u64::from(key.front.0), key.request.0, 0]);
             if key.front != PROBE {

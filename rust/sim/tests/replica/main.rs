@@ -246,7 +246,7 @@ fn a_worker_that_names_a_step_which_cannot_have_raised_is_not_believed() {
 }
 
 #[test]
-fn a_suspect_of_a_crash_is_not_given_back_to_kill_elsewhere() {
+fn a_suspect_of_a_crash_stays_one_where_it_goes_on() {
     let mut world = World::new(limits(64, 4, 16, 2));
     for _ in 0..5 {
         world.submit(0, vec![7, 8, 9], 8, Class::Standard);
@@ -257,8 +257,18 @@ fn a_suspect_of_a_crash_is_not_given_back_to_kill_elsewhere() {
     for key in keys {
         world.event(Event::Recall(key));
     }
-    let stayed: Vec<u64> = world.wanted.keys().map(|key| key.request.0).collect();
-    assert_eq!(stayed, [1, 2, 3, 4], "the four that were computed stay, the one that waited comes back");
+    let told: Vec<bool> =
+        world.given_back.iter().map(|(_, reason)| *reason == GiveBack::Recalled { suspect: true }).collect();
+    assert_eq!(told, [true, true, true, true, false], "four were computed, the last one waited");
+    let mut elsewhere = World::new(limits(64, 4, 16, 2));
+    elsewhere.submit(1, vec![5, 6], 8, Class::Standard);
+    let (submission, _) = world.given_back.remove(0);
+    elsewhere.take_over(Submission { suspect: true, ..submission });
+    elsewhere.plan();
+    elsewhere.crash();
+    let ended: Vec<Option<FinishReason>> = elsewhere.wanted.values().map(|wanted| wanted.ended).collect();
+    assert_eq!(ended, [Some(FinishReason::Poisoned), None], "it was alone in a second crash");
+    elsewhere.finish_all();
     world.finish_all();
 }
 
@@ -319,6 +329,7 @@ fn a_full_queue_refuses_with_its_limit() {
         prompt_tokens: 1,
         sampling: Sampling::default(),
         deadline: None,
+        suspect: false,
     };
     assert!(world.replica.on_event(Time(0), Event::Submit(Box::new(submission)), &mut world.out));
     let [(refused, GiveBack::Refused(refusal))] = world.out.give_back[..] else { panic!("{:?}", world.out.give_back) };

@@ -1,7 +1,7 @@
 //! One replica with its worker, the steps between them and what the fronts have seen; every token and every end is held
 //! against the model as it comes.
 
-use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Mirror, Replica};
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
 use llmscale_sim::{HashWorker, StepFailure, hash_token};
 use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
 use llmscale_types::{
@@ -77,6 +77,7 @@ pub(crate) struct World {
     epoch: Epoch,
     pub(crate) sent: VecDeque<Delta>,
     pub(crate) wanted: BTreeMap<SequenceKey, Wanted>,
+    pub(crate) given_back: Vec<(Submission, GiveBack)>,
     requests: u64,
     pub(crate) out: Actions,
 }
@@ -99,6 +100,7 @@ impl World {
             epoch: Epoch(0),
             sent: VecDeque::new(),
             wanted: BTreeMap::new(),
+            given_back: Vec::new(),
             requests: 0,
             out: Actions::default(),
         };
@@ -210,11 +212,19 @@ impl World {
                 }
             }
         }
-        for (key, _) in &self.out.give_back {
-            self.wanted.remove(key).expect("given back once");
+        for &(key, reason) in &self.out.give_back {
+            let wanted = self.wanted.remove(&key).expect("given back once");
+            self.given_back.push((wanted.submission, reason));
         }
         self.out.clear();
         self.replica.check();
+    }
+
+    /// Takes an attempt that was given back elsewhere.
+    pub(crate) fn take_over(&mut self, submission: Submission) {
+        let wanted = Wanted { submission: submission.clone(), emitted: Vec::new(), ended: None };
+        self.wanted.insert(submission.key, wanted);
+        self.event(Event::Submit(Box::new(submission)));
     }
 
     pub(crate) fn submit(&mut self, front: u32, prompt: Vec<Token>, max_tokens: u32, class: Class) {
@@ -222,10 +232,17 @@ impl World {
         let key = SequenceKey { front: FrontId(front), request: RequestId(self.requests), attempt: Attempt(1) };
         let sampling = Sampling { seed: u64::from(front), max_tokens, ..Sampling::default() };
         let prompt_tokens = prompt.len() as u32;
-        let submission =
-            Submission { key, namespace: [1; 32], class, context: prompt, prompt_tokens, sampling, deadline: None };
-        self.wanted.insert(key, Wanted { submission: submission.clone(), emitted: Vec::new(), ended: None });
-        self.event(Event::Submit(Box::new(submission)));
+        let submission = Submission {
+            key,
+            namespace: [1; 32],
+            class,
+            context: prompt,
+            prompt_tokens,
+            sampling,
+            deadline: None,
+            suspect: false,
+        };
+        self.take_over(submission);
     }
 
     pub(crate) fn plan(&mut self) -> bool {

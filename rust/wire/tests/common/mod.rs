@@ -145,6 +145,7 @@ fn submit() -> impl Strategy<Value = Submit> {
         option::of(long_number()),
     )
         .prop_map(|((request, attempt, namespace, class), context, split, sampling, remaining)| Submit {
+            suspect: request % 2 == 1,
             request: RequestId(request),
             attempt: Attempt(attempt),
             namespace,
@@ -264,7 +265,8 @@ pub(crate) fn from_node() -> impl Strategy<Value = FromNode> {
         (incarnation(), long_number(), number(), option::of(refusal())).prop_map(
             |((node, epoch), request, attempt, refusal)| {
                 let (request, attempt) = (RequestId(request), Attempt(attempt));
-                FromNode::GiveBack(GiveBack { node, epoch, request, attempt, refusal })
+                let suspect = request.0 % 2 == 1;
+                FromNode::GiveBack(GiveBack { node, epoch, request, attempt, refusal, suspect })
             }
         ),
         status().prop_map(FromNode::Status),

@@ -1,0 +1,52 @@
+//! Streams whose replica lives but has no worker for long go on elsewhere.
+
+mod common;
+
+use common::{Bench, new_request};
+use llmscale_front::{ReplicaFrame, ReplicaState, ToReplica};
+use llmscale_types::{Attempt, Duration};
+
+#[test]
+fn streams_leave_a_replica_that_is_without_a_worker_for_longer_than_a_spare_takes() {
+    let mut bench = Bench::with_replicas(2);
+    let stream = bench.take(new_request(8));
+    let (first, _) = bench.submissions().remove(0);
+    let other = 1 - first;
+    bench.token(first, stream, 1, 0, 50);
+    bench.status(first, ReplicaState::Recovering);
+    bench.pass(Duration::from_millis(400));
+    bench.status(first, ReplicaState::Recovering);
+    assert!(bench.sent().is_empty(), "a spare may be on its way");
+    bench.pass(Duration::from_millis(100));
+    bench.status(first, ReplicaState::Recovering);
+    bench.status(first, ReplicaState::Recovering);
+    assert_eq!(bench.sent(), [(first, ToReplica::Recall { request: stream, attempt: Attempt(1) })], "asked once");
+    let back = ReplicaFrame::GiveBack { request: stream, attempt: Attempt(1), refusal: None, suspect: true };
+    bench.frame(first, back);
+    let (replica, submission) = bench.submissions().remove(0);
+    assert_eq!((replica, submission.suspect, submission.context.last()), (other, true, Some(&50)));
+    assert_eq!(bench.front.counters().moved, 1);
+    bench.token(other, stream, 2, 1, 51);
+    bench.status(first, ReplicaState::Ready);
+    bench.down(other);
+    assert!(!bench.submissions().remove(0).1.suspect, "a token came: its whole context went through a model");
+}
+
+#[test]
+fn a_stream_whose_worker_is_back_may_be_asked_for_again_after_the_next_death() {
+    let mut bench = Bench::with_replicas(2);
+    let stream = bench.take(new_request(8));
+    let (first, _) = bench.submissions().remove(0);
+    bench.token(first, stream, 1, 0, 50);
+    let recall = [(first, ToReplica::Recall { request: stream, attempt: Attempt(1) })];
+    for token in 1..3 {
+        bench.status(first, ReplicaState::Recovering);
+        bench.pass(Duration::from_millis(600));
+        bench.status(first, ReplicaState::Recovering);
+        assert_eq!(bench.sent(), recall);
+        // It had a place on the next worker by then: nothing is answered, and tokens go on.
+        bench.status(first, ReplicaState::Ready);
+        bench.token(first, stream, 1, token, 50 + token);
+    }
+    assert_eq!(bench.tokens(stream), [50, 51, 52]);
+}
