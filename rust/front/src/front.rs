@@ -25,8 +25,6 @@ pub struct Front {
     pub(crate) queues: Vec<Queue>,
     /// Who is where.
     pub(crate) sent: BTreeMap<ReplicaId, BTreeSet<RequestId>>,
-    /// Replicas without a worker, and since when.
-    pub(crate) recovering: BTreeMap<ReplicaId, Time>,
     pub(crate) timers: Timers,
     pub(crate) last_request: RequestId,
     pub(crate) usual_output: UsualOutput,
@@ -54,7 +52,6 @@ impl Front {
             requests: FxHashMap::default(),
             queues: Vec::new(),
             sent: BTreeMap::new(),
-            recovering: BTreeMap::new(),
             timers: Timers::default(),
             last_request: RequestId(0),
             usual_output: UsualOutput::new(),

@@ -1,6 +1,6 @@
 //! Replicas come, go, report, drain and recover, and their requests move with as little loss as each case allows: a dead
 //! one loses attempts but no token, a draining one is left as soon as another that computes alike has room, a recovering
-//! one keeps its streams for a while and gives back what it had not begun. O(requests on the replica) per change of state.
+//! one keeps its streams and gives back what it had not begun. O(requests on the replica) per change of state.
 
 use crate::attempt::Loss;
 use crate::event::{EndReason, FrontAction, ToReplica};
@@ -44,7 +44,6 @@ impl Front {
             self.lose(id, Loss::Fault, out);
         }
         self.sent.remove(&replica);
-        self.recovering.remove(&replica);
         self.fleet.leave(replica);
         if !self.fleet.is_alive(pool) && self.queue(pool).alone_since.is_none() {
             self.queue_mut(pool).alone_since = Some(now);
@@ -103,11 +102,6 @@ impl Front {
         member.report = Some((now, report));
         member.state = Some(report.state);
         drop(member);
-        if report.state == ReplicaState::Recovering {
-            self.recovering.entry(replica).or_insert(now);
-        } else {
-            self.recovering.remove(&replica);
-        }
         self.kv_heard_of(now, replica, report.kv_changes, out);
         self.relieve(now, out);
     }
@@ -142,19 +136,11 @@ impl Front {
         chosen.is_some_and(|member| !need.changes_numerics(member))
     }
 
-    /// Asks back what has not begun on a replica that cannot begin it soon, when another one could; and the streams of one
-    /// that is without a worker for longer than a spare takes, when another one computes alike.
+    /// Asks back what has not begun on a replica that cannot begin it soon, when another one could.
     fn recall_stranded(&mut self, now: Time, out: &mut Vec<FrontAction>) {
         for replica in self.replicas_in(ReplicaState::Recovering) {
-            let since = self.recovering.get(&replica);
-            let long = since.is_some_and(|&since| now.since(since) >= self.options.max_recovering);
             for id in self.attempts_on(replica) {
-                let wanted = if self.has_started(id) {
-                    long && self.can_move(now, id)
-                } else {
-                    self.policy.choose(&self.fleet, &self.need(now, id)).is_some()
-                };
-                if wanted {
+                if self.policy.choose(&self.fleet, &self.need(now, id)).is_some() {
                     self.recall(id, out);
                 }
             }
@@ -189,7 +175,7 @@ impl Front {
         let request = self.request_mut(id);
         let attempt = request.attempt;
         let Place::Sent(sent) = &mut request.place else { panic!("request {id} is not on a replica") };
-        if !sent.recalled {
+        if !sent.started && !sent.recalled {
             sent.recalled = true;
             let replica = sent.replica;
             self.counters.recalls += 1;

@@ -15,9 +15,6 @@ pub struct FrontOptions {
     pub promote_after: Duration,
     /// How long requests wait when no replica of their model is connected.
     pub max_without_replica: Duration,
-    /// How long the streams of a replica wait for its next worker before they go on elsewhere. A spare takes 150 ms; a
-    /// worker that has to import and load first takes seconds.
-    pub max_recovering: Duration,
     /// How long a ready replica may stay silent about an attempt, beyond eight times what was predicted, before the
     /// attempt is given up: the last resort against a frame that was lost without a trace.
     pub max_silence: Duration,
@@ -34,7 +31,6 @@ impl Default for FrontOptions {
             max_replicas: 256,
             promote_after: Duration::from_millis(5_000),
             max_without_replica: Duration::from_millis(60_000),
-            max_recovering: Duration::from_millis(500),
             max_silence: Duration::from_millis(120_000),
             prefixes: Some(IndexOptions::default()),
             health: HealthOptions::default(),

@@ -37,8 +37,6 @@ pub(crate) struct Request {
     pub(crate) cached_tokens: u32,
     /// How its last token was computed; `None` before the first.
     pub(crate) numerics: Option<Arc<str>>,
-    /// A worker died or raised while computing it, and no token has come since.
-    pub(crate) suspect: bool,
     pub(crate) reader: Reader,
     /// Output tokens that the reader has for good.
     read_tokens: u32,
@@ -107,7 +105,6 @@ impl Request {
             expected_tokens,
             cached_tokens: 0,
             numerics: None,
-            suspect: false,
             reader,
             read_tokens: 0,
             unread_logprobs: VecDeque::new(),
@@ -176,7 +173,6 @@ impl Request {
             prompt_tokens: self.prompt_tokens,
             sampling: self.sampling.clone(),
             deadline: self.deadline,
-            suspect: self.suspect,
         }
     }
 

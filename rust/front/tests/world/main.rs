@@ -40,7 +40,6 @@ fn options() -> FrontOptions {
         // Silence has tests of its own; here it would need the book to predict times.
         max_silence: Duration(u64::MAX / 4),
         prefixes: None,
-        max_recovering: Duration(u64::MAX / 4),
         health: HealthOptions::default(),
     }
 }
