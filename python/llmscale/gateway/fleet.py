@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,7 +20,7 @@ from llmscale._core import Front, Sampling
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, KeysEntry, ModelEntry
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
-from llmscale.gateway.local_nodes import NodeKeeper, local_nodes
+from llmscale.gateway.local_nodes import LocalNode, NodeKeeper, local_nodes
 from llmscale.gateway.serve import run
 from llmscale.models.locate import locate_model
 from llmscale.models.registry import describe_model
@@ -60,7 +62,7 @@ def serve_fleet(
 ) -> None:
     """Serves until SIGTERM or SIGINT. `on_started` is called with the front and the port once connections are accepted.
 
-    Raises `ConfigError` and `ModelError` before anything is started, and `OSError` when it cannot listen.
+    Raises `ConfigError` and `ModelError` before any node is started.
     """
     config = gateway_config(fleet, api_keys)
     models = [load_model(name, entry) for name, entry in fleet.models.items()]
@@ -76,22 +78,23 @@ def serve_fleet(
             key_file=key_file,
             node_key=node_key,
         )
-        keepers = [NodeKeeper(node) for node in nodes]
+        started = None if on_started is None else partial(on_started, front)
+        run(config, front, Sampling, models, behind=_kept(nodes), on_started=started)
+
+
+@contextmanager
+def _kept(nodes: Sequence[LocalNode]) -> Iterator[None]:
+    """The nodes run while the block does; afterwards all drain at once, and are gone."""
+    keepers = [NodeKeeper(node) for node in nodes]
+    for keeper in keepers:
+        keeper.start()
+    try:
+        yield
+    finally:
         for keeper in keepers:
-            keeper.start()
-        try:
-            run(
-                config,
-                front,
-                Sampling,
-                models,
-                on_started=None if on_started is None else lambda port: on_started(front, port),
-            )
-        finally:
-            for keeper in keepers:
-                keeper.ask_to_stop()
-            for keeper in keepers:
-                keeper.stop()
+            keeper.ask_to_stop()
+        for keeper in keepers:
+            keeper.stop()
 
 
 def _front_keys(keys: KeysEntry | None, *, has_local_nodes: bool) -> tuple[str | None, str | None]:

@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 import uvicorn
 
-from llmscale.errors import Unavailable
+from llmscale.errors import ConfigError, Unavailable
 from llmscale.gateway.app import Gateway
 from llmscale.gateway.auth import load_keys
 from llmscale.gateway.config import GatewayConfig, ServedModel
@@ -107,11 +107,13 @@ def run(
     sampling: SamplingFactory,
     models: Sequence[ServedModel],
     *,
+    behind: contextlib.AbstractContextManager[object] | None = None,
     on_started: Callable[[int], None] | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT. `on_started` is called with the port once connections are accepted.
 
-    Raises `ConfigError` before it listens, and `OSError` when it cannot listen.
+    `behind` is what has to run behind the gateway: entered when nothing can be wrong any more, left at the end. Raises
+    `ConfigError` before that, also when it cannot listen.
     """
     gateway = make_gateway(config, front, sampling, models)
     if not gateway.services.keys.required:
@@ -124,20 +126,30 @@ def run(
     # What exists now lives as long as the process: the collector need not walk it again.
     gc.collect()
     gc.freeze()
-    with contextlib.closing(front), asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+    with (
+        behind or contextlib.nullcontext(),
+        contextlib.closing(front),
+        asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner,
+    ):
         runner.run(server.serve(sockets=[listener]))
 
 
 def listen(config: GatewayConfig) -> socket.socket:
-    """The listening socket of a configuration."""
-    family, kind, protocol, _, address = socket.getaddrinfo(
-        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """The listening socket of a configuration. Raises `ConfigError`."""
     try:
-        listener.bind(address)
-    except OSError:
-        listener.close()
-        raise
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}; choose another port or"
+            " address, or end what uses it"
+        ) from error
     return listener

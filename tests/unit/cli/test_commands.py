@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_a_mistake_is_one_line_and_exit_code_one(words: tuple[str, ...], said: s
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_one_line_before_any_node_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = llmscale("serve", "tiny-chat", "--port", str(port))
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if "no API key is set" not in line)
+    assert line.startswith(f"llmscale: cannot listen on 127.0.0.1 port {port}: ")
+    assert "choose another port" in line
+    assert not done.stdout, "neither gateway nor node has said that it runs"
 
 
 @pytest.mark.parametrize(
