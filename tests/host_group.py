@@ -48,11 +48,18 @@ class HostProcess:
 @contextmanager
 def host_process(folder: Path, name: str, words: Sequence[str], *options: str) -> Iterator[HostProcess]:
     """Starts a node with `words` before its command."""
+    with script(folder, name, [*words, sys.executable, "-m", "llmscale.node", *options]) as started:
+        yield started
+
+
+@contextmanager
+def script(
+    folder: Path, name: str, words: Sequence[str], environment: dict[str, str] | None = None
+) -> Iterator[HostProcess]:
+    """Starts whatever starts nodes, and ends it with SIGTERM."""
     log_path = folder / f"{name}.log"
     with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [*words, sys.executable, "-m", "llmscale.node", *options], stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, env=environment)
     started = HostProcess(process, log_path)
     try:
         yield started

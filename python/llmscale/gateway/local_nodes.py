@@ -71,6 +71,8 @@ def _command(fleet: FleetFile, model: str, address: str) -> tuple[str, ...]:
         "--tensor-parallel-size": entry.tensor_parallel_size,
         "--pipeline-parallel-size": entry.pipeline_parallel_size,
         "--fleet": fleet.fleet,
+        # A launcher's variables would make it one of several hosts; these are of this host alone.
+        "--hosts": 1,
         # The front knows all nodes by one public key, those of this host too.
         "--key-file": None if keys is None else keys.node_pair,
         "--allow-list": None if keys is None else keys.allow_list,
