@@ -66,6 +66,7 @@ impl Replica {
             chunks: draft.chunks.clone(),
             appended: draft.append_slots.clone(),
             samples,
+            preempted: Vec::new(),
         });
     }
 
@@ -344,6 +345,14 @@ impl Replica {
             phase => unreachable!("a sequence in phase {phase:?} is not running"),
         };
         self.counters.preemptions += 1;
+        let key = self.sequences.record(slot).key();
+        if self.sequences.hot[index].phase == Phase::Prefill {
+            let admitted = self.sequences.hot[index].admitted_step;
+            let works = |flight: &&mut Flight| {
+                flight.step.0 >= admitted && flight.chunks.iter().any(|chunk| chunk.slot == slot)
+            };
+            self.flights.iter_mut().filter(works).for_each(|flight| flight.preempted.push(key));
+        }
         self.stop_running(slot);
         self.pending_leave.push(slot);
         self.release_blocks(slot);

@@ -5,10 +5,10 @@
 //! the model once more. A suspect that is alone in a second such step is the culprit and ends as poisoned, so one request
 //! takes down at most two workers and its neighbours lose only time.
 
-use crate::event::Actions;
-use crate::replica::{Flight, Replica};
+use crate::event::{Actions, request_key};
+use crate::replica::{At, Flight, Replica};
 use crate::sequences::Phase;
-use llmscale_types::{Delta, Epoch, FinishReason, Planted, Slot, StepId};
+use llmscale_types::{Delta, Epoch, FinishReason, Planted, SequenceKey, Slot, StepId};
 use std::collections::BTreeSet;
 
 impl Replica {
@@ -26,7 +26,7 @@ impl Replica {
             return;
         }
         self.counters.worker_losses += 1;
-        let suspects = self.rows_at_work();
+        let (suspects, preempted) = (self.rows_at_work(), self.preempted_at_work());
         let occupied: Vec<Slot> = self.sequences.occupied().collect();
         if Planted::KeepsCacheOfDeadWorker.is_here() {
             for &slot in &occupied {
@@ -39,6 +39,7 @@ impl Replica {
             self.blocks.reset();
         }
         self.take_back(&occupied, &suspects, out);
+        self.accuse(&preempted);
     }
 
     /// The worker group gave up its steps in flight and waits for a snapshot. Results of these steps that still arrive
@@ -53,13 +54,15 @@ impl Replica {
             return false;
         }
         self.counters.steps_lost += self.flights.len() as u64;
-        let suspects = if raised.is_some() { self.rows_at_work() } else { BTreeSet::new() };
+        let (suspects, preempted) =
+            if raised.is_some() { (self.rows_at_work(), self.preempted_at_work()) } else { Default::default() };
         let occupied: Vec<Slot> = self.sequences.occupied().collect();
         for &slot in &occupied {
             // Rows of the lost steps lie behind what counts as computed, so full blocks hold what completed steps wrote.
             self.release_blocks(slot);
         }
         self.take_back(&occupied, &suspects, out);
+        self.accuse(&preempted);
         true
     }
 
@@ -99,6 +102,30 @@ impl Replica {
     fn rows_at_work(&self) -> BTreeSet<Slot> {
         let at_work = if self.groups.is_one() { 1 } else { self.flights.len() };
         self.flights.iter().take(at_work).flat_map(|flight| self.rows_of(flight)).collect()
+    }
+
+    /// Sequences whose chunks were in those steps and that were preempted since: one killed a worker, was not suspected,
+    /// and killed two more.
+    fn preempted_at_work(&self) -> Vec<SequenceKey> {
+        let at_work = if self.groups.is_one() { 1 } else { self.flights.len() };
+        self.flights.iter().take(at_work).flat_map(|flight| flight.preempted.iter().copied()).collect()
+    }
+
+    /// Makes suspects of what waits, if it still does.
+    fn accuse(&mut self, keys: &[SequenceKey]) {
+        if Planted::ForgetsSuspects.is_here() {
+            return;
+        }
+        for &key in keys {
+            let Some(location) = self.places.get(&request_key(key)).filter(|location| location.attempt == key.attempt)
+            else {
+                continue;
+            };
+            let At::Queue(place) = location.at else { unreachable!("everything was just taken back") };
+            let mut record = self.queue.remove(place).expect("its place was looked up");
+            record.suspect = true;
+            self.wait_again(record);
+        }
     }
 
     fn rows_of(&self, flight: &Flight) -> BTreeSet<Slot> {

@@ -31,6 +31,8 @@ pub(crate) struct Flight {
     pub(crate) appended: Vec<Slot>,
     /// Rows that sample.
     pub(crate) samples: u32,
+    /// Sequences with chunks in it that have lost their slots since.
+    pub(crate) preempted: Vec<SequenceKey>,
 }
 
 /// Where an attempt is.

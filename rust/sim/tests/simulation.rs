@@ -60,6 +60,39 @@ fn seed_15335_where_the_token_that_killed_workers_never_reached_its_paused_clien
 }
 
 #[test]
+fn seed_104279_where_a_preempted_prompt_was_not_suspected_of_the_death_that_its_chunk_had_caused() {
+    Simulation::run(104_279);
+}
+
+/// Processes that die without a word: what streams have to survive.
+const KILLS: [&str; 4] = ["worker_crashed", "worker_condemned", "worker_deadly_token", "node_crashed"];
+const MANY_KILLS: u64 = 100_000;
+
+/// Runs fresh seeds until so many processes were killed in them.
+fn kill(kills: u64, first: u64, stride: u64) -> Summary {
+    let mut summary = Summary::default();
+    let killed = |summary: &Summary| KILLS.iter().map(|kill| summary.coverage.count(kill)).sum::<u64>();
+    let mut start = first;
+    while killed(&summary) < kills && summary.failures.is_empty() {
+        summary.merge(run_seeds(start..start + stride));
+        start += 2 * stride;
+    }
+    summary
+}
+
+#[test]
+#[ignore = "takes minutes; for nights and for changes to what is simulated"]
+fn no_token_is_lost_doubled_or_foreign_in_a_hundred_thousand_kills() {
+    let halves = [0, 1].map(|half| std::thread::spawn(move || kill(MANY_KILLS / 2, 100_000 + half * 500, 500)));
+    for half in halves {
+        let summary = half.join().expect("failures are told, not thrown");
+        let told: Vec<String> = summary.failures.iter().map(ToString::to_string).collect();
+        assert!(told.is_empty(), "{}", told.join("\n"));
+        assert!(summary.tokens > 0 && summary.seeds > 0, "{} tokens in {} seeds", summary.tokens, summary.seeds);
+    }
+}
+
+#[test]
 #[ignore = "takes minutes; for nights and for changes to what is simulated"]
 fn every_request_ends_once_with_its_tokens_in_twenty_thousand_worlds() {
     hold(800..20_800);
