@@ -17,8 +17,11 @@ const PATIENCE: u64 = 8;
 /// Why an attempt is over though the request is not.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Loss {
-    /// The replica died, lost a token or fell silent: counts towards `max_attempts`.
+    /// The replica lost a token, fell silent or refused what it should not: counts towards `max_attempts`, and takes from
+    /// the retry budget.
     Fault,
+    /// The replica died: counts towards `max_attempts`.
+    Node,
     /// It was not admitted, or moves by our own wish.
     NoFault,
 }
@@ -149,11 +152,12 @@ impl Front {
         let eos_tokens = &self.fleet.get(sent.replica).expect("it was just released there").limits.eos_tokens;
         let request = self.requests.get_mut(&id).expect("it was just released");
         let complete = request.complete(eos_tokens);
-        if loss == Loss::Fault {
+        let counts = loss != Loss::NoFault;
+        if counts {
             request.lost += 1;
             self.counters.lost_attempts += 1;
         }
-        if loss == Loss::Fault || sent.started {
+        if counts || sent.started {
             request.restarts += 1;
         }
         let lost = request.lost;
@@ -161,6 +165,8 @@ impl Front {
             self.conclude(id, EndReason::Finished(reason), out);
         } else if lost >= self.options.limits.max_attempts {
             self.conclude(id, EndReason::Unavailable, out);
+        } else if loss == Loss::Fault {
+            self.set_aside(id);
         } else {
             self.enqueue(id);
         }
@@ -174,7 +180,7 @@ impl Front {
                 self.abort(id, sent.replica, at_token, out);
                 self.release(id);
             }
-            Place::Held(_) => {}
+            Place::SetAside { .. } | Place::Held(_) => {}
         }
     }
 
@@ -219,7 +225,7 @@ impl Front {
         let expired = request.deadline.is_some_and(|deadline| deadline <= now);
         match request.place {
             Place::Held(reason) if away_too_long => self.finish(id, reason, None, out),
-            Place::Queued | Place::Sent(_) if expired => {
+            Place::Queued | Place::SetAside { .. } | Place::Sent(_) if expired => {
                 self.counters.expired += 1;
                 self.withdraw(id, None, out);
                 self.conclude(id, EndReason::Finished(FinishReason::Deadline), out);
@@ -228,12 +234,13 @@ impl Front {
                     self.finish(id, EndReason::Finished(FinishReason::Deadline), None, out);
                 }
             }
-            Place::Queued | Place::Sent(_) if away_too_long => {
+            Place::Queued | Place::SetAside { .. } | Place::Sent(_) if away_too_long => {
                 self.withdraw(id, None, out);
                 self.finish(id, EndReason::Finished(FinishReason::Aborted), None, out);
             }
             Place::Sent(sent) if sent.heard + sent.patience <= now => self.fell_silent(now, id, sent, out),
-            Place::Held(_) | Place::Queued | Place::Sent(_) => self.arm(id),
+            Place::SetAside { until } if until.is_none_or(|until| until <= now) => self.try_again(now, id, until, out),
+            Place::Held(_) | Place::Queued | Place::SetAside { .. } | Place::Sent(_) => self.arm(id),
         }
     }
 

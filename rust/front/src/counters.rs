@@ -13,6 +13,10 @@ pub struct FrontCounters {
     pub attempts: u64,
     /// Attempts lost with their replica, by a gap, by silence or by a refusal that counts.
     pub lost_attempts: u64,
+    /// Attempts made again after a replica answered badly.
+    pub retries: u64,
+    /// Times that such an attempt had to wait because too many were made.
+    pub retries_delayed: u64,
     /// Attempts that came back to wait again at no fault of theirs.
     pub given_back: u64,
     /// Attempts asked back.

@@ -48,8 +48,8 @@ impl Front {
         }
         match frame {
             ReplicaFrame::Outputs(outputs) => self.outputs(now, replica, outputs, out),
-            ReplicaFrame::GiveBack { request, attempt, refusal } => {
-                self.given_back(now, replica, request, attempt, refusal, out);
+            ReplicaFrame::GiveBack { request, attempt, refusal, suspect } => {
+                self.given_back(now, replica, (request, attempt), refusal, suspect, out);
             }
             ReplicaFrame::Status(report) => self.reported(now, replica, report, out),
             ReplicaFrame::Pong => {}
@@ -125,17 +125,21 @@ impl Front {
                 }
                 Ordering::Equal => {}
             }
-            let Place::Sent(sent) = &mut request.place else { unreachable!("it was just found here") };
-            sent.heard = now;
-            if sent.started {
             if row == 3 && Planted::LosesATokenOfALargeFrame.is_here() {
                 continue;
             }
+            let Place::Sent(sent) = &mut request.place else { unreachable!("it was just found here") };
+            sent.heard = now;
+            // It has a place on the worker again: what was asked back stays.
+            sent.recalled = false;
+            if sent.started {
                 findings.shape.decodes += 1;
             } else {
+                sent.started = true;
+                // Its whole context has gone through the model.
+                request.suspect = false;
                 let (predicted, taken) = (sent.predicted, now.since(sent.at));
                 findings.first_tokens.push(FirstToken { request: id, predicted, taken });
-                sent.started = true;
                 if request.numerics.as_ref().is_some_and(|last| *last != member.numerics) {
                     self.counters.numerics_changes += 1;
                 }
@@ -211,9 +215,9 @@ impl Front {
         &mut self,
         now: Time,
         replica: ReplicaId,
-        id: RequestId,
-        attempt: Attempt,
+        (id, attempt): (RequestId, Attempt),
         refusal: Option<Refusal>,
+        suspect: bool,
         out: &mut Vec<FrontAction>,
     ) {
         let Some(request) = self.requests.get(&id) else {
@@ -225,9 +229,13 @@ impl Front {
             self.counters.stale_rows += 1;
             return;
         }
+        let started = matches!(request.place, Place::Sent(sent) if sent.started);
         let mut member = self.fleet.get_mut(replica).expect("the fence has passed");
         match refusal {
-            None => drop(member),
+            None => {
+                drop(member);
+                self.counters.moved += u64::from(started);
+            }
             Some(Refusal::Draining) => {
                 member.state = Some(ReplicaState::Draining);
                 drop(member);
@@ -259,6 +267,7 @@ impl Front {
             }
         }
         self.counters.given_back += 1;
+        self.request_mut(id).suspect |= suspect;
         self.lose(id, Loss::NoFault, out);
     }
 }

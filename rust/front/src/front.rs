@@ -6,6 +6,7 @@ use crate::event::{FrontAction, FrontEvent};
 use crate::options::FrontOptions;
 use crate::queue::Queue;
 use crate::request::Request;
+use crate::retry::RetryBudget;
 use crate::timers::{Due, Timers};
 use crate::usual_output::UsualOutput;
 use llmscale_fleet::{Fleet, LeastWork, Policy, PoolId, PredictedSeconds, PrefixIndex};
@@ -25,7 +26,10 @@ pub struct Front {
     pub(crate) queues: Vec<Queue>,
     /// Who is where.
     pub(crate) sent: BTreeMap<ReplicaId, BTreeSet<RequestId>>,
+    /// Replicas without a worker, and since when.
+    pub(crate) recovering: BTreeMap<ReplicaId, Time>,
     pub(crate) timers: Timers,
+    pub(crate) retry_budget: RetryBudget,
     pub(crate) last_request: RequestId,
     pub(crate) usual_output: UsualOutput,
     pub(crate) counters: FrontCounters,
@@ -52,7 +56,9 @@ impl Front {
             requests: FxHashMap::default(),
             queues: Vec::new(),
             sent: BTreeMap::new(),
+            recovering: BTreeMap::new(),
             timers: Timers::default(),
+            retry_budget: RetryBudget::default(),
             last_request: RequestId(0),
             usual_output: UsualOutput::new(),
             counters: FrontCounters::default(),

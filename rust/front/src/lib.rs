@@ -18,6 +18,7 @@ mod order;
 mod queue;
 mod reader;
 mod request;
+mod retry;
 mod status;
 mod submit;
 mod timers;
@@ -32,4 +33,5 @@ pub use llmscale_fleet::{
     Trust,
 };
 pub use options::FrontOptions;
+pub use retry::RetryOptions;
 pub use status::{FrontStatus, ReplicaStatus};

@@ -1,6 +1,6 @@
 //! Replicas come, go, report, drain and recover, and their requests move with as little loss as each case allows: a dead
 //! one loses attempts but no token, a draining one is left as soon as another that computes alike has room, a recovering
-//! one keeps its streams and gives back what it had not begun. O(requests on the replica) per change of state.
+//! one keeps its streams for a while and gives back what it had not begun. O(requests on the replica) per change of state.
 
 use crate::attempt::Loss;
 use crate::event::{EndReason, FrontAction, ToReplica};
@@ -41,9 +41,10 @@ impl Front {
         }
         self.blame_lost(now, replica);
         for id in self.attempts_on(replica) {
-            self.lose(id, Loss::Fault, out);
+            self.lose(id, Loss::Node, out);
         }
         self.sent.remove(&replica);
+        self.recovering.remove(&replica);
         self.fleet.leave(replica);
         if !self.fleet.is_alive(pool) && self.queue(pool).alone_since.is_none() {
             self.queue_mut(pool).alone_since = Some(now);
@@ -75,21 +76,12 @@ impl Front {
         if self.fleet.is_alive(pool) || self.queue(pool).is_empty() {
             return;
         }
-        let model = self.fleet.model(pool);
-        let Some(heir) = self.fleet.serving(model.served_name()) else {
+        let Some((heir, longest)) = self.heir(pool) else {
             return;
         };
-        if heir == pool
-            || !self.fleet.is_alive(heir)
-            || self.fleet.model(heir).tokenizer_digest != model.tokenizer_digest
-        {
-            return;
-        }
-        let longest = self.fleet.pool_members(heir).map(|member| member.limits.max_sequence_tokens).max();
         let waiting: Vec<RequestId> = self.queue(pool).all().collect();
         for id in waiting {
-            let request = &self.requests[&id];
-            if request.output_tokens() == 0 && request.max_total_tokens() <= u64::from(longest.unwrap_or(0)) {
+            if self.may_inherit(id, longest) {
                 self.dequeue(id);
                 self.request_mut(id).pool = heir;
                 self.enqueue(id);
@@ -97,11 +89,42 @@ impl Front {
         }
     }
 
+    /// The pool that takes over from a dead one, and the longest sequence that it takes.
+    fn heir(&self, pool: PoolId) -> Option<(PoolId, u64)> {
+        let model = self.fleet.model(pool);
+        let heir = self.fleet.serving(model.served_name())?;
+        let fits = heir != pool
+            && self.fleet.is_alive(heir)
+            && self.fleet.model(heir).tokenizer_digest == model.tokenizer_digest;
+        let longest = self.fleet.pool_members(heir).map(|member| member.limits.max_sequence_tokens).max();
+        fits.then(|| (heir, u64::from(longest.unwrap_or(0))))
+    }
+
+    fn may_inherit(&self, id: RequestId, longest: u64) -> bool {
+        let request = &self.requests[&id];
+        request.output_tokens() == 0 && request.max_total_tokens() <= longest
+    }
+
+    /// A request that is in no queue goes to the pool that takes over from its own. Whether one does.
+    pub(crate) fn enqueue_for_heir(&mut self, id: RequestId) -> bool {
+        let found = self.heir(self.requests[&id].pool).filter(|&(_, longest)| self.may_inherit(id, longest));
+        if let Some((heir, _)) = found {
+            self.request_mut(id).pool = heir;
+            self.enqueue(id);
+        }
+        found.is_some()
+    }
+
     pub(crate) fn reported(&mut self, now: Time, replica: ReplicaId, report: Report, out: &mut Vec<FrontAction>) {
         let mut member = self.fleet.get_mut(replica).expect("the fence has passed");
         member.report = Some((now, report));
         member.state = Some(report.state);
         drop(member);
+        if report.state == ReplicaState::Recovering {
+            self.recovering.entry(replica).or_insert(now);
+        } else {
+            self.recovering.remove(&replica);
+        }
         self.kv_heard_of(now, replica, report.kv_changes, out);
         self.relieve(now, out);
     }
@@ -136,11 +159,19 @@ impl Front {
         chosen.is_some_and(|member| !need.changes_numerics(member))
     }
 
-    /// Asks back what has not begun on a replica that cannot begin it soon, when another one could.
+    /// Asks back what has not begun on a replica that cannot begin it soon, when another one could; and the streams of one
+    /// that is without a worker for longer than a spare takes, when another one computes alike.
     fn recall_stranded(&mut self, now: Time, out: &mut Vec<FrontAction>) {
         for replica in self.replicas_in(ReplicaState::Recovering) {
+            let since = self.recovering.get(&replica);
+            let long = since.is_some_and(|&since| now.since(since) >= self.options.max_recovering);
             for id in self.attempts_on(replica) {
-                if self.policy.choose(&self.fleet, &self.need(now, id)).is_some() {
+                let wanted = if self.has_started(id) {
+                    long && self.can_move(now, id)
+                } else {
+                    self.policy.choose(&self.fleet, &self.need(now, id)).is_some()
+                };
+                if wanted {
                     self.recall(id, out);
                 }
             }
@@ -175,7 +206,7 @@ impl Front {
         let request = self.request_mut(id);
         let attempt = request.attempt;
         let Place::Sent(sent) = &mut request.place else { panic!("request {id} is not on a replica") };
-        if !sent.started && !sent.recalled {
+        if !sent.recalled {
             sent.recalled = true;
             let replica = sent.replica;
             self.counters.recalls += 1;

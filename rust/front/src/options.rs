@@ -1,6 +1,7 @@
 //! What an operator may set about a front, checked once when it starts. The bounds that other crates share are in
 //! `FrontLimits`; here are the spans that only the front's own decisions use.
 
+use crate::retry::RetryOptions;
 use llmscale_fleet::{HealthOptions, IndexOptions};
 use llmscale_types::{Duration, FrontLimits, LimitError};
 
@@ -15,6 +16,9 @@ pub struct FrontOptions {
     pub promote_after: Duration,
     /// How long requests wait when no replica of their model is connected.
     pub max_without_replica: Duration,
+    /// How long the streams of a replica wait for its next worker before they go on elsewhere. A spare takes 150 ms; a
+    /// worker that has to import and load first takes seconds.
+    pub max_recovering: Duration,
     /// How long a ready replica may stay silent about an attempt, beyond eight times what was predicted, before the
     /// attempt is given up: the last resort against a frame that was lost without a trace.
     pub max_silence: Duration,
@@ -22,6 +26,8 @@ pub struct FrontOptions {
     pub prefixes: Option<IndexOptions>,
     /// When a replica that answers badly is left alone, and for how long.
     pub health: HealthOptions,
+    /// How often attempts are made again after replicas answered badly.
+    pub retries: RetryOptions,
 }
 
 impl Default for FrontOptions {
@@ -31,9 +37,11 @@ impl Default for FrontOptions {
             max_replicas: 256,
             promote_after: Duration::from_millis(5_000),
             max_without_replica: Duration::from_millis(60_000),
+            max_recovering: Duration::from_millis(500),
             max_silence: Duration::from_millis(120_000),
             prefixes: Some(IndexOptions::default()),
             health: HealthOptions::default(),
+            retries: RetryOptions::default(),
         }
     }
 }
@@ -45,6 +53,7 @@ impl FrontOptions {
         LimitError::at_least("max_replicas", u64::from(self.max_replicas), 1)?;
         LimitError::at_most("max_replicas", u64::from(self.max_replicas), 65_536)?;
         self.health.check()?;
+        self.retries.check()?;
         self.prefixes.as_ref().map_or(Ok(()), IndexOptions::check)?;
         LimitError::at_least("promote_after", self.promote_after.0, 1)?;
         LimitError::at_least("max_silence", self.max_silence.0, 1)

@@ -29,6 +29,8 @@ pub(crate) struct Request {
     pub(crate) attempt: Attempt,
     /// Attempts that were lost.
     pub(crate) lost: u32,
+    /// Of these, those that a replica ended by answering badly.
+    pub(crate) faults: u32,
     /// Losses and worker restarts that the stream survived.
     pub(crate) restarts: u32,
     pub(crate) place: Place,
@@ -37,6 +39,8 @@ pub(crate) struct Request {
     pub(crate) cached_tokens: u32,
     /// How its last token was computed; `None` before the first.
     pub(crate) numerics: Option<Arc<str>>,
+    /// A worker died or raised while computing it, and no token has come since.
+    pub(crate) suspect: bool,
     pub(crate) reader: Reader,
     /// Output tokens that the reader has for good.
     read_tokens: u32,
@@ -51,6 +55,8 @@ pub(crate) struct Request {
 pub(crate) enum Place {
     /// In the queue of its pool.
     Queued,
+    /// In no queue, until it may be tried again; `None` before that is known.
+    SetAside { until: Option<Time> },
     /// On a replica.
     Sent(Sent),
     /// Over, but its reader is away.
@@ -100,11 +106,13 @@ impl Request {
             context: new.prompt,
             attempt: Attempt(0),
             lost: 0,
+            faults: 0,
             restarts: 0,
             place: Place::Queued,
             expected_tokens,
             cached_tokens: 0,
             numerics: None,
+            suspect: false,
             reader,
             read_tokens: 0,
             unread_logprobs: VecDeque::new(),
@@ -173,6 +181,7 @@ impl Request {
             prompt_tokens: self.prompt_tokens,
             sampling: self.sampling.clone(),
             deadline: self.deadline,
+            suspect: self.suspect,
         }
     }
 
@@ -196,6 +205,7 @@ impl Request {
     pub(crate) fn next_due(&self) -> Option<Time> {
         let silence = match self.place {
             Place::Sent(sent) => Some(sent.heard + sent.patience),
+            Place::SetAside { until } => Some(until.unwrap_or(Time(0))),
             Place::Queued | Place::Held(_) => None,
         };
         let away = match self.reader {

@@ -30,6 +30,7 @@ impl Front {
         let expected_tokens = self.usual_output.expect(new.sampling.max_tokens);
         self.requests.insert(id, Request::new(new, pool, now, expected_tokens, &self.options));
         self.counters.submitted += 1;
+        self.retry_budget.earn(now, &self.options.retries);
         self.enqueue(id);
         self.settle(now, out);
         Ok(id)

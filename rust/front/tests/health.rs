@@ -91,7 +91,9 @@ fn a_stream_stays_on_a_replica_that_is_left_alone_and_is_still_watched() {
     assert_eq!(bench.trust(0), Trust::Trusted, "the only one until now");
     bench.give_back(0, refused[2], 1, Some(Refusal::Duplicate));
     assert!(matches!(bench.trust(0), Trust::Ejected { .. }));
-    refused.iter().for_each(|&request| bench.event(FrontEvent::ClientGone { request }));
+    for request in refused {
+        bench.event(FrontEvent::ClientGone { request });
+    }
     bench.token(0, stream, 1, 1, 51);
     assert_eq!(bench.delivered[&stream], [50, 51]);
     bench.placed();

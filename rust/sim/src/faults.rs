@@ -3,7 +3,7 @@
 //! drawn once.
 
 use crate::random::Random;
-use llmscale_front::HealthOptions;
+use llmscale_front::{HealthOptions, RetryOptions};
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{Duration, EngineLimits, FrontLimits, Token};
 
@@ -80,6 +80,8 @@ pub struct Mix {
     pub caches: bool,
     /// When fronts leave nodes alone that answer badly, and for how long.
     pub health: HealthOptions,
+    /// How often fronts try again after nodes answered badly.
+    pub retries: RetryOptions,
     /// Bounds of every front.
     pub front: FrontLimits,
     /// How long a ready replica may be silent about an attempt.
@@ -124,7 +126,7 @@ impl Mix {
         let (deadly_raises, two_numerics) = (added.chance(500), added.chance(500));
         let pipelines = added.chance(300);
         let caches = added.chance(400);
-        let health = draw_health(&mut added);
+        let (health, retries) = (draw_health(&mut added), draw_retries(&mut added));
         Self {
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
@@ -133,6 +135,7 @@ impl Mix {
             max_admission_bytes,
             caches,
             health,
+            retries,
             front: FrontLimits {
                 max_queued_requests: if tiny_queues { random.count(1, 4) } else { 64 },
                 max_queued_tokens: if random.chance(200) { random.between(20, 120) } else { 10_000 },
@@ -195,6 +198,17 @@ fn draw_health(random: &mut Random) -> HealthOptions {
         late_factor: random.count(2, 4),
         late_grace: random.span(1_000, 50_000),
         slow_factor: random.count(2, 8),
+    }
+}
+
+fn draw_retries(random: &mut Random) -> RetryOptions {
+    let delay = random.span(0, 20_000);
+    RetryOptions {
+        window: random.span(100_000, 2_000_000),
+        permille: random.count(0, 200),
+        least_retries: random.count(1, 4),
+        delay,
+        max_delay: delay + random.span(1_000, 200_000),
     }
 }
 

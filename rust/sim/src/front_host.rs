@@ -62,9 +62,12 @@ impl FrontHost {
             max_replicas: 8,
             promote_after: Duration::from_millis(300),
             max_without_replica: around.mix.max_without_replica,
+            // Less than a new worker takes, so that streams move.
+            max_recovering: Duration::from_millis(30),
             max_silence: around.mix.max_silence,
             prefixes: around.mix.caches.then(|| index_options(around.mix.engine.block_tokens)),
             health: around.mix.health,
+            retries: around.mix.retries,
         };
         Self {
             number,

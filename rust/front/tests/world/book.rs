@@ -299,7 +299,7 @@ impl Book {
         }
         match frame {
             ReplicaFrame::Outputs(outputs) => self.outputs(replica, outputs),
-            ReplicaFrame::GiveBack { request, attempt, refusal } => {
+            ReplicaFrame::GiveBack { request, attempt, refusal, .. } => {
                 self.given_back(now, replica, *request, *attempt, *refusal);
             }
             ReplicaFrame::Status(report) => {

@@ -13,7 +13,7 @@ use fake::{EOS, FakeReplica, Mail, VOCABULARY};
 use happening::{Happening, happening};
 use llmscale_front::{
     Front, FrontAction, FrontCounters, FrontEvent, FrontOptions, HealthOptions, ModelKey, NewRequest, Offer,
-    ReplicaFrame, ReplicaLimits, ReplicaState, Report, SubmitError, Trust,
+    ReplicaFrame, ReplicaLimits, ReplicaState, Report, RetryOptions, SubmitError, Trust,
 };
 use llmscale_types::{Duration, Epoch, FrontLimits, Refusal, ReplicaId, RequestId, Time};
 use proptest::prelude::*;
@@ -40,7 +40,10 @@ fn options() -> FrontOptions {
         // Silence has tests of its own; here it would need the book to predict times.
         max_silence: Duration(u64::MAX / 4),
         prefixes: None,
+        max_recovering: Duration(u64::MAX / 4),
         health: HealthOptions::default(),
+        // Waiting for a retry has tests of its own as well.
+        retries: RetryOptions { least_retries: u32::MAX, delay: Duration(0), ..RetryOptions::default() },
     }
 }
 
