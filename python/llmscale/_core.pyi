@@ -438,3 +438,7 @@ def end_with_parent(parent: int) -> None:
 
 def measure_steady_decode(running: int, steps: int) -> list[tuple[int, int, int, int]]:
     """(plan, complete, hashing) in nanoseconds and the delta's bytes, per decoding step of `running` sequences."""
+
+def measure_transport(kind: str, frame_bytes: int, frames: int, window: int) -> int:
+    """Nanoseconds for frames between two threads, `window` under way, each answered by a byte. `kind` is tcp, curve or
+    raw, which is a bare TCP stream. Raises `ConfigError`."""

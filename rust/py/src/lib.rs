@@ -18,6 +18,7 @@ mod request;
 mod sample;
 mod sampling;
 mod step;
+mod transport;
 mod worker;
 
 use pyo3::prelude::*;
@@ -51,6 +52,8 @@ mod _core {
     use crate::sampling::PySampling;
     #[pymodule_export]
     use crate::step::PyStepCounts;
+    #[pymodule_export]
+    use crate::transport::measure_transport;
     #[pymodule_export]
     use crate::worker::{PyWorkerSession, WorkerOrder};
 }
