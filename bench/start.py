@@ -2,6 +2,7 @@
 
 `llmscale serve MODEL` from a cold process, but with the model's files in the page cache: to the first healthy answer,
 to the first token of a first request, and the resident memory of all its processes then (shared pages counted in each).
+Then a fleet of two nodes and a gateway, started at once: to both nodes being ready and to the first token.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import asyncio
 import time
 
+from bench.fleet import fleet
 from bench.load import Outcome
 from bench.raw_http import RawClient
 from bench.result import Report, Row
@@ -23,16 +25,25 @@ def main(arguments: argparse.Namespace) -> Report:
     """Starts and ends the server `--repeats` times."""
     name = arguments.model or "tiny-chat"
     model = str(model_folder(name)) if name in SHAPES else name
+    served = model if name in SHAPES else name
     ready, first, memory = [], [], []
+    fleet_ready, fleet_first = [], []
     for _ in range(arguments.repeats):
         with serving(model, threads=arguments.threads) as (port, group, seconds):
             ready.append(seconds)
-            first.append(seconds + asyncio.run(_first_token(port, model if name in SHAPES else name)))
+            first.append(seconds + asyncio.run(_first_token(port, served)))
             memory.append(resident_bytes(group) / (1 << 20))
+        started = time.perf_counter()
+        options = () if arguments.threads is None else ("--threads", str(arguments.threads))
+        with fleet(model, 2, *options) as running:
+            fleet_ready.append(time.perf_counter() - started)
+            fleet_first.append(fleet_ready[-1] + asyncio.run(_first_token(running.port, served)))
     rows = [
         Row.of(f"{name}/ready", "s", spread(ready)),
         Row.of(f"{name}/first-token", "s", spread(first)),
         Row.of(f"{name}/resident", "MiB", spread(memory)),
+        Row.of(f"{name}/two-nodes/ready", "s", spread(fleet_ready)),
+        Row.of(f"{name}/two-nodes/first-token", "s", spread(fleet_first)),
     ]
     return Report("start", arguments.seed, rows)
 

@@ -125,6 +125,8 @@ class NodeSession:
             self._welcomed(message, now)
         elif isinstance(message, wire.Rejected):
             self._rejected(message)
+        elif isinstance(message, wire.KvChanges | wire.KvSnapshot):
+            self._lose(errors.TransportError("the node told of its cache, which this client has not asked for"))
         elif self.welcome is not None:
             self._heard(message, now)
 
