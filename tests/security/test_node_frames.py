@@ -21,8 +21,8 @@ from llmscale import Client, SamplingParams
 from tests.support_processes import NodeProcess, node
 
 DEADLINE_MS = 20_000
-HELLO, SUBMIT, ABORT, RECALL, PING, GOODBYE = range(6)
-WELCOME, OUTPUTS, GIVE_BACK, STATUS, PONG, REJECTED = range(6)
+HELLO, SUBMIT, ABORT, RECALL, PING, GOODBYE, KV_ASK = range(7)
+WELCOME, OUTPUTS, GIVE_BACK, STATUS, PONG, REJECTED, KV_CHANGES, KV_SNAPSHOT = range(8)
 UNSUPPORTED_VERSION, WRONG_FLEET, WRONG_MODEL, TOO_MANY_FRONTS, MALFORMED, NOT_GREETED = range(6)
 TOO_LONG, EMPTY_PROMPT, UNKNOWN_TOKEN, BAD_SAMPLING, DUPLICATE = range(1, 6)
 MAX_FRONTS = 64
@@ -45,7 +45,7 @@ def submit(request: int = 1, *, prompt: Any = PROMPT, attempt: int = 1, **change
     sampling = list(SAMPLING)
     for name, value in changes.items():
         sampling[int(name.removeprefix("at_"))] = value
-    return frame(SUBMIT, request, attempt, bytes(32), 1, prompt, len(prompt), sampling, None)
+    return frame(SUBMIT, request, attempt, bytes(32), 1, prompt, len(prompt), sampling, None, False)
 
 
 class Peer:
@@ -228,6 +228,19 @@ def test_a_request_that_cannot_run_is_given_back_with_its_reason(
     assert (body[2], body[3], body[4][0]) == (1, 1, refusal)
     peer.send(submit(2))
     assert tokens_of(peer, 2) == 8
+
+
+def test_a_front_that_asks_for_changes_that_never_were_is_told_what_is_held_now(
+    shared_node: NodeProcess, connect: Callable[[], Peer]
+) -> None:
+    peer = connect()
+    peer.greet()
+    peer.send(submit(1, prompt=tuple(range(300, 460))))
+    assert tokens_of(peer, 1) == 8
+    for start in (0, 1 << 63):
+        peer.send(frame(KV_ASK, start))
+        _, body = peer.hear(KV_SNAPSHOT)
+        assert len(body[3]) >= 1, "128 of the prompt's 160 tokens have a name"
 
 
 def tokens_of(peer: Peer, request: int) -> int:

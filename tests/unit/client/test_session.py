@@ -178,7 +178,7 @@ def test_a_node_that_forgot_this_client_is_greeted_again(session):
 
 
 def test_status_is_kept(session):
-    session.receive(frame(3, NODE, 1, 1, 3, 2, 50, 0, 60, 9, 0, 0, 0, 0, None, 7, 3), 0.1)
+    session.receive(frame(3, NODE, 1, 1, 3, 2, 50, 0, 60, 9, 0, 0, 0, 0, None, 7, 3, 0), 0.1)
     assert session.status is not None
     assert (session.status.running, session.status.waiting) == (3, 2)
 
@@ -203,7 +203,16 @@ def test_every_refusal_is_a_typed_error(refusal, kind):
 
 def test_an_overloaded_node_says_when_to_come_back(session):
     request = submit(session)
-    session.receive(frame(2, NODE, 1, request, 1, (0, 9, 8, 0, 2_500_000)), 0.1)
+    session.receive(frame(2, NODE, 1, request, 1, (0, 9, 8, 0, 2_500_000), False), 0.1)
     failure = session.take()[0].failure
     assert isinstance(failure, errors.Overloaded)
     assert failure.retry_after_seconds == 2.5
+
+
+def test_a_node_that_tells_of_its_cache_unasked_is_greeted_anew(session):
+    submit(session)
+    session.receive(frame(7, NODE, 1, 1, []), 0.1)
+    assert "has not asked for" in str(session.take()[0].failure)
+    tags(session)
+    session.tick(0.3)
+    assert tags(session) == [0]

@@ -45,7 +45,7 @@ def test_a_submission_has_the_bytes_that_it_always_had():
     )
     one, zero = "ca 3f 80 00 00", "ca 00 00 00 00"
     sampling = f"9f {zero} 00 {one} {zero} {one} {zero} {zero} 06 01 00 91 92 03 ca bf 80 00 00 02 00 91 09 c2"
-    assert made == bytes.fromhex(f"93 01 01 98 05 01 c4 20 {'00' * 32} 02 92 01 cc c8 02 {sampling} ce 00 01 11 70")
+    assert made == bytes.fromhex(f"93 01 01 99 05 01 c4 20 {'00' * 32} 02 92 01 cc c8 02 {sampling} ce 00 01 11 70 c2")
 
 
 def test_floats_take_32_bits_also_when_the_caller_gave_a_whole_number():
@@ -92,8 +92,8 @@ def test_outputs_that_break_the_protocol_are_refused(body):
 def test_another_version_and_an_unknown_message_are_named():
     with pytest.raises(TransportError, match="version 2"):
         wire.decode(frame(5, [0, 0, 0], version=2))
-    with pytest.raises(TransportError, match="message 6"):
-        wire.decode(frame(6, []))
+    with pytest.raises(TransportError, match="message 8"):
+        wire.decode(frame(8, []))
 
 
 def test_a_frame_over_the_limit_is_refused_unread():
