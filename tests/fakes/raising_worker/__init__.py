@@ -1,0 +1,1 @@
+"""A worker with a planted bug."""
