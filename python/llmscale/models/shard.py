@@ -21,6 +21,7 @@ from llmscale.models.spec import (
     TensorSpec,
     WeightSpec,
 )
+from llmscale.models.stages import stage_layers
 
 MAX_RANKS = 1_024
 
@@ -103,7 +104,8 @@ def shard_model(spec: ModelSpec, place: RankPlace) -> RankModel:
     """The part of a place. Raises ConfigError where a model cannot be cut that way, with the sizes that could."""
     if place.ranks == 1:
         return whole_model(spec)
-    first, last = _stage_layers(spec, place)
+    bounds = stage_layers(spec, place.stages)
+    first, last = bounds[place.stage : place.stage + 2]
     ranks = range(place.tensor_size)
     cut = _Cutter(place)
     shares = [_even_share(spec.vocabulary, rank, place.tensor_size, "vocabulary entries") for rank in ranks]
@@ -127,22 +129,6 @@ def shard_model(spec: ModelSpec, place: RankPlace) -> RankModel:
 def whole_model(spec: ModelSpec) -> RankModel:
     """All of it, for a rank that is alone."""
     return RankModel(spec, {}, 0, 0, (spec.vocabulary,))
-
-
-def _stage_layers(spec: ModelSpec, place: RankPlace) -> tuple[int, int]:
-    """Blocks of a stage: equal shares, moved to where the model may be cut."""
-    cuts = [0, *spec.pipeline_cuts, len(spec.blocks)]
-    if place.stages >= len(cuts):
-        raise ConfigError(
-            f"{place.stages} pipeline stages were asked for; this model of {len(spec.blocks)} layers can be cut into"
-            f" {len(cuts) - 1} at most"
-        )
-
-    def bound(stage: int) -> int:
-        # The s-th of S stages begins at the cut that is s/S of the way: never twice the same, since S <= cuts.
-        return cuts[(len(cuts) - 1) * stage // place.stages]
-
-    return bound(place.stage), bound(place.stage + 1)
 
 
 def _even_share(units: int, rank: int, size: int, what: str) -> tuple[int, int]:
