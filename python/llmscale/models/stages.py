@@ -39,8 +39,8 @@ def divide(costs: Sequence[int], last_cost: int, parts: int) -> tuple[int, ...]:
 
     @cache
     def least(start: int, left: int) -> tuple[int, int]:
-        """Of the best cut of what begins at `start` into `left` parts: the greatest sum, and the first one's end, negative
-        so that of equals the longest is the least."""
+        """Of the best cut of what begins at `start` into `left` parts: the greatest sum, and the end of the first one,
+        negative so that of equals the longest is the least."""
         if left == 1:
             return sums[-1] - sums[start] + last_cost, -len(costs)
         ends = range(start + 1, len(costs) - left + 2)
