@@ -188,7 +188,8 @@ async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page:
         assert undisturbed.startswith(middle)
         assert 20 < len(middle) < len(undisturbed)
         assert await page.value(TEXT) == undisturbed
-        assert await page.value(f"{LAST}.querySelector('.badge').textContent") == "survived a restart"
+        # Two where the next worker takes longer than half a second: then the replica gives its streams back.
+        assert (await page.value(f"{LAST}.querySelector('.badge').textContent")).startswith("survived ")
         figures = await page.value(f"{LAST}.querySelector('.figures').textContent")
         assert " · longest pause " in figures
         restarts = "[...document.querySelectorAll('.replica .restarts')].map(one => one.textContent).sort().join()"
