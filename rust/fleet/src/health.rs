@@ -181,7 +181,8 @@ impl Health {
         }
     }
 
-    pub(crate) fn is_trusted(&self) -> bool {
+    /// Whether it gets work without being tried first.
+    pub fn is_trusted(&self) -> bool {
         self.trust == Trust::Trusted
     }
 

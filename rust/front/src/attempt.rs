@@ -8,7 +8,7 @@ use crate::order::{Head, most_urgent};
 use crate::request::{Place, Reader, Sent};
 use crate::timers::Due;
 use llmscale_fleet::{Need, PoolId};
-use llmscale_types::{Duration, FinishReason, Planted, ReplicaId, RequestId, Time};
+use llmscale_types::{Attempt, Duration, FinishReason, Planted, ReplicaId, RequestId, Time};
 use std::sync::Arc;
 
 /// How often the predicted time to start may pass before silence counts as loss.
@@ -82,10 +82,27 @@ impl Front {
 
     fn send(&mut self, now: Time, id: RequestId, replica: ReplicaId, out: &mut Vec<FrontAction>) {
         self.dequeue(id);
-        let request = self.requests.get_mut(&id).expect("it was in the queue");
+        let (attempt, sent) = self.launch(now, id, replica, out);
+        let request = self.request_mut(id);
+        request.attempt = attempt;
+        request.place = Place::Sent(sent);
+        self.plan_hedge(now, id, &sent);
+        self.arm(id);
+    }
+
+    /// Puts an attempt on the books of a replica and sends it. The caller writes down what it is to the request.
+    pub(crate) fn launch(
+        &mut self,
+        now: Time,
+        id: RequestId,
+        replica: ReplicaId,
+        out: &mut Vec<FrontAction>,
+    ) -> (Attempt, Sent) {
+        let request = self.requests.get_mut(&id).expect("it was chosen because it lives");
         let cached_tokens = self.fleet.dispatch(now, replica, &request.prefix);
         let mut member = self.fleet.get_mut(replica).expect("it was chosen from the fleet");
-        request.attempt = request.attempt.next();
+        request.last_attempt = request.last_attempt.next();
+        let attempt = request.last_attempt;
         // The last token is always computed: its output is the next one.
         let context_tokens = request.context_tokens();
         let context_tokens = context_tokens - cached_tokens.min(context_tokens - 1);
@@ -100,25 +117,33 @@ impl Front {
         let predicted = Duration::from_nanos(predicted_ns);
         let (started, recalled) = (false, false);
         let sent = Sent { replica, context_tokens, started, recalled, at: now, predicted, heard: now, patience };
-        request.place = Place::Sent(sent);
-        let submission = Box::new(request.submission(id));
+        let submission = Box::new(request.submission(id, attempt));
         let new = self.sent.entry(replica).or_default().insert(id);
         assert!(new, "request {id} is on replica {replica} twice");
         self.counters.attempts += 1;
-        self.arm(id);
         out.push(FrontAction::Send { replica, message: ToReplica::Submit(submission) });
+        (attempt, sent)
     }
 
-    /// Takes an attempt off the books of its replica. The caller gives the request its next place.
+    /// Takes the only attempt off the books of its replica. The caller gives the request its next place.
     pub(crate) fn release(&mut self, id: RequestId) -> Sent {
         let request = self.requests.get_mut(&id).expect("its place names it, so it lives");
+        assert_eq!(request.rival, None, "request {id} has another attempt");
+        request.hedge_at = None;
         let Place::Sent(sent) = std::mem::replace(&mut request.place, Place::Queued) else {
             panic!("request {id} is not on a replica");
         };
+        self.take_off(id, &sent);
+        sent
+    }
+
+    /// Takes an attempt off the books of its replica.
+    pub(crate) fn take_off(&mut self, id: RequestId, sent: &Sent) {
+        let expected_tokens = self.requests[&id].expected_tokens;
         let mut member =
             self.fleet.get_mut(sent.replica).expect("attempts are released before their replica is forgotten");
         member.load.sequences -= u32::from(!Planted::ForgetsToReleaseLoad.is_here());
-        member.load.output_tokens -= u64::from(request.expected_tokens);
+        member.load.output_tokens -= u64::from(expected_tokens);
         if !sent.started {
             member.load.unstarted_sequences -= 1;
             member.load.unstarted_tokens -= u64::from(sent.context_tokens);
@@ -131,7 +156,6 @@ impl Front {
         drop(member);
         let known = self.sent.get_mut(&sent.replica).is_some_and(|there| there.remove(&id));
         assert!(known, "request {id} is not on replica {}", sent.replica);
-        sent
     }
 
     /// Tells a replica to stop an attempt.
@@ -148,6 +172,13 @@ impl Front {
 
     /// An attempt is over and the request goes on: elsewhere, later, or not at all after too many.
     pub(crate) fn lose(&mut self, id: RequestId, loss: Loss, out: &mut Vec<FrontAction>) {
+        if self.is_hedged(id) {
+            // The other attempt goes on as the only one.
+            self.counters.lost_attempts += u64::from(loss != Loss::NoFault);
+            self.swap_rival(id);
+            self.drop_rival(id, false, out);
+            return;
+        }
         let sent = self.release(id);
         let eos_tokens = &self.fleet.get(sent.replica).expect("it was just released there").limits.eos_tokens;
         let request = self.requests.get_mut(&id).expect("it was just released");
@@ -177,6 +208,7 @@ impl Front {
         match self.requests[&id].place {
             Place::Queued => self.dequeue(id),
             Place::Sent(sent) => {
+                self.drop_rival(id, true, out);
                 self.abort(id, sent.replica, at_token, out);
                 self.release(id);
             }
@@ -239,6 +271,7 @@ impl Front {
                 self.finish(id, EndReason::Finished(FinishReason::Aborted), None, out);
             }
             Place::Sent(sent) if sent.heard + sent.patience <= now => self.fell_silent(now, id, sent, out),
+            Place::Sent(_) if request.hedge_at.is_some_and(|at| at <= now) => self.hedge(now, id, out),
             Place::SetAside { until } if until.is_none_or(|until| until <= now) => self.try_again(now, id, until, out),
             Place::Held(_) | Place::Queued | Place::SetAside { .. } | Place::Sent(_) => self.arm(id),
         }

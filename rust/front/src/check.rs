@@ -1,6 +1,7 @@
 //! The invariants of a front, each compared with a count made from scratch. Linear in everything, so for tests, the
 //! simulator and debugging doors; the cheap half of them is asserted in every change anyway.
 
+use crate::counters::FrontCounters;
 use crate::front::Front;
 use crate::request::{Place, Request};
 use crate::timers::Due;
@@ -25,6 +26,22 @@ impl Front {
         self.check_loads(&requests);
         self.check_timers(&requests);
         self.fleet.check_health();
+        self.check_hedges(&requests);
+    }
+
+    fn check_hedges(&self, requests: &BTreeMap<RequestId, &Request>) {
+        let raced = requests.values().filter(|request| request.rival.is_some());
+        assert_eq!(raced.count(), self.hedging.live as usize, "second attempts are counted");
+        let permille = self.options.hedging.map_or(0, |options| u64::from(options.permille));
+        let FrontCounters { hedged_tokens, first_attempt_tokens, .. } = self.counters;
+        assert!(hedged_tokens * 1_000 <= first_attempt_tokens * permille, "too many tokens were sent twice");
+        for (id, request) in requests {
+            if let Some(rival) = request.rival {
+                assert_eq!(request.output_tokens(), 0, "request {id} has two attempts after its first token");
+                assert!(matches!(request.place, Place::Sent(sent) if sent.replica != rival.sent.replica));
+                assert!(rival.attempt != request.attempt && request.lost == 0 && request.restarts == 0);
+            }
+        }
     }
 
     fn check_request(&self, id: RequestId, request: &Request) {
@@ -70,14 +87,16 @@ impl Front {
         let mut loads: BTreeMap<ReplicaId, Load> = BTreeMap::new();
         for (id, request) in requests {
             let Place::Sent(sent) = request.place else { continue };
-            let listed = self.sent.get(&sent.replica).is_some_and(|there| there.contains(id));
-            assert!(listed, "request {id} is not listed on its replica");
-            let load = loads.entry(sent.replica).or_default();
-            load.sequences += 1;
-            load.output_tokens += u64::from(request.expected_tokens);
-            if !sent.started {
-                load.unstarted_sequences += 1;
-                load.unstarted_tokens += u64::from(sent.context_tokens);
+            for sent in std::iter::once(sent).chain(request.rival.map(|rival| rival.sent)) {
+                let listed = self.sent.get(&sent.replica).is_some_and(|there| there.contains(id));
+                assert!(listed, "request {id} is not listed on its replica");
+                let load = loads.entry(sent.replica).or_default();
+                load.sequences += 1;
+                load.output_tokens += u64::from(request.expected_tokens);
+                if !sent.started {
+                    load.unstarted_sequences += 1;
+                    load.unstarted_tokens += u64::from(sent.context_tokens);
+                }
             }
         }
         for member in self.fleet.members() {

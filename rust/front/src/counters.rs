@@ -17,6 +17,14 @@ pub struct FrontCounters {
     pub retries: u64,
     /// Times that such an attempt had to wait because too many were made.
     pub retries_delayed: u64,
+    /// Second attempts that began beside a first one whose first token was late.
+    pub hedges: u64,
+    /// Of these, those that were first after all.
+    pub hedge_wins: u64,
+    /// Context tokens of second attempts.
+    pub hedged_tokens: u64,
+    /// Context tokens of first attempts; 0 without second attempts.
+    pub first_attempt_tokens: u64,
     /// Attempts that came back to wait again at no fault of theirs.
     pub given_back: u64,
     /// Attempts asked back.

@@ -45,6 +45,7 @@ impl Front {
         };
         if rose {
             self.worker_restarted(replica);
+            self.end_races_on(replica, out);
         }
         match frame {
             ReplicaFrame::Outputs(outputs) => self.outputs(now, replica, outputs, out),
@@ -72,6 +73,10 @@ impl Front {
         let step = outputs.step;
         let finished = std::mem::take(&mut outputs.finished);
         let mut findings = Findings::default();
+        if self.hedging.live > 0 {
+            let keys = outputs.requests.iter().copied().zip(outputs.attempts.iter().copied());
+            self.settle_races(now, replica, keys.zip(outputs.indexes.iter().copied()), out);
+        }
         let deliveries = self.take_rows(now, replica, outputs, &mut findings);
         if !deliveries.is_empty() {
             out.push(FrontAction::Deliver(deliveries));
@@ -136,6 +141,7 @@ impl Front {
                 findings.shape.decodes += 1;
             } else {
                 sent.started = true;
+                request.hedge_at = None;
                 // Its whole context has gone through the model.
                 request.suspect = false;
                 let (predicted, taken) = (sent.predicted, now.since(sent.at));
@@ -183,6 +189,7 @@ impl Front {
 
     /// An attempt came to its end.
     fn finished(&mut self, now: Time, replica: ReplicaId, end: Finished, out: &mut Vec<FrontAction>) {
+        self.settle_race(now, (end.request, end.attempt), replica, out);
         let Some(request) = self.requests.get_mut(&end.request) else {
             self.counters.late += 1;
             return;
@@ -220,6 +227,9 @@ impl Front {
         suspect: bool,
         out: &mut Vec<FrontAction>,
     ) {
+        if self.is_rival(id, attempt, replica) {
+            self.swap_rival(id);
+        }
         let Some(request) = self.requests.get(&id) else {
             self.counters.late += 1;
             return;
@@ -261,6 +271,7 @@ impl Front {
                 drop(member);
                 // This front has checked it against what the replica offered.
                 self.blame(now, id);
+                self.drop_rival(id, true, out);
                 self.release(id);
                 self.conclude(id, EndReason::Refused(refusal.expect("it was just matched")), out);
                 return;

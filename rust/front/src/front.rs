@@ -3,6 +3,7 @@
 
 use crate::counters::FrontCounters;
 use crate::event::{FrontAction, FrontEvent};
+use crate::hedge::Hedging;
 use crate::options::FrontOptions;
 use crate::queue::Queue;
 use crate::request::Request;
@@ -30,6 +31,7 @@ pub struct Front {
     pub(crate) recovering: BTreeMap<ReplicaId, Time>,
     pub(crate) timers: Timers,
     pub(crate) retry_budget: RetryBudget,
+    pub(crate) hedging: Hedging,
     pub(crate) last_request: RequestId,
     pub(crate) usual_output: UsualOutput,
     pub(crate) counters: FrontCounters,
@@ -59,6 +61,7 @@ impl Front {
             recovering: BTreeMap::new(),
             timers: Timers::default(),
             retry_budget: RetryBudget::default(),
+            hedging: Hedging::default(),
             last_request: RequestId(0),
             usual_output: UsualOutput::new(),
             counters: FrontCounters::default(),

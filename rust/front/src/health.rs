@@ -21,6 +21,9 @@ impl Front {
     pub(crate) fn credit(&mut self, now: Time, replica: ReplicaId, first_tokens: &[FirstToken]) {
         for first in first_tokens {
             self.fleet.answered(now, replica, first.request, first.predicted, first.taken);
+            if let Some(pool) = self.fleet.get(replica).map(|member| member.pool) {
+                self.observe_lateness(pool, Duration(first.taken.0.saturating_sub(first.predicted.0)));
+            }
         }
     }
 

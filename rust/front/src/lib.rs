@@ -12,6 +12,7 @@ mod event;
 mod frame;
 mod front;
 mod health;
+mod hedge;
 mod membership;
 mod options;
 mod order;
@@ -28,6 +29,7 @@ pub use counters::FrontCounters;
 pub use delivery::{Deliveries, Delivery};
 pub use event::{EndReason, FrontAction, FrontEvent, NewRequest, ReplicaFrame, SubmitError, ToReplica, Usage};
 pub use front::Front;
+pub use hedge::HedgeOptions;
 pub use llmscale_fleet::{
     HealthCounters, HealthOptions, IndexOptions, ModelKey, Offer, PoolId, ReplicaLimits, ReplicaState, Report, Tally,
     Trust,

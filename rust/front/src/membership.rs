@@ -41,7 +41,11 @@ impl Front {
         }
         self.blame_lost(now, replica);
         for id in self.attempts_on(replica) {
-            self.lose(id, Loss::Node, out);
+            if self.requests[&id].rival.is_some_and(|rival| rival.sent.replica == replica) {
+                self.drop_rival(id, false, out);
+            } else {
+                self.lose(id, Loss::Node, out);
+            }
         }
         self.sent.remove(&replica);
         self.recovering.remove(&replica);
@@ -121,6 +125,7 @@ impl Front {
         member.state = Some(report.state);
         drop(member);
         if report.state == ReplicaState::Recovering {
+            self.end_races_on(replica, out);
             self.recovering.entry(replica).or_insert(now);
         } else {
             self.recovering.remove(&replica);
@@ -206,7 +211,8 @@ impl Front {
         let request = self.request_mut(id);
         let attempt = request.attempt;
         let Place::Sent(sent) = &mut request.place else { panic!("request {id} is not on a replica") };
-        if !sent.recalled {
+        // The race decides where a request with two attempts stays.
+        if !sent.recalled && request.rival.is_none() {
             sent.recalled = true;
             let replica = sent.replica;
             self.counters.recalls += 1;

@@ -1,6 +1,7 @@
 //! What an operator may set about a front, checked once when it starts. The bounds that other crates share are in
 //! `FrontLimits`; here are the spans that only the front's own decisions use.
 
+use crate::hedge::HedgeOptions;
 use crate::retry::RetryOptions;
 use llmscale_fleet::{HealthOptions, IndexOptions};
 use llmscale_types::{Duration, FrontLimits, LimitError};
@@ -28,6 +29,8 @@ pub struct FrontOptions {
     pub health: HealthOptions,
     /// How often attempts are made again after replicas answered badly.
     pub retries: RetryOptions,
+    /// When a request is tried at a second replica because its first token is late; `None`: never.
+    pub hedging: Option<HedgeOptions>,
 }
 
 impl Default for FrontOptions {
@@ -42,6 +45,7 @@ impl Default for FrontOptions {
             prefixes: Some(IndexOptions::default()),
             health: HealthOptions::default(),
             retries: RetryOptions::default(),
+            hedging: None,
         }
     }
 }
@@ -54,6 +58,7 @@ impl FrontOptions {
         LimitError::at_most("max_replicas", u64::from(self.max_replicas), 65_536)?;
         self.health.check()?;
         self.retries.check()?;
+        self.hedging.as_ref().map_or(Ok(()), HedgeOptions::check)?;
         self.prefixes.as_ref().map_or(Ok(()), IndexOptions::check)?;
         LimitError::at_least("promote_after", self.promote_after.0, 1)?;
         LimitError::at_least("max_silence", self.max_silence.0, 1)

@@ -2,6 +2,7 @@
 //! its reader has seen. Lives from submission to the terminal event. O(1) per token.
 
 use crate::event::{EndReason, NewRequest, Usage};
+use crate::hedge::Rival;
 use crate::options::FrontOptions;
 use llmscale_fleet::PoolId;
 use llmscale_types::{
@@ -25,8 +26,14 @@ pub(crate) struct Request {
     prompt_tokens: u32,
     /// Names of the prompt's prefixes.
     pub(crate) prefix: Arc<[PrefixKey]>,
-    /// The newest attempt; 0 before the first.
+    /// The attempt that its place names; 0 before the first.
     pub(crate) attempt: Attempt,
+    /// The newest of all attempts.
+    pub(crate) last_attempt: Attempt,
+    /// When a second attempt may begin beside the first.
+    pub(crate) hedge_at: Option<Time>,
+    /// The second attempt while both are under way; before the first token only.
+    pub(crate) rival: Option<Rival>,
     /// Attempts that were lost.
     pub(crate) lost: u32,
     /// Of these, those that a replica ended by answering badly.
@@ -105,6 +112,9 @@ impl Request {
             prefix: new.prefix,
             context: new.prompt,
             attempt: Attempt(0),
+            last_attempt: Attempt(0),
+            hedge_at: None,
+            rival: None,
             lost: 0,
             faults: 0,
             restarts: 0,
@@ -170,11 +180,11 @@ impl Request {
         self.unread_logprobs.iter().skip_while(move |(index, _)| *index < from_index)
     }
 
-    /// What the next attempt is sent.
-    pub(crate) fn submission(&self, request: RequestId) -> Submission {
+    /// What an attempt is sent.
+    pub(crate) fn submission(&self, request: RequestId, attempt: Attempt) -> Submission {
         let cut = usize::from(Planted::GoesOnWithoutTheLastToken.is_here() && self.output_tokens() > 0);
         Submission {
-            key: SequenceKey { front: FrontId(0), request, attempt: self.attempt },
+            key: SequenceKey { front: FrontId(0), request, attempt },
             namespace: self.namespace,
             class: self.class,
             context: self.context[..self.context.len() - cut].to_vec(),
@@ -214,7 +224,8 @@ impl Request {
         };
         let held = matches!(self.place, Place::Held(_)) || Planted::IgnoresDeadlines.is_here();
         let deadline = if held { None } else { self.deadline };
-        [silence, away, deadline].into_iter().flatten().min()
+        let hedge = self.hedge_at.filter(|_| matches!(self.place, Place::Sent(_)));
+        [silence, hedge, away, deadline].into_iter().flatten().min()
     }
 
     /// Positions that `check` compares with the counts.

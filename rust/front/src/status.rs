@@ -2,7 +2,9 @@
 
 use crate::counters::FrontCounters;
 use crate::front::Front;
-use llmscale_fleet::{HealthCounters, Load, ModelKey, ReplicaLimits, ReplicaState, Report, Tally, Trust};
+use llmscale_fleet::{
+    HealthCounters, IndexCounters, Load, ModelKey, PrefixIndex, ReplicaLimits, ReplicaState, Report, Tally, Trust,
+};
 use llmscale_types::{Epoch, NodeId, ReplicaId, Time};
 
 /// A front at one moment.
@@ -20,6 +22,12 @@ pub struct FrontStatus {
     pub counters: FrontCounters,
     /// Counts of replicas that were left alone, since the start.
     pub health: HealthCounters,
+    /// Prefixes that some replica is known to hold.
+    pub known_prefixes: u64,
+    /// Memory of what is known of caches.
+    pub prefix_bytes: u64,
+    /// Changes of caches that were missed and asked for, and prefixes forgotten for want of memory, since the start.
+    pub prefixes: IndexCounters,
 }
 
 /// One replica at one moment.
@@ -71,6 +79,7 @@ impl Front {
             tally: member.health.tally(now, self.fleet.health_options()),
             ejections: member.health.ejections(),
         });
+        let prefixes = self.fleet.prefixes();
         FrontStatus {
             queued_requests: self.queued_requests(),
             queued_tokens: self.queued_tokens(),
@@ -78,6 +87,9 @@ impl Front {
             replicas: replicas.collect(),
             counters: self.counters,
             health: self.fleet.health_counters(),
+            known_prefixes: prefixes.map_or(0, PrefixIndex::keys) as u64,
+            prefix_bytes: prefixes.map_or(0, PrefixIndex::bytes) as u64,
+            prefixes: prefixes.map(PrefixIndex::counters).unwrap_or_default(),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! drawn once.
 
 use crate::random::Random;
-use llmscale_front::{HealthOptions, RetryOptions};
+use llmscale_front::{HealthOptions, HedgeOptions, RetryOptions};
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{Duration, EngineLimits, FrontLimits, Token};
 
@@ -82,6 +82,8 @@ pub struct Mix {
     pub health: HealthOptions,
     /// How often fronts try again after nodes answered badly.
     pub retries: RetryOptions,
+    /// When fronts try a request at a second node because its first token is late.
+    pub hedging: Option<HedgeOptions>,
     /// Bounds of every front.
     pub front: FrontLimits,
     /// How long a ready replica may be silent about an attempt.
@@ -127,6 +129,7 @@ impl Mix {
         let pipelines = added.chance(300);
         let caches = added.chance(400);
         let (health, retries) = (draw_health(&mut added), draw_retries(&mut added));
+        let hedging = added.chance(500).then(|| draw_hedging(&mut added));
         Self {
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
@@ -136,6 +139,7 @@ impl Mix {
             caches,
             health,
             retries,
+            hedging,
             front: FrontLimits {
                 max_queued_requests: if tiny_queues { random.count(1, 4) } else { 64 },
                 max_queued_tokens: if random.chance(200) { random.between(20, 120) } else { 10_000 },
@@ -160,6 +164,21 @@ impl Mix {
             slow_readers: *random.pick(&[0, 0, 150]),
             deadlines: *random.pick(&[0, 100, 400]),
             unrest: random.span(1_500_000, 4_000_000),
+        }
+    }
+
+    /// The same sizes without faults: two nodes, one front, half a second of requests whose clients read and stay.
+    pub(crate) fn calm(self) -> Self {
+        Self {
+            fronts: 1,
+            nodes: 2,
+            faults: Vec::new(),
+            deadly_prompts: None,
+            impatient_clients: 0,
+            slow_readers: 0,
+            submit_interval: Duration(20_000),
+            unrest: Duration::from_millis(500),
+            ..self
         }
     }
 
@@ -209,6 +228,16 @@ fn draw_retries(random: &mut Random) -> RetryOptions {
         least_retries: random.count(1, 4),
         delay,
         max_delay: delay + random.span(1_000, 200_000),
+    }
+}
+
+fn draw_hedging(random: &mut Random) -> HedgeOptions {
+    HedgeOptions {
+        permille: *random.pick(&[50, 200, 1_000]),
+        max_saved_tokens: 200,
+        least_answers: random.count(1, 20),
+        least_wait: random.span(0, 20_000),
+        max_busy_permille: random.count(200, 1_000),
     }
 }
 

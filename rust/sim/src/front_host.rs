@@ -16,7 +16,7 @@ use llmscale_front::{
     ToReplica, Trust,
 };
 use llmscale_types::error::QueueUnit;
-use llmscale_types::{Duration, FinishReason, PrefixKey, Refusal, ReplicaId, RequestId, Time};
+use llmscale_types::{Attempt, Duration, FinishReason, PrefixKey, Refusal, ReplicaId, RequestId, Time};
 use llmscale_wire::{FromNode, decode};
 use std::collections::VecDeque;
 
@@ -68,6 +68,7 @@ impl FrontHost {
             prefixes: around.mix.caches.then(|| index_options(around.mix.engine.block_tokens)),
             health: around.mix.health,
             retries: around.mix.retries,
+            hedging: around.mix.hedging,
         };
         Self {
             number,
@@ -181,9 +182,10 @@ impl FrontHost {
                             around
                                 .note("front sends", [replica.0.into(), request.0, submission.key.attempt.0.into(), 0]);
                             self.check_numerics(replica, request, around);
-                            self.ledger.sent(replica.index(), submission);
+                            let beside = self.front.is_hedged(request) && submission.key.attempt != Attempt(1);
+                            self.ledger.sent(replica.index(), submission, beside);
                         }
-                        ToReplica::Abort { request, .. } => self.ledger.given_up(*request),
+                        ToReplica::Abort { request, attempt, .. } => self.ledger.given_up(*request, *attempt),
                         ToReplica::Recall { .. } | ToReplica::KvAsk { .. } => {}
                     }
                     self.outgoing.push_back((replica, message));

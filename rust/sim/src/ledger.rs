@@ -6,7 +6,7 @@ use crate::faults::{DEADLY, EOS_TOKENS, Mix, VOCABULARY};
 use crate::hash_worker::hash_token;
 use crate::random::Random;
 use llmscale_front::{Delivery, EndReason, NewRequest, Usage};
-use llmscale_types::{FinishReason, RequestId, Sampling, Submission, Time, Token};
+use llmscale_types::{Attempt, FinishReason, RequestId, Sampling, Submission, Time, Token};
 use std::collections::BTreeMap;
 
 /// What a client did to end its request.
@@ -29,8 +29,8 @@ pub(crate) struct Account {
     /// When the reader left last.
     away_since: Option<Time>,
     pub(crate) by_client: ByClient,
-    /// Where the newest attempt went, and its number.
-    place: Option<usize>,
+    /// Where attempts are that may be under way: the newest, and one beside it while its first token is late.
+    stays: Vec<(Attempt, usize)>,
     attempts: u32,
     /// Workers that died at that place since, and how many of them by an ordinary fault.
     crashes: u32,
@@ -75,7 +75,7 @@ impl Ledger {
             reads,
             away_since: new.detached.then_some(now),
             by_client: ByClient::Nothing,
-            place: None,
+            stays: Vec::new(),
             attempts: 0,
             crashes: 0,
             ordinary_crashes: 0,
@@ -113,7 +113,8 @@ impl Ledger {
             account.check_next(request, token);
             account.delivered.push(token);
         }
-        let here = account.place.filter(|_| account.away_since.is_none()).map(|place| mix.numerics(place));
+        let stay = account.stays.last().filter(|_| account.away_since.is_none());
+        let here = stay.map(|&(_, place)| mix.numerics(place));
         self.numerics_changes += u64::from(here.is_some() && account.numerics.is_some() && here != account.numerics);
         account.numerics = here;
         self.tokens += delivery.tokens.len() as u64;
@@ -125,15 +126,22 @@ impl Ledger {
         self.accounts[&request].numerics
     }
 
-    /// An attempt leaves for a place.
-    pub(crate) fn sent(&mut self, place: usize, submission: &Submission) {
+    /// An attempt leaves for a place, instead of the one before or beside it.
+    pub(crate) fn sent(&mut self, place: usize, submission: &Submission, beside: bool) {
         let request = submission.key.request;
         let account = self.accounts.get_mut(&request).expect("attempts belong to a request");
         assert!(!account.ended, "request {request} is sent out after its end");
         account.attempts += 1;
         assert_eq!(submission.key.attempt.0, account.attempts, "attempts of request {request} are counted one by one");
         account.check_context(request, submission);
-        account.place = Some(place);
+        if beside {
+            assert!(account.delivered.is_empty(), "request {request} is tried twice after its first token");
+            let elsewhere = matches!(account.stays[..], [(_, first)] if first != place);
+            assert!(elsewhere, "request {request} is tried beside {:?}", account.stays);
+        } else {
+            account.stays.clear();
+        }
+        account.stays.push((submission.key.attempt, place));
         // What a replica has told against it goes along; what it has not is forgotten with the replica.
         if !submission.suspect {
             (account.crashes, account.ordinary_crashes) = (0, 0);
@@ -141,9 +149,10 @@ impl Ledger {
     }
 
     /// An attempt was given up by the front while the request goes on.
-    pub(crate) fn given_up(&mut self, request: RequestId) {
+    pub(crate) fn given_up(&mut self, request: RequestId, attempt: Attempt) {
         if let Some(account) = self.alive(request) {
             account.losses += 1;
+            account.stays.retain(|&(stay, _)| stay != attempt);
         }
     }
 
@@ -160,12 +169,12 @@ impl Ledger {
     pub(crate) fn place_lost(&mut self, place: usize) {
         for account in self.at(place) {
             account.losses += 1;
-            account.place = None;
+            account.stays.retain(|&(_, stay)| stay != place);
         }
     }
 
     fn at(&mut self, place: usize) -> impl Iterator<Item = &mut Account> {
-        self.accounts.values_mut().filter(move |account| !account.ended && account.place == Some(place))
+        self.accounts.values_mut().filter(move |account| !account.ended && account.is_at(place))
     }
 
     /// What a request is told to have survived, it did.
@@ -265,6 +274,10 @@ impl Account {
             let possible = counted..=self.sampling.max_tokens;
             assert!(possible.contains(&usage.output_tokens), "request {request} pays for {}", usage.output_tokens);
         }
+    }
+
+    fn is_at(&self, place: usize) -> bool {
+        self.stays.iter().any(|&(_, stay)| stay == place)
     }
 
     fn stops(&self, token: Token) -> bool {

@@ -43,6 +43,7 @@ fn options() -> FrontOptions {
         max_recovering: Duration(u64::MAX / 4),
         health: HealthOptions::default(),
         // Waiting for a retry has tests of its own as well.
+        hedging: None,
         retries: RetryOptions { least_retries: u32::MAX, delay: Duration(0), ..RetryOptions::default() },
     }
 }

@@ -138,7 +138,7 @@ impl Simulation {
         self.around.agenda.after(wait, Happening::FrontStart { front });
     }
 
-    fn fault_at(&mut self, fault: Fault, place: usize) {
+    pub(super) fn fault_at(&mut self, fault: Fault, place: usize) {
         let Some(process) = &mut self.nodes[place] else { return };
         let (around, node) = (&mut self.around, process.node);
         let numbers = [place as u64, node.0, 0, 0];
@@ -214,12 +214,17 @@ impl Simulation {
         let counters = host.front.counters();
         for (name, count) in [
             ("front_expired", counters.expired),
+            ("front_ejections", host.front.status(self.around.now()).health.ejections),
             ("front_given_back", counters.given_back),
+            ("front_hedge_wins", counters.hedge_wins),
+            ("front_hedges", counters.hedges),
             ("front_late", counters.late),
             ("front_lost_attempts", counters.lost_attempts),
             ("front_moved", counters.moved),
             ("front_numerics_changes", counters.numerics_changes),
             ("front_recalls", counters.recalls),
+            ("front_retries", counters.retries),
+            ("front_retries_delayed", counters.retries_delayed),
             ("front_silences", counters.silences),
             ("front_slow_readers", counters.slow_readers),
             ("front_stale_frames", counters.stale_frames),
