@@ -166,6 +166,12 @@ class _Status(Protocol):
     @property
     def stale_rows(self) -> int: ...
     @property
+    def known_prefixes(self) -> int: ...
+    @property
+    def prefix_bytes(self) -> int: ...
+    @property
+    def prefix_gaps(self) -> int: ...
+    @property
     def replicas(self) -> Sequence[_Replica]: ...
 
 
@@ -296,4 +302,15 @@ class GatewayMetrics(Collector):
         )
         yield CounterMetricFamily(
             "llmscale:front_stale_rows", "Tokens of a lost attempt, dropped", value=status.stale_rows
+        )
+        yield GaugeMetricFamily(
+            "llmscale:front_known_prefixes",
+            "Prefixes that some replica is known to hold",
+            value=status.known_prefixes,
+        )
+        yield GaugeMetricFamily(
+            "llmscale:front_prefix_bytes", "Memory of what is known of prefix caches", value=status.prefix_bytes
+        )
+        yield CounterMetricFamily(
+            "llmscale:front_prefix_gaps", "Changes of prefix caches that were missed", value=status.prefix_gaps
         )

@@ -101,6 +101,9 @@ class FakeStatus:
     moved_attempts: int = 0
     stale_frames: int = 0
     stale_rows: int = 0
+    known_prefixes: int = 0
+    prefix_bytes: int = 0
+    prefix_gaps: int = 0
 
 
 @dataclass(slots=True)

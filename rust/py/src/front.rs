@@ -245,6 +245,24 @@ impl PyFrontStatus {
         self.0.counters.stale_rows
     }
 
+    /// Prefixes that some replica is known to hold.
+    #[getter]
+    fn known_prefixes(&self) -> u64 {
+        self.0.known_prefixes
+    }
+
+    /// Memory of what is known of the replicas' prefix caches, in bytes.
+    #[getter]
+    fn prefix_bytes(&self) -> u64 {
+        self.0.prefix_bytes
+    }
+
+    /// Changes of caches that were missed and asked for again.
+    #[getter]
+    fn prefix_gaps(&self) -> u64 {
+        self.0.prefixes.gaps
+    }
+
     #[getter]
     fn replicas(&self) -> Vec<PyReplicaStatus> {
         self.0.replicas.iter().map(replica_status).collect()
