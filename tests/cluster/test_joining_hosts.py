@@ -118,3 +118,12 @@ def test_a_contradiction_of_the_launcher_is_named(tmp_path: Path) -> None:
         code, log = lost.end(END_SECONDS)
         assert code == 1
         assert "LWS_WORKER_INDEX is 2, but LWS_GROUP_SIZE is 2" in log
+
+
+@pytest.mark.parametrize(("index", "waits"), [(0, "waiting for hosts"), (1, "waiting for the leader")])
+def test_a_host_that_waits_ends_when_it_is_told_to(index: int, waits: str, tmp_path: Path) -> None:
+    with host_process(tmp_path, "patient", (), *options(free_port(), index, wait=600.0)) as patient:
+        wait_until(lambda: waits in patient.log(), END_SECONDS, "it waits")
+        patient.process.terminate()
+        code, log = patient.end(END_SECONDS)
+        assert code == 0, log

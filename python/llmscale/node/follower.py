@@ -94,15 +94,18 @@ class Follower:
         """Reports, watches the leader, and gives up when there is none for too long."""
         while True:
             now = time.monotonic()
-            report = self._membership.tick(now)
-            if report is not None:
-                self._door.send(None, encode(report))
+            self._report(now)
             self._note_leader()
             if self._membership.refusal is not None:
                 raise ConfigError(self._membership.refusal)
             if not self._membership.has_leader:
                 self._wait_for_leader(now)
             await asyncio.sleep(BEAT_SECONDS / 2)
+
+    def _report(self, now: float) -> None:
+        report = self._membership.tick(now)
+        if report is not None:
+            self._door.send(None, encode(report))
 
     def _note_leader(self) -> None:
         if self._membership.has_leader == self._had_leader:
@@ -151,6 +154,7 @@ class Follower:
         """Runs the ranks of an epoch until one dies or the leader wants something else."""
         ranks = await self._start(wanted)
         self._membership.started(wanted.epoch)
+        self._report(time.monotonic())
         dying = asyncio.create_task(ranks.first_death())
         try:
             await self._watch(wanted, dying)
@@ -159,6 +163,7 @@ class Follower:
             ranks.kill()
             await asyncio.wait({dying})
         self._membership.ended(wanted.epoch, death)
+        self._report(time.monotonic())
         _log.warning("workers ended", epoch=wanted.epoch, how=death or "the leader wants them no more")
 
     async def _watch(self, wanted: Wanted, dying: asyncio.Task[str]) -> None:

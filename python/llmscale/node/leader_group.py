@@ -38,18 +38,18 @@ class LeaderGroup:
         self._ticking = asyncio.create_task(self._tick())
 
     async def gather(self, max_wait_seconds: float) -> bool:
-        """Waits until all hosts are there. False: closed meanwhile. Raises WorkerError that names who is missing."""
+        """Waits until all hosts are there and run nothing. False: closed meanwhile. Raises WorkerError with names."""
         deadline = time.monotonic() + max_wait_seconds
         next_log = 0.0
-        while self._roster.missing and not self._closed:
+        while (self._roster.missing or self._roster.busy) and not self._closed:
             now = time.monotonic()
-            missing = ", ".join(str(host) for host in self._roster.missing)
             if now > deadline:
-                raise WorkerError(self._absence(missing, max_wait_seconds))
-            if now >= next_log:
+                raise WorkerError(self._absence(max_wait_seconds))
+            if self._roster.missing and now >= next_log:
                 next_log = now + LOG_SECONDS
-                _log.info("waiting for hosts", missing=missing, address=self._door.address)
-            await self._wait(min(deadline, next_log) - now)
+                _log.info("waiting for hosts", missing=_names(self._roster.missing), address=self._door.address)
+            # Every change ends the wait; the second is for the log and the deadline.
+            await self._wait(1.0)
         return not self._closed
 
     def run(self, epoch: int, links: dict[int, tuple[RankLink, ...]], rendezvous_port: int) -> None:
@@ -81,7 +81,10 @@ class LeaderGroup:
             self._ticking.cancel()
             asyncio.get_running_loop().remove_reader(self._door.fileno())
 
-    def _absence(self, missing: str, waited_seconds: float) -> str:
+    def _absence(self, waited_seconds: float) -> str:
+        if not self._roster.missing:
+            return f"host {_names(self._roster.busy)} did not end its ranks within {waited_seconds:g} s; end its node"
+        missing = _names(self._roster.missing)
         text = f"of {self._hosts} hosts, {missing} did not come to {self._door.address} within {waited_seconds:g} s"
         if self._roster.last_refusal is not None:
             return f"{text}; one that came was refused: {self._roster.last_refusal}"
@@ -106,11 +109,14 @@ class LeaderGroup:
 
     def _hear(self) -> None:
         before = self._roster.missing
+        for peer in self._door.take_ended():
+            self._roster.disconnected(peer)
         for peer, frame in self._door.take():
             try:
                 message = decode_follower(frame)
             except TransportError as error:
-                _log.warning("a host is not heard any more", reason=str(error))
+                # A package of another version may have other messages; this one it can read.
+                self._send([(peer, Refused(f"{error}; start every host of a replica with the same package"))])
                 self._door.ignore(peer)
                 continue
             self._send(self._roster.hear(time.monotonic(), peer, message))
@@ -125,3 +131,7 @@ class LeaderGroup:
             if isinstance(message, Refused):
                 _log.warning("a host was refused", reason=message.reason)
             self._door.send(peer, encode(message))
+
+
+def _names(hosts: tuple[int, ...]) -> str:
+    return ", ".join(str(host) for host in hosts)

@@ -37,7 +37,10 @@ class _Host:
     peer: int
     incarnation: str
     heard_at: float
-    reported_epoch: int = 0
+    running_epoch: int = 0
+    """Whose ranks run there, as it says; 0 for none."""
+    is_connected: bool = True
+    """False from when its connection has ended until it is heard over the next one."""
 
 
 class Roster:
@@ -62,7 +65,13 @@ class Roster:
     @property
     def missing(self) -> tuple[int, ...]:
         """Hosts that have not come, or have gone."""
-        return tuple(host for host in range(1, self._facts.hosts) if host not in self._hosts)
+        there = {index for index, host in self._hosts.items() if host.is_connected}
+        return tuple(host for host in range(1, self._facts.hosts) if host not in there)
+
+    @property
+    def busy(self) -> tuple[int, ...]:
+        """Hosts that still run ranks of an epoch that is over: memory that the next one needs."""
+        return tuple(index for index, host in sorted(self._hosts.items()) if host.running_epoch and not self._links)
 
     @property
     def trouble(self) -> str | None:
@@ -102,6 +111,12 @@ class Roster:
             return []
         return self._hear_report(now, peer, message)
 
+    def disconnected(self, peer: int) -> None:
+        """A connection has ended. Its host may be back before it is missed; until then it cannot be told anything."""
+        for host in self._hosts.values():
+            if host.peer == peer:
+                host.is_connected = False
+
     def tick(self, now: float) -> Outgoing:
         """Beats, and looks for hosts that are silent. Called several times per beat."""
         for index, host in list(self._hosts.items()):
@@ -119,16 +134,20 @@ class Roster:
             return self._refuse(peer, reason)
         host = self._hosts.get(report.host)
         if host is not None and host.incarnation != report.incarnation:
-            return self._hear_rival(now, peer, report)
+            if host.is_connected:
+                return self._hear_rival(now, peer, report)
+            self._lose(report.host, f"host {report.host} was started anew")
+            host = None
         is_new = host is None
         if host is None:
             host = self._hosts[report.host] = _Host(peer, report.incarnation, now)
             self._rivals.pop(report.host, None)
         host.heard_at = now
         # A connection that was lost and made again has another number.
-        host.peer = peer
-        changed = is_new or host.reported_epoch != report.epoch
-        host.reported_epoch = report.epoch
+        host.peer, host.is_connected = peer, True
+        running = report.epoch if report.death is None else 0
+        changed = is_new or host.running_epoch != running
+        host.running_epoch = running
         if report.epoch == self._epoch and self._links and report.death is not None:
             self._note(f"host {report.host}: {report.death}")
         return [(peer, self._wanted(report.host))] if changed else []

@@ -7,8 +7,8 @@ use crate::group_keys::GroupKeys;
 use crate::node::NodeError;
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use llmscale_net::{
-    Address, ClientEndpoint, Context, EndpointOptions, PeerId, Phase, PollHandle, Poller, ReceiveError, ServerEndpoint,
-    Waker,
+    Address, ClientEndpoint, Context, EndpointOptions, PeerId, Phase, PollHandle, Poller, ReceiveError, SendError,
+    ServerEndpoint, Waker,
 };
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 /// Largest frame. What hosts tell each other is a page of names and numbers.
 pub const MAX_FRAME_BYTES: u64 = 64 << 10;
 /// Frames that wait for the owner, and orders that wait for the thread.
-const MAX_WAITING_FRAMES: usize = 4_096;
+const MAX_WAITING_FRAMES: usize = 1_024;
 /// How long the thread sleeps when nothing happens: a connection that was refused is tried again after a look.
 const MAX_SLEEP_US: u64 = 100_000;
 
@@ -32,6 +32,7 @@ enum Order {
 #[derive(Default)]
 struct Shared {
     heard: VecDeque<Heard>,
+    ended: Vec<PeerId>,
     connected: bool,
     refusals: u64,
 }
@@ -94,6 +95,11 @@ impl GroupDoor {
     pub fn take(&self) -> Vec<Heard> {
         self.reader.take();
         lock(&self.shared).heard.drain(..).collect()
+    }
+
+    /// Connections that could not be sent to since the last call, because they have ended.
+    pub fn take_ended(&self) -> Vec<PeerId> {
+        std::mem::take(&mut lock(&self.shared).ended)
     }
 
     /// Whether a follower's connection is up.
@@ -178,12 +184,20 @@ impl Side {
         }
     }
 
-    /// What cannot be sent now is dropped: nothing that is said here makes sense later.
-    fn obey(&mut self, order: Order) {
+    /// What cannot be sent now is dropped: nothing that is said here makes sense later. Returns a peer that has ended.
+    fn obey(&mut self, order: Order) -> Option<PeerId> {
         match (self, order) {
-            (Self::Leader(server), Order::Send(Some(peer), frame)) => drop(server.send(peer, frame)),
-            (Self::Follower(client), Order::Send(None, frame)) => drop(client.send(frame)),
-            (Self::Leader(server), Order::Ignore(peer)) => server.ignore(peer),
+            (Self::Leader(server), Order::Send(Some(peer), frame)) => {
+                matches!(server.send(peer, frame), Err(SendError::Unreachable(_))).then_some(peer)
+            }
+            (Self::Follower(client), Order::Send(None, frame)) => {
+                drop(client.send(frame));
+                None
+            }
+            (Self::Leader(server), Order::Ignore(peer)) => {
+                server.ignore(peer);
+                None
+            }
             (Self::Leader(_), Order::Send(None, _)) | (Self::Follower(_), _) => {
                 unreachable!("a leader names its peer, a follower has one")
             }
@@ -215,12 +229,24 @@ impl Thread {
             self.listen();
             loop {
                 match self.orders.try_recv() {
-                    Ok(order) => self.side.obey(order),
+                    Ok(order) => {
+                        if let Some(peer) = self.side.obey(order) {
+                            self.note_end(peer);
+                        }
+                    }
                     Err(TryRecvError::Empty) => break,
                     Err(TryRecvError::Disconnected) => return,
                 }
             }
         }
+    }
+
+    fn note_end(&self, peer: PeerId) {
+        let ended = &mut lock(&self.shared).ended;
+        if ended.len() < MAX_WAITING_FRAMES && !ended.contains(&peer) {
+            ended.push(peer);
+        }
+        self.reader.wake();
     }
 
     fn listen(&mut self) {

@@ -12,6 +12,9 @@ pub struct RankLinks {
     links: Vec<Box<dyn WorkerLink>>,
     leader: usize,
     codec: CodecLimits,
+    epoch: Epoch,
+    /// A rank whose link is down; said once, then the link as a whole is.
+    down: Option<usize>,
     /// Which ranks have loaded their part.
     ready: Vec<bool>,
     /// The leader's report that it is ready, until all others are.
@@ -20,10 +23,10 @@ pub struct RankLinks {
 
 impl RankLinks {
     /// Joins the links of ranks 0, 1, ... of which one speaks for all.
-    pub fn new(links: Vec<Box<dyn WorkerLink>>, leader: usize) -> Self {
+    pub fn new(links: Vec<Box<dyn WorkerLink>>, leader: usize, epoch: Epoch) -> Self {
         assert!(leader < links.len(), "the leader is one of the ranks");
         let ready = vec![false; links.len()];
-        Self { links, leader, codec: CodecLimits::default(), ready, held: None }
+        Self { links, leader, codec: CodecLimits::default(), epoch, down: None, ready, held: None }
     }
 
     /// The frame, if the engine should see it.
@@ -74,9 +77,20 @@ impl WorkerLink for RankLinks {
 
     fn receive(&mut self) -> Result<Option<Vec<u8>>, LinkError> {
         for rank in 0..self.links.len() {
-            while let Some(frame) = self.links[rank].receive()? {
-                if let Some(frame) = self.sort(rank, frame) {
-                    return Ok(Some(frame));
+            loop {
+                match self.links[rank].receive() {
+                    Ok(None) => break,
+                    Ok(Some(frame)) => {
+                        if let Some(frame) = self.sort(rank, frame) {
+                            return Ok(Some(frame));
+                        }
+                    }
+                    // Said by name first: on which of many hosts to look is what an operator wants to know.
+                    Err(LinkError::Down) if self.down.is_none() => {
+                        self.down = Some(rank);
+                        return Ok(Some(self.end_of_group(self.epoch, &format!("the link of rank {rank} is down"))));
+                    }
+                    Err(error) => return Err(error),
                 }
             }
         }
@@ -108,6 +122,7 @@ mod tests {
     struct Inner {
         attached: bool,
         full: bool,
+        down: bool,
         sent: Vec<Vec<u8>>,
         said: VecDeque<Vec<u8>>,
     }
@@ -135,7 +150,8 @@ mod tests {
         }
 
         fn receive(&mut self) -> Result<Option<Vec<u8>>, LinkError> {
-            Ok(self.inner().said.pop_front())
+            let said = self.inner().said.pop_front();
+            if said.is_none() && self.inner().down { Err(LinkError::Down) } else { Ok(said) }
         }
 
         fn is_attached(&self) -> bool {
@@ -150,7 +166,7 @@ mod tests {
     fn group(ranks: usize, leader: usize) -> (Vec<Fake>, RankLinks) {
         let fakes: Vec<Fake> = (0..ranks).map(|_| Fake::default()).collect();
         let links = fakes.iter().map(|fake| Box::new(fake.clone()) as Box<dyn WorkerLink>).collect();
-        (fakes, RankLinks::new(links, leader))
+        (fakes, RankLinks::new(links, leader, Epoch(1)))
     }
 
     fn attach(fakes: &[Fake]) {
@@ -224,6 +240,17 @@ mod tests {
         assert_eq!(heard(&mut links), Some(failed));
         fakes[1].inner().full = true;
         assert!(matches!(links.send(vec![1]), Err(LinkError::Down)), "the ranks would differ from now on");
+    }
+
+    #[test]
+    fn a_link_that_is_down_is_named_once_and_then_the_group_is() {
+        let (fakes, mut links) = group(3, 0);
+        attach(&fakes);
+        fakes[2].inner().down = true;
+        let message = "the link of rank 2 is down".to_owned();
+        let failed = Failed { epoch: Epoch(1), step: None, code: FailureCode::Protocol, message };
+        assert_eq!(heard(&mut links), Some(FromWorker::Failed(failed)));
+        assert!(matches!(links.receive(), Err(LinkError::Down)));
     }
 
     #[test]

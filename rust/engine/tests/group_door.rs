@@ -76,6 +76,23 @@ fn a_host_without_the_fleets_node_key_is_not_heard_and_its_refusal_is_counted() 
 }
 
 #[test]
+fn a_connection_that_has_ended_is_reported_when_it_is_spoken_to() {
+    let keys = GroupKeys::default();
+    let leader = leader(&keys);
+    let (goes, stays) = (follower(&leader, &keys), follower(&leader, &keys));
+    let (gone, _) = says(&goes, &leader, b"here");
+    let (there, _) = says(&stays, &leader, b"here too");
+    drop(goes);
+    let ended = eventually("its end shows", || {
+        assert!(leader.send(gone, b"are you there?".to_vec()));
+        assert!(leader.send(there, b"are you there?".to_vec()));
+        Some(leader.take_ended()).filter(|ended| !ended.is_empty())
+    });
+    assert_eq!(Some(ended[0]), gone);
+    assert_eq!(ended.len(), 1);
+}
+
+#[test]
 fn a_peer_that_is_ignored_is_not_heard_any_more_and_others_are() {
     let keys = GroupKeys::default();
     let leader = leader(&keys);

@@ -155,7 +155,7 @@ impl Engine {
         if leader >= links.len() {
             return Err(error::config(format!("rank {leader} of {ranks} is to lead; there is no such rank")));
         }
-        let link = if links.len() == 1 { links.remove(0) } else { Box::new(RankLinks::new(links, leader)) };
+        let link = if links.len() == 1 { links.remove(0) } else { Box::new(RankLinks::new(links, leader, epoch)) };
         let dtype = match dtype {
             "float32" => Dtype::Float32,
             "bfloat16" => Dtype::Bfloat16,

@@ -67,6 +67,11 @@ impl PyGroupDoor {
         Ok(heard.iter().map(|(peer, frame)| (peer.map_or(0, u32::from), PyBytes::new(py, frame))).collect())
     }
 
+    /// Peers of the leader whose connections have ended, as sending to them has shown since the last call.
+    fn take_ended(&self) -> PyResult<Vec<u32>> {
+        Ok(self.with(GroupDoor::take_ended)?.into_iter().map(u32::from).collect())
+    }
+
     /// Sends to a peer of the leader, or to the leader with `None`. A frame that cannot pass now is dropped.
     fn send(&self, peer: Option<u32>, frame: Vec<u8>) -> PyResult<bool> {
         self.with(|door| door.send(peer.map(PeerId::from), frame))

@@ -195,6 +195,30 @@ def test_a_host_that_was_started_anew_is_taken_when_its_predecessor_is_silent(gr
     assert group.roster.trouble is not None, "what ran at the predecessor is gone"
 
 
+def test_a_host_whose_connection_has_ended_is_missing_until_it_is_heard_over_another(group: Group) -> None:
+    group.run(1)
+    group.roster.disconnected(1)
+    assert (group.roster.missing, group.roster.trouble) == ((1,), None), "its ranks may be well"
+    group.pass_time(BEAT_SECONDS)
+    assert group.roster.missing == ()
+    group.roster.disconnected(1)
+    group.join(1, "its successor")
+    group.pass_time(BEAT_SECONDS)
+    assert group.members[1].has_leader, "nobody has to be missed for two seconds"
+    assert group.roster.trouble == "host 1 was started anew"
+
+
+def test_hosts_are_busy_until_they_have_ended_the_ranks_of_the_epoch_that_is_over(group: Group) -> None:
+    group.run(1)
+    assert group.roster.busy == ()
+    group.deliver(group.roster.rest())
+    assert group.roster.busy == (1, 2)
+    group.members[1].ended(1, None)
+    group.members[2].ended(1, "it died by itself")
+    group.pass_time(BEAT_SECONDS)
+    assert group.roster.busy == ()
+
+
 def test_a_second_process_with_the_index_of_a_living_one_is_sent_away(group: Group) -> None:
     outgoing: Outgoing = []
     while group.now < 1 + MAX_SILENCE_SECONDS * 2:
