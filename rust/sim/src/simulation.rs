@@ -55,6 +55,8 @@ pub struct Simulation {
     healing: bool,
     /// Those of the mix, which forgets them when it heals.
     faults: Vec<(Fault, Duration)>,
+    /// A fault at a place, after so many events.
+    strike: Option<(Fault, usize, u64)>,
     events: u64,
     requests: u64,
     tokens: u64,
@@ -72,6 +74,20 @@ impl Simulation {
         // Neighbouring seeds start from neighbouring states; the first draw tells them apart.
         let mut random = Random::new(random.draw());
         let mix = Mix::draw(&mut random);
+        Self::of(seed, mix, random)
+    }
+
+    /// A small world in which nothing fails but one thing: this fault strikes the node at a place after so many events.
+    /// Panics with what does not hold.
+    pub fn run_with_strike(seed: u64, fault: Fault, place: usize, after_events: u64) -> Report {
+        let mut random = Random::new(seed);
+        let mix = Mix::draw(&mut random).calm();
+        let mut simulation = Self::of(seed, mix, random);
+        simulation.strike = Some((fault, place, after_events));
+        simulation.live()
+    }
+
+    fn of(seed: u64, mix: Mix, random: Random) -> Self {
         let mut around = Around::new(mix, random);
         let fronts: Vec<FrontHost> =
             (0..around.mix.fronts).map(|front| FrontHost::start(front, 1, &mut around)).collect();
@@ -84,6 +100,7 @@ impl Simulation {
             around,
             started_nodes: 0,
             healing: false,
+            strike: None,
             events: 0,
             requests: 0,
             tokens: 0,
@@ -116,6 +133,9 @@ impl Simulation {
             self.carry_out(happening);
             self.keep_books();
             self.events += 1;
+            if let Some((fault, place, _)) = self.strike.take_if(|(.., after)| *after == self.events) {
+                self.fault_at(fault, place);
+            }
             if self.events.is_multiple_of(CHECK_INTERVAL) {
                 self.check();
             }
