@@ -70,7 +70,7 @@ impl Patient {
     fn eject(&mut self, now: u64, badness: u64) {
         let forgiven = now.saturating_sub(self.last_end) / (60 * SECOND);
         self.strikes = self.strikes.saturating_sub(forgiven as u32) + 1;
-        self.last_end = now + (5 * SECOND << (self.strikes - 1).min(20)).min(60 * SECOND);
+        self.last_end = now + ((5 * SECOND) << (self.strikes - 1).min(20)).min(60 * SECOND);
         self.out = Some((badness, self.last_end));
         self.probe = None;
     }

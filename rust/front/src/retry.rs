@@ -1,7 +1,8 @@
-//! How often attempts are made again after replicas answered badly: at most a share of the requests of a window, and a few
-//! more, so that a fleet in trouble is not asked for twice as much. A request that finds no room waits, set aside from the
-//! queue, and never ends for it; one that failed before waits a little in any case, by a jitter that follows from its
-//! number. What a dead node takes down is not counted, because moving it is what fronts are for. O(1) per retry.
+//! How often attempts are made again and again after replicas answered badly. The first such retry of a request is free; all
+//! further ones are at most a share of the requests of a window, and a few more, so that a fleet in trouble is not asked for
+//! many times as much. A request that finds no room waits, set aside from the queue, and never ends for it; before that it waits a little in any
+//! case, by a jitter that follows from its number. What a dead node takes down is not counted, because moving it is what
+//! fronts are for. O(1) per retry.
 
 use crate::event::{EndReason, FrontAction};
 use crate::front::Front;
@@ -13,7 +14,7 @@ use llmscale_types::{Duration, LimitError, RequestId, Time};
 pub struct RetryOptions {
     /// Requests and retries count for at least half of this, and at most all of it.
     pub window: Duration,
-    /// Retries per thousand requests of a window.
+    /// Retries of requests that failed before, per thousand requests of a window.
     pub permille: u32,
     /// Retries of a window that need no requests.
     pub least_retries: u32,
@@ -114,7 +115,7 @@ impl Front {
         let faults = self.requests[&id].faults;
         let wait = match until {
             None => Some(options.delay_after(id, faults)),
-            Some(_) if self.retry_budget.take(now, &options) => None,
+            Some(_) if faults < 2 || self.retry_budget.take(now, &options) => None,
             Some(_) => {
                 self.counters.retries_delayed += 1;
                 Some(jitter(id, now.0 as u32, options.max_delay))

@@ -223,7 +223,7 @@ fn draw_health(random: &mut Random) -> HealthOptions {
 fn draw_retries(random: &mut Random) -> RetryOptions {
     let delay = random.span(0, 20_000);
     RetryOptions {
-        window: random.span(100_000, 2_000_000),
+        window: random.span(100_000, 1_000_000),
         permille: random.count(0, 200),
         least_retries: random.count(1, 4),
         delay,

@@ -143,7 +143,7 @@ impl Ledger {
         }
         account.stays.push((submission.key.attempt, place));
         // What a replica has told against it goes along; what it has not is forgotten with the replica.
-        if !submission.suspect {
+        if !submission.suspect && !beside {
             (account.crashes, account.ordinary_crashes) = (0, 0);
         }
     }
