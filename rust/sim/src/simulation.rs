@@ -7,7 +7,7 @@ mod processes;
 use crate::around::Around;
 use crate::clients;
 use crate::coverage::Coverage;
-use crate::faults::{Fault, Mix};
+use crate::faults::{Care, Fault, Mix};
 use crate::front_host::{FrontHost, Presence};
 use crate::happening::{Frame, Happening, Towards};
 use crate::node::NodeProcess;
@@ -17,8 +17,8 @@ use llmscale_types::{Duration, NodeId, Time};
 use llmscale_wire::{FromNode, decode};
 use std::collections::VecDeque;
 
-/// From the end of the faults until everything must be over.
-const MAX_HEALING: Duration = Duration::from_millis(90_000);
+/// From the end of the faults until everything must be over. A small budget lets a hundred requests try again one by one.
+const MAX_HEALING: Duration = Duration::from_millis(400_000);
 /// A front that waits for so long outlasts every pause and every hung worker.
 const PATIENT: Duration = Duration::from_millis(20_000);
 /// Events between two walks through the whole state; each costs about as much as fifty events.
@@ -39,6 +39,8 @@ pub struct Report {
     pub requests: u64,
     /// Tokens that reached their clients.
     pub tokens: u64,
+    /// How long clients that were there waited for their first token.
+    pub first_tokens: Vec<Duration>,
     /// Faults and paths of recovery that were reached.
     pub coverage: Coverage,
 }
@@ -60,6 +62,7 @@ pub struct Simulation {
     events: u64,
     requests: u64,
     tokens: u64,
+    first_tokens: Vec<Duration>,
 }
 
 impl Simulation {
@@ -87,6 +90,13 @@ impl Simulation {
         simulation.live()
     }
 
+    /// A world of three nodes in which workers are slow now and then and nothing else fails. Panics with what does not hold.
+    pub fn run_with_slow_workers(seed: u64, care: Care) -> Report {
+        let mut random = Random::new(seed);
+        let mix = Mix::draw(&mut random).slow(care);
+        Self::of(seed, mix, random).live()
+    }
+
     fn of(seed: u64, mix: Mix, random: Random) -> Self {
         let mut around = Around::new(mix, random);
         let fronts: Vec<FrontHost> =
@@ -104,6 +114,7 @@ impl Simulation {
             events: 0,
             requests: 0,
             tokens: 0,
+            first_tokens: Vec::new(),
         };
         simulation.plan_beginnings();
         simulation
@@ -156,6 +167,7 @@ impl Simulation {
             virtual_time: self.around.now().since(Time(0)),
             requests: self.requests,
             tokens: self.tokens,
+            first_tokens: std::mem::take(&mut self.first_tokens),
             coverage: self.around.coverage.clone(),
         }
     }
