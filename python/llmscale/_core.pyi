@@ -422,7 +422,6 @@ class Engine:
 @final
 class GroupDoor:
     """Where the hosts of one replica meet: frames of at most 64 KiB. Raises ConfigError when it cannot open."""
-
     @staticmethod
     def listen(address: str, key_file: str | None = None) -> GroupDoor: ...
     @staticmethod

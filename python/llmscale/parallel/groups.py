@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import datetime
 import socket
+import time
+from dataclasses import dataclass
 
 import torch.distributed
 from torch._C._distributed_c10d import Store, TCPStore
@@ -24,10 +26,24 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """By the device that computes; ids and counts stay on the CPU."""
 
 
-def join_world(place: RankPlace, meeting: Meeting, device: str = "cpu") -> torch.distributed.ProcessGroup | None:
+RETRY_SECONDS = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The process groups of a replica on several hosts."""
+
+    ranks: torch.distributed.ProcessGroup
+    """All of them."""
+    stage: torch.distributed.ProcessGroup | None
+    """Those that share this rank's layers; None where a stage is one rank."""
+
+
+def join_world(place: RankPlace, meeting: Meeting, device: str = "cpu") -> World | None:
     """All ranks of the replica, at a rendezvous; None where the meeting names none. Raises WorkerError.
 
-    Called once in a process, before the other two. Rank 0 makes the store.
+    Called once in a process, before the other two, and before weights are read: hosts read them at their own speed, and
+    the deadline is for meeting alone. Rank 0 makes the store.
     """
     if meeting.rendezvous is None:
         return None
@@ -52,9 +68,9 @@ def join_world(place: RankPlace, meeting: Meeting, device: str = "cpu") -> torch
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise WorkerError(f"rank {place.rank} of {place.ranks} did not meet the others: {error}") from error
-    group = torch.distributed.group.WORLD
-    assert group is not None, "the default group was just made"
-    return group
+    ranks = torch.distributed.group.WORLD
+    assert ranks is not None, "the default group was just made"
+    return World(ranks, _stage_group(place) if place.tensor_size > 1 else None)
 
 
 def _store(address: str, place: RankPlace, wait: datetime.timedelta) -> Store:
@@ -66,6 +82,8 @@ def _store(address: str, place: RankPlace, wait: datetime.timedelta) -> Store:
         family, _, _, _, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         with socket.create_server(where[:2], family=family, backlog=place.ranks) as server:
             listening = server.detach()
+    else:
+        _wait_for_listener(host, int(port), wait)
     return TCPStore(
         host,
         int(port),
@@ -77,16 +95,23 @@ def _store(address: str, place: RankPlace, wait: datetime.timedelta) -> Store:
     )
 
 
-def join_tensor_group(
-    place: RankPlace, meeting: Meeting, dtype: str, world: torch.distributed.ProcessGroup | None = None
-) -> TensorGroup:
-    """The ranks that share this one's layers. Raises WorkerError.
+def _wait_for_listener(host: str, port: int, wait: datetime.timedelta) -> None:
+    """Torch looks again after a whole second when rank 0 is not there yet, which was most of a stream's pause."""
+    deadline = time.monotonic() + wait.total_seconds()
+    while True:
+        try:
+            probe = socket.create_connection((host, port), timeout=max(RETRY_SECONDS, deadline - time.monotonic()))
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(RETRY_SECONDS)
+        else:
+            probe.close()
+            return
 
-    All ranks of a world call this at the same point: those whose stages lie on several hosts make groups together.
-    """
-    own: torch.distributed.ProcessGroup | None = None
-    if world is not None and place.tensor_size > 1:
-        own = _stage_group(place)
+
+def join_tensor_group(place: RankPlace, meeting: Meeting, dtype: str, world: World | None = None) -> TensorGroup:
+    """The ranks that share this one's layers. Raises WorkerError."""
     if place.tensor_size == 1:
         return Alone()
     if meeting.memory is not None:
@@ -95,11 +120,11 @@ def join_tensor_group(
             meeting.memory, place.tensor_rank, place.tensor_size, ROOM_BYTES, dtype, max_wait_us=max_wait_us
         )
         return SharedMemoryGroup(memory, place.tensor_rank, place.tensor_size)
-    if own is None:
+    if world is None or world.stage is None:
         raise WorkerError(
             f"rank {place.rank} shares its layers with {place.tensor_size - 1} others and was not told where"
         )
-    return TorchGroup(own)
+    return TorchGroup(world.stage)
 
 
 def _stage_group(place: RankPlace) -> torch.distributed.ProcessGroup:
@@ -118,9 +143,7 @@ def _stage_group(place: RankPlace) -> torch.distributed.ProcessGroup:
     return own
 
 
-def join_stages(
-    place: RankPlace, meeting: Meeting, world: torch.distributed.ProcessGroup | None = None
-) -> StageLink | None:
+def join_stages(place: RankPlace, meeting: Meeting, world: World | None = None) -> StageLink | None:
     """The stages before and behind this one; None for a replica of one stage. Raises WorkerError."""
     if place.stages == 1:
         return None
@@ -131,7 +154,7 @@ def join_stages(
             return ChannelEdge(RankChannel(path, peer, max_wait_us=max_wait_us))
         if world is not None:
             # A step in flight takes one send of each rank; more can only be those whose end was not looked at yet.
-            return TorchEdge(world, peer, max_sends=place.stages)
+            return TorchEdge(world.ranks, peer, max_sends=place.stages)
         raise WorkerError(f"rank {place.rank} was not told how it meets rank {peer}")
 
     first, last = place.tensor_rank, (place.stages - 1) * place.tensor_size + place.tensor_rank

@@ -81,8 +81,12 @@ class ModelRunner:
         place: RankPlace | None = None,
         meeting: Meeting | None = None,
     ) -> None:
-        """Loads weights, makes the KV region, meets the other ranks. Raises ModelError, ConfigError, WorkerError."""
+        """Meets the other ranks, loads weights, makes the KV region. Raises ModelError, ConfigError, WorkerError."""
         self.place = place = place or RankPlace()
+        meeting = meeting or Meeting()
+        if meeting.rendezvous is not None:
+            env.prepare_for_torch_distributed(interface_towards(meeting.rendezvous))
+        world = join_world(place, meeting)
         description = describe_model(folder)
         part = shard_model(description.spec, place)
         options = LoadOptions(dtype=dtype, progress=progress)
@@ -97,10 +101,6 @@ class ModelRunner:
             max_sequences=limits.max_sequences,
             max_sequence_tokens=limits.max_sequence_tokens,
         )
-        meeting = meeting or Meeting()
-        if meeting.rendezvous is not None:
-            env.prepare_for_torch_distributed(interface_towards(meeting.rendezvous))
-        world = join_world(place, meeting)
         self.stage = join_stages(place, meeting, world)
         group = join_tensor_group(place, meeting, self.dtype, world)
         ranks = Ranks(group, self.stage, part.vocabulary_start, part.vocabulary_widths)
