@@ -61,6 +61,15 @@ pub const DEADLY: Token = 199;
 /// Size of every simulated model's vocabulary.
 pub const VOCABULARY: u32 = 200;
 
+/// What a front does about nodes that answer badly.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Care {
+    /// It leaves them alone for a while.
+    pub ejects: bool,
+    /// It asks for late first tokens twice.
+    pub hedges: bool,
+}
+
 /// What one seed is made of.
 #[derive(Clone, Debug)]
 pub struct Mix {
@@ -179,6 +188,45 @@ impl Mix {
             submit_interval: Duration(20_000),
             unrest: Duration::from_millis(500),
             ..self
+        }
+    }
+
+    /// Three nodes whose workers are slow now and then, and a front that takes this care.
+    pub(crate) fn slow(self, care: Care) -> Self {
+        let calm = self.calm();
+        let hedging = HedgeOptions { least_answers: 50, least_wait: Duration(1_000), ..HedgeOptions::default() };
+        let health = HealthOptions {
+            window: Duration::from_millis(1_000),
+            ejection: Duration::from_millis(200),
+            max_ejection: Duration::from_millis(2_000),
+            late_grace: Duration::from_millis(20),
+            ..HealthOptions::default()
+        };
+        let never = HealthOptions { least_failures: u32::MAX, slow_factor: u32::MAX, ..health };
+        let engine = EngineLimits {
+            total_blocks: 160,
+            max_sequences: 8,
+            max_step_tokens: 64,
+            max_waiting_sequences: 64,
+            max_steps_in_flight: 2,
+            groups: 1,
+            ..calm.engine
+        };
+        Self {
+            nodes: 3,
+            faults: vec![(Fault::WorkerSlow, Duration::from_millis(500))],
+            engine,
+            two_numerics: false,
+            caches: false,
+            health: if care.ejects { health } else { never },
+            hedging: care.hedges.then_some(hedging),
+            front: FrontLimits::default(),
+            max_silence: Duration::from_millis(20_000),
+            max_step: Duration::from_millis(10_000),
+            max_delay: Duration(300),
+            deadlines: 0,
+            unrest: Duration::from_millis(10_000),
+            ..calm
         }
     }
 

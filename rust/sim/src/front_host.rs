@@ -192,7 +192,7 @@ impl FrontHost {
                 }
                 FrontAction::Deliver(deliveries) => {
                     for delivery in deliveries.iter() {
-                        let tokens = self.ledger.deliver(&delivery, &around.mix);
+                        let tokens = self.ledger.deliver(around.now(), &delivery, &around.mix);
                         if self.ledger.alive(delivery.request).is_some_and(|account| account.reads) {
                             self.reads.push_back((delivery.request, tokens));
                         }

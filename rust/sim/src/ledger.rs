@@ -6,7 +6,7 @@ use crate::faults::{DEADLY, EOS_TOKENS, Mix, VOCABULARY};
 use crate::hash_worker::hash_token;
 use crate::random::Random;
 use llmscale_front::{Delivery, EndReason, NewRequest, Usage};
-use llmscale_types::{Attempt, FinishReason, RequestId, Sampling, Submission, Time, Token};
+use llmscale_types::{Attempt, Duration, FinishReason, RequestId, Sampling, Submission, Time, Token};
 use std::collections::BTreeMap;
 
 /// What a client did to end its request.
@@ -29,6 +29,7 @@ pub(crate) struct Account {
     /// When the reader left last.
     away_since: Option<Time>,
     pub(crate) by_client: ByClient,
+    opened: Time,
     /// Where attempts are that may be under way: the newest, and one beside it while its first token is late.
     stays: Vec<(Attempt, usize)>,
     attempts: u32,
@@ -58,6 +59,8 @@ pub(crate) struct Moment {
 pub(crate) struct Ledger {
     accounts: BTreeMap<RequestId, Account>,
     pub(crate) tokens: u64,
+    /// How long clients that were there waited for their first token.
+    pub(crate) first_tokens: Vec<Duration>,
     /// Streams that were seen to go on under other numerics.
     pub(crate) numerics_changes: u64,
     live: usize,
@@ -75,6 +78,7 @@ impl Ledger {
             reads,
             away_since: new.detached.then_some(now),
             by_client: ByClient::Nothing,
+            opened: now,
             stays: Vec::new(),
             attempts: 0,
             crashes: 0,
@@ -103,7 +107,7 @@ impl Ledger {
     }
 
     /// Tokens came. Returns how many the reader has now.
-    pub(crate) fn deliver(&mut self, delivery: &Delivery<'_>, mix: &Mix) -> u32 {
+    pub(crate) fn deliver(&mut self, now: Time, delivery: &Delivery<'_>, mix: &Mix) -> u32 {
         let request = delivery.request;
         let account = self.accounts.get_mut(&request).expect("tokens belong to a request");
         assert!(!account.ended, "request {request} gets tokens after its end");
@@ -112,6 +116,9 @@ impl Ledger {
         for &token in delivery.tokens {
             account.check_next(request, token);
             account.delivered.push(token);
+        }
+        if account.delivered.len() == delivery.tokens.len() && account.away_since.is_none() {
+            self.first_tokens.push(now.since(account.opened));
         }
         let stay = account.stays.last().filter(|_| account.away_since.is_none());
         let here = stay.map(|&(_, place)| mix.numerics(place));

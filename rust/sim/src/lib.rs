@@ -24,7 +24,7 @@ mod trace;
 mod worker;
 
 pub use coverage::Coverage;
-pub use faults::{Fault, Mix};
+pub use faults::{Care, Fault, Mix};
 pub use hash_worker::{HashWorker, StepFailure, hash_token};
 pub use simulation::{Report, Simulation};
 pub use swarm::{Failure, Summary, run_seed, run_seeds};

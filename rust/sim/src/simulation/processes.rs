@@ -211,6 +211,7 @@ impl Simulation {
         let host = &self.fronts[front];
         self.requests += host.ledger.len() as u64;
         self.tokens += host.ledger.tokens;
+        self.first_tokens.extend(&host.ledger.first_tokens);
         let counters = host.front.counters();
         for (name, count) in [
             ("front_expired", counters.expired),
