@@ -89,18 +89,23 @@ impl PrefixIndex {
         self.entries[block.index()].is_some()
     }
 
-    /// The block is about to hold something else. Returns the name of the prefix that is lost, if it has one.
+    /// The block is about to hold something else. Returns the name of the prefix that cannot be found any more, if it has
+    /// one. What was computed again after a lost parent is there twice, and found in the newer block alone.
     pub fn forget(&mut self, block: BlockId) -> Option<PrefixKey> {
         let entry = self.entries[block.index()].take()?;
-        if self.by_hash.get(&key(&entry.hash)) == Some(&block) {
-            self.by_hash.remove(&key(&entry.hash));
+        if self.by_hash.get(&key(&entry.hash)) != Some(&block) {
+            return None;
         }
+        self.by_hash.remove(&key(&entry.hash));
         entry.named.then(|| PrefixKey::of_hash(&entry.hash))
     }
 
-    /// Names of all prefixes that have one. O(blocks).
+    /// Names of all prefixes that have one and can be found. O(blocks).
     pub fn named(&self) -> impl Iterator<Item = PrefixKey> {
-        self.entries.iter().flatten().filter(|entry| entry.named).map(|entry| PrefixKey::of_hash(&entry.hash))
+        self.entries.iter().enumerate().filter_map(|(block, entry)| {
+            let entry = entry.as_ref().filter(|entry| entry.named)?;
+            (self.by_hash.get(&key(&entry.hash))?.index() == block).then(|| PrefixKey::of_hash(&entry.hash))
+        })
     }
 
     /// The device's memory is gone: nothing is known any more. Content ids go on, so that none is named twice.

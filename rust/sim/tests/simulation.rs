@@ -64,6 +64,11 @@ fn seed_104279_where_a_preempted_prompt_was_not_suspected_of_the_death_that_its_
     Simulation::run(104_279);
 }
 
+#[test]
+fn seed_111222_where_a_prefix_that_was_there_twice_was_said_to_be_gone_with_the_older_copy() {
+    Simulation::run(111_222);
+}
+
 /// Processes that die without a word: what streams have to survive.
 const KILLS: [&str; 4] = ["worker_crashed", "worker_condemned", "worker_deadly_token", "node_crashed"];
 const MANY_KILLS: u64 = 100_000;
