@@ -23,6 +23,7 @@ from llmscale.cli.keys import run as make_keys
 from tests.e2e.test_worker_death import first_difference
 from tests.fleet import Fleet
 from tests.processes import Server, free_port, serving_fleet, wait_until
+from tests.support_processes import node
 
 MODELS = ("tiny-chat", "mini")
 STREAMS = 6
@@ -167,3 +168,23 @@ def said(server: Server) -> str:
     """What a gateway that is not ready says of it."""
     text: str = server.get("/health/ready").text
     return text
+
+
+@pytest.mark.timeout(180)
+def test_replicas_of_one_name_that_are_not_the_same_are_named_once(tmp_path: Path) -> None:
+    (tmp_path / "node").mkdir()
+    odd = ("--model=tiny-chat-mini", "--served-name=tiny-chat", "--dtype=float32", "--max-model-len=512")
+    with node(tmp_path / "node", *odd) as other:
+        text = f"""
+[models.tiny-chat]
+model = "tiny-chat"
+dtype = "bfloat16"
+replicas = 1
+nodes = ["{other.address}"]
+"""
+        with serving_fleet(tmp_path, text) as server:
+            wait_until(lambda: len(server.get("/fleet").json()["replicas"]) == 2, 60, "both are there")
+            wait_until(lambda: "take sequences of 512 and 2048 tokens" in server.log(), 60, "it is said")
+    for said in ("have the weights", "compute as", "take sequences of"):
+        assert server.log().count(f"replicas of tiny-chat {said}") == 1, server.log()
+    assert "have the tokenizer" not in server.log(), "both models read text alike"

@@ -81,6 +81,9 @@ class FakeReplica:
     prefix_hits: int = 0
     preemptions: int = 0
     model: str = "tiny"
+    weights_digest: str = "aa" * 32
+    tokenizer_digest: str = "bb" * 32
+    numerics: str = "a+bfloat16"
     max_sequence_tokens: int = 1 << 20
     vocabulary: int = 512
     worker_pid: int = 4242

@@ -25,6 +25,7 @@ from llmscale.fleet_file import read_fleet_file
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.gateway.fleet import serve_fleet
 from llmscale.gateway.serve import run
+from llmscale.models.fingerprint import tokenizer_digest
 from llmscale.models.locate import locate_model, model_name
 from llmscale.tokenizer import Tokenizer
 
@@ -123,6 +124,7 @@ def _load(name: str, folder: Path, replica: ReplicaStatus) -> ServedModel:
         vocabulary=replica.vocabulary,
         max_sequence_tokens=replica.max_sequence_tokens,
         created=int(time.time()),
+        tokenizer_digest=tokenizer_digest(folder).hex(),
     )
 
 

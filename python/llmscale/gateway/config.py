@@ -55,6 +55,8 @@ class ServedModel:
     vocabulary: int
     max_sequence_tokens: int
     created: int
+    tokenizer_digest: str | None = None
+    """Of the gateway's own folder, in hexadecimal; None where there is no folder to compare."""
 
 
 @dataclass(frozen=True, slots=True)

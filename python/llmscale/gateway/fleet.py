@@ -22,6 +22,7 @@ from llmscale.fleet_file import FleetFile, KeysEntry, ModelEntry
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.gateway.local_nodes import LocalNode, NodeKeeper, local_nodes
 from llmscale.gateway.serve import run
+from llmscale.models.fingerprint import tokenizer_digest
 from llmscale.models.locate import locate_model
 from llmscale.models.registry import describe_model
 from llmscale.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ def load_model(name: str, entry: ModelEntry) -> ServedModel:
         vocabulary=spec.vocabulary,
         max_sequence_tokens=spec.sequence_limit(entry.max_model_len),
         created=int(time.time()),
+        tokenizer_digest=tokenizer_digest(folder).hex(),
     )
 
 

@@ -44,6 +44,16 @@ class ReplicaStatus(Protocol):
     @property
     def model(self) -> str: ...
     @property
+    def weights_digest(self) -> str:
+        """In hexadecimal, as the next one."""
+
+    @property
+    def tokenizer_digest(self) -> str: ...
+    @property
+    def numerics(self) -> str:
+        """How it computes: kernels, their level, number format, ranks."""
+
+    @property
     def max_sequence_tokens(self) -> int: ...
     @property
     def vocabulary(self) -> int: ...

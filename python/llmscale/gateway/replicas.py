@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Final
 
@@ -88,21 +89,45 @@ class ReplicaWatch:
 
 def differences(model: ServedModel, replicas: Sequence[ReplicaStatus]) -> list[str]:
     """What is not the same in all replicas of a model, or not as in the gateway's own folder, as sentences."""
+    name = model.name
     found = []
-    foreign = sorted({replica.vocabulary for replica in replicas} - {model.vocabulary})
-    if foreign:
+    tokenizers = {_short(replica.tokenizer_digest) for replica in replicas}
+    if model.tokenizer_digest is not None and tokenizers != {_short(model.tokenizer_digest)}:
         found.append(
-            f"replicas of {model.name} have {_listed(foreign)} token ids, this gateway's folder has"
+            f"replicas of {name} have the tokenizer {_listed(tokenizers)}, this gateway has"
+            f" {_short(model.tokenizer_digest)}: texts would come out wrong; give all of them the same folder"
+        )
+    vocabularies = {replica.vocabulary for replica in replicas}
+    if vocabularies != {model.vocabulary}:
+        found.append(
+            f"replicas of {name} have {_listed(vocabularies)} token ids, this gateway's folder has"
             f" {model.vocabulary}: give all of them the same folder"
         )
-    lengths = sorted({replica.max_sequence_tokens for replica in replicas})
+    weights = {_short(replica.weights_digest) for replica in replicas}
+    if len(weights) > 1:
+        found.append(
+            f"replicas of {name} have the weights {_listed(weights)}: these are two models, of which new requests get"
+            " one, and streams do not move between them"
+        )
+    numerics = {replica.numerics for replica in replicas}
+    if len(numerics) > 1:
+        found.append(
+            f"replicas of {name} compute as {_listed(numerics)}: a stream that moves from one to the other goes on"
+            " with other last bits"
+        )
+    lengths = {replica.max_sequence_tokens for replica in replicas}
     if len(lengths) > 1:
         found.append(
-            f"replicas of {model.name} take sequences of {_listed(lengths)} tokens: the longest only run on some;"
-            " start all with the same --max-model-len"
+            f"replicas of {name} take sequences of {_listed(lengths)} tokens: the longest only run on some; start all"
+            " with the same --max-model-len"
         )
     return found
 
 
-def _listed(values: Iterable[int]) -> str:
-    return " and ".join(str(value) for value in values)
+def _listed(values: AbstractSet[int] | AbstractSet[str]) -> str:
+    return " and ".join(str(value) for value in sorted(values))
+
+
+def _short(digest: str) -> str:
+    """As much of a digest as people compare."""
+    return digest[:12]

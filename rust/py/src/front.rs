@@ -37,6 +37,9 @@ pub(crate) struct PyReplicaStatus {
     prefix_hits: u64,
     preemptions: u64,
     model: String,
+    weights_digest: String,
+    tokenizer_digest: String,
+    numerics: String,
     max_sequence_tokens: u32,
     vocabulary: u32,
     worker_pid: u32,
@@ -284,10 +287,18 @@ fn replica_status(replica: &ReplicaStatus) -> PyReplicaStatus {
         prefix_hits: report.map_or(0, |report| report.prefix_hits),
         preemptions: report.map_or(0, |report| report.preemptions),
         model: replica.model.served_name().to_owned(),
+        weights_digest: hexadecimal(&replica.model.weights_digest),
+        tokenizer_digest: hexadecimal(&replica.model.tokenizer_digest),
+        numerics: replica.numerics.clone(),
         max_sequence_tokens: replica.limits.max_sequence_tokens,
         vocabulary: replica.limits.vocabulary,
         worker_pid: report.and_then(|report| report.worker_pid).unwrap_or(0),
         step_ns: report.map_or(0, |report| report.step_ns),
         stage_wait_ns: report.map_or(0, |report| report.stage_wait_ns),
     }
+}
+
+fn hexadecimal(digest: &[u8]) -> String {
+    let digit = |half: u8| char::from(b"0123456789abcdef"[usize::from(half)]);
+    digest.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }

@@ -5,6 +5,7 @@ of neither says changes none of that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -14,7 +15,7 @@ from structlog.testing import capture_logs
 
 from llmscale.errors import UnknownModel
 from llmscale.gateway.config import ServedModel
-from llmscale.gateway.replicas import ReplicaWatch, fleet_state, model_states
+from llmscale.gateway.replicas import ReplicaWatch, differences, fleet_state, model_states
 from llmscale.tokenizer import Tokenizer
 from tests.fakes.fake_front import FakeFront, FakeReplica
 from tests.fakes.gateway_server import Serving, serving
@@ -189,8 +190,39 @@ def test_what_differs_between_replicas_of_one_name_is_said_once(other: ServedMod
         watch.look()
         watch.look()
     assert [line["log_level"] for line in after] == ["warning", "warning"]
-    assert "replicas of second have 512 token ids, this gateway's folder has 600" in after[0]["what"]
+    assert "replicas of second have 512 and 600 token ids, this gateway's folder has 600" in after[0]["what"]
     assert "replicas of second take sequences of 32 and 64 tokens" in after[1]["what"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"tokenizer_digest": "cc" * 32},
+            "have the tokenizer bbbbbbbbbbbb and cccccccccccc, this gateway has bbbbbbbbbbbb",
+        ),
+        ({"weights_digest": "dd" * 32}, "have the weights aaaaaaaaaaaa and dddddddddddd: these are two models"),
+        ({"numerics": "b+float32"}, "compute as a+bfloat16 and b+float32: a stream that moves"),
+        ({"max_sequence_tokens": 63}, "take sequences of 63 and 64 tokens"),
+        ({"vocabulary": 601}, "have 600 and 601 token ids, this gateway's folder has 600"),
+    ],
+)
+def test_each_difference_is_named_with_both_values(other: ServedModel, changed: dict[str, Any], said: str) -> None:
+    model = replace(other, tokenizer_digest="bb" * 32)
+    one = FakeReplica(model="second", vocabulary=600, max_sequence_tokens=64)
+    assert differences(model, [one, one]) == []
+    found = differences(model, [one, replace(one, **changed)])
+    assert len(found) == 1
+    assert said in found[0]
+
+
+def test_a_tokenizer_that_all_replicas_share_and_the_gateway_does_not_is_named(other: ServedModel) -> None:
+    one = FakeReplica(model="second", vocabulary=600, max_sequence_tokens=64)
+    model = replace(other, tokenizer_digest="ee" * 32)
+    assert [
+        "have the tokenizer bbbbbbbbbbbb, this gateway has eeeeeeeeeeee" in text for text in differences(model, [one])
+    ] == [True]
+    assert differences(other, [one]) == [], "without a folder there is nothing to compare"
 
 
 def test_names_that_change_for_ever_do_not_fill_the_memory(other: ServedModel) -> None:
