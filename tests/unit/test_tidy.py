@@ -26,7 +26,9 @@ BINARY = {".safetensors", ".png", ".bin", ".gz", ".woff2", ".ico"}
 GENERATED = {"Cargo.lock"}
 
 MAX_LINES = 450
-LONG_FILES: dict[str, tuple[int, str]] = {"python/llmscale/_core.pyi": (600, "one module, and a stub is its table of contents")}
+LONG_FILES: dict[str, tuple[int, str]] = {
+    "python/llmscale/_core.pyi": (600, "one module, and a stub is its table of contents")
+}
 MAX_FUNCTION_LINES = 70
 
 CRATES = {
