@@ -104,6 +104,8 @@ def test_the_death_of_one_models_worker_leaves_the_streams_of_the_other_alone(se
     asked = [(model, seed) for seed in range(STREAMS) for model in MODELS]
     with ThreadPoolExecutor(len(asked)) as pool:
         undisturbed = list(pool.map(lambda one: streamed(server, *one), asked))
+        # A report of these streams must not pass for one of the next.
+        wait_until(lambda: not any(one["running"] for one in replicas(server).values()), 30, "nothing runs")
         before = replicas(server)
         streams = [pool.submit(streamed, server, *one) for one in asked]
         # Of the servers' own reports: what this process has read lags behind them.
