@@ -139,6 +139,14 @@ def test_requests_that_wait_while_the_worker_restarts_are_answered(server: Serve
     assert answer.json()["usage"]["completion_tokens"] == 3
 
 
+def is_zombie(process: psutil.Process) -> bool:
+    """Whether it has ended and only its exit status is left."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_no_process_outlives_a_killed_parent() -> None:
     """Each process of the family is killed in turn; what depends on it must be gone within two seconds."""
     for victim in ("llmscale.cli", "llmscale.node"):
@@ -148,7 +156,8 @@ def test_no_process_outlives_a_killed_parent() -> None:
             below = target.children(recursive=True)
             assert below, f"{victim} has children"
             target.kill()
-            left = psutil.wait_procs(below, timeout=2)[1]
+            # An orphan that has ended and that nobody has asked for yet is listed as a zombie until init gets to it.
+            left = [one for one in psutil.wait_procs(below, timeout=2)[1] if not is_zombie(one)]
             assert not left, f"outlived {victim}: {left}"
             if victim == "llmscale.node":
                 wait_until(server.is_ready, 30, "the node was started again")
