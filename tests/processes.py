@@ -104,6 +104,14 @@ class Server:
         return "".join(self.lines)
 
 
+def is_zombie(process: psutil.Process) -> bool:
+    """Whether it has ended and only its exit status is left, for a parent or init that has not asked yet."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 @contextmanager
 def serving(model: str = "tiny-chat", *options: str) -> Iterator[Server]:
     """A server that is ready; afterwards it is ended and nothing of it is left."""
@@ -182,7 +190,7 @@ def _running(
         server.client.close()
         reader.join(5)
         output.close()
-        left = psutil.wait_procs(family, timeout=5)[1]
+        left = [one for one in psutil.wait_procs(family, timeout=5)[1] if not is_zombie(one)]
         for orphan in left:
             orphan.kill()
         assert not left, f"left running after SIGTERM: {left}"

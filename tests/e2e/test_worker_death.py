@@ -14,7 +14,7 @@ import httpx2
 import psutil
 import pytest
 
-from tests.processes import Sampled, Server, sampled, serving, token_ids, wait_until
+from tests.processes import Sampled, Server, is_zombie, sampled, serving, token_ids, wait_until
 
 BODY = {"model": "tiny-chat", "prompt": "Once upon a time", "max_tokens": 400, "temperature": 0.8, "ignore_eos": True}
 # The prompt has 4 ids and a block of KV 32 tokens, so blocks end at output tokens 28, 60, 92 and 124.
@@ -137,14 +137,6 @@ def test_requests_that_wait_while_the_worker_restarts_are_answered(server: Serve
     answer = server.post("/v1/completions", {**BODY, "seed": 1, "max_tokens": 3})
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] == 3
-
-
-def is_zombie(process: psutil.Process) -> bool:
-    """Whether it has ended and only its exit status is left."""
-    try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def test_no_process_outlives_a_killed_parent() -> None:
