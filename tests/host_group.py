@@ -6,7 +6,6 @@ host is whatever its command begins with.
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-STOP_SECONDS = 20.0
+from tests import family
 
 
 @dataclass
@@ -64,19 +63,7 @@ def script(
     try:
         yield started
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                raise AssertionError(f"SIGTERM did not end the node:\n{started.log()}") from None
-        left = psutil.wait_procs(family, timeout=5)[1]
-        for orphan in left:
-            orphan.kill()
-        assert not left, f"left running after the node: {left}"
+        family.end(process, process.kill, started.log)
 
 
 class Followers:

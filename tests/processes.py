@@ -21,6 +21,7 @@ from typing import Any
 import httpx2
 import psutil
 
+from tests import family
 from tests.network import Host
 
 START_SECONDS = 60.0
@@ -104,14 +105,6 @@ class Server:
         return "".join(self.lines)
 
 
-def is_zombie(process: psutil.Process) -> bool:
-    """Whether it has ended and only its exit status is left, for a parent or init that has not asked yet."""
-    try:
-        return bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-
-
 @contextmanager
 def serving(model: str = "tiny-chat", *options: str) -> Iterator[Server]:
     """A server that is ready; afterwards it is ended and nothing of it is left."""
@@ -178,22 +171,12 @@ def _running(
         assert process.poll() is None, f"the server ended with code {process.returncode}:\n{server.log()}"
         yield server
     finally:
-        family = server.family() if process.poll() is None else []
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                raise AssertionError(f"SIGTERM did not end the server:\n{server.log()}") from None
-        server.client.close()
-        reader.join(5)
-        output.close()
-        left = [one for one in psutil.wait_procs(family, timeout=5)[1] if not is_zombie(one)]
-        for orphan in left:
-            orphan.kill()
-        assert not left, f"left running after SIGTERM: {left}"
+        try:
+            family.end(process, lambda: os.killpg(process.pid, signal.SIGKILL), server.log)
+        finally:
+            server.client.close()
+            reader.join(5)
+            output.close()
 
 
 @dataclass(frozen=True, slots=True)

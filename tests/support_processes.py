@@ -17,10 +17,10 @@ import psutil
 from llmscale import Client
 from llmscale.client import CurveKeys
 from llmscale.errors import TransportError
+from tests import family
 from tests.network import Host
 
 START_SECONDS = 60.0
-STOP_SECONDS = 20.0
 
 
 @dataclass
@@ -45,7 +45,7 @@ class NodeProcess:
     def kill(self) -> None:
         """Ends node and worker without a word."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(STOP_SECONDS)
+        self.process.wait(family.STOP_SECONDS)
 
 
 @contextmanager
@@ -71,18 +71,7 @@ def node(
         _wait_until_ready(started, keys)
         yield started
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                started.kill()
-                raise AssertionError(f"SIGTERM did not end the node:\n{started.log()}") from None
-        left = psutil.wait_procs(family, timeout=5)[1]
-        for orphan in left:
-            orphan.kill()
-        assert not left, f"left running after the node: {left}"
+        family.end(process, started.kill, started.log)
 
 
 def _wait_until_ready(started: NodeProcess, keys: CurveKeys | None) -> None:

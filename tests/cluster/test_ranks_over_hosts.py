@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from llmscale import Client, SamplingParams
+from tests.family import alive_after
 from tests.fleet import Fleet
 from tests.host_group import Followers
 from tests.network import CannotMakeHosts, Host, hosts
@@ -156,7 +156,7 @@ def test_streams_go_on_when_the_other_hosts_node_is_killed_and_started_again(
     def kill_and_replace() -> None:
         victim.process.kill()
         assert victim.process.wait(5) == -signal.SIGKILL
-        assert not psutil.wait_procs(ranks, timeout=5)[1], "the kernel ends a node's ranks with it"
+        assert not alive_after(ranks, 5), "the kernel ends a node's ranks with it"
         pipeline.followers.start(1)
 
     pipeline.check_while(kill_and_replace, expected)
@@ -189,7 +189,7 @@ def test_the_leaders_end_ends_the_ranks_everywhere_and_the_next_leader_finds_the
         ranks = follower.workers()
         group.leader.process.kill()
         assert group.leader.process.wait(5) == -signal.SIGKILL
-        assert not psutil.wait_procs(ranks, timeout=10)[1], "ranks without a leader end"
+        assert not alive_after(ranks, 10), "ranks without a leader end"
         wait_until(lambda: "the leader is gone" in follower.log(), 10, "the follower notices")
         assert follower.process.poll() is None
         with leading(fleet, group_options(a, group.layout), tmp_path / "again", a) as again:

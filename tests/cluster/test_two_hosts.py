@@ -20,6 +20,7 @@ import pytest
 
 from tests.chaos.client import Body, stream_all, undisturbed
 from tests.chaos.history import Answer, History, Kind, faults, gaps
+from tests.family import alive_after
 from tests.fleet import Fleet
 from tests.network import CannotMakeHosts, Host, hosts
 from tests.processes import Server, token_ids, wait_until
@@ -160,7 +161,7 @@ def test_streams_go_on_at_the_other_host_when_a_node_is_killed_and_a_new_one_is_
     with two_hosts.streaming():
         victim.process.kill()
         assert victim.process.wait(5) < 0
-        assert not psutil.wait_procs(below, timeout=5)[1], "the kernel ends a node's workers with it"
+        assert not alive_after(below, 5), "the kernel ends a node's workers with it"
     with fleet.node(tmp_path, "--no-spare-worker", on=two_hosts.hosts[0]) as again:
         two_hosts = replace(two_hosts, first=again)
         two_hosts.check_that_it_is_used_again(again)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from llmscale import Client, SamplingParams
+from tests.family import alive_after
 from tests.processes import wait_until
 from tests.support_processes import NodeProcess, node
 
@@ -75,7 +76,7 @@ def test_a_killed_rank_costs_its_streams_time_only(
         assert answers(running, kill) == expected
         assert killed
         assert "worker died" in running.log()
-        gone = psutil.wait_procs(group, timeout=5)[1]
+        gone = alive_after(group, 5)
         assert not gone, "the ranks of a dead group do not live on"
 
 
@@ -96,7 +97,7 @@ def test_a_hung_rank_is_replaced_with_its_group_after_the_longest_step(
         assert answers(running, stop) == expected
         assert stopped
         assert "longer than" in running.log()
-        assert not psutil.wait_procs(group, timeout=5)[1], "a stopped process is killed like any other"
+        assert not alive_after(group, 5), "a stopped process is killed like any other"
 
 
 def test_a_model_that_cannot_be_cut_so_is_refused_before_anything_starts(tmp_path: Path) -> None:

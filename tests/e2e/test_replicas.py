@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 
 from tests.e2e.test_worker_death import first_difference
+from tests.family import alive_after
 from tests.processes import Server, serving, token_ids, wait_until
 
 STREAMS = 12
@@ -49,8 +49,7 @@ def test_streams_of_a_killed_replica_go_on_at_the_other() -> None:
         assert server.metric("front_lost_attempts_total") > lost, "the kill came in the middle"
         assert [first_difference(*pair) for pair in zip(survived, undisturbed, strict=True)] == [None] * STREAMS
         wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 60, "the dead one is back")
-        gone = psutil.wait_procs([nodes[0]], timeout=5)[1]
-        assert not gone
+        assert not alive_after([nodes[0]], 5)
 
 
 def test_a_number_of_replicas_out_of_bounds_is_one_line() -> None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
-import psutil
 import pytest
 
-from tests.processes import Sampled, Server, is_zombie, sampled, serving, token_ids, wait_until
+from tests.family import alive_after
+from tests.processes import Sampled, Server, sampled, serving, token_ids, wait_until
 
 BODY = {"model": "tiny-chat", "prompt": "Once upon a time", "max_tokens": 400, "temperature": 0.8, "ignore_eos": True}
 # The prompt has 4 ids and a block of KV 32 tokens, so blocks end at output tokens 28, 60, 92 and 124.
@@ -148,8 +148,7 @@ def test_no_process_outlives_a_killed_parent() -> None:
             below = target.children(recursive=True)
             assert below, f"{victim} has children"
             target.kill()
-            # An orphan that has ended and that nobody has asked for yet is listed as a zombie until init gets to it.
-            left = [one for one in psutil.wait_procs(below, timeout=2)[1] if not is_zombie(one)]
+            left = alive_after(below, 2)
             assert not left, f"outlived {victim}: {left}"
             if victim == "llmscale.node":
                 wait_until(server.is_ready, 30, "the node was started again")
