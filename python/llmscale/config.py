@@ -20,6 +20,10 @@ USUAL_NODE_SILENCE_SECONDS = 1.75
 # Four reports of a node. Below that, a busy host is taken for a dead one.
 LEAST_NODE_SILENCE_SECONDS = 1.0
 MOST_NODE_SILENCE_SECONDS = 600.0
+# How long a front leaves a replica alone that answers badly, the first time; doubled each time, so nobody needs the most.
+USUAL_EJECTION_SECONDS = 5.0
+LEAST_EJECTION_SECONDS = 0.1
+MOST_EJECTION_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,14 @@ from msgspec import Meta
 
 from llmscale.config import (
     DTYPES,
+    LEAST_EJECTION_SECONDS,
     LEAST_NODE_SILENCE_SECONDS,
     MAX_NODES,
     MAX_REPLICAS,
     MAX_STEP_SECONDS,
+    MOST_EJECTION_SECONDS,
     MOST_NODE_SILENCE_SECONDS,
+    USUAL_EJECTION_SECONDS,
     USUAL_NODE_SILENCE_SECONDS,
 )
 from llmscale.embedded import EMBEDDED_MODELS
@@ -108,6 +111,12 @@ class GatewayEntry(msgspec.Struct, frozen=True, kw_only=True):
     max_node_silence_seconds: Annotated[float, Meta(ge=LEAST_NODE_SILENCE_SECONDS, le=MOST_NODE_SILENCE_SECONDS)] = (
         USUAL_NODE_SILENCE_SECONDS
     )
+    ejection_seconds: Annotated[float, Meta(ge=LEAST_EJECTION_SECONDS, le=MOST_EJECTION_SECONDS)] = (
+        USUAL_EJECTION_SECONDS
+    )
+    """How long a replica that answers badly gets nothing, the first time."""
+    hedging: bool = False
+    """Whether a request whose first token is late is tried at a second replica."""
     limits: LimitsEntry = LimitsEntry()
 
 

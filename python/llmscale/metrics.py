@@ -127,6 +127,10 @@ class _Replica(Protocol):
     @property
     def state(self) -> str: ...
     @property
+    def trust(self) -> str: ...
+    @property
+    def ejections(self) -> int: ...
+    @property
     def running(self) -> int: ...
     @property
     def waiting(self) -> int: ...
@@ -172,7 +176,118 @@ class _Status(Protocol):
     @property
     def prefix_gaps(self) -> int: ...
     @property
+    def failed_probes(self) -> int: ...
+    @property
+    def spared_replicas(self) -> int: ...
+    @property
+    def retries(self) -> int: ...
+    @property
+    def repeated_retries(self) -> int: ...
+    @property
+    def retries_delayed(self) -> int: ...
+    @property
+    def hedges(self) -> int: ...
+    @property
+    def hedge_wins(self) -> int: ...
+    @property
+    def hedged_tokens(self) -> int: ...
+    @property
+    def first_attempt_tokens(self) -> int: ...
+    @property
     def replicas(self) -> Sequence[_Replica]: ...
+
+
+_Kind = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
+
+def _used_part(replica: _Replica) -> float:
+    used = replica.total_blocks - replica.free_blocks
+    return used / replica.total_blocks if replica.total_blocks else 0.0
+
+
+# Kind, name, meaning and value of every metric of a replica; counters get the end "_total" when they are shown.
+_OF_REPLICA: Final[tuple[tuple[_Kind, str, str, Callable[[_Replica], float]], ...]] = (
+    (GaugeMetricFamily, "num_requests_running", "Sequences that run", lambda one: one.running),
+    (GaugeMetricFamily, "num_requests_waiting", "Sequences that wait on a replica", lambda one: one.waiting),
+    (GaugeMetricFamily, "kv_cache_usage_perc", "Used part of the KV blocks, 1 is full", _used_part),
+    (GaugeMetricFamily, "replica_ready", "1 while the replica makes progress", lambda one: one.state == "ready"),
+    (GaugeMetricFamily, "replica_trusted", "0 while it is left alone or tried", lambda one: one.trust == "trusted"),
+    (CounterMetricFamily, "replica_ejections", "Times that it was left alone", lambda one: one.ejections),
+    (CounterMetricFamily, "num_preemptions", "Preempted sequences", lambda one: one.preemptions),
+    (
+        CounterMetricFamily,
+        "prefix_cache_queries",
+        "Prompt tokens looked up in the cache",
+        lambda one: one.prefix_queries,
+    ),
+    (CounterMetricFamily, "prefix_cache_hits", "Prompt tokens found in the cache", lambda one: one.prefix_hits),
+    (CounterMetricFamily, "worker_restarts", "Times a worker process was replaced", lambda one: one.worker_restarts),
+    (CounterMetricFamily, "steps", "Steps of the model", lambda one: one.steps),
+    (CounterMetricFamily, "step_seconds", "Time that steps took", lambda one: one.step_ns / 1e9),
+    (
+        CounterMetricFamily,
+        "pipeline_bubble_seconds",
+        "Part of it that the last stage waited for the ones before",
+        lambda one: one.stage_wait_ns / 1e9,
+    ),
+)
+# The same of the front.
+_OF_FRONT: Final[tuple[tuple[_Kind, str, str, Callable[[_Status], float]], ...]] = (
+    (GaugeMetricFamily, "queued_requests", "Requests that wait in the front", lambda front: front.queued_requests),
+    (GaugeMetricFamily, "live_requests", "Requests that are alive", lambda front: front.live_requests),
+    (
+        CounterMetricFamily,
+        "lost_attempts",
+        "Attempts lost with a node and made again",
+        lambda front: front.lost_attempts,
+    ),
+    (CounterMetricFamily, "moved_attempts", "Streams moved off a draining node", lambda front: front.moved_attempts),
+    (
+        CounterMetricFamily,
+        "numerics_changes",
+        "Streams that went on where numbers are computed otherwise",
+        lambda front: front.numerics_changes,
+    ),
+    (CounterMetricFamily, "stale_frames", "Frames of a lost conversation, dropped", lambda front: front.stale_frames),
+    (CounterMetricFamily, "stale_rows", "Tokens of a lost attempt, dropped", lambda front: front.stale_rows),
+    (
+        GaugeMetricFamily,
+        "known_prefixes",
+        "Prefixes that some replica is known to hold",
+        lambda front: front.known_prefixes,
+    ),
+    (GaugeMetricFamily, "prefix_bytes", "Memory of what is known of prefix caches", lambda front: front.prefix_bytes),
+    (CounterMetricFamily, "prefix_gaps", "Changes of prefix caches that were missed", lambda front: front.prefix_gaps),
+    (CounterMetricFamily, "failed_probes", "Times that a replica failed its probe", lambda front: front.failed_probes),
+    (
+        CounterMetricFamily,
+        "spared_replicas",
+        "Times that a bad replica was used on, half of its model's others being out",
+        lambda front: front.spared_replicas,
+    ),
+    (CounterMetricFamily, "retries", "Attempts made again after a bad answer", lambda front: front.retries),
+    (
+        CounterMetricFamily,
+        "repeated_retries",
+        "Of these, those that the retry budget bounds",
+        lambda front: front.repeated_retries,
+    ),
+    (
+        CounterMetricFamily,
+        "retries_delayed",
+        "Times that an attempt waited for the retry budget",
+        lambda front: front.retries_delayed,
+    ),
+    (CounterMetricFamily, "hedges", "Second attempts beside a late first token", lambda front: front.hedges),
+    (CounterMetricFamily, "hedge_wins", "Of these, those that were first after all", lambda front: front.hedge_wins),
+    (CounterMetricFamily, "hedged_tokens", "Context tokens of second attempts", lambda front: front.hedged_tokens),
+    (
+        CounterMetricFamily,
+        "first_attempt_tokens",
+        "Context tokens of first attempts; 0 without second ones",
+        lambda front: front.first_attempt_tokens,
+    ),
+)
 
 
 class GatewayMetrics(Collector):
@@ -246,71 +361,13 @@ class GatewayMetrics(Collector):
         yield from (prompt, generation, success, tenants, first, gap, latency)
 
     def _of_replicas(self) -> Iterator[Metric]:
-        label = ("model_name", "node")
         status = self._status()
-        running = GaugeMetricFamily("llmscale:num_requests_running", "Sequences that run", labels=label)
-        waiting = GaugeMetricFamily("llmscale:num_requests_waiting", "Sequences that wait on a replica", labels=label)
-        usage = GaugeMetricFamily("llmscale:kv_cache_usage_perc", "Used part of the KV blocks, 1 is full", labels=label)
-        ready = GaugeMetricFamily("llmscale:replica_ready", "1 while the replica makes progress", labels=label)
-        preemptions = CounterMetricFamily("llmscale:num_preemptions", "Preempted sequences", labels=label)
-        queries = CounterMetricFamily(
-            "llmscale:prefix_cache_queries", "Prompt tokens looked up in the cache", labels=label
-        )
-        hits = CounterMetricFamily("llmscale:prefix_cache_hits", "Prompt tokens found in the cache", labels=label)
-        restarts = CounterMetricFamily("llmscale:worker_restarts", "Times a worker process was replaced", labels=label)
-        steps = CounterMetricFamily("llmscale:steps", "Steps of the model", labels=label)
-        seconds = CounterMetricFamily("llmscale:step_seconds", "Time that steps took", labels=label)
-        bubble = CounterMetricFamily(
-            "llmscale:pipeline_bubble_seconds",
-            "Part of it that the last stage waited for the ones before",
-            labels=label,
-        )
-        for replica in status.replicas:
-            # A node may call its model anything; only names that the operator has given become labels.
-            key = (replica.model if replica.model in self._models else OTHER, replica.node)
-            used = replica.total_blocks - replica.free_blocks
-            running.add_metric(key, replica.running)
-            waiting.add_metric(key, replica.waiting)
-            usage.add_metric(key, used / replica.total_blocks if replica.total_blocks else 0.0)
-            ready.add_metric(key, float(replica.state == "ready"))
-            preemptions.add_metric(key, replica.preemptions)
-            queries.add_metric(key, replica.prefix_queries)
-            hits.add_metric(key, replica.prefix_hits)
-            restarts.add_metric(key, replica.worker_restarts)
-            steps.add_metric(key, replica.steps)
-            seconds.add_metric(key, replica.step_ns / 1e9)
-            bubble.add_metric(key, replica.stage_wait_ns / 1e9)
-        yield from (running, waiting, usage, ready, preemptions, queries, hits, restarts)
-        yield from (steps, seconds, bubble)
-        yield GaugeMetricFamily(
-            "llmscale:front_queued_requests", "Requests that wait in the front", value=status.queued_requests
-        )
-        yield GaugeMetricFamily("llmscale:front_live_requests", "Requests that are alive", value=status.live_requests)
-        yield CounterMetricFamily(
-            "llmscale:front_lost_attempts", "Attempts lost with a node and made again", value=status.lost_attempts
-        )
-        yield CounterMetricFamily(
-            "llmscale:front_moved_attempts", "Streams moved off a draining node", value=status.moved_attempts
-        )
-        yield CounterMetricFamily(
-            "llmscale:front_numerics_changes",
-            "Streams that went on where numbers are computed otherwise",
-            value=status.numerics_changes,
-        )
-        yield CounterMetricFamily(
-            "llmscale:front_stale_frames", "Frames of a lost conversation, dropped", value=status.stale_frames
-        )
-        yield CounterMetricFamily(
-            "llmscale:front_stale_rows", "Tokens of a lost attempt, dropped", value=status.stale_rows
-        )
-        yield GaugeMetricFamily(
-            "llmscale:front_known_prefixes",
-            "Prefixes that some replica is known to hold",
-            value=status.known_prefixes,
-        )
-        yield GaugeMetricFamily(
-            "llmscale:front_prefix_bytes", "Memory of what is known of prefix caches", value=status.prefix_bytes
-        )
-        yield CounterMetricFamily(
-            "llmscale:front_prefix_gaps", "Changes of prefix caches that were missed", value=status.prefix_gaps
-        )
+        for kind, name, meaning, value in _OF_REPLICA:
+            family = kind(f"llmscale:{name}", meaning, labels=("model_name", "node"))
+            for replica in status.replicas:
+                # A node may call its model anything; only names that the operator has given become labels.
+                model = replica.model if replica.model in self._models else OTHER
+                family.add_metric((model, replica.node), float(value(replica)))
+            yield family
+        for kind, name, meaning, value_of_front in _OF_FRONT:
+            yield kind(f"llmscale:front_{name}", meaning, value=float(value_of_front(status)))

@@ -111,8 +111,9 @@ async def test_a_model_without_a_replica_is_marked_and_each_replica_shows_its_mo
         assert await page.value(rows) == ["tiny,ready", "second,starting", "stranger,not served here"]
         summary = await page.value("document.getElementById('fleet-summary').textContent")
         assert summary.startswith("3 replicas of 2 models, ")
-        front.replicas[1] = replica("second")
+        front.replicas[1] = replica("second", trust="ejected")
         await page.until(f"{OPTIONS}.join() === 'tiny,second'")
+        await page.until(f"{rows}[1] === 'second,ready, ejected'")
         await page.until("document.getElementById('fleet-state').textContent === 'ready'")
 
 

@@ -71,6 +71,11 @@ class FakeReplica:
 
     node: str = "tcp://127.0.0.1:9000"
     state: str = "ready"
+    trust: str = "trusted"
+    ejections: int = 0
+    recent_answers: int = 0
+    recent_late: int = 0
+    recent_failures: int = 0
     running: int = 0
     waiting: int = 0
     free_blocks: int = 100
@@ -107,6 +112,16 @@ class FakeStatus:
     known_prefixes: int = 0
     prefix_bytes: int = 0
     prefix_gaps: int = 0
+    ejections: int = 0
+    failed_probes: int = 0
+    spared_replicas: int = 0
+    retries: int = 0
+    repeated_retries: int = 0
+    retries_delayed: int = 0
+    hedges: int = 0
+    hedge_wins: int = 0
+    hedged_tokens: int = 0
+    first_attempt_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -146,6 +161,7 @@ class FakeFront:
     submitted: dict[int, Submitted] = field(default_factory=dict)
     live: dict[int, Submitted] = field(default_factory=dict)
     cancelled: dict[int, int | None] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     closed: bool = False
     _ready: list[FakeDelivery] = field(default_factory=list)
     _eventfd: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
@@ -204,7 +220,7 @@ class FakeFront:
         self._signal()
 
     def status(self) -> FakeStatus:
-        return FakeStatus(0, 0, len(self.live), self.replicas)
+        return FakeStatus(0, 0, len(self.live), self.replicas, **self.counts)
 
     def close(self) -> None:
         if not self.closed:

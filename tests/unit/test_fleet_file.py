@@ -81,6 +81,18 @@ def test_everything_that_is_written_is_read_and_paths_begin_where_the_file_is() 
     )
 
 
+def test_second_attempts_and_the_time_without_work_are_settings_of_the_gateway() -> None:
+    def gateway(text: str) -> str:
+        return f'[gateway]\n{text}\n[models.a]\nmodel="tiny-chat"\n'
+
+    usual, other = parse(gateway("")).gateway, parse(gateway("ejection_seconds = 0.1\nhedging = true")).gateway
+    assert (usual.ejection_seconds, usual.hedging) == (5.0, False)
+    assert (other.ejection_seconds, other.hedging) == (0.1, True)
+    assert "expected `float` >= 0.1" in refusal(gateway("ejection_seconds = 0.09"))
+    assert "expected `float` <= 600" in refusal(gateway("ejection_seconds = 601"))
+    assert "expected `bool`" in refusal(gateway("hedging = 1"))
+
+
 def test_a_model_runs_once_on_this_host_unless_nodes_or_replicas_are_named() -> None:
     fleet = parse(
         '[models.a]\nmodel="tiny-chat"\n[models.b]\nmodel="tiny-chat"\nnodes=["ipc:///n"]\n'

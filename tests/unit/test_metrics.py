@@ -76,3 +76,24 @@ def test_the_exposition_is_read_by_the_reference_parser() -> None:
     assert values["llmscale:front_queued_requests"] == 6
     assert values["llmscale:front_stale_frames"] == 7
     assert families["llmscale:time_to_first_token_seconds"].type == "histogram"
+
+
+def test_metrics_tell_which_replica_is_left_alone_and_what_second_attempts_cost() -> None:
+    replicas = [FakeReplica(node="a"), FakeReplica(node="b", trust="ejected", ejections=3)]
+    replicas += [FakeReplica(node="c", trust="probing", ejections=1)]
+    counts = {"failed_probes": 2, "retries": 9, "repeated_retries": 4, "retries_delayed": 5, "spared_replicas": 6}
+    status = FakeStatus(
+        0, 0, 0, replicas, hedges=7, hedge_wins=8, hedged_tokens=90, first_attempt_tokens=1_900, **counts
+    )
+    gateway = GatewayMetrics([RequestMetrics("tiny")], [], lambda: status)
+    families = {family.name: family for family in text_string_to_metric_families(gateway.exposition().decode())}
+
+    def by_node(name: str) -> dict[str, float]:
+        return {sample.labels["node"]: sample.value for sample in families[f"llmscale:{name}"].samples}
+
+    assert by_node("replica_trusted") == {"a": 1, "b": 0, "c": 0}
+    assert by_node("replica_ejections") == {"a": 0, "b": 3, "c": 1}
+    hedging = {"hedges": 7, "hedge_wins": 8, "hedged_tokens": 90, "first_attempt_tokens": 1_900}
+    for name, count in {**counts, **hedging}.items():
+        [sample] = families[f"llmscale:front_{name}"].samples
+        assert (sample.name, sample.value) == (f"llmscale:front_{name}_total", count)

@@ -53,6 +53,10 @@ def serve(
     kill_button: Annotated[
         bool, typer.Option("--kill-button", help="Let the chat page kill workers, to see answers survive it.")
     ] = False,
+    hedging: Annotated[
+        bool,
+        typer.Option("--hedging", help="Try a request at a second replica when its first token is unusually late."),
+    ] = False,
     fleet_file: Annotated[
         Path | None, typer.Option(help="Serve the models of this llmscale.toml; it stands for MODEL and all options.")
     ] = None,
@@ -82,6 +86,7 @@ def serve(
             pipeline_parallel_size=pipeline_parallel_size,
             replicas=replicas,
             kill_button=kill_button,
+            hedging=hedging,
         )
     )
 

@@ -46,6 +46,7 @@ class ServeOptions:
     pipeline_parallel_size: int = 1
     replicas: int = 1
     kill_button: bool = False
+    hedging: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= MAX_REPLICAS:
@@ -67,7 +68,11 @@ class ServeOptions:
             pipeline_parallel_size=self.pipeline_parallel_size,
         )
         gateway = GatewayEntry(
-            host=self.host, port=self.port, api_key_file=self.api_key_file, kill_button=self.kill_button
+            host=self.host,
+            port=self.port,
+            api_key_file=self.api_key_file,
+            kill_button=self.kill_button,
+            hedging=self.hedging,
         )
         return FleetFile(models={self.served_model_name or model_name(self.model, folder): entry}, gateway=gateway)
 

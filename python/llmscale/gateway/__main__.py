@@ -19,7 +19,14 @@ import structlog
 
 from llmscale import logs
 from llmscale._core import Front, ReplicaStatus, Sampling
-from llmscale.config import LEAST_NODE_SILENCE_SECONDS, MOST_NODE_SILENCE_SECONDS, USUAL_NODE_SILENCE_SECONDS
+from llmscale.config import (
+    LEAST_EJECTION_SECONDS,
+    LEAST_NODE_SILENCE_SECONDS,
+    MOST_EJECTION_SECONDS,
+    MOST_NODE_SILENCE_SECONDS,
+    USUAL_EJECTION_SECONDS,
+    USUAL_NODE_SILENCE_SECONDS,
+)
 from llmscale.errors import ConfigError, LlmscaleError
 from llmscale.fleet_file import read_fleet_file
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
@@ -84,6 +91,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         arguments.nodes,
         fleet=arguments.fleet,
         max_node_silence_us=int(arguments.max_node_silence_seconds * 1e6),
+        ejection_us=int(arguments.ejection_seconds * 1e6),
+        hedging=arguments.hedging,
         key_file=_text(arguments.key_file),
         node_key=arguments.node_key,
     )
@@ -142,6 +151,15 @@ def _silence(text: str) -> float:
     return seconds
 
 
+def _ejection(text: str) -> float:
+    seconds = float(text)
+    if not LEAST_EJECTION_SECONDS <= seconds <= MOST_EJECTION_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{seconds:g} s without work: it must be from {LEAST_EJECTION_SECONDS:g} to {MOST_EJECTION_SECONDS:g}"
+        )
+    return seconds
+
+
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
@@ -182,6 +200,19 @@ def _parser() -> argparse.ArgumentParser:
         type=_silence,
         default=USUAL_NODE_SILENCE_SECONDS,
         help="a node that says nothing for this long is lost; nodes report every 0.25 s (default: %(default)g)",
+    )
+    add(
+        "--ejection-seconds",
+        type=_ejection,
+        default=USUAL_EJECTION_SECONDS,
+        help="a replica that answers badly gets nothing for this long, doubled each time up to a minute"
+        " (default: %(default)g)",
+    )
+    add(
+        "--hedging",
+        action="store_true",
+        help="try a request at a second replica when its first token is later than 95 of 100: shortens the slowest"
+        " waits where single replicas stall, costs at most a twentieth more prompt tokens (default: off)",
     )
     add("--max-body-bytes", type=int, default=defaults.max_body_bytes, help="largest body (default: %(default)s)")
     add("--max-connections", type=int, default=defaults.max_connections, help="most connections (default: %(default)s)")

@@ -77,6 +77,8 @@ def serve_fleet(
             addresses,
             fleet=fleet.fleet,
             max_node_silence_us=int(fleet.gateway.max_node_silence_seconds * 1e6),
+            ejection_us=int(fleet.gateway.ejection_seconds * 1e6),
+            hedging=fleet.gateway.hedging,
             key_file=key_file,
             node_key=node_key,
         )

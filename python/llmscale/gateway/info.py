@@ -57,6 +57,13 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
     node: str
     model: str
     state: str
+    trust: str
+    """"trusted", "ejected" while this gateway leaves it alone, "probing" while one request decides."""
+    ejections: int
+    recent_answers: int
+    """First tokens of the last 5 to 10 seconds, then the late ones of them, then attempts that it failed."""
+    recent_late: int
+    recent_failures: int
     running: int
     waiting: int
     free_blocks: int
@@ -74,6 +81,23 @@ class ModelHealth(msgspec.Struct, frozen=True):
     state: str
 
 
+class AttemptCounts(msgspec.Struct, frozen=True):
+    """What this gateway's front did about replicas that die, fail or are late, since it started."""
+
+    lost_attempts: int
+    moved_attempts: int
+    ejections: int
+    failed_probes: int
+    spared_replicas: int
+    retries: int
+    repeated_retries: int
+    retries_delayed: int
+    hedges: int
+    hedge_wins: int
+    hedged_tokens: int
+    first_attempt_tokens: int
+
+
 class Fleet(msgspec.Struct, frozen=True):
     """Response of /fleet: what the chat page shows of the machines behind it."""
 
@@ -83,6 +107,7 @@ class Fleet(msgspec.Struct, frozen=True):
     may_kill: bool
     models: list[ModelHealth]
     replicas: list[ReplicaHealth]
+    attempts: AttemptCounts
 
 
 def _model_object(model: ServedModel) -> ModelObject:
@@ -103,22 +128,6 @@ async def model(services: Services, exchange: Exchange, _tenant: str) -> None:
 async def fleet(services: Services, exchange: Exchange, _tenant: str) -> None:
     """GET /fleet."""
     status = services.front.status()
-    replicas = [
-        ReplicaHealth(
-            node=replica.node,
-            model=replica.model,
-            state=replica.state,
-            running=replica.running,
-            waiting=replica.waiting,
-            free_blocks=replica.free_blocks,
-            total_blocks=replica.total_blocks,
-            steps=replica.steps,
-            worker_pid=replica.worker_pid,
-            worker_restarts=replica.worker_restarts,
-            preemptions=replica.preemptions,
-        )
-        for replica in status.replicas
-    ]
     states = model_states(services.models, status.replicas)
     answer = Fleet(
         "draining" if services.draining else fleet_state(states),
@@ -126,7 +135,8 @@ async def fleet(services: Services, exchange: Exchange, _tenant: str) -> None:
         status.live_requests,
         services.config.kill_button,
         [ModelHealth(name, state) for name, state in states.items()],
-        replicas,
+        [msgspec.convert(replica, ReplicaHealth, from_attributes=True) for replica in status.replicas],
+        msgspec.convert(status, AttemptCounts, from_attributes=True),
     )
     await exchange.respond(_json.encode(answer), headers=((b"cache-control", b"no-store"),))
 

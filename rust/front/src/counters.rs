@@ -15,6 +15,8 @@ pub struct FrontCounters {
     pub lost_attempts: u64,
     /// Attempts made again after a replica answered badly.
     pub retries: u64,
+    /// Of these, attempts of requests that had failed before: what the retry budget bounds.
+    pub repeated_retries: u64,
     /// Times that such an attempt had to wait because too many were made.
     pub retries_delayed: u64,
     /// Second attempts that began beside a first one whose first token was late.

@@ -127,6 +127,7 @@ impl Front {
             return;
         }
         self.counters.retries += 1;
+        self.counters.repeated_retries += u64::from(faults >= 2);
         let pool = self.requests[&id].pool;
         if self.fleet.is_alive(pool) || self.queue(pool).alone_since.is_some() {
             self.enqueue(id);

@@ -1,10 +1,11 @@
 //! The door for a gateway: the front's thread, submissions, what arrives for readers.
 
 use crate::error;
+use crate::front_status::PyFrontStatus;
 use crate::request::{Delivery, class, fleet_secret, logprob_row, namespace, parse_address};
 use crate::sampling::PySampling;
 use llmscale_engine::{Arrival, FrontConfig, FrontHandle, NodeAddress};
-use llmscale_front::{FrontEvent, FrontOptions, FrontStatus, NewRequest, ReplicaStatus, SubmitError};
+use llmscale_front::{FrontEvent, FrontOptions, HealthOptions, HedgeOptions, NewRequest, SubmitError};
 use llmscale_net::{AllowList, ClientKeys, Context, KeyPair, PublicKey};
 use llmscale_types::{Duration, FrontLimits, RequestId};
 use pyo3::prelude::*;
@@ -18,44 +19,16 @@ pub(crate) struct PyFront {
     secret: [u8; 32],
 }
 
-/// The front's queue and its replicas.
-#[pyclass(frozen, name = "FrontStatus", module = "llmscale._core")]
-pub(crate) struct PyFrontStatus(FrontStatus);
-
-/// One replica as the front sees it.
-#[pyclass(frozen, get_all, name = "ReplicaStatus", module = "llmscale._core")]
-pub(crate) struct PyReplicaStatus {
-    node: String,
-    state: &'static str,
-    running: u32,
-    waiting: u32,
-    free_blocks: u32,
-    total_blocks: u32,
-    steps: u64,
-    worker_restarts: u32,
-    prefix_queries: u64,
-    prefix_hits: u64,
-    preemptions: u64,
-    model: String,
-    weights_digest: String,
-    tokenizer_digest: String,
-    numerics: String,
-    max_sequence_tokens: u32,
-    vocabulary: u32,
-    worker_pid: u32,
-    step_ns: u64,
-    stage_wait_ns: u64,
-}
-
 #[pymethods]
 impl PyFront {
     /// Connects to `nodes` (addresses) in the background. `key_file` is this front's own CURVE pair and `node_key` the
     /// public key of the nodes; both are needed for nodes beyond this machine. A node that says nothing for
-    /// `max_node_silence_us` is lost; nodes report four times a second.
+    /// `max_node_silence_us` is lost; nodes report four times a second. A replica that answers badly is left alone for
+    /// `ejection_us` the first time. With `hedging`, requests whose first token is late are tried at a second replica.
     #[new]
     #[pyo3(signature = (nodes, *, name = "gateway", fleet = "llmscale", max_queued_requests = None,
-        max_queued_tokens = None, max_live_requests = None, max_node_silence_us = 1_750_000, key_file = None,
-        node_key = None))]
+        max_queued_tokens = None, max_live_requests = None, max_node_silence_us = 1_750_000,
+        ejection_us = 5_000_000, hedging = false, key_file = None, node_key = None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
     fn new(
         nodes: Vec<String>,
@@ -65,6 +38,8 @@ impl PyFront {
         max_queued_tokens: Option<u64>,
         max_live_requests: Option<u32>,
         max_node_silence_us: u64,
+        ejection_us: u64,
+        hedging: bool,
         key_file: Option<&str>,
         node_key: Option<&str>,
     ) -> PyResult<Self> {
@@ -87,11 +62,15 @@ impl PyFront {
             max_live_requests: max_live_requests.unwrap_or(defaults.max_live_requests),
             ..defaults
         };
+        let usual = HealthOptions::default();
+        let ejection = Duration(ejection_us);
+        let health = HealthOptions { ejection, max_ejection: usual.max_ejection.max(ejection), ..usual };
+        let hedging = hedging.then(HedgeOptions::default);
         let secret = fleet_secret(fleet, keys.as_ref().map(|keys| &keys.server));
         let config = FrontConfig {
             name: name.to_owned(),
             fleet: fleet.to_owned(),
-            options: FrontOptions { limits, ..FrontOptions::default() },
+            options: FrontOptions { limits, health, hedging, ..FrontOptions::default() },
             secret,
             max_node_silence: Duration(max_node_silence_us),
         };
@@ -157,7 +136,8 @@ impl PyFront {
 
     /// The queue and the replicas now.
     fn status(&self) -> PyResult<PyFrontStatus> {
-        Ok(PyFrontStatus(self.handle()?.status()))
+        let handle = self.handle()?;
+        Ok(PyFrontStatus::new(&handle.status(), handle.now()))
     }
 
     /// Says goodbye to the nodes and ends the thread. Afterwards every other call raises Unavailable.
@@ -199,106 +179,4 @@ fn delivery(arrival: Arrival) -> Delivery {
         output_tokens: usage.output_tokens,
         restarts,
     }
-}
-
-#[pymethods]
-impl PyFrontStatus {
-    #[getter]
-    fn queued_requests(&self) -> u64 {
-        self.0.queued_requests
-    }
-
-    #[getter]
-    fn queued_tokens(&self) -> u64 {
-        self.0.queued_tokens
-    }
-
-    #[getter]
-    fn live_requests(&self) -> u64 {
-        self.0.live_requests
-    }
-
-    /// Times that a stream went on under another numerics id, because no replica of its own could begin it.
-    #[getter]
-    fn numerics_changes(&self) -> u64 {
-        self.0.counters.numerics_changes
-    }
-
-    /// Attempts lost with their replica, by a gap, by silence or by a refusal that counts.
-    #[getter]
-    fn lost_attempts(&self) -> u64 {
-        self.0.counters.lost_attempts
-    }
-
-    /// Attempts moved away from a draining replica in the middle of their stream.
-    #[getter]
-    fn moved_attempts(&self) -> u64 {
-        self.0.counters.moved
-    }
-
-    /// Frames of an incarnation or a conversation that is over, dropped.
-    #[getter]
-    fn stale_frames(&self) -> u64 {
-        self.0.counters.stale_frames
-    }
-
-    /// Rows of an attempt that is over, dropped.
-    #[getter]
-    fn stale_rows(&self) -> u64 {
-        self.0.counters.stale_rows
-    }
-
-    /// Prefixes that some replica is known to hold.
-    #[getter]
-    fn known_prefixes(&self) -> u64 {
-        self.0.known_prefixes
-    }
-
-    /// Memory of what is known of the replicas' prefix caches, in bytes.
-    #[getter]
-    fn prefix_bytes(&self) -> u64 {
-        self.0.prefix_bytes
-    }
-
-    /// Changes of caches that were missed and asked for again.
-    #[getter]
-    fn prefix_gaps(&self) -> u64 {
-        self.0.prefixes.gaps
-    }
-
-    #[getter]
-    fn replicas(&self) -> Vec<PyReplicaStatus> {
-        self.0.replicas.iter().map(replica_status).collect()
-    }
-}
-
-fn replica_status(replica: &ReplicaStatus) -> PyReplicaStatus {
-    let report = replica.report;
-    PyReplicaStatus {
-        node: format!("{:016x}", replica.node.0),
-        state: replica.state.map_or("down", llmscale_front::ReplicaState::label),
-        running: report.map_or(0, |report| report.running),
-        waiting: report.map_or(0, |report| report.waiting),
-        free_blocks: report.map_or(0, |report| report.free_blocks),
-        total_blocks: replica.limits.total_blocks,
-        steps: report.map_or(0, |report| report.steps),
-        worker_restarts: report.map_or(0, |report| report.worker_restarts),
-        prefix_queries: report.map_or(0, |report| report.prefix_queries),
-        prefix_hits: report.map_or(0, |report| report.prefix_hits),
-        preemptions: report.map_or(0, |report| report.preemptions),
-        model: replica.model.served_name().to_owned(),
-        weights_digest: hexadecimal(&replica.model.weights_digest),
-        tokenizer_digest: hexadecimal(&replica.model.tokenizer_digest),
-        numerics: replica.numerics.clone(),
-        max_sequence_tokens: replica.limits.max_sequence_tokens,
-        vocabulary: replica.limits.vocabulary,
-        worker_pid: report.and_then(|report| report.worker_pid).unwrap_or(0),
-        step_ns: report.map_or(0, |report| report.step_ns),
-        stage_wait_ns: report.map_or(0, |report| report.stage_wait_ns),
-    }
-}
-
-fn hexadecimal(digest: &[u8]) -> String {
-    let digit = |half: u8| char::from(b"0123456789abcdef"[usize::from(half)]);
-    digest.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }

@@ -8,6 +8,7 @@ mod detach;
 mod engine;
 mod error;
 mod front;
+mod front_status;
 mod group_door;
 mod kernels;
 mod limits;
@@ -31,7 +32,9 @@ mod _core {
     #[pymodule_export]
     use crate::engine::{Engine, PyNodeEvent, PyNodeReport};
     #[pymodule_export]
-    use crate::front::{PyFront, PyFrontStatus, PyReplicaStatus};
+    use crate::front::PyFront;
+    #[pymodule_export]
+    use crate::front_status::{PyFrontStatus, PyReplicaStatus};
     #[pymodule_export]
     use crate::group_door::PyGroupDoor;
     #[pymodule_export]

@@ -37,7 +37,15 @@ def test_the_help_names_every_setting_and_gives_an_example() -> None:
     made = subprocess.run(
         [sys.executable, "-m", "llmscale.gateway", "--help"], capture_output=True, text=True, check=True, timeout=60
     )
-    for word in ("--fleet-file", "--nodes", "--model", "--api-key-file", "--max-drain-seconds", "Example:"):
+    for word in (
+        "--fleet-file",
+        "--nodes",
+        "--model",
+        "--api-key-file",
+        "--max-drain-seconds",
+        "--hedging",
+        "Example:",
+    ):
         assert word in made.stdout
 
 
@@ -67,6 +75,13 @@ def test_a_silence_that_is_no_sign_of_loss_is_refused(seconds: str, capsys: pyte
     with pytest.raises(SystemExit):
         main(["--nodes", "ipc:///nowhere", "--model", "tiny-chat", "--max-node-silence-seconds", seconds])
     assert "it must be from 1, four reports of a node, to 600" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", ["0.09", "601", "nan"])
+def test_a_replica_is_not_left_alone_for_no_time_or_for_ever(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--nodes", "ipc:///nowhere", "--model", "tiny-chat", "--ejection-seconds", seconds])
+    assert "it must be from 0.1 to 600" in capsys.readouterr().err
 
 
 def test_sigterm_ends_streams_with_an_error_and_the_process_with_zero(tmp_path: Path) -> None:

@@ -139,6 +139,37 @@ async def test_a_gateway_is_ready_when_every_model_has_a_replica_that_is(
     assert [replica["model"] for replica in fleet["replicas"]] == ["tiny", "second", "stranger"]
 
 
+async def test_the_fleet_says_which_replica_is_left_alone_and_why(tokenizer: Tokenizer) -> None:
+    ejected = FakeReplica(
+        node="b", trust="ejected", ejections=2, recent_answers=3, recent_late=1, recent_failures=6, worker_restarts=4
+    )
+    front = FakeFront(replicas=[FakeReplica(node="a"), ejected])
+    front.counts = {
+        "ejections": 2,
+        "retries": 7,
+        "retries_delayed": 1,
+        "hedges": 5,
+        "hedge_wins": 4,
+        "hedged_tokens": 60,
+    }
+    async with serving(tokenizer, front) as gateway:
+        fleet = (await get(gateway, "/fleet")).json()
+    names = ("node", "state", "trust", "ejections", "recent_answers", "recent_late", "recent_failures")
+    assert [[one[name] for name in names] for one in fleet["replicas"]] == [
+        ["a", "ready", "trusted", 0, 0, 0, 0],
+        ["b", "ready", "ejected", 2, 3, 1, 6],
+    ]
+    assert fleet["attempts"] == {
+        "lost_attempts": 0,
+        "moved_attempts": 0,
+        "failed_probes": 0,
+        "spared_replicas": 0,
+        "repeated_retries": 0,
+        "first_attempt_tokens": 0,
+        **front.counts,
+    }
+
+
 def test_one_replica_that_is_ready_is_enough_for_its_model() -> None:
     found = [FakeReplica(state=state) for state in ("down", "starting", "ready", "recovering", "draining")]
     assert model_states(["tiny", "second"], found) == {"tiny": "ready", "second": "down"}

@@ -97,7 +97,9 @@ function row(replica) {
   item.dataset.state = replica.state;
   put("name", replica.model);
   item.querySelector(".name").title = replica.node;
-  put("state", replica.state);
+  // One that answers badly gets no work for a while: its state alone would look as if nothing were wrong.
+  put("state", replica.trust === "trusted" ? replica.state : `${replica.state}, ${replica.trust}`);
+  item.dataset.trust = replica.trust;
   put("pid", replica.worker_pid || "none");
   put("restarts", replica.worker_restarts);
   put("running", replica.running);
