@@ -178,6 +178,18 @@ def test_before_a_greeting_nothing_is_done(connect: Callable[[], Peer]) -> None:
     peer.greet()
 
 
+def test_a_frame_of_a_version_that_was_not_agreed_is_refused_and_the_peer_may_greet_again(
+    connect: Callable[[], Peer],
+) -> None:
+    peer = connect()
+    peer.greet()
+    peer.send(frame(PING, 1, version=2))
+    assert peer.is_refused(UNSUPPORTED_VERSION)
+    peer.greet()
+    peer.send(frame(PING, 3))
+    assert peer.hear(PONG)[1][2] == 3
+
+
 GREETINGS = {
     "another fleet": (hello(fleet="another"), WRONG_FLEET),
     "no fleet": (hello(fleet=""), WRONG_FLEET),

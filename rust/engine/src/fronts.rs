@@ -3,7 +3,7 @@
 
 use llmscale_net::{PeerId, SendError, ServerEndpoint};
 use llmscale_types::{Duration, FrontId, Time};
-use llmscale_wire::{CodecLimits, FromNode, encode};
+use llmscale_wire::{CodecLimits, FromNode, encode_at};
 use std::collections::BTreeMap;
 
 /// The node itself, when it runs a first step to see that everything works.
@@ -13,6 +13,8 @@ pub(crate) const PROBE: FrontId = FrontId(0);
 #[derive(Debug)]
 struct Connection {
     front: FrontId,
+    /// What both speak.
+    version: u8,
     heard: Time,
 }
 
@@ -43,12 +45,12 @@ impl Fronts {
 
     /// Takes a new front under the lowest free number, if there is room. Numbers stay small, because the replica keeps
     /// one output column per number.
-    pub(crate) fn greet(&mut self, peer: PeerId, now: Time) -> Option<FrontId> {
+    pub(crate) fn greet(&mut self, peer: PeerId, version: u8, now: Time) -> Option<FrontId> {
         if let Some(front) = self.heard(peer, now) {
             return Some(front);
         }
         let front = (1..=self.max_connections).map(FrontId).find(|front| !self.peers.contains_key(front))?;
-        self.connections.insert(peer, Connection { front, heard: now });
+        self.connections.insert(peer, Connection { front, version, heard: now });
         self.peers.insert(front, peer);
         Some(front)
     }
@@ -87,7 +89,7 @@ impl Fronts {
         codec: &CodecLimits,
     ) -> bool {
         let Some(&peer) = self.peers.get(&front) else { return false };
-        match encode(message, codec) {
+        match encode_at(self.connections[&peer].version, message, codec) {
             Ok(frame) => send_frame(server, peer, frame),
             Err(error) => unreachable!("the node made a frame that breaks its own limits: {error}"),
         }

@@ -9,7 +9,7 @@ use crate::network::{Network, Peer};
 use crate::random::Random;
 use crate::trace::Trace;
 use llmscale_types::Time;
-use llmscale_wire::{CodecLimits, FromNode, ToNode, encode};
+use llmscale_wire::{CodecLimits, FromNode, ToNode, encode_at};
 
 /// See the file's header.
 #[derive(Debug)]
@@ -54,14 +54,16 @@ impl Around {
     }
 
     /// A front sends. False if the place cannot be reached.
-    pub(crate) fn send_to_node(&mut self, front: usize, place: usize, message: &ToNode) -> bool {
-        let bytes = encode(message, &self.codec).expect("the front's limits keep messages within the codec's");
+    pub(crate) fn send_to_node(&mut self, front: usize, place: usize, version: u8, message: &ToNode) -> bool {
+        let bytes =
+            encode_at(version, message, &self.codec).expect("the front's limits keep messages within the codec's");
         self.network.send_to_node(&mut self.agenda, &mut self.random, (front, place), bytes)
     }
 
     /// A node sends. False if the peer cannot be reached.
-    pub(crate) fn send_to_front(&mut self, place: usize, peer: Peer, message: &FromNode) -> bool {
-        let bytes = encode(message, &self.codec).expect("the node's limits keep messages within the codec's");
+    pub(crate) fn send_to_front(&mut self, place: usize, peer: Peer, version: u8, message: &FromNode) -> bool {
+        let bytes =
+            encode_at(version, message, &self.codec).expect("the node's limits keep messages within the codec's");
         self.network.send_to_front(&mut self.agenda, &mut self.random, (place, peer), bytes)
     }
 }

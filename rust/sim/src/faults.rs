@@ -3,9 +3,10 @@
 //! drawn once.
 
 use crate::random::Random;
+use crate::versions::Upgrade;
 use llmscale_front::{HealthOptions, HedgeOptions, RetryOptions};
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
-use llmscale_types::{Duration, EngineLimits, FrontLimits, Token};
+use llmscale_types::{Duration, EngineLimits, FrontLimits, Time, Token};
 
 /// Something that goes wrong by itself.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -93,6 +94,8 @@ pub struct Mix {
     pub retries: RetryOptions,
     /// When fronts try a request at a second node because its first token is late.
     pub hedging: Option<HedgeOptions>,
+    /// When the fleet gets another build.
+    pub upgrade: Option<Upgrade>,
     /// Bounds of every front.
     pub front: FrontLimits,
     /// How long a ready replica may be silent about an attempt.
@@ -139,6 +142,7 @@ impl Mix {
         let caches = added.chance(400);
         let (health, retries) = (draw_health(&mut added), draw_retries(&mut added));
         let hedging = added.chance(500).then(|| draw_hedging(&mut added));
+        let upgrade = added.chance(300).then(|| Upgrade::draw(&mut added));
         Self {
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
@@ -149,6 +153,7 @@ impl Mix {
             health,
             retries,
             hedging,
+            upgrade,
             front: FrontLimits {
                 max_queued_requests: if tiny_queues { random.count(1, 4) } else { 64 },
                 max_queued_tokens: if random.chance(200) { random.between(20, 120) } else { 10_000 },
@@ -185,10 +190,17 @@ impl Mix {
             deadly_prompts: None,
             impatient_clients: 0,
             slow_readers: 0,
+            upgrade: None,
             submit_interval: Duration(20_000),
             unrest: Duration::from_millis(500),
             ..self
         }
+    }
+
+    /// Nodes and a front that are replaced one after the other while requests come, and nothing else.
+    pub(crate) fn upgraded(self) -> Self {
+        let upgrade = Upgrade { at: Time(300_000), rolled_back: 0 };
+        Self { upgrade: Some(upgrade), unrest: Duration::from_millis(2_500), ..self.calm() }
     }
 
     /// Three nodes whose workers are slow now and then, and a front that takes this care.

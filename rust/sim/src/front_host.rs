@@ -9,6 +9,7 @@ use crate::clients::Wish;
 use crate::happening::{ClientAct, Happening};
 use crate::ledger::{ByClient, Ledger, Moment};
 use crate::node::SECRET;
+use crate::versions;
 use conversation::Conversation;
 use llmscale_blocks::ChainHasher;
 use llmscale_front::{
@@ -17,7 +18,7 @@ use llmscale_front::{
 };
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{Attempt, Duration, FinishReason, PrefixKey, Refusal, ReplicaId, RequestId, Time};
-use llmscale_wire::{FromNode, decode};
+use llmscale_wire::{FromNode, VersionRange, decode_as};
 use std::collections::VecDeque;
 
 /// Connections are looked at this often even if nothing happens.
@@ -42,6 +43,8 @@ pub(crate) struct FrontHost {
     pub(crate) presence: Presence,
     /// How often the process has been started.
     pub(crate) incarnation: u64,
+    /// What this process speaks.
+    spoken: VersionRange,
     conversations: Vec<Conversation>,
     inbox: VecDeque<(usize, Vec<u8>)>,
     outgoing: VecDeque<(ReplicaId, ToReplica)>,
@@ -70,13 +73,15 @@ impl FrontHost {
             retries: around.mix.retries,
             hedging: around.mix.hedging,
         };
+        let spoken = versions::spoken_by_a_new_process(around);
         Self {
             number,
             incarnation,
+            spoken,
             front: Front::new(options).expect("a mix draws bounds that fit together"),
             ledger: Ledger::default(),
             presence: Presence::Running,
-            conversations: (0..around.mix.nodes).map(|place| Conversation::new(number, place)).collect(),
+            conversations: (0..around.mix.nodes).map(|place| Conversation::new(number, place, spoken)).collect(),
             inbox: VecDeque::new(),
             outgoing: VecDeque::new(),
             reads: VecDeque::new(),
@@ -105,7 +110,7 @@ impl FrontHost {
 
     fn read(&mut self, around: &mut Around) {
         while let Some((place, bytes)) = self.inbox.pop_front() {
-            let frame = decode::<FromNode>(&bytes, &around.codec).expect("a node's frame can be read");
+            let frame = decode_as::<FromNode>(self.spoken, &bytes, &around.codec).expect("a node's frame can be read");
             let event = self.conversations[place].hear(frame, around);
             self.happen(event, around);
         }

@@ -112,6 +112,10 @@ pub(crate) enum Happening {
         act: ClientAct,
     },
     Fault(Fault),
+    /// An operator replaces one process after the other: first the nodes, then the fronts.
+    Upgrade {
+        turn: usize,
+    },
     /// Faults end and clients submit no more.
     Heal,
     /// Planned moments that nobody needs any more are told apart by theirs.

@@ -21,6 +21,7 @@ mod random;
 mod simulation;
 pub mod swarm;
 mod trace;
+mod versions;
 mod worker;
 
 pub use coverage::Coverage;

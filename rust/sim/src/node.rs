@@ -10,6 +10,7 @@ use crate::faults::Fault;
 use crate::happening::{Happening, WorkerTurn};
 use crate::network::Peer;
 use crate::peers::{PROBE, Peers};
+use crate::versions;
 use crate::worker::{Condition, Ending, Lapse, WorkerProcess, open};
 use llmscale_cost::{CostModel, StepShape};
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
@@ -17,7 +18,7 @@ use llmscale_types::{
     Attempt, Class, Delta, Duration, Epoch, NodeId, RequestId, Sampling, SequenceKey, StepId, StepResult, Submission,
     Time,
 };
-use llmscale_wire::{Failed, FromWorker, NodeState};
+use llmscale_wire::{Failed, FromWorker, NodeState, VersionRange};
 use std::collections::VecDeque;
 
 /// How often fronts are told how the node is doing.
@@ -61,6 +62,8 @@ pub(crate) struct NodeProcess {
     /// It stands still.
     pub(crate) paused: bool,
     pub(crate) state: NodeState,
+    /// What this process speaks.
+    spoken: VersionRange,
     peers: Peers,
     inbox: VecDeque<(Peer, Vec<u8>)>,
     commands: VecDeque<Command>,
@@ -99,6 +102,7 @@ impl NodeProcess {
             worker: None,
             paused: false,
             state: NodeState::Starting,
+            spoken: versions::spoken_by_a_new_process(around),
             peers: Peers::new(MAX_FRONTS, around.mix.max_front_silence),
             inbox: VecDeque::new(),
             commands: VecDeque::new(),

@@ -12,7 +12,8 @@ pub(crate) const PROBE: FrontId = FrontId(0);
 #[derive(Debug)]
 pub(crate) struct Peers {
     connections: BTreeMap<Peer, (FrontId, Time)>,
-    numbers: BTreeMap<FrontId, Peer>,
+    /// With the version that both speak.
+    numbers: BTreeMap<FrontId, (Peer, u8)>,
     max_fronts: u32,
     max_silence: Duration,
 }
@@ -29,10 +30,10 @@ impl Peers {
         Some(*front)
     }
 
-    pub(crate) fn greet(&mut self, peer: Peer, now: Time) -> Option<FrontId> {
+    pub(crate) fn greet(&mut self, peer: Peer, version: u8, now: Time) -> Option<FrontId> {
         let front = (1..=self.max_fronts).map(FrontId).find(|front| !self.numbers.contains_key(front))?;
         self.connections.insert(peer, (front, now));
-        self.numbers.insert(front, peer);
+        self.numbers.insert(front, (peer, version));
         Some(front)
     }
 
@@ -54,7 +55,8 @@ impl Peers {
         self.numbers.keys().copied().collect()
     }
 
-    pub(crate) fn peer(&self, front: FrontId) -> Option<Peer> {
+    /// Where a front is, and what both speak.
+    pub(crate) fn peer(&self, front: FrontId) -> Option<(Peer, u8)> {
         self.numbers.get(&front).copied()
     }
 }

@@ -13,8 +13,9 @@ use crate::happening::{Frame, Happening, Towards};
 use crate::node::NodeProcess;
 use crate::random::Random;
 use crate::swarm::run_seed;
+use crate::versions;
 use llmscale_types::{Duration, NodeId, Time};
-use llmscale_wire::{FromNode, decode};
+use llmscale_wire::{FromNode, decode_as};
 use std::collections::VecDeque;
 
 /// From the end of the faults until everything must be over. A small budget lets a hundred requests try again one by one.
@@ -97,6 +98,14 @@ impl Simulation {
         Self::of(seed, mix, random).live()
     }
 
+    /// A small world in which nothing fails while all its processes are replaced by those of the next build, one by one.
+    /// Panics with what does not hold.
+    pub fn run_with_upgrade(seed: u64) -> Report {
+        let mut random = Random::new(seed);
+        let mix = Mix::draw(&mut random).upgraded();
+        Self::of(seed, mix, random).live()
+    }
+
     fn of(seed: u64, mix: Mix, random: Random) -> Self {
         let mut around = Around::new(mix, random);
         let fronts: Vec<FrontHost> =
@@ -131,6 +140,9 @@ impl Simulation {
         }
         for &(fault, mean) in &mix.faults {
             agenda.after(random.span(0, 2 * mean.0), Happening::Fault(fault));
+        }
+        if let Some(upgrade) = mix.upgrade {
+            agenda.at(upgrade.at, Happening::Upgrade { turn: 0 });
         }
         agenda.after(mix.unrest, Happening::Heal);
     }
@@ -221,6 +233,7 @@ impl Simulation {
                 }
             }
             Happening::Fault(fault) => self.fault(fault),
+            Happening::Upgrade { turn } => self.upgrade(turn),
             Happening::Heal => self.heal(),
         }
     }
@@ -269,7 +282,8 @@ impl Simulation {
 
     /// A socket hands frames over in order, so the welcome of a dead connection never comes after that of a new one.
     fn may_be_late(&self, frame: &Frame) -> bool {
-        frame.towards == Towards::Node || !matches!(decode(&frame.bytes, &self.around.codec), Ok(FromNode::Welcome(_)))
+        let read = || decode_as(versions::NEXT, &frame.bytes, &self.around.codec);
+        frame.towards == Towards::Node || !matches!(read(), Ok(FromNode::Welcome(_)))
     }
 
     fn round(&mut self, place: usize, node: NodeId) {
@@ -355,7 +369,7 @@ impl Simulation {
     /// forget their requests, suspects lawfully start anew, so such seeds prove nothing.
     fn check_deadly_deaths(&self) {
         let starts_anew = |&(fault, _): &(Fault, Duration)| matches!(fault, Fault::NodeDrain | Fault::FrontRestart);
-        if !self.faults.iter().any(starts_anew) {
+        if self.around.mix.upgrade.is_none() && !self.faults.iter().any(starts_anew) {
             let deaths = self.around.coverage.count("worker_deadly_token");
             let most: u64 = self.fronts.iter().map(|front| front.ledger.most_deadly_deaths(&self.around.mix)).sum();
             assert!(deaths <= most, "{deaths} workers died of their requests, at most {most} had to");

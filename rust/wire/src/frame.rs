@@ -6,11 +6,14 @@ use crate::error::WireError;
 use crate::limits::CodecLimits;
 use crate::reader::Reader;
 use crate::scan::scan;
-use crate::version::VERSIONS;
+use crate::version::{HANDSHAKE_VERSION, VERSIONS, VersionRange};
 use crate::writer::Writer;
 
 /// All messages of one direction.
-pub trait Message: Body {}
+pub trait Message: Body {
+    /// Whether it is part of a handshake, in which nothing is agreed yet.
+    fn is_handshake(&self) -> bool;
+}
 
 /// How the messages of a direction are told apart; made by `messages!` only.
 pub trait Body: Bounds + Sized {
@@ -28,20 +31,29 @@ pub struct Output<'a>(pub(crate) Writer<'a>);
 /// A reader that only this crate can use.
 pub struct Input<'a>(pub(crate) Reader<'a>);
 
-/// The frame of a message.
+/// The frame of a message between processes of one build, in its newest version.
 pub fn encode<M: Message>(message: &M, limits: &CodecLimits) -> Result<Vec<u8>, WireError> {
+    encode_at(VERSIONS.high, message, limits)
+}
+
+/// The frame of a message in the version that both sides have agreed on. Those of the handshake are always of the first.
+pub fn encode_at<M: Message>(version: u8, message: &M, limits: &CodecLimits) -> Result<Vec<u8>, WireError> {
     let mut frame = Vec::new();
-    encode_into(message, limits, &mut frame)?;
+    write(version, message, limits, &mut frame)?;
     Ok(frame)
 }
 
 /// Like `encode`, into a buffer whose memory is used again. The buffer holds no frame after an error.
 pub fn encode_into<M: Message>(message: &M, limits: &CodecLimits, frame: &mut Vec<u8>) -> Result<(), WireError> {
+    write(VERSIONS.high, message, limits, frame)
+}
+
+fn write<M: Message>(version: u8, message: &M, limits: &CodecLimits, frame: &mut Vec<u8>) -> Result<(), WireError> {
     frame.clear();
     message.check(limits)?;
     let mut output = Output(Writer::new(frame));
     output.0.array(3);
-    output.0.unsigned(u64::from(VERSIONS.high));
+    output.0.unsigned(u64::from(if message.is_handshake() { HANDSHAKE_VERSION } else { version }));
     message.write_body(&mut output);
     if frame.len() > limits.max_frame_bytes {
         let given = frame.len();
@@ -53,20 +65,37 @@ pub fn encode_into<M: Message>(message: &M, limits: &CodecLimits, frame: &mut Ve
 
 /// The message of a frame.
 pub fn decode<M: Message>(frame: &[u8], limits: &CodecLimits) -> Result<M, WireError> {
+    decode_as(VERSIONS, frame, limits)
+}
+
+/// The message of a frame, read by somebody who speaks these versions. A handshake is understood whatever they are.
+pub fn decode_as<M: Message>(spoken: VersionRange, frame: &[u8], limits: &CodecLimits) -> Result<M, WireError> {
     scan(frame, limits)?;
     let mut input = Input(Reader::new(frame, limits.max_depth));
     input.0.record("a frame", 3)?;
-    VERSIONS.accept(input.0.unsigned()?)?;
+    let version = input.0.unsigned()?;
+    // Asked before the body is read: only a handshake may be of a version that is not spoken here.
+    if version != u64::from(HANDSHAKE_VERSION) {
+        spoken.accept(version)?;
+    }
     let tag = input.0.unsigned()?;
     let message = M::read_body(tag, &mut input)?;
+    let handshake = VersionRange { low: HANDSHAKE_VERSION, high: HANDSHAKE_VERSION };
+    let expected = if message.is_handshake() { handshake } else { spoken };
+    expected.accept(version)?;
     message.check(limits)?;
     Ok(message)
 }
 
-/// The numbers of a direction's messages. They are part of the protocol: never change one, only add.
+/// The numbers of a direction's messages, and which of them are the handshake. They are part of the protocol: never
+/// change one, only add.
 macro_rules! messages {
-    ($direction:ident { $($variant:ident = $tag:literal $(($body:ty))?),+ $(,)? }) => {
-        impl crate::frame::Message for $direction {}
+    ($direction:ident { $($variant:ident = $tag:literal $(($body:ty))?),+ $(,)? } $(handshake $($opening:ident),+)?) => {
+        impl crate::frame::Message for $direction {
+            fn is_handshake(&self) -> bool {
+                false $($(|| matches!(self, Self::$opening(..)))+)?
+            }
+        }
 
         impl crate::frame::Body for $direction {
             fn write_body(&self, output: &mut crate::frame::Output<'_>) {

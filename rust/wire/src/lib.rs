@@ -20,11 +20,11 @@ mod writer;
 
 pub use caches::{KvAsk, KvChanges, KvSnapshot};
 pub use error::WireError;
-pub use frame::{Message, decode, encode, encode_into};
+pub use frame::{Message, decode, decode_as, encode, encode_at, encode_into};
 pub use limits::CodecLimits;
 pub use node::{
     Abort, FromNode, GiveBack, Hello, ModelIdentity, ModelRef, NodeLimits, NodeOutputs, NodeState, Ping, Pong, Recall,
     RejectCode, Rejected, Status, Submit, ToNode, Welcome,
 };
-pub use version::{VERSIONS, VersionRange};
+pub use version::{HANDSHAKE_VERSION, VERSIONS, VersionRange};
 pub use worker::{Configure, Dtype, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker};

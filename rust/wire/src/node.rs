@@ -51,7 +51,7 @@ pub enum FromNode {
     KvSnapshot(KvSnapshot),
 }
 
-messages!(ToNode { Hello = 0 (Hello), Submit = 1 (Submit), Abort = 2 (Abort), Recall = 3 (Recall), Ping = 4 (Ping), Goodbye = 5, KvAsk = 6 (KvAsk) });
+messages!(ToNode { Hello = 0 (Hello), Submit = 1 (Submit), Abort = 2 (Abort), Recall = 3 (Recall), Ping = 4 (Ping), Goodbye = 5, KvAsk = 6 (KvAsk) } handshake Hello);
 messages!(FromNode {
     Welcome = 0 (Welcome),
     Outputs = 1 (NodeOutputs),
@@ -61,7 +61,7 @@ messages!(FromNode {
     Rejected = 5 (Rejected),
     KvChanges = 6 (KvChanges),
     KvSnapshot = 7 (KvSnapshot),
-});
+} handshake Welcome, Rejected);
 
 /// Which model a peer means.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

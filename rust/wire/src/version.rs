@@ -6,6 +6,9 @@ use crate::error::WireError;
 /// Versions that this build speaks.
 pub const VERSIONS: VersionRange = VersionRange { low: 1, high: 1 };
 
+/// What every frame of a handshake says, whatever its sender speaks otherwise.
+pub const HANDSHAKE_VERSION: u8 = 1;
+
 /// A range of versions, both ends included.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct VersionRange {
@@ -22,12 +25,16 @@ impl VersionRange {
         (newest >= self.low.max(other.low)).then_some(newest)
     }
 
-    /// The version, if it is in the range.
-    pub(crate) fn accept(self, given: u64) -> Result<u8, WireError> {
-        u8::try_from(given)
-            .ok()
-            .filter(|version| (self.low..=self.high).contains(version))
-            .ok_or(WireError::UnsupportedVersion { given, low: self.low, high: self.high })
+    /// Whether the version is one of them.
+    pub fn has(self, version: u8) -> bool {
+        (self.low..=self.high).contains(&version)
+    }
+
+    pub(crate) fn accept(self, given: u64) -> Result<(), WireError> {
+        if u8::try_from(given).is_ok_and(|version| self.has(version)) {
+            return Ok(());
+        }
+        Err(WireError::UnsupportedVersion { given, low: self.low, high: self.high })
     }
 }
 

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{from_node, from_worker, to_node, to_worker};
-use llmscale_wire::{CodecLimits, Message, WireError, decode, encode};
+use llmscale_wire::{CodecLimits, Message, VersionRange, WireError, decode, decode_as, encode, encode_at};
 use proptest::prelude::*;
 use serde::de::IgnoredAny;
 
@@ -46,4 +46,34 @@ proptest! {
     fn every_message_from_a_worker_survives_the_wire(message in from_worker()) {
         survives(&message)?;
     }
+}
+
+proptest! {
+    #[test]
+    fn a_frame_is_of_the_version_that_was_agreed_and_a_handshake_always_of_the_first(
+        message in to_node(), answer in from_node(), version in 1u8..=9, low in 1u8..=9, more in 0u8..=3
+    ) {
+        let spoken = VersionRange { low, high: low + more };
+        agrees(version, spoken, &message)?;
+        agrees(version, spoken, &answer)?;
+    }
+}
+
+fn agrees<M: Message + PartialEq + std::fmt::Debug>(
+    version: u8,
+    spoken: VersionRange,
+    message: &M,
+) -> Result<(), TestCaseError> {
+    let limits = CodecLimits::default();
+    let frame = encode_at(version, message, &limits).expect("the message keeps the bounds");
+    let written = if message.is_handshake() { 1 } else { version };
+    prop_assert_eq!(frame[1], written);
+    let read = decode_as::<M>(spoken, &frame, &limits);
+    if message.is_handshake() || spoken.has(version) {
+        prop_assert_eq!(&read.expect("it is spoken here"), message);
+    } else {
+        let refusal = WireError::UnsupportedVersion { given: version.into(), low: spoken.low, high: spoken.high };
+        prop_assert_eq!(read, Err(refusal));
+    }
+    Ok(())
 }

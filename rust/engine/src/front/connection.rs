@@ -6,7 +6,7 @@ use super::{FrontConfig, NodeAddress};
 use llmscale_front::{FrontEvent, ReplicaFrame, ToReplica};
 use llmscale_net::{ClientEndpoint, Context, EndpointOptions, NetError, Phase, PollHandle, ReceiveError, Waker};
 use llmscale_types::{Duration, NodeId, ReplicaId, Time};
-use llmscale_wire::{CodecLimits, FromNode, Hello, KvSnapshot, Ping, ToNode, VERSIONS, decode, encode};
+use llmscale_wire::{CodecLimits, FromNode, Hello, KvSnapshot, Ping, ToNode, VERSIONS, decode, encode_at};
 
 /// How often an unanswered greeting is repeated.
 const GREETING_INTERVAL: Duration = Duration::from_millis(100);
@@ -20,8 +20,8 @@ const MAX_FRAMES_PER_ROUND: usize = 256;
 enum Stage {
     /// Not welcome yet.
     Greeting { again_at: Time },
-    /// Frames flow.
-    Welcome { node: NodeId, heard: Time, ping_at: Time },
+    /// Frames flow, in the version that the node has chosen.
+    Welcome { node: NodeId, version: u8, heard: Time, ping_at: Time },
 }
 
 /// See the file's header.
@@ -80,7 +80,12 @@ impl Connection {
                 *heard = now;
                 return None;
             }
-            self.stage = Stage::Welcome { node: welcome.node, heard: now, ping_at: now + PING_INTERVAL };
+            let (node, version) = (welcome.node, welcome.version);
+            if !VERSIONS.has(version) {
+                // It was told what is spoken here: nonsense like any other.
+                return self.lose(now);
+            }
+            self.stage = Stage::Welcome { node, version, heard: now, ping_at: now + PING_INTERVAL };
             return Some(FrontEvent::ReplicaUp { replica, offer: Box::new(translate::offer(welcome)) });
         }
         // What a lost node says before it welcomes again comes from a conversation that is over. The front's fence drops
@@ -118,8 +123,8 @@ impl Connection {
                 None
             }
             Stage::Welcome { heard, .. } if !connected || now.since(heard) > config.max_node_silence => self.lose(now),
-            Stage::Welcome { node, heard, ping_at } if now >= ping_at => {
-                self.stage = Stage::Welcome { node, heard, ping_at: now + PING_INTERVAL };
+            Stage::Welcome { node, version, heard, ping_at } if now >= ping_at => {
+                self.stage = Stage::Welcome { node, version, heard, ping_at: now + PING_INTERVAL };
                 self.pings += 1;
                 self.offer(&ToNode::Ping(Ping { nonce: self.pings }), codec);
                 None
@@ -144,7 +149,9 @@ impl Connection {
     }
 
     fn offer(&mut self, message: &ToNode, codec: &CodecLimits) -> bool {
-        let frame = encode(message, codec).expect("the front's limits keep messages within the codec's");
+        // Before the welcome only the greeting is sent, whose version never changes.
+        let version = if let Stage::Welcome { version, .. } = self.stage { version } else { VERSIONS.low };
+        let frame = encode_at(version, message, codec).expect("the front's limits keep messages within the codec's");
         self.endpoint.send(frame).is_ok()
     }
 

@@ -10,7 +10,7 @@ use llmscale_scheduler::Event;
 use llmscale_types::{Attempt, Class, Epoch, FrontId, RequestId, Sampling, SequenceKey, StepId, Submission, Time};
 use llmscale_wire::{
     Failed, FromNode, FromWorker, Hello, ModelRef, NodeLimits, NodeState, Pong, Ready, RejectCode, Rejected, ToNode,
-    ToWorker, VERSIONS, Welcome, decode, encode,
+    ToWorker, VERSIONS, Welcome, WireError, decode, encode,
 };
 
 /// Frames taken from one source per round.
@@ -109,6 +109,10 @@ impl Node {
                 Ok(None) => return,
                 Ok(Some(received)) => match decode::<ToNode>(&received.message.payload, &self.codec) {
                     Ok(message) => self.answer(received.peer, message),
+                    // A front that has not seen yet that this is another process than before; it will greet.
+                    Err(error @ WireError::UnsupportedVersion { .. }) => {
+                        self.reject(received.peer, RejectCode::UnsupportedVersion, &error.to_string());
+                    }
                     Err(error) => self.reject(received.peer, RejectCode::Malformed, &error.to_string()),
                 },
                 Err(ReceiveError::System(error)) => panic!("reading from fronts failed: {error}"),
@@ -168,7 +172,7 @@ impl Node {
         }
         // A front that greets again has given up what it had here.
         self.drop_front(peer);
-        let Some(front) = self.fronts.greet(peer, now) else {
+        let Some(front) = self.fronts.greet(peer, version, now) else {
             let text = format!("this node serves {} fronts at most (max_fronts)", self.config.max_fronts);
             return self.reject(peer, RejectCode::TooManyFronts, &text);
         };

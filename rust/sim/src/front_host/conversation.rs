@@ -2,10 +2,11 @@
 //! the live front's connections do; decides nothing that they do not.
 
 use crate::around::Around;
+use crate::versions;
 use llmscale_front::{FrontEvent, ModelKey, Offer, ReplicaFrame, ReplicaLimits, ReplicaState, Report, ToReplica};
 use llmscale_types::{Duration, NodeId, ReplicaId, Time};
 use llmscale_wire::{
-    Abort, FromNode, Hello, KvAsk, KvSnapshot, NodeState, Ping, Recall, Status, Submit, ToNode, VERSIONS, Welcome,
+    Abort, FromNode, Hello, KvAsk, KvSnapshot, NodeState, Ping, Recall, Status, Submit, ToNode, VersionRange, Welcome,
 };
 
 /// How often an unanswered greeting is repeated.
@@ -17,7 +18,7 @@ const PING_INTERVAL: Duration = Duration::from_millis(1_000);
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Stage {
     Greeting { again_at: Time },
-    Welcome { node: NodeId, heard: Time, ping_at: Time },
+    Welcome { node: NodeId, version: u8, heard: Time, ping_at: Time },
 }
 
 /// See the file's header.
@@ -25,13 +26,15 @@ enum Stage {
 pub(super) struct Conversation {
     front: usize,
     place: usize,
+    /// What the front's process speaks.
+    spoken: VersionRange,
     stage: Stage,
     pings: u64,
 }
 
 impl Conversation {
-    pub(super) fn new(front: usize, place: usize) -> Self {
-        Self { front, place, stage: Stage::Greeting { again_at: Time(0) }, pings: 0 }
+    pub(super) fn new(front: usize, place: usize, spoken: VersionRange) -> Self {
+        Self { front, place, spoken, stage: Stage::Greeting { again_at: Time(0) }, pings: 0 }
     }
 
     pub(super) fn is_welcome(&self) -> bool {
@@ -54,8 +57,12 @@ impl Conversation {
                 around.coverage.reach("front_welcomed_again");
                 return None;
             }
-            let node = welcome.node;
-            self.stage = Stage::Welcome { node, heard: now, ping_at: now + PING_INTERVAL };
+            let (node, version) = (welcome.node, welcome.version);
+            assert!(self.spoken.has(version), "node {node} wants version {version}, which was not offered to it");
+            if self.spoken == versions::NEXT {
+                around.reach(versions::agreed(version), [self.front as u64, self.place as u64, node.0, 0]);
+            }
+            self.stage = Stage::Welcome { node, version, heard: now, ping_at: now + PING_INTERVAL };
             around.note("front is welcome", [self.front as u64, self.place as u64, welcome.node.0, welcome.epoch.0]);
             return Some(FrontEvent::ReplicaUp { replica, offer: Box::new(offer(welcome)) });
         }
@@ -89,9 +96,13 @@ impl Conversation {
         match self.stage {
             Stage::Greeting { again_at } if connected && now >= again_at => {
                 self.stage = Stage::Greeting { again_at: now + GREETING_INTERVAL };
-                let hello =
-                    Hello { versions: VERSIONS, front: "front".to_owned(), fleet: "simulated".to_owned(), model: None };
-                around.send_to_node(self.front, self.place, &ToNode::Hello(hello));
+                let hello = Hello {
+                    versions: self.spoken,
+                    front: "front".to_owned(),
+                    fleet: "simulated".to_owned(),
+                    model: None,
+                };
+                self.offer(&ToNode::Hello(hello), around);
                 None
             }
             Stage::Welcome { heard, .. } if !connected || now.since(heard) > around.mix.max_node_silence => {
@@ -100,10 +111,10 @@ impl Conversation {
                 }
                 self.lose(around)
             }
-            Stage::Welcome { node, heard, ping_at } if now >= ping_at => {
-                self.stage = Stage::Welcome { node, heard, ping_at: now + PING_INTERVAL };
+            Stage::Welcome { node, version, heard, ping_at } if now >= ping_at => {
+                self.stage = Stage::Welcome { node, version, heard, ping_at: now + PING_INTERVAL };
                 self.pings += 1;
-                around.send_to_node(self.front, self.place, &ToNode::Ping(Ping { nonce: self.pings }));
+                self.offer(&ToNode::Ping(Ping { nonce: self.pings }), around);
                 None
             }
             Stage::Greeting { .. } | Stage::Welcome { .. } => None,
@@ -121,11 +132,16 @@ impl Conversation {
             ToReplica::Recall { request, attempt } => ToNode::Recall(Recall { request, attempt }),
             ToReplica::KvAsk { from } => ToNode::KvAsk(KvAsk { from }),
         };
-        if around.send_to_node(self.front, self.place, &message) { None } else { self.lose(around) }
+        if self.offer(&message, around) { None } else { self.lose(around) }
     }
 
     pub(super) fn say_goodbye(&self, around: &mut Around) {
-        around.send_to_node(self.front, self.place, &ToNode::Goodbye);
+        self.offer(&ToNode::Goodbye, around);
+    }
+
+    fn offer(&self, message: &ToNode, around: &mut Around) -> bool {
+        let version = if let Stage::Welcome { version, .. } = self.stage { version } else { self.spoken.low };
+        around.send_to_node(self.front, self.place, version, message)
     }
 
     fn lose(&mut self, around: &mut Around) -> Option<FrontEvent> {

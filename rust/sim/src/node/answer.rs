@@ -7,7 +7,7 @@ use crate::network::Peer;
 use llmscale_scheduler::Event;
 use llmscale_types::{FrontId, SequenceKey, Time};
 use llmscale_wire::{
-    FromNode, ModelIdentity, NodeLimits, Pong, RejectCode, Rejected, ToNode, VERSIONS, Welcome, decode,
+    FromNode, Hello, ModelIdentity, NodeLimits, Pong, RejectCode, Rejected, ToNode, Welcome, WireError, decode_as,
 };
 
 /// Frames taken per round.
@@ -17,15 +17,19 @@ impl NodeProcess {
     pub(super) fn read_fronts(&mut self, around: &mut Around) {
         for _ in 0..MAX_FRAMES_PER_ROUND {
             let Some((peer, bytes)) = self.inbox.pop_front() else { return };
-            let message = decode::<ToNode>(&bytes, &around.codec).expect("a front's frame can be read");
-            self.answer(peer, message, around);
+            match decode_as::<ToNode>(self.spoken, &bytes, &around.codec) {
+                Ok(message) => self.answer(peer, message, around),
+                // A front that stood still while another build took over here goes on as it was agreed before.
+                Err(WireError::UnsupportedVersion { .. }) => self.reject(peer, RejectCode::UnsupportedVersion, around),
+                Err(error) => panic!("a front's frame can be read: {error}"),
+            }
         }
     }
 
     fn answer(&mut self, peer: Peer, message: ToNode, around: &mut Around) {
         let now = around.now();
-        if let ToNode::Hello(_) = message {
-            return self.greet(peer, around);
+        if let ToNode::Hello(hello) = message {
+            return self.greet(peer, &hello, around);
         }
         let Some(front) = self.peers.heard(peer, now) else {
             return self.reject(peer, RejectCode::NotGreeted, around);
@@ -48,21 +52,22 @@ impl NodeProcess {
         }
     }
 
-    fn greet(&mut self, peer: Peer, around: &mut Around) {
+    fn greet(&mut self, peer: Peer, hello: &Hello, around: &mut Around) {
         let now = around.now();
+        let version = hello.versions.newest_common(self.spoken).expect("neighbouring builds have a version in common");
         if self.grown == Grown::Bare {
             return;
         }
         // A front that greets again has given up what it had here.
         self.drop_front(peer, now);
-        let Some(front) = self.peers.greet(peer, now) else {
+        let Some(front) = self.peers.greet(peer, version, now) else {
             return self.reject(peer, RejectCode::TooManyFronts, around);
         };
         let left = self.replica.attempts_of(front);
         assert_eq!(left, 0, "front {front} of node {} takes over attempts that it never sent", self.node);
         let limits = self.replica.limits();
         let welcome = Welcome {
-            version: VERSIONS.high,
+            version,
             node: self.node,
             epoch: self.epoch,
             model: identity(around.mix.numerics(self.place)),
@@ -82,11 +87,13 @@ impl NodeProcess {
     }
 
     fn reject(&mut self, peer: Peer, code: RejectCode, around: &mut Around) {
-        if code == RejectCode::NotGreeted {
-            around.reach("node_not_greeted", [self.place as u64, peer.0, 0, 0]);
+        match code {
+            RejectCode::NotGreeted => around.reach("node_not_greeted", [self.place as u64, peer.0, 0, 0]),
+            RejectCode::UnsupportedVersion => around.reach("version_refused", [self.place as u64, peer.0, 0, 0]),
+            _ => {}
         }
-        let rejected = Rejected { code, message: "not wanted".to_owned(), versions: VERSIONS };
-        around.send_to_front(self.place, peer, &FromNode::Rejected(rejected));
+        let rejected = Rejected { code, message: "not wanted".to_owned(), versions: self.spoken };
+        around.send_to_front(self.place, peer, self.spoken.high, &FromNode::Rejected(rejected));
     }
 
     fn drop_front(&mut self, peer: Peer, now: Time) {
@@ -97,7 +104,7 @@ impl NodeProcess {
 
     /// Returns false if the front is not there any more.
     pub(super) fn tell(&self, front: FrontId, message: &FromNode, around: &mut Around) -> bool {
-        self.peers.peer(front).is_some_and(|peer| around.send_to_front(self.place, peer, message))
+        self.peers.peer(front).is_some_and(|(peer, version)| around.send_to_front(self.place, peer, version, message))
     }
 }
 

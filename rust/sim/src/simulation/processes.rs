@@ -8,6 +8,7 @@ use crate::happening::Happening;
 use crate::node::NodeProcess;
 use crate::worker::{Condition, Lapse};
 use llmscale_types::{Duration, NodeId};
+use llmscale_wire::NodeState;
 
 impl Simulation {
     pub(super) fn link_up(&mut self, front: usize, place: usize) {
@@ -110,6 +111,26 @@ impl Simulation {
             Fault::FrontRestart => self.stop_front(front),
             _ => self.fault_at(fault, place),
         }
+    }
+
+    /// Replaces the process whose turn it is, once the others are well, and plans the next turn.
+    pub(super) fn upgrade(&mut self, turn: usize) {
+        if self.healing {
+            return;
+        }
+        let is_well = |node: &Option<NodeProcess>| node.as_ref().is_some_and(|node| node.state == NodeState::Ready);
+        if !self.nodes.iter().all(is_well) {
+            return self.around.agenda.after(Duration::from_millis(50), Happening::Upgrade { turn });
+        }
+        if turn < self.nodes.len() {
+            self.fault_at(Fault::NodeDrain, turn);
+        } else if turn < self.nodes.len() + self.fronts.len() {
+            self.stop_front(turn - self.nodes.len());
+        } else {
+            return self.around.reach("upgrade_done", [turn as u64, 0, 0, 0]);
+        }
+        let wait = self.around.random.span(50_000, 500_000);
+        self.around.agenda.after(wait, Happening::Upgrade { turn: turn + 1 });
     }
 
     fn pause_front(&mut self, front: usize) {
