@@ -1,6 +1,6 @@
 """One rank's executor for measurements: decoding steps of a fixed shape, with or without the other ranks.
 
-Without them sums and gathers are left out: the same work on numbers that mean nothing. O(1) beyond the model.
+Without them sums and deals are left out: the same work on numbers that mean nothing. O(1) beyond the model.
 """
 
 from __future__ import annotations
@@ -42,9 +42,14 @@ class SwitchedGroup:
         """See `TensorGroup`."""
         return self._group.sum(tensor) if self.meets else tensor
 
-    def gather_columns(self, own: Tensor, widths: Sequence[int], out: Tensor) -> Tensor:
+    def deal_rows(self, own: Tensor, widths: Sequence[int], bounds: Sequence[int], out: Tensor) -> Tensor:
         """See `TensorGroup`."""
-        return self._group.gather_columns(own, widths, out) if self.meets else out
+        return self._group.deal_rows(own, widths, bounds, out) if self.meets else out
+
+    def gather_words(self, words: Tensor, bounds: Sequence[int]) -> None:
+        """See `TensorGroup`."""
+        if self.meets:
+            self._group.gather_words(words, bounds)
 
 
 class RankExecutor:

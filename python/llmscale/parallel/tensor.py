@@ -2,12 +2,13 @@
 
 `Alone` is a group of one and costs nothing. `SharedMemoryGroup` serves ranks of one host on CPUs: an all-reduce of one
 row takes about 3 us where gloo needs 60 to 150, and every rank gets the same bits. `TorchGroup` is torch.distributed,
-over NCCL or gloo, for everything else. It does not know models or what is added up.
+over NCCL or gloo, for everything else. It does not know models, what is added up or what the dealt rows are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -31,8 +32,21 @@ class TensorGroup(Protocol):
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks of a contiguous tensor, which may be overwritten. Raises WorkerError."""
 
-    def gather_columns(self, own: Tensor, widths: Sequence[int], out: Tensor) -> Tensor:
-        """[R, sum of widths] from each rank's contiguous [R, widths[rank]]; in `out`, or `own` itself for one rank."""
+    def deal_rows(self, own: Tensor, widths: Sequence[int], bounds: Sequence[int], out: Tensor) -> Tensor:
+        """All columns of the rows `bounds[rank]` to `bounds[rank + 1]`, [own rows, sum of widths], from each rank's
+        contiguous [R, widths[rank]]; in `out`, or `own` itself for one rank. Raises WorkerError."""
+
+    def gather_words(self, words: Tensor, bounds: Sequence[int]) -> None:
+        """Completes int32 [N] on the CPU, of which rank r has filled `bounds[r]` to `bounds[r + 1]`. Raises
+        WorkerError."""
+
+
+def row_bounds(rows: int, ranks: int) -> list[int]:
+    """Rows dealt to ranks, consecutive and as evenly as can be: rank r has `bounds[r]` to `bounds[r + 1]`.
+
+    The first rank gets the first row, so that of a single one nobody has to be told but those who need it later.
+    """
+    return [-(-rows * rank // ranks) for rank in range(ranks + 1)]
 
 
 class Alone:
@@ -46,9 +60,12 @@ class Alone:
         """See `TensorGroup`."""
         return tensor
 
-    def gather_columns(self, own: Tensor, widths: Sequence[int], out: Tensor) -> Tensor:
+    def deal_rows(self, own: Tensor, widths: Sequence[int], bounds: Sequence[int], out: Tensor) -> Tensor:
         """See `TensorGroup`."""
         return own
+
+    def gather_words(self, words: Tensor, bounds: Sequence[int]) -> None:
+        """See `TensorGroup`."""
 
 
 class SharedMemoryGroup:
@@ -67,12 +84,17 @@ class SharedMemoryGroup:
         self._memory.sum((tensor.data_ptr(), tensor.numel()))
         return tensor
 
-    def gather_columns(self, own: Tensor, widths: Sequence[int], out: Tensor) -> Tensor:
+    def deal_rows(self, own: Tensor, widths: Sequence[int], bounds: Sequence[int], out: Tensor) -> Tensor:
         """See `TensorGroup`."""
         assert own.is_contiguous(), own.stride()
         assert out.is_contiguous(), out.stride()
-        self._memory.gather_columns((own.data_ptr(), own.numel()), widths, (out.data_ptr(), out.numel()))
+        self._memory.deal_rows((own.data_ptr(), own.numel()), widths, bounds, (out.data_ptr(), out.numel()))
         return out
+
+    def gather_words(self, words: Tensor, bounds: Sequence[int]) -> None:
+        """See `TensorGroup`."""
+        assert words.is_contiguous(), words.stride()
+        self._memory.gather_words((words.data_ptr(), words.numel()), bounds)
 
 
 class TorchGroup:
@@ -89,15 +111,20 @@ class TorchGroup:
         torch.distributed.all_reduce(tensor, group=self._group)
         return tensor
 
-    def gather_columns(self, own: Tensor, widths: Sequence[int], out: Tensor) -> Tensor:
-        """See `TensorGroup`. Parts are padded to the widest: gloo takes equal sizes only."""
-        rows, widest = own.shape[0], max(widths)
-        padded = own.new_zeros(rows, widest)
-        padded[:, : own.shape[1]] = own
-        parts = [torch.empty_like(padded) for _ in widths]
-        torch.distributed.all_gather(parts, padded, group=self._group)
-        column = 0
-        for part, width in zip(parts, widths, strict=True):
-            out[:, column : column + width] = part[:, :width]
-            column += width
+    def deal_rows(self, own: Tensor, widths: Sequence[int], bounds: Sequence[int], out: Tensor) -> Tensor:
+        """See `TensorGroup`. Each rank sends every other one its columns of that one's rows, and nothing else."""
+        dealt = bounds[self.rank + 1] - bounds[self.rank]
+        arriving = [dealt * width for width in widths]
+        leaving = [(end - start) * own.shape[1] for start, end in pairwise(bounds)]
+        parts = own.new_empty(sum(arriving))
+        torch.distributed.all_to_all_single(parts, own.view(-1), arriving, leaving, group=self._group)
+        ends = pairwise(accumulate(arriving, initial=0))
+        columns = [parts[start:end].view(dealt, width) for (start, end), width in zip(ends, widths, strict=True)]
+        torch.cat(columns, dim=1, out=out)
         return out
+
+    def gather_words(self, words: Tensor, bounds: Sequence[int]) -> None:
+        """See `TensorGroup`. A sum with zeros for what others have filled: one collective, however uneven the parts."""
+        words[: bounds[self.rank]].zero_()
+        words[bounds[self.rank + 1] :].zero_()
+        torch.distributed.all_reduce(words, group=self._group)

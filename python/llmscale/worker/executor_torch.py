@@ -1,4 +1,4 @@
-"""The torch executor: runs a spec's layers over one step and returns the logits of the rows that sample.
+"""The torch executor: runs a spec's layers over one step and returns the logits of the rows that this rank samples.
 
 Matrix products are torch's, everything else goes through `Ops`. Buffers are made once for the largest step, so a step
 allocates nothing but what the operations themselves need; no Python runs per token or per sequence here. Python costs
@@ -31,7 +31,7 @@ from llmscale.layers.rotary import rope_table
 from llmscale.models.loader import Weights
 from llmscale.models.spec import AttentionSpec, BlockSpec, HeadSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
 from llmscale.parallel.pipeline import StageLink
-from llmscale.parallel.tensor import Alone, TensorGroup
+from llmscale.parallel.tensor import Alone, TensorGroup, row_bounds
 from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
 
@@ -92,7 +92,8 @@ class TorchExecutor:
         self.linear_kind = "tiled" if build.tiled else "dense"
 
     def forward(self, step: StepInputs) -> Tensor:
-        """Logits [R, vocabulary] in the weights' dtype, valid until the next call; no rows before the last stage.
+        """Logits [own rows, vocabulary] in the weights' dtype, valid until the next call, of the sampling rows that are
+        dealt to this rank: all of them for one that is alone in its stage, none before the last stage.
 
         Writes the step's keys and values to the region. A sequence's rows must be complete up to its length. On another
         device than the CPU the caller has moved the step's tensors there. Raises WorkerError for a rank that is gone.
@@ -149,10 +150,11 @@ class _Output:
         self._sampled = build.zeros(max_samples, spec.hidden_size)
         self._logits = build.zeros(max_samples, spec.vocabulary)
         # A rank that is alone has the whole vocabulary already.
-        self._gathered = build.zeros(max_samples if len(self._widths) > 1 else 0, sum(self._widths))
+        max_dealt = row_bounds(max_samples, ranks.tensor.size)[1] if ranks.tensor.size > 1 else 0
+        self._dealt = build.zeros(max_dealt, sum(self._widths))
 
     def __call__(self, ops: Ops, step: StepInputs, rows: Activations, delta: Tensor) -> Tensor:
-        """Logits [R, vocabulary] after the stream has got the last delta."""
+        """Logits [own rows, vocabulary] after the stream has got the last delta."""
         self._norm.after_add(ops, delta, rows.residual, rows.normed.rows)
         if step.samples == 0:
             return self._logits[:0]
@@ -160,7 +162,9 @@ class _Output:
         sampled = ProductInput(self._sampled[: step.samples], self._sampled[:padded])
         torch.index_select(rows.normed.rows, 0, step.sample_rows, out=sampled.rows)
         own = self._head(sampled, self._logits[:padded])
-        return self._tensor.gather_columns(own, self._widths, self._gathered[: step.samples])
+        bounds = row_bounds(step.samples, self._tensor.size)
+        dealt = bounds[self._tensor.rank + 1] - bounds[self._tensor.rank]
+        return self._tensor.deal_rows(own, self._widths, bounds, self._dealt[:dealt])
 
 
 class _Builder:

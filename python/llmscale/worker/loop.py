@@ -1,4 +1,4 @@
-"""The worker's loop: receive, execute, sample, reply; the last two are one call of the core.
+"""The worker's loop: receive, execute, sample, reply.
 
 A step that raises is given up: the engine tells the worker anew what runs, computes the step's sequences one by one,
 and ends a request that raised twice. Any other error ends the process with a last word to the engine, and so does a
@@ -84,7 +84,8 @@ class WorkerLoop:
 
 
 def warm_up() -> None:
-    """Makes oneDNN set itself up, which takes 30 ms that need not be part of anybody's pause."""
+    """Makes oneDNN set itself up, which takes 30 ms that need not be part of anybody's pause. Starts no thread."""
+    torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         torch.ones(2, 32, dtype=dtype) @ torch.ones(32, 32, dtype=dtype)
 

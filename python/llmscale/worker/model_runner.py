@@ -102,15 +102,14 @@ class ModelRunner:
             max_sequence_tokens=limits.max_sequence_tokens,
         )
         self.stage = join_stages(place, meeting, world)
-        group = join_tensor_group(place, meeting, self.dtype, world)
-        ranks = Ranks(group, self.stage, part.vocabulary_start, part.vocabulary_widths)
+        self.tensor = join_tensor_group(place, meeting, self.dtype, world)
+        ranks = Ranks(self.tensor, self.stage, part.vocabulary_start, part.vocabulary_widths)
         self._executor = TorchExecutor(part.spec, weights, self.region, NativeOps(self.kernels), step_limits, ranks)
         self._logits: Tensor | None = None
         self.layers = len(part.spec.blocks)
         linear = self._executor.linear_kind
-        self.numerics = (
-            f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/{group.kind}{place.tensor_size}"
-        )
+        sums = f"{self.tensor.kind}{place.tensor_size}"
+        self.numerics = f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/{sums}"
 
     def forward(self, step: StepInputs) -> tuple[int, int]:
         """Runs one step. Returns address and number of elements of the logits, valid until the next call."""

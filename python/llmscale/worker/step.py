@@ -54,4 +54,5 @@ class Executor(Protocol):
     """Computes steps in order on one device."""
 
     def forward(self, step: StepInputs) -> Tensor:
-        """Logits [R, vocabulary] of the sampled rows, contiguous, float32 or bfloat16, valid until the next call."""
+        """Logits [own rows, vocabulary] of the sampled rows that are dealt to this rank: contiguous, float32 or
+        bfloat16, valid until the next call."""

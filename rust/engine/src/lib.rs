@@ -3,6 +3,7 @@
 //! frames into events and actions into frames.
 
 pub mod clock;
+pub mod drawn;
 pub mod front;
 mod fronts;
 pub mod group_door;

@@ -1,7 +1,8 @@
-//! Sums and gathers among the ranks of one host, through memory that their processes share.
-//! Each rank copies its part in, says so in a word of its own, waits for the others' words and reads all parts in the
-//! order of ranks, so that every rank computes the same bits. Two halves take turns: a rank that writes the next one has
-//! seen everybody arrive at this one, so it overwrites only what all have read. One copy and `ranks` reads per element.
+//! Sums, dealt rows and gathered words among the ranks of one host, through memory that their processes share.
+//! Each rank copies its part in, says so in a word of its own, waits for the others' words and reads what is meant for it
+//! in the order of ranks, so that every rank computes the same bits. Two halves take turns: a rank that writes the next
+//! one has seen everybody arrive at this one, so it overwrites only what all have read. One copy per element that
+//! another rank reads, and one read for each that does.
 //! A rank that does not come within the time limit is named. Knows nothing of models, steps or why a rank is late.
 #![expect(unsafe_code, reason = "memory that other processes write")]
 
@@ -67,9 +68,9 @@ impl RankMemory {
     /// A rank that does not come.
     pub fn sum<T: Element>(&mut self, values: &mut [T]) -> Result<(), RankError> {
         for values in values.chunks_mut(self.room_bytes / size_of::<T>()) {
-            self.write_part(values);
+            self.write_part(0, values);
             self.meet()?;
-            let first = self.part::<T>(0, values.len());
+            let first = self.part::<T>(0, 0, values.len());
             if let [second] = self.others::<T>(values.len()).as_slice() {
                 for ((value, &a), &b) in values.iter_mut().zip(first).zip(*second) {
                     *value = T::from_f32(a.to_f32() + b.to_f32());
@@ -85,43 +86,81 @@ impl RankMemory {
         Ok(())
     }
 
-    /// Gathers columns: rank r holds `[rows, widths[r]]`, and every rank gets `[rows, sum of widths]`.
+    /// Deals rows: rank r holds `[rows, widths[r]]`, and gets all columns, `[own, sum of widths]`, of the rows that are its
+    /// own, `bounds[r]..bounds[r + 1]`. What a rank holds of a row goes to that row's rank and to no other.
     ///
     /// # Errors
-    /// Lengths that do not fit the widths, rows wider than the room, or a rank that does not come.
-    pub fn gather_columns<T: Element>(
+    /// Lengths that do not fit widths and bounds, less room than there are ranks, or a rank that does not come.
+    pub fn deal_rows<T: Element>(
         &mut self,
         own: &[T],
         widths: &[usize],
+        bounds: &[usize],
         output: &mut [T],
     ) -> Result<(), RankError> {
-        let shape = |what, given, limit| RankError::Shape { what, given, limit };
-        if widths.len() != self.ranks {
-            return Err(shape("the number of widths", widths.len(), self.ranks));
+        let (rows, rank) = (self.rows_of(bounds)?, self.rank);
+        require("the number of widths", widths.len(), self.ranks)?;
+        let (width, total) = (widths[rank], widths.iter().sum::<usize>());
+        require("the length of what this rank holds", own.len(), rows * width)?;
+        let dealt = |rank: usize| bounds[rank + 1] - bounds[rank];
+        require("the length of the output", output.len(), dealt(rank) * total)?;
+        let others = |rank: usize| (0..widths.len()).filter(move |&other| other != rank);
+        // A message is what one rank holds of another's rows; a piece of every message goes at once.
+        let piece = self.room_bytes / size_of::<T>() / (self.ranks - 1).max(1);
+        if piece == 0 {
+            return Err(RankError::Shape { what: "the number of ranks", given: self.ranks, limit: self.room_bytes });
         }
-        let (width, total) = (widths[self.rank], widths.iter().sum::<usize>());
-        let widest = widths.iter().copied().max().unwrap_or(0);
-        let rows = own.len().checked_div(width).unwrap_or(0);
-        if rows * width != own.len() || rows * total != output.len() {
-            return Err(shape("the length of the output", output.len(), rows * total));
-        }
-        let rows_at_once = (self.room_bytes / size_of::<T>()).checked_div(widest).unwrap_or(0);
-        if rows_at_once == 0 {
-            return Err(shape("the width of a part", widest, self.room_bytes / size_of::<T>()));
-        }
-        for (own, output) in own.chunks(rows_at_once * width).zip(output.chunks_mut(rows_at_once * total)) {
-            self.write_part(own);
+        let longest = (0..self.ranks).flat_map(|to| others(to).map(move |from| dealt(to) * widths[from]));
+        let longest = longest.max().unwrap_or(0);
+        for start in (0..longest).step_by(piece) {
+            for to in others(rank) {
+                let message = &own[bounds[to] * width..bounds[to + 1] * width];
+                self.write_part(place_of(rank, to) * piece, clamped(message, start, piece));
+            }
             self.meet()?;
-            let mut column = 0;
-            for (rank, &width) in widths.iter().enumerate() {
-                let part = self.part::<T>(rank, output.len() / total * width);
-                for (to, from) in output.chunks_mut(total).zip(part.chunks(width)) {
-                    to[column..column + width].copy_from_slice(from);
-                }
-                column += width;
+            for from in others(rank) {
+                let elements = (dealt(rank) * widths[from]).saturating_sub(start).min(piece);
+                let part = self.part::<T>(from, place_of(from, rank) * piece, elements);
+                let column = widths[..from].iter().sum();
+                place_columns(part, start, widths[from], output, total, column);
+            }
+        }
+        let column = widths[..rank].iter().sum();
+        place_columns(&own[bounds[rank] * width..bounds[rank + 1] * width], 0, width, output, total, column);
+        Ok(())
+    }
+
+    /// Every rank gets all words: rank r has filled `bounds[r]..bounds[r + 1]`, the others fill the rest.
+    ///
+    /// # Errors
+    /// A length that does not fit the bounds, or a rank that does not come.
+    pub fn gather_words(&mut self, words: &mut [u32], bounds: &[usize]) -> Result<(), RankError> {
+        let total = self.rows_of(bounds)?;
+        require("the number of words", words.len(), total)?;
+        let piece = self.room_bytes / size_of::<u32>();
+        let longest = bounds.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
+        for start in (0..longest).step_by(piece) {
+            self.write_part(0, clamped(&words[bounds[self.rank]..bounds[self.rank + 1]], start, piece));
+            self.meet()?;
+            for from in (0..self.ranks).filter(|&from| from != self.rank) {
+                let theirs = &mut words[bounds[from]..bounds[from + 1]];
+                let start = start.min(theirs.len());
+                let theirs = &mut theirs[start..];
+                let elements = theirs.len().min(piece);
+                theirs[..elements].copy_from_slice(self.part::<u32>(from, 0, elements));
             }
         }
         Ok(())
+    }
+
+    /// What bounds divide among the ranks.
+    fn rows_of(&self, bounds: &[usize]) -> Result<usize, RankError> {
+        require("the number of bounds", bounds.len(), self.ranks + 1)?;
+        require("the first bound", bounds[0], 0)?;
+        if let Some(pair) = bounds.windows(2).find(|pair| pair[0] > pair[1]) {
+            return Err(RankError::Shape { what: "a bound", given: pair[0], limit: pair[1] });
+        }
+        Ok(bounds[self.ranks])
     }
 
     /// Returns when every rank has come as far.
@@ -148,26 +187,29 @@ impl RankMemory {
             .map_err(|waited| RankError::Absent { rank, waited })
     }
 
-    fn write_part<T: Element>(&mut self, values: &[T]) {
+    /// Writes from the `at`-th element of this rank's room on.
+    fn write_part<T: Copy>(&mut self, at: usize, values: &[T]) {
+        assert!((at + values.len()) * size_of::<T>() <= self.room_bytes, "a part is larger than its room");
         let room = self.room(self.rank).cast::<T>();
-        // SAFETY: the room holds `room_bytes` and callers cut to that; nobody reads this half until this rank has said
-        // that it is written, and everybody has read what was in it, see the head of this file.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), room, values.len()) };
+        // SAFETY: the room holds `room_bytes`, see above; nobody reads this half until this rank has said that it is
+        // written, and everybody has read what was in it, see the head of this file.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), room.add(at), values.len()) };
     }
 
     fn others<T: Element>(&self, elements: usize) -> Vec<&[T]> {
-        (1..self.ranks).map(|rank| self.part(rank, elements)).collect()
+        (1..self.ranks).map(|rank| self.part(rank, 0, elements)).collect()
     }
 
-    /// What a rank wrote for the exchange that has just been met.
-    fn part<T: Element>(&self, rank: usize, elements: usize) -> &[T] {
+    /// What a rank wrote from its `at`-th element on, for the exchange that has just been met. `T` has no invalid bits.
+    fn part<T: Copy>(&self, rank: usize, at: usize, elements: usize) -> &[T] {
         // After `meet` the number is one ahead.
         let half = self.exchange.wrapping_sub(1) & 1;
-        assert!(elements * size_of::<T>() <= self.room_bytes, "a part is larger than its room");
+        assert!((at + elements) * size_of::<T>() <= self.room_bytes, "a part is larger than its room");
         let start = self.room_of(rank, half as usize).cast::<T>();
         // SAFETY: written and published by its rank, and not written again before this rank has met the next exchange,
-        // which takes `&mut self`. Elements have no invalid bits; rooms are aligned to 128 bytes.
-        unsafe { std::slice::from_raw_parts(start, elements) }
+        // which takes `&mut self`. Callers read elements and words, which have no invalid bits; rooms are aligned to 128
+        // bytes.
+        unsafe { std::slice::from_raw_parts(start.add(at), elements) }
     }
 
     fn room(&self, rank: usize) -> *mut u8 {
@@ -188,6 +230,38 @@ impl RankMemory {
     fn sleeps(&self, rank: usize) -> &AtomicU32 {
         self.memory.line(2 * rank + 1)
     }
+}
+
+/// Which of a rank's messages goes to another: it sends itself none.
+fn place_of(from: usize, to: usize) -> usize {
+    to - usize::from(to > from)
+}
+
+/// At most `length` values from `start` on, fewer or none where they end.
+fn clamped<T>(values: &[T], start: usize, length: usize) -> &[T] {
+    let start = start.min(values.len());
+    &values[start..values.len().min(start + length)]
+}
+
+/// Puts consecutive values of a `[rows, width]` array, the first of them its `at`-th, into columns of a wider one.
+fn place_columns<T: Copy>(
+    mut values: &[T],
+    mut at: usize,
+    width: usize,
+    output: &mut [T],
+    total: usize,
+    column: usize,
+) {
+    while !values.is_empty() {
+        let (row, offset) = (at / width, at % width);
+        let (now, rest) = values.split_at(values.len().min(width - offset));
+        output[row * total + column + offset..][..now.len()].copy_from_slice(now);
+        (values, at) = (rest, at + now.len());
+    }
+}
+
+fn require(what: &'static str, given: usize, limit: usize) -> Result<(), RankError> {
+    if given == limit { Ok(()) } else { Err(RankError::Shape { what, given, limit }) }
 }
 
 #[cfg(test)]

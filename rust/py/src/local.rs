@@ -6,9 +6,10 @@ use crate::error;
 use crate::kernels::{CpuKernels, Memory};
 use crate::limits::PyEngineLimits;
 use crate::request::{Delivery, class, logprob_row, namespace};
-use crate::sample::sample_step;
+use crate::sample::draw;
 use crate::sampling::{PySampling, random_bytes};
 use crate::step::{PyStepCounts, buffer};
+use llmscale_engine::drawn::complete;
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
 use llmscale_types::{Attempt, Epoch, FinishReason, FrontId, Outputs, RequestId, SequenceKey, Submission, Time};
 use pyo3::prelude::*;
@@ -148,7 +149,8 @@ impl LocalReplica {
             return Err(error::worker("there is no step to sample; call plan first".to_owned()));
         }
         let mirror = &mut local.mirror;
-        let (result, _) = detached(py, || sample_step(kernels, mirror, logits, dtype))?;
+        let rows = detached(py, || draw(kernels, mirror, logits, dtype, 0..mirror.sample_slots().len()))?;
+        let result = complete(mirror, rows);
         if !local.event(now, Event::StepDone(result)) {
             return Err(error::worker("the samples do not fit the step".to_owned()));
         }

@@ -50,13 +50,27 @@ impl PyRankMemory {
         .map_err(|error| rank_error(&error))
     }
 
-    /// Every rank gets `[rows, sum of widths]`, from `[rows, widths[rank]]` of each.
-    fn gather_columns(&self, py: Python<'_>, own: Memory, widths: Vec<usize>, out: Memory) -> PyResult<()> {
+    /// This rank gets `[bounds[rank]..bounds[rank + 1], sum of widths]`, from `[bounds[-1], widths[rank]]` of each.
+    fn deal_rows(
+        &self,
+        py: Python<'_>,
+        own: Memory,
+        widths: Vec<usize>,
+        bounds: Vec<usize>,
+        out: Memory,
+    ) -> PyResult<()> {
         detached(py, || match self.dtype {
-            Dtype::Float32 => self.run_gather::<f32>(own, &widths, out),
-            Dtype::Bfloat16 => self.run_gather::<Bf16>(own, &widths, out),
+            Dtype::Float32 => self.run_deal::<f32>(own, &widths, &bounds, out),
+            Dtype::Bfloat16 => self.run_deal::<Bf16>(own, &widths, &bounds, out),
         })
         .map_err(|error| rank_error(&error))
+    }
+
+    /// Fills int32 words that other ranks have: rank r has filled `bounds[r]..bounds[r + 1]`.
+    fn gather_words(&self, py: Python<'_>, words: Memory, bounds: Vec<usize>) -> PyResult<()> {
+        // SAFETY: the caller holds the tensor and nobody else touches it during the call.
+        detached(py, || self.lock().gather_words(unsafe { view_mut::<u32>(words) }, &bounds))
+            .map_err(|error| rank_error(&error))
     }
 
     /// Returns when every rank has come as far.
@@ -75,10 +89,16 @@ impl PyRankMemory {
         self.lock().sum(unsafe { view_mut::<T>(values) })
     }
 
-    fn run_gather<T: Element>(&self, own: Memory, widths: &[usize], out: Memory) -> Result<(), RankError> {
+    fn run_deal<T: Element>(
+        &self,
+        own: Memory,
+        widths: &[usize],
+        bounds: &[usize],
+        out: Memory,
+    ) -> Result<(), RankError> {
         // SAFETY: the caller holds both tensors, which do not overlap, and nobody writes them during the call.
         let (own, out) = unsafe { (view::<T>(own), view_mut::<T>(out)) };
-        self.lock().gather_columns(own, widths, out)
+        self.lock().deal_rows(own, widths, bounds, out)
     }
 }
 

@@ -1,73 +1,52 @@
-//! From logits to a step's result: rows of the sampler from the mirror's state, tokens back into the mirror. Which rows
-//! sample and with what is the mirror's; how a token is drawn is the sampler's; this file only joins them.
+//! From logits to drawn rows: parameters of the sampler from the mirror's state, its outcome in the plan's words. Which
+//! rows sample and with what is the mirror's; how a token is drawn is the sampler's; this file only joins them.
 #![expect(unsafe_code, reason = "logits of torch are reached by address")]
 
 use crate::error;
 use crate::kernels::{CpuKernels, Dtype, Memory, view, view_mut};
+use llmscale_engine::drawn::DrawnRow;
 use llmscale_kernels::element::{Bf16, Element};
-use llmscale_kernels::sampler::{self, Logits, RowLogprobs, SamplerRow};
+use llmscale_kernels::sampler::{self, Logits, RowLogprobs, SampledRow, SamplerRow};
 use llmscale_scheduler::Mirror;
-use llmscale_types::{RowError, Slot, StepResult, Token, TokenLogprobs};
+use llmscale_types::{RowError, Slot, Token, TokenLogprobs};
 use pyo3::PyResult;
+use std::ops::Range;
 
-/// Draws a token for every sampling row of the mirror's step and records it there; also returns them by row. `logits` are
-/// `[samples, vocabulary]` in the rows' order.
-pub(crate) fn sample_step(
+/// Draws a token for some of the sampling rows of the mirror's step; `logits` are `[rows, vocabulary]` in their order.
+pub(crate) fn draw(
     kernels: &CpuKernels,
-    mirror: &mut Mirror,
+    mirror: &Mirror,
     logits: Memory,
     dtype: Dtype,
-) -> PyResult<(StepResult, Vec<Option<Token>>)> {
-    let slots: Vec<Slot> = mirror.sample_slots().to_vec();
+    rows: Range<usize>,
+) -> PyResult<Vec<DrawnRow>> {
+    let samples = mirror.sample_slots().len();
+    let slots = mirror.sample_slots().get(rows.clone()).ok_or_else(|| {
+        error::worker(format!("rows {} to {} of {samples} that sample do not exist", rows.start, rows.end))
+    })?;
     let suppressed: Vec<Vec<Token>> =
-        slots.iter().enumerate().map(|(row, &slot)| mirror.suppressed(row, slot)).collect();
-    let rows: Vec<SamplerRow<'_>> = slots
-        .iter()
+        rows.clone().zip(slots).map(|(sample, &slot)| mirror.suppressed(sample, slot)).collect();
+    let rows: Vec<SamplerRow<'_>> = rows
+        .zip(slots)
         .zip(&suppressed)
-        .enumerate()
-        .map(|(sample, (&slot, suppressed))| sampler_row(mirror, sample, slot, suppressed))
+        .map(|((sample, &slot), suppressed)| sampler_row(mirror, sample, slot, suppressed))
         .collect();
     let sampled = match dtype {
         Dtype::Float32 => run::<f32>(kernels, mirror.vocabulary(), logits, &rows),
         Dtype::Bfloat16 => run::<Bf16>(kernels, mirror.vocabulary(), logits, &rows),
-    }
-    .map_err(|error| error::kernel(&error))?;
-    drop(rows);
-    let (epoch, step) = mirror.step();
-    let mut result = StepResult {
-        epoch,
-        step,
-        slots: Vec::with_capacity(slots.len()),
-        tokens: Vec::with_capacity(slots.len()),
-        logprobs: Vec::new(),
-        errors: Vec::new(),
-        elapsed_ns: 0,
-        waited_ns: 0,
     };
-    let tokens: Vec<Option<Token>> = sampled.iter().map(|row| row.token.ok()).collect();
-    mirror.record(&tokens);
-    for (slot, row) in slots.into_iter().zip(sampled) {
-        match row.token {
-            Ok(token) => {
-                result.slots.push(slot);
-                result.tokens.push(token);
-                result.logprobs.extend(row.logprobs.map(|logprobs| (slot, token_logprobs(logprobs))));
-            }
-            Err(error) => result.errors.push((slot, row_error(error))),
-        }
-    }
-    Ok((result, tokens))
+    Ok(sampled.map_err(|error| error::kernel(&error))?.into_iter().map(drawn_row).collect())
 }
 
-/// Ids as int32 for other ranks, -1 where a row failed.
-pub(crate) fn write_tokens(sampled: &[Option<Token>], memory: Memory) -> PyResult<()> {
-    if memory.1 < sampled.len() {
-        return Err(error::worker(format!("{} ids were sampled, the buffer takes {}", sampled.len(), memory.1)));
+/// The ids of rows as int32 for another stage, -1 where a row failed.
+pub(crate) fn write_tokens(rows: &[DrawnRow], memory: Memory) -> PyResult<()> {
+    if memory.1 < rows.len() {
+        return Err(error::worker(format!("{} rows sampled, the buffer takes {} ids", rows.len(), memory.1)));
     }
     // SAFETY: the caller holds a contiguous int32 tensor that nobody else touches during the call.
     let out = unsafe { view_mut::<i32>(memory) };
-    for (out, token) in out.iter_mut().zip(sampled) {
-        *out = token.map_or(-1, |token| token as i32);
+    for (out, row) in out.iter_mut().zip(rows) {
+        *out = row.token.map_or(-1, |token| token as i32);
     }
     Ok(())
 }
@@ -87,7 +66,7 @@ fn run<T: Element>(
     vocabulary: usize,
     logits: Memory,
     rows: &[SamplerRow<'_>],
-) -> Result<Vec<sampler::SampledRow>, llmscale_kernels::error::KernelError> {
+) -> Result<Vec<SampledRow>, llmscale_kernels::error::KernelError> {
     // SAFETY: the executor's logits are a contiguous tensor of this dtype, held and not written during the call.
     let values = unsafe { view::<T>(logits) };
     sampler::sample(&kernels.pool, kernels.level, &Logits { values, vocabulary, row_stride: vocabulary }, rows)
@@ -116,8 +95,9 @@ fn sampler_row<'a>(mirror: &'a Mirror, sample: usize, slot: Slot, suppressed: &'
     }
 }
 
-fn token_logprobs(row: RowLogprobs) -> TokenLogprobs {
-    TokenLogprobs { chosen: row.chosen, top: row.top }
+fn drawn_row(row: SampledRow) -> DrawnRow {
+    let logprobs = row.logprobs.map(|RowLogprobs { chosen, top }| TokenLogprobs { chosen, top });
+    DrawnRow { token: row.token.map_err(row_error), logprobs }
 }
 
 fn row_error(error: sampler::RowError) -> RowError {

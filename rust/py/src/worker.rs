@@ -1,14 +1,16 @@
-//! The door for a worker process: the link to the engine, the mirror's buffers, sampling and the reply in one call.
+//! The door for a worker process: the link to the engine, the mirror's buffers, sampling and the reply.
+#![expect(unsafe_code, reason = "words of torch are reached by address")]
 
 use crate::buffer::Int32Buffer;
 use crate::detach::detached;
 use crate::error;
 use crate::group_door::load_keys;
-use crate::kernels::{CpuKernels, Dtype, Memory};
+use crate::kernels::{CpuKernels, Dtype, Memory, view, view_mut};
 use crate::limits::PyEngineLimits;
 use crate::request::parse_address;
-use crate::sample::{read_tokens, sample_step, write_tokens};
+use crate::sample::{draw, read_tokens, write_tokens};
 use crate::step::{PyStepCounts, buffer};
+use llmscale_engine::drawn;
 use llmscale_engine::worker::SessionError;
 use llmscale_engine::{Order, WorkerSession};
 use llmscale_net::link::socket::SocketWorker;
@@ -114,30 +116,67 @@ impl PyWorkerSession {
         buffer(mirror, owner, name)
     }
 
-    /// Draws a token for every sampling row from `logits`, (address, elements) of a contiguous tensor
-    /// `[samples, vocabulary]` of `dtype`, and sends the step's result, unless another rank does. `tokens` takes the ids
-    /// as int32, -1 for a row that has none. `waited_ns` is what this rank waited for the stages before it.
-    #[pyo3(signature = (kernels, logits, dtype, *, reply = true, tokens = None, waited_ns = 0))]
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
-    fn sample(
+    /// Most int32 that a row takes among what ranks tell each other.
+    #[classattr]
+    const MAX_ROW_WORDS: usize = drawn::MAX_ROW_WORDS;
+
+    /// Draws a token for the sampling rows that are dealt to `rank`, `row_bounds[rank]..row_bounds[rank + 1]`, from
+    /// `logits`, (address, elements) of a contiguous tensor `[those rows, vocabulary]` of `dtype`. Fills their part of the
+    /// int32 `words`, for the other ranks, and returns where each rank's part begins, and where the last ends.
+    #[expect(clippy::too_many_arguments, reason = "three of them are what, where to and which")]
+    fn draw(
         &self,
         py: Python<'_>,
         kernels: &CpuKernels,
         logits: Memory,
         dtype: &str,
+        row_bounds: Vec<usize>,
+        rank: usize,
+        words: Memory,
+    ) -> PyResult<Vec<usize>> {
+        let dtype = Dtype::parse(dtype)?;
+        detached(py, || {
+            let session = self.lock();
+            let mirror = session.mirror().ok_or_else(no_step)?;
+            let (Some(&first), Some(&last)) = (row_bounds.get(rank), row_bounds.get(rank + 1)) else {
+                return Err(error::worker(format!("there are {} bounds and no rank {rank}", row_bounds.len())));
+            };
+            let rows = draw(kernels, mirror, logits, dtype, first..last)?;
+            let bounds = drawn::word_bounds(mirror);
+            // SAFETY: the caller holds a contiguous int32 tensor that nobody else touches during the call.
+            let words = unsafe { view_mut::<u32>(words) };
+            require_words(words.len(), &bounds)?;
+            for (row, pair) in rows.iter().zip(bounds[first..=last].windows(2)) {
+                drawn::write_row(row, &mut words[pair[0]..pair[1]]);
+            }
+            let word = |&row: &usize| bounds.get(row).copied();
+            let parts: Option<Vec<usize>> = row_bounds.iter().map(word).collect();
+            parts.ok_or_else(|| error::worker("the bounds divide more rows than sample".to_owned()))
+        })
+    }
+
+    /// Takes what all ranks have drawn from `words`, and sends the step's result, unless another rank does. `tokens` takes
+    /// the ids as int32, -1 for a row that has none. `waited_ns` is what this rank waited for the stages before it.
+    #[pyo3(signature = (words, *, reply = true, tokens = None, waited_ns = 0))]
+    fn complete(
+        &self,
+        py: Python<'_>,
+        words: Memory,
         reply: bool,
         tokens: Option<Memory>,
         waited_ns: u64,
     ) -> PyResult<()> {
-        let dtype = Dtype::parse(dtype)?;
         let started = *self.started.lock().unwrap_or_else(PoisonError::into_inner);
         detached(py, || {
             let mut session = self.lock();
             let mirror = session.mirror_mut().ok_or_else(no_step)?;
-            let (mut result, sampled) = sample_step(kernels, mirror, logits, dtype)?;
+            // SAFETY: the caller holds a contiguous int32 tensor that nobody writes during the call.
+            let words = unsafe { view::<u32>(words) };
+            let rows = drawn::read_rows(mirror, words).map_err(|error| error::worker(error.to_string()))?;
             if let Some(tokens) = tokens {
-                write_tokens(&sampled, tokens)?;
+                write_tokens(&rows, tokens)?;
             }
+            let mut result = drawn::complete(mirror, rows);
             if !reply {
                 return Ok(());
             }
@@ -186,6 +225,14 @@ impl PyWorkerSession {
         };
         self.lock().fail(code, message).map_err(|error| session_error(&error))
     }
+}
+
+fn require_words(given: usize, bounds: &[usize]) -> PyResult<()> {
+    let needed = bounds.last().copied().unwrap_or(0);
+    if given >= needed {
+        return Ok(());
+    }
+    Err(error::worker(format!("what ranks tell of this step's rows takes {needed} words, the buffer has {given}")))
 }
 
 impl PyWorkerSession {

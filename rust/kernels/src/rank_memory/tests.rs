@@ -76,14 +76,21 @@ proptest! {
     }
 
     #[test]
-    fn columns_of_uneven_widths_are_gathered_in_the_order_of_ranks(
-        widths in prop::collection::vec(1_usize..60, 1..5), rows in 0_usize..20
+    fn rows_are_dealt_with_all_columns_in_the_order_of_ranks(
+        widths in prop::collection::vec(1_usize..60, 1..5), shares in prop::collection::vec(0_usize..6, 5)
     ) {
         let total: usize = widths.iter().sum();
-        let gathered = run(widths.len(), 256, |rank, mut memory| {
+        let bounds = bounds_of(&shares[..widths.len()]);
+        let rows = bounds[widths.len()];
+        let dealt = run(widths.len(), 256, |rank, mut memory| {
             let own: Vec<f32> = (0..rows * widths[rank]).map(|index| value(rank, 0, index)).collect();
-            let mut output = vec![-1.0; rows * total];
-            memory.gather_columns(&own, &widths, &mut output).expect("all ranks come");
+            let mut output = vec![-1.0; (bounds[rank + 1] - bounds[rank]) * total];
+            memory.deal_rows(&own, &widths, &bounds, &mut output).expect("all ranks come");
+            // What was left of one exchange must not be read in the next.
+            let again = output.clone();
+            output.fill(-1.0);
+            memory.deal_rows(&own, &widths, &bounds, &mut output).expect("all ranks come");
+            assert_eq!(output, again);
             output
         });
         let mut expected = Vec::new();
@@ -92,10 +99,62 @@ proptest! {
                 expected.extend((0..width).map(|column| value(rank, 0, row * width + column)));
             }
         }
-        for output in gathered {
-            prop_assert_eq!(&output, &expected);
+        prop_assert_eq!(dealt.concat(), expected);
+    }
+
+    #[test]
+    fn every_rank_gets_the_words_of_all(shares in prop::collection::vec(0_usize..150, 1..5)) {
+        let bounds = bounds_of(&shares);
+        let total = bounds[shares.len()];
+        let gathered = run(shares.len(), 128, |rank, mut memory| {
+            let own = bounds[rank]..bounds[rank + 1];
+            let fill = |index| if own.contains(&index) { index as u32 * 3 } else { u32::MAX };
+            let mut words: Vec<u32> = (0..total).map(fill).collect();
+            memory.gather_words(&mut words, &bounds).expect("all ranks come");
+            words
+        });
+        let expected: Vec<u32> = (0..total as u32).map(|index| index * 3).collect();
+        for words in gathered {
+            prop_assert_eq!(&words, &expected);
         }
     }
+}
+
+fn bounds_of(shares: &[usize]) -> Vec<usize> {
+    std::iter::once(0)
+        .chain(shares.iter().scan(0, |sum, share| {
+            *sum += share;
+            Some(*sum)
+        }))
+        .collect()
+}
+
+#[test]
+fn rows_and_words_that_do_not_fit_their_bounds_are_refused() {
+    let shared = Shared::new(2, 128);
+    let mut memory = RankMemory::open(&shared.0, 0, 2, 128, PATIENCE).expect("it opens");
+    let (own, mut output) = ([0.0_f32; 6], [0.0_f32; 8]);
+    let mut deal = |widths: &[usize], bounds: &[usize], columns: usize| {
+        let error = memory.deal_rows(&own, widths, bounds, &mut output[..columns]).expect_err("refused");
+        let RankError::Shape { what, .. } = error else { panic!("{error}") };
+        what
+    };
+    assert_eq!(deal(&[2], &[0, 2, 3], 8), "the number of widths");
+    assert_eq!(deal(&[2, 2], &[0, 3], 8), "the number of bounds");
+    assert_eq!(deal(&[2, 2], &[1, 2, 3], 8), "the first bound");
+    assert_eq!(deal(&[2, 2], &[0, 4, 3], 8), "a bound");
+    assert_eq!(deal(&[2, 2], &[0, 2, 4], 8), "the length of what this rank holds");
+    assert_eq!(deal(&[2, 2], &[0, 2, 3], 7), "the length of the output");
+    let error = memory.gather_words(&mut [0; 3], &[0, 1, 2]).expect_err("refused");
+    assert!(matches!(error, RankError::Shape { what: "the number of words", given: 3, limit: 2 }), "{error}");
+}
+
+#[test]
+fn nothing_to_deal_or_gather_waits_for_nobody() {
+    let shared = Shared::new(2, 128);
+    let mut memory = RankMemory::open(&shared.0, 1, 2, 128, Duration::ZERO).expect("it opens");
+    memory.deal_rows::<f32>(&[], &[3, 4], &[0, 0, 0], &mut []).expect("no rows");
+    memory.gather_words(&mut [], &[0, 0, 0]).expect("no words");
 }
 
 #[test]
