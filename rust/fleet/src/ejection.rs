@@ -5,7 +5,7 @@
 use crate::fleet::Fleet;
 use crate::health::{Badness, HealthOptions, Tally};
 use crate::member::{Member, PoolId, ReplicaState};
-use llmscale_types::{Duration, ReplicaId, RequestId, Time};
+use llmscale_types::{Duration, Planted, ReplicaId, RequestId, Time};
 use std::collections::BTreeMap;
 
 /// Step times are compared this often.
@@ -95,7 +95,8 @@ impl Fleet {
     fn eject(&mut self, now: Time, id: ReplicaId, badness: Badness) {
         let Some(pool) = self.get(id).map(|member| member.pool) else { return };
         let ejected = self.ejected(pool);
-        if (ejected.len() + 1) * 2 > self.ranking(pool).count() {
+        let is_enough = (ejected.len() + 1) * 2 > self.ranking(pool).count();
+        if is_enough && !Planted::EjectsMoreThanHalf.is_here() {
             match ejected.first() {
                 Some(&(least_bad, lucky)) if least_bad < badness => self.pardon(lucky),
                 _ => {

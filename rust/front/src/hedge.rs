@@ -8,7 +8,7 @@ use crate::event::{FrontAction, ToReplica};
 use crate::front::Front;
 use crate::request::{Place, Sent};
 use llmscale_fleet::{Member, Need, PoolId, ReplicaState};
-use llmscale_types::{Attempt, Duration, LimitError, ReplicaId, RequestId, Time};
+use llmscale_types::{Attempt, Duration, LimitError, Planted, ReplicaId, RequestId, Time};
 
 /// Settings of second attempts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -210,7 +210,9 @@ impl Front {
         } else if (first.replica, request.attempt) != (replica, attempt) {
             return;
         }
-        self.drop_rival(id, true, out);
+        if !Planted::KeepsRacingAfterTheFirstToken.is_here() {
+            self.drop_rival(id, true, out);
+        }
     }
 
     /// Before the rows of a frame are taken: first tokens decide races.

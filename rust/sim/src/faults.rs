@@ -27,6 +27,8 @@ pub enum Fault {
     NodeCrash,
     /// A node process stands still for longer than fronts wait, then goes on where it was.
     NodePause,
+    /// A node loses tokens on their way out, and refuses what it should take, for a while.
+    NodeErrs,
     /// An operator drains a node and starts it again.
     NodeDrain,
     /// A front process stands still for longer than nodes wait, then goes on where it was.
@@ -53,6 +55,8 @@ impl Fault {
     ];
     /// Drawn from a generator of their own.
     pub const ADDED: [Self; 2] = [Self::WorkerLosesSteps, Self::StepRaises];
+    /// Drawn from there too, after everything that was there before them.
+    pub const ADDED_LAST: [Self; 1] = [Self::NodeErrs];
 }
 
 /// End a sequence in every simulated model: six of two hundred, so that answers of 24 tokens often end by themselves.
@@ -143,6 +147,7 @@ impl Mix {
         let (health, retries) = (draw_health(&mut added), draw_retries(&mut added));
         let hedging = added.chance(500).then(|| draw_hedging(&mut added));
         let upgrade = added.chance(300).then(|| Upgrade::draw(&mut added));
+        faults.extend(draw_faults(&Fault::ADDED_LAST, &mut added));
         Self {
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
@@ -179,6 +184,12 @@ impl Mix {
             deadlines: *random.pick(&[0, 100, 400]),
             unrest: random.span(1_500_000, 4_000_000),
         }
+    }
+
+    /// The same without upgrades and the faults that were added last.
+    pub(crate) fn kept(mut self) -> Self {
+        self.faults.retain(|(fault, _)| !Fault::ADDED_LAST.contains(fault));
+        Self { upgrade: None, ..self }
     }
 
     /// The same sizes without faults: two nodes, one front, half a second of requests whose clients read and stay.

@@ -9,12 +9,13 @@ use crate::clients::Wish;
 use crate::happening::{ClientAct, Happening};
 use crate::ledger::{ByClient, Ledger, Moment};
 use crate::node::SECRET;
+use crate::retry_book::RetryBook;
 use crate::versions;
 use conversation::Conversation;
 use llmscale_blocks::ChainHasher;
 use llmscale_front::{
-    EndReason, Front, FrontAction, FrontEvent, FrontOptions, IndexOptions, ReplicaState, ReplicaStatus, SubmitError,
-    ToReplica, Trust,
+    EndReason, Front, FrontAction, FrontEvent, FrontOptions, IndexOptions, ReplicaFrame, ReplicaState, ReplicaStatus,
+    SubmitError, ToReplica, Trust,
 };
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{Attempt, Duration, FinishReason, PrefixKey, Refusal, ReplicaId, RequestId, Time};
@@ -40,6 +41,7 @@ pub(crate) struct FrontHost {
     number: usize,
     pub(crate) front: Front,
     pub(crate) ledger: Ledger,
+    retry_book: RetryBook,
     pub(crate) presence: Presence,
     /// How often the process has been started.
     pub(crate) incarnation: u64,
@@ -80,6 +82,7 @@ impl FrontHost {
             spoken,
             front: Front::new(options).expect("a mix draws bounds that fit together"),
             ledger: Ledger::default(),
+            retry_book: RetryBook::default(),
             presence: Presence::Running,
             conversations: (0..around.mix.nodes).map(|place| Conversation::new(number, place, spoken)).collect(),
             inbox: VecDeque::new(),
@@ -168,8 +171,14 @@ impl FrontHost {
     }
 
     fn apply(&mut self, event: FrontEvent, around: &mut Around) {
-        if let FrontEvent::ReplicaDown { replica } = event {
-            self.ledger.place_lost(replica.index());
+        match &event {
+            FrontEvent::ReplicaDown { replica } => self.ledger.place_lost(replica.index()),
+            // Nothing was there twice: a node that says so errs, and the attempt is lost.
+            FrontEvent::Frame {
+                frame: ReplicaFrame::GiveBack { request, attempt, refusal: Some(Refusal::Duplicate), .. },
+                ..
+            } => self.ledger.given_up(*request, *attempt),
+            _ => {}
         }
         self.front.on_event(around.now(), event, &mut self.actions);
         self.carry_out(around);
@@ -197,6 +206,8 @@ impl FrontHost {
                 }
                 FrontAction::Deliver(deliveries) => {
                     for delivery in deliveries.iter() {
+                        let request = delivery.request;
+                        assert!(!self.front.is_hedged(request), "request {request} has a token and two attempts");
                         let tokens = self.ledger.deliver(around.now(), &delivery, &around.mix);
                         if self.ledger.alive(delivery.request).is_some_and(|account| account.reads) {
                             self.reads.push_back((delivery.request, tokens));
@@ -219,6 +230,7 @@ impl FrontHost {
                 }
             }
         }
+        self.retry_book.retried(around.now(), self.front.counters().repeated_retries, &around.mix.retries);
         let connected = self.conversations.iter().any(Conversation::is_welcome);
         if self.alone_since.is_some_and(|since| around.now().since(since) >= around.mix.max_without_replica) {
             self.gave_up = Some(around.now());
@@ -258,6 +270,7 @@ impl FrontHost {
         let taken = match outcome {
             Ok(request) => {
                 self.ledger.open(request, &wish.new, wish.reads, now);
+                self.retry_book.taken(now);
                 if !wish.reads {
                     around.coverage.reach("client_slow_reader");
                 }
@@ -359,8 +372,9 @@ impl FrontHost {
         status.replicas.iter().filter(|replica| replica.state == Some(ReplicaState::Ready)).count()
     }
 
-    /// The books and the front agree.
-    pub(crate) fn check(&self, now: Time, frames_were_late: bool) {
+    /// The books and the front agree. Only where nodes lose tokens, or dead connections deliver what comes after lost ones,
+    /// may a stream lack one.
+    pub(crate) fn check(&self, now: Time, tokens_were_lost: bool) {
         self.front.check();
         let status = self.front.status(now);
         assert_eq!(status.live_requests, self.ledger.live() as u64, "the front and its clients agree on who lives");
@@ -368,8 +382,11 @@ impl FrontHost {
         assert_eq!((counters.duplicate_tokens, counters.surplus_tokens), (0, 0), "a stream has a token twice");
         let changes = counters.numerics_changes;
         assert!(self.ledger.numerics_changes <= changes, "a change of numerics was not counted");
-        // Only what a dead connection delivers after losing what came before may leave a gap.
-        assert!(counters.gaps == 0 || frames_were_late, "a stream lacks a token");
+        assert!(counters.gaps == 0 || tokens_were_lost, "a stream lacks a token");
+        let ready = status.replicas.iter().filter(|replica| replica.state == Some(ReplicaState::Ready));
+        let (ready, alone) = ready
+            .fold((0, 0), |(ready, alone), replica| (ready + 1, alone + usize::from(replica.trust != Trust::Trusted)));
+        assert!(alone * 2 <= ready, "{alone} of {ready} ready nodes are left alone");
         if self.presence == Presence::Running {
             self.ledger.check_deadlines(now);
         }

@@ -18,6 +18,7 @@ mod network;
 mod node;
 mod peers;
 mod random;
+mod retry_book;
 mod simulation;
 pub mod swarm;
 mod trace;

@@ -75,6 +75,8 @@ pub(crate) struct NodeProcess {
     sent: VecDeque<Sent>,
     /// Steps that had been completed when this worker gave up its steps for the last time.
     last_reset: Option<u64>,
+    /// It refuses and loses things until then.
+    errs_until: Time,
     grown: Grown,
     next_status: Time,
     next_caches: Time,
@@ -113,6 +115,7 @@ impl NodeProcess {
             results: Vec::new(),
             sent: VecDeque::new(),
             last_reset: None,
+            errs_until: Time(0),
             grown: Grown::Bare,
             next_status: around.now(),
             next_caches: around.now(),
@@ -177,6 +180,11 @@ impl NodeProcess {
         if let Some(worker) = self.worker.as_mut().filter(|worker| worker.takes_steps()) {
             worker.lapse = Some(lapse);
         }
+    }
+
+    /// It loses tokens on their way out and refuses what it should take, until then.
+    pub(crate) fn err_until(&mut self, until: Time) {
+        self.errs_until = until;
     }
 
     fn step_done(&mut self, epoch: Epoch, around: &mut Around) {

@@ -41,11 +41,17 @@ pub enum Planted {
     IgnoresNumerics,
     /// A front takes more requests than its bound.
     QueuesWithoutBound,
+    /// A front leaves more than half of a pool alone.
+    EjectsMoreThanHalf,
+    /// A front lets both attempts at a request go on after the first token.
+    KeepsRacingAfterTheFirstToken,
+    /// A front always finds room in its retry budget.
+    RetriesWithoutBudget,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 21] = [
         Self::KeepsCacheOfDeadWorker,
         Self::ConvictsAtOnce,
         Self::GivesRowsToTheNextInSlot,
@@ -64,6 +70,9 @@ impl Planted {
         Self::GoesOnWithoutTheLastToken,
         Self::IgnoresNumerics,
         Self::QueuesWithoutBound,
+        Self::EjectsMoreThanHalf,
+        Self::KeepsRacingAfterTheFirstToken,
+        Self::RetriesWithoutBudget,
     ];
 
     /// Whether this thread has the bug.

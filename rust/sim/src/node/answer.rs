@@ -4,8 +4,8 @@
 use super::{Grown, NodeProcess};
 use crate::around::Around;
 use crate::network::Peer;
-use llmscale_scheduler::Event;
-use llmscale_types::{FrontId, SequenceKey, Time};
+use llmscale_scheduler::{Event, GiveBack};
+use llmscale_types::{FrontId, Refusal, SequenceKey, Time};
 use llmscale_wire::{
     FromNode, Hello, ModelIdentity, NodeLimits, Pong, RejectCode, Rejected, ToNode, Welcome, WireError, decode_as,
 };
@@ -37,6 +37,10 @@ impl NodeProcess {
         let key = |request, attempt| SequenceKey { front, request, attempt };
         match message {
             ToNode::Hello(_) => unreachable!("answered above"),
+            ToNode::Submit(submit) if self.refuses_wrongly(around) => {
+                let refused = GiveBack::Refused(Refusal::Duplicate);
+                self.out.give_back.push((key(submit.request, submit.attempt), refused));
+            }
             ToNode::Submit(submit) => self.event(now, Event::Submit(Box::new(submit.arrive(front, now)))),
             ToNode::Abort(abort) => self.event(now, Event::Abort(key(abort.request, abort.attempt))),
             ToNode::Recall(recall) => self.event(now, Event::Recall(key(recall.request, recall.attempt))),
@@ -50,6 +54,14 @@ impl NodeProcess {
                 self.event(now, Event::KvAsk { front, from: ask.from });
             }
         }
+    }
+
+    fn refuses_wrongly(&self, around: &mut Around) -> bool {
+        let refuses = around.now() < self.errs_until && around.random.chance(300);
+        if refuses {
+            around.reach("node_refused_wrongly", [self.place as u64, self.node.0, 0, 0]);
+        }
+        refuses
     }
 
     fn greet(&mut self, peer: Peer, hello: &Hello, around: &mut Around) {

@@ -5,7 +5,7 @@ use super::{Grown, NodeProcess, STATUS_INTERVAL};
 use crate::around::Around;
 use crate::peers::PROBE;
 use llmscale_scheduler::{Event, GiveBack, KvWord};
-use llmscale_types::{Duration, FinishReason, FrontId, Refusal};
+use llmscale_types::{Duration, FinishReason, FrontId, Outputs, Refusal};
 use llmscale_wire::{self as wire, FromNode, KvChanges, KvSnapshot, NodeOutputs, NodeState, Status};
 
 /// How often fronts hear of changes in the prefix cache while steps run.
@@ -29,7 +29,7 @@ impl NodeProcess {
                 continue;
             }
             let front = FrontId(index as u32);
-            let outputs = std::mem::take(&mut self.out.outputs[index]);
+            let mut outputs = std::mem::take(&mut self.out.outputs[index]);
             if front == PROBE {
                 let ran = outputs.finished.iter().any(|finished| finished.reason == FinishReason::Length);
                 if ran && self.grown < Grown::HasRun {
@@ -42,11 +42,27 @@ impl NodeProcess {
                 }
                 continue;
             }
+            self.lose_a_row(&mut outputs, around);
             let (rows, ends) = (outputs.requests.len() as u64, outputs.finished.len() as u64);
             let frame = FromNode::Outputs(NodeOutputs { node: self.node, epoch: self.epoch, outputs });
             around.note("node sends outputs", [self.place as u64, index as u64, rows, ends]);
             self.hand_over(front, &frame, around);
         }
+    }
+
+    /// What a node that errs does to a frame now and then.
+    fn lose_a_row(&self, outputs: &mut Outputs, around: &mut Around) {
+        let rows = outputs.requests.len() as u64;
+        if around.now() >= self.errs_until || rows == 0 || !around.random.chance(150) {
+            return;
+        }
+        assert!(outputs.logprobs.is_empty(), "they name rows, and nobody asks for them here");
+        let row = around.random.below(rows) as usize;
+        outputs.requests.remove(row);
+        outputs.attempts.remove(row);
+        outputs.indexes.remove(row);
+        outputs.tokens.remove(row);
+        around.reach("node_lost_a_row", [self.place as u64, self.node.0, rows, row as u64]);
     }
 
     fn hand_over(&mut self, front: FrontId, frame: &FromNode, around: &mut Around) {

@@ -198,6 +198,10 @@ impl Simulation {
                     around.agenda.after(wait, Happening::NodeResume { place, node });
                 }
             }
+            Fault::NodeErrs => {
+                process.err_until(around.now() + around.random.span(50_000, 400_000));
+                around.reach("node_erred", numbers);
+            }
             Fault::NodeDrain => {
                 around.note("node is drained", numbers);
                 process.drain(around);
@@ -233,10 +237,13 @@ impl Simulation {
         self.requests += host.ledger.len() as u64;
         self.tokens += host.ledger.tokens;
         self.first_tokens.extend(&host.ledger.first_tokens);
-        let counters = host.front.counters();
+        let (counters, health) = (host.front.counters(), host.front.status(self.around.now()).health);
         for (name, count) in [
             ("front_expired", counters.expired),
-            ("front_ejections", host.front.status(self.around.now()).health.ejections),
+            ("front_ejections", health.ejections),
+            ("front_failed_probes", health.failed_probes),
+            ("front_spared", health.spared),
+            ("front_gaps", counters.gaps),
             ("front_given_back", counters.given_back),
             ("front_hedge_wins", counters.hedge_wins),
             ("front_hedges", counters.hedges),
@@ -246,6 +253,7 @@ impl Simulation {
             ("front_numerics_changes", counters.numerics_changes),
             ("front_recalls", counters.recalls),
             ("front_retries", counters.retries),
+            ("front_repeated_retries", counters.repeated_retries),
             ("front_retries_delayed", counters.retries_delayed),
             ("front_silences", counters.silences),
             ("front_slow_readers", counters.slow_readers),
