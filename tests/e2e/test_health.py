@@ -1,0 +1,137 @@
+"""Goal: a replica whose worker stands still costs its clients little: it is left alone and tried again, and with second
+attempts a late first token comes from elsewhere.
+
+Method: real servers with two replicas, SIGSTOP and SIGCONT for one worker; what the gateway says of it in /fleet and
+/metrics, and ids compared with an undisturbed run in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.test_worker_death import first_difference
+from tests.processes import Server, serving_fleet, wait_until
+
+MODEL = '[models.tiny-chat]\nmodel = "tiny-chat"\nreplicas = 2\ndtype = "float32"\nthreads = 1\n'
+# Five late first tokens eject; every other request goes to the worker that stands still.
+STALLED_REQUESTS = 24
+# Late is half a second more than predicted, and four times what was.
+STALL_SECONDS = 2.0
+# A front knows what is late after a hundred first tokens, and may send a twentieth of their prompts' tokens twice.
+ANSWERS = 120
+RACES = 4
+
+
+def replicas(server: Server) -> list[dict[str, Any]]:
+    """What the gateway says of each."""
+    found: list[dict[str, Any]] = server.get("/fleet").json()["replicas"]
+    return found
+
+
+def replica(server: Server, node: str) -> dict[str, Any]:
+    """What the gateway says of one."""
+    return next(one for one in replicas(server) if one["node"] == node)
+
+
+@contextmanager
+def two_replicas(folder: Path, settings: str) -> Iterator[tuple[Server, dict[str, Any]]]:
+    """A server with two replicas that are ready, and the one that will suffer."""
+    with serving_fleet(folder, settings + MODEL) as server:
+        wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 60, "both replicas are ready")
+        yield server, replicas(server)[0]
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process stands still while the block runs."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        # Whoever stands still for too long is replaced; what the test then finds says more than this would.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def complete(server: Server, seed: int, max_tokens: int, prompt: str = "Once upon a time") -> dict[str, Any]:
+    """A whole answer with the texts of its tokens."""
+    body = {"model": "tiny-chat", "prompt": prompt, "max_tokens": max_tokens, "seed": seed, "ignore_eos": True}
+    answer = server.post("/v1/completions", {**body, "logprobs": 0})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_probe(tmp_path: Path) -> None:
+    with (
+        two_replicas(tmp_path, "ejection_seconds = 0.5\n") as (server, victim),
+        ThreadPoolExecutor(STALLED_REQUESTS) as pool,
+    ):
+        assert (victim["trust"], victim["ejections"]) == ("trusted", 0)
+        with stopped(victim["worker_pid"]):
+            began = time.monotonic()
+            answers = [pool.submit(complete, server, seed, 4) for seed in range(STALLED_REQUESTS)]
+            wait_until(lambda: time.monotonic() - began > STALL_SECONDS, 60, "it has stood still for long enough")
+        assert all(answer.result()["usage"]["completion_tokens"] == 4 for answer in answers)
+        # With nobody asking, it stays what it is after its span.
+        wait_until(lambda: replica(server, victim["node"])["trust"] == "probing", 10, "its span is over")
+        said = replica(server, victim["node"])
+        assert (said["state"], said["ejections"]) == ("ready", 1)
+        assert said["recent_late"] >= 5
+        assert server.get("/fleet").json()["attempts"]["ejections"] == 1
+        trusted = {one["node"]: one["trust"] == "trusted" for one in replicas(server)}
+        assert sorted(trusted.values()) == [False, True]
+        for node, is_trusted in trusted.items():
+            assert f'replica_trusted{{model_name="tiny-chat",node="{node}"}} {float(is_trusted)}' in exposition(server)
+
+        def is_trusted_again() -> bool:
+            list(pool.map(lambda seed: complete(server, seed, 1), range(4)))
+            return bool(replica(server, victim["node"])["trust"] == "trusted")
+
+        wait_until(is_trusted_again, 30, "a request was its probe, and was answered")
+        steps = replica(server, victim["node"])["steps"]
+
+        def has_run() -> bool:
+            list(pool.map(lambda seed: complete(server, seed, 1), range(4)))
+            return bool(replica(server, victim["node"])["steps"] > steps)
+
+        wait_until(has_run, 30, "it gets requests again")
+
+
+def exposition(server: Server) -> str:
+    """Everything that Prometheus would read."""
+    return server.get("/metrics").text
+
+
+def test_a_first_token_that_a_stopped_worker_owes_comes_from_the_other_replica(tmp_path: Path) -> None:
+    with two_replicas(tmp_path, "hedging = true\n") as (server, victim), ThreadPoolExecutor(8) as pool:
+        long = "The old sailor told of " + " and ".join(f"{number} ships" for number in range(12))
+        list(pool.map(lambda seed: complete(server, seed, 1, long), range(ANSWERS)))
+        undisturbed = list(pool.map(lambda seed: complete(server, seed, 64), range(RACES)))
+        wait_until(lambda: not any(one["running"] for one in replicas(server)), 30, "nothing runs")
+        before = server.get("/fleet").json()["attempts"]
+        with stopped(victim["worker_pid"]):
+            # Without second attempts, those that were sent to it would wait until somebody replaces it.
+            answers = list(pool.map(lambda seed: complete(server, seed, 64), range(RACES)))
+            after = server.get("/fleet").json()["attempts"]
+        tokens = [answer["choices"][0]["logprobs"]["tokens"] for answer in answers]
+        expected = [answer["choices"][0]["logprobs"]["tokens"] for answer in undisturbed]
+        assert [first_difference(*pair) for pair in zip(tokens, expected, strict=True)] == [None] * RACES
+        names = ("prompt_tokens", "completion_tokens", "total_tokens")
+        paid, due = ([[answer["usage"][name] for name in names] for answer in part] for part in (answers, undisturbed))
+        assert paid == due
+        won = after["hedge_wins"] - before["hedge_wins"]
+        assert 1 <= won <= RACES
+        assert after["hedges"] - before["hedges"] >= won
+        assert server.metric("front_hedge_wins_total") == after["hedge_wins"]
+        assert server.metric("front_hedged_tokens_total") * 20 <= server.metric("front_first_attempt_tokens_total")
+        wait_until(lambda: not any(one["running"] for one in replicas(server)), 30, "the losers are given up")
+        assert server.get("/fleet").json()["live_requests"] == 0
