@@ -60,8 +60,8 @@ def main() -> int:
                 sys.stdout.write("-- undisturbed\n")
                 undisturbed, *_ = stream(client, None)
                 sys.stdout.write("-- with a killed worker\n")
-                # The oldest child works, the youngest is the spare.
-                worker = min(psutil.Process(node.pid).children(), key=psutil.Process.create_time)
+                # The oldest child is the spare, the youngest is the copy of it that works.
+                worker = max(psutil.Process(node.pid).children(), key=psutil.Process.create_time)
                 survived, first, rate, gap = stream(client, worker)
         finally:
             node.terminate()

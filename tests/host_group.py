@@ -33,7 +33,7 @@ class HostProcess:
         """Its ranks, in the order of their start."""
         if self.process.poll() is not None:
             return []
-        return sorted(psutil.Process(self.process.pid).children(), key=lambda child: (child.create_time(), child.pid))
+        return family.workers_of(self.process.pid)
 
     def end(self, seconds: float) -> tuple[int, str]:
         """Exit code and log of a process that ends by itself."""

@@ -36,7 +36,7 @@ class NodeProcess:
         return self.log_path.read_text()
 
     def worker(self) -> psutil.Process:
-        """The worker that serves now; the spare beside it has the same command."""
+        """The worker that serves now."""
         ready = [line for line in self.log().splitlines() if "worker ready" in line]
         found = re.findall(r"\bpid\W+(\d+)", ready[-1]) if ready else []
         assert found, f"the node has no worker:\n{self.log()}"

@@ -28,6 +28,8 @@ LOG_FORMAT = Variable("LLMSCALE_LOG_FORMAT", "text or json", "text on a terminal
 OMP_WAIT_POLICY = Variable("OMP_WAIT_POLICY", "how torch's threads wait between products", "passive")
 GOMP_SPINCOUNT = Variable("GOMP_SPINCOUNT", "how long they poll before they sleep, in polls of 10 ns or so", "2000")
 
+OPENBLAS_THREADS = Variable("OPENBLAS_NUM_THREADS", "threads that numpy starts when it is imported", "1")
+
 GLOO_INTERFACE = Variable("GLOO_SOCKET_IFNAME", "network interface between ranks on CPUs", "the way to host 0")
 NCCL_INTERFACE = Variable("NCCL_SOCKET_IFNAME", "network interface on which GPUs of several hosts meet", "the same")
 
@@ -59,6 +61,7 @@ VARIABLES: tuple[Variable, ...] = (
     LOG_FORMAT,
     OMP_WAIT_POLICY,
     GOMP_SPINCOUNT,
+    OPENBLAS_THREADS,
     GLOO_INTERFACE,
     NCCL_INTERFACE,
     *LAUNCHER_VARIABLES,
@@ -72,7 +75,7 @@ def launcher_environment() -> dict[str, str]:
 
 
 def prepare_for_torch() -> None:
-    """Sets what torch's OpenMP reads when it is imported, unless the user has set it.
+    """Sets what torch's OpenMP and numpy read when they are imported, unless the user has set it.
 
     By default its threads spin after every product. Beside another busy process that costs milliseconds per product
     (one row of 256 x 1024 on two busy cores: 8,000 us by default, 35 us when threads wait passively). Threads that
@@ -81,6 +84,8 @@ def prepare_for_torch() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    # A process with a second thread cannot be copied, and nothing here asks numpy for products.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def prepare_for_torch_distributed(interface: str) -> None:

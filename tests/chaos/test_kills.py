@@ -18,6 +18,7 @@ import pytest
 
 from tests.chaos.client import Body, Load, undisturbed
 from tests.chaos.history import History, Kind, faults
+from tests.family import is_alive
 from tests.processes import Server, serving, wait_until
 
 STREAMS = 8
@@ -77,7 +78,7 @@ class Killer:
         self.killed.append(what)
         # What a failure shows beside the server's log.
         print(f"killed the {what} of worker {pid} after {wanted} steps or more")
-        wait_until(lambda: not worker.is_running(), 10, f"the worker ends with its {what}")
+        wait_until(lambda: not is_alive(worker), 10, f"the worker ends with its {what}")
 
     def _ripe(self, wanted: int) -> list[int]:
         """Workers that run something and have done so many steps, by process id."""

@@ -13,12 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 from llmscale import Client, SamplingParams
-from tests.family import alive_after
-from tests.processes import wait_until
+from tests.family import alive_after, workers_of
 from tests.support_processes import NodeProcess, node
 
 TOKENS = 150
@@ -75,11 +73,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
         return answers(running)
 
 
-def ranks_of(running: NodeProcess) -> list[psutil.Process]:
-    """The worker processes of the first epoch, by rank."""
-    return sorted(psutil.Process(running.process.pid).children(), key=lambda child: (child.create_time(), child.pid))
-
-
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("layout", [("-tp", "2"), ("-pp", "2"), ("-tp", "2", "-pp", "2")], ids="".join)
 def test_ranks_answer_as_one_worker_does(layout: tuple[str, ...], expected: list[Answer], tmp_path: Path) -> None:
@@ -93,8 +86,7 @@ def test_a_killed_rank_costs_its_streams_time_only(
     layout: str, victim: int, expected: list[Answer], tmp_path: Path
 ) -> None:
     with node(tmp_path, "--dtype", "float32", layout, "2") as running:
-        wait_until(lambda: len(ranks_of(running)) == 4, 60, "two ranks and two spares")
-        group, killed = ranks_of(running)[:2], list[int]()
+        group, killed = workers_of(running.process.pid), list[int]()
 
         def kill(tokens: int) -> None:
             if tokens >= 20 and not killed:
@@ -114,8 +106,7 @@ def test_a_hung_rank_is_replaced_with_its_group_after_the_longest_step(
     layout: str, victim: int, expected: list[Answer], tmp_path: Path
 ) -> None:
     with node(tmp_path, "--dtype", "float32", layout, "2", "--max-step-seconds", "5") as running:
-        wait_until(lambda: len(ranks_of(running)) == 4, 60, "two ranks and two spares")
-        group, stopped = ranks_of(running)[:2], list[int]()
+        group, stopped = workers_of(running.process.pid), list[int]()
 
         def stop(tokens: int) -> None:
             if tokens >= 20 and not stopped:

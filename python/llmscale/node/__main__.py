@@ -57,7 +57,7 @@ def main() -> int:
 async def _serve(settings: NodeSettings, hosts: Hosts) -> None:
     plan = plan_replica(settings, hosts.count)
     threads = plan.usual_threads(usable_cpus()) if settings.threads is None else settings.threads
-    processes = WorkerProcesses(threads, keep_spares=plan.layout.ranks_per_host if settings.spare_worker else 0)
+    processes = WorkerProcesses(threads, keep_spare=settings.spare_worker)
     if not hosts.is_leader:
         await _follow(settings, hosts, plan, processes)
         return
@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
         "--spare-worker",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep a spare process per rank with torch imported, to replace dead workers at once (0.3 GB each)",
+        help="keep a spare process with torch imported, of which new workers are copies within milliseconds (0.3 GB)",
     )
     add("--fleet", default="llmscale", help="only fronts of the same fleet are served (default: %(default)s)")
     add("--key-file", type=Path, help="the node's CURVE key pair; needed to listen beyond this machine")

@@ -1,35 +1,43 @@
-"""`python -m llmscale.worker`: the process that owns one device. Started by a node, never by hand.
+"""`python -m llmscale.worker`: the process that workers are copied from. Started by a node, never by hand.
 
-It imports everything first and then reads its assignment, one line of JSON, from standard input: a spare waits there
-until it is needed.
+It imports everything first. Each copy owns one device; it reads its assignment, one line of JSON, from its own pipe.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 
 from llmscale import env, logs
 from llmscale._core import WorkerSession, end_with_parent
+from llmscale.worker.template import name_process, wait_to_be_born
 
 
 def main() -> int:
-    """Imports torch, waits for an assignment, connects to the node and computes steps until told to stop."""
+    """Imports torch and waits to be copied; copies connect to the node and compute steps until told to stop."""
     parser = argparse.ArgumentParser(prog="python -m llmscale.worker", description=main.__doc__)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all that the process may use)")
-    parser.add_argument("--parent", type=int, required=True, help="the node's process id; the worker ends with it")
+    parser.add_argument("--parent", type=int, required=True, help="the node's process id; all end with it")
+    parser.add_argument(
+        "--orders", type=int, required=True, help="number of the socket on which the node asks for copies"
+    )
     arguments = parser.parse_args()
     end_with_parent(arguments.parent)
+    orders = socket.socket(fileno=arguments.orders)
+    name_process("llmscale-spare")
     logs.configure()
     env.prepare_for_torch()
     from llmscale.parallel.assignment import read_assignment
     from llmscale.worker.loop import WorkerLoop, warm_up
 
     warm_up()
-    assignment = read_assignment(sys.stdin.buffer)
+    pipe = wait_to_be_born(orders, arguments.parent)
+    assignment = None if pipe is None else read_assignment(pipe)
     if assignment is None:
         return 0
+    name_process(f"llmscale-rank{assignment.place.rank}")
     keep_to_share_of_cpus(*assignment.share)
     session = WorkerSession(assignment.link, assignment.epoch, assignment.key_file)
     WorkerLoop(session, assignment, arguments.threads).run()

@@ -46,7 +46,7 @@ mod _core {
     #[pymodule_export]
     use crate::measure::measure_steady_decode;
     #[pymodule_export]
-    use crate::process::end_with_parent;
+    use crate::process::{adopt_orphans, end_with_parent};
     #[pymodule_export]
     use crate::ranks::{PyRankChannel, PyRankMemory};
     #[pymodule_export]

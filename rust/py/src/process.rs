@@ -1,4 +1,4 @@
-//! What a child process asks of the operating system: to end when its parent does.
+//! What processes ask of the operating system about their family: to end with a parent, to take in orphans.
 #![expect(unsafe_code, reason = "prctl and getppid have no safe binding in the standard library")]
 
 use crate::error;
@@ -16,4 +16,13 @@ pub(crate) fn end_with_parent(parent: i32) -> PyResult<()> {
     // SAFETY: getppid has no arguments and cannot fail.
     let now = unsafe { libc::getppid() };
     if now == parent { Ok(()) } else { Err(error::worker(format!("the parent process {parent} is gone"))) }
+}
+
+/// Makes this process the parent of its descendants whose own parent has ended, instead of the first process of the
+/// system: it can then wait for them, and they may end with it.
+#[pyfunction]
+pub(crate) fn adopt_orphans() -> PyResult<()> {
+    // SAFETY: PR_SET_CHILD_SUBREAPER takes a flag by value and touches no memory.
+    let set = unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1 as libc::c_ulong) };
+    if set == 0 { Ok(()) } else { Err(std::io::Error::last_os_error().into()) }
 }

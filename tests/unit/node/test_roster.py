@@ -298,7 +298,7 @@ def test_another_leader_at_the_same_door_has_groups_of_its_own(group: Group) -> 
 EVENTS = st.sampled_from(("cut 1", "cut 2", "mend", "die 1", "die 2", "restart 1", "wait", "wait long", "leave 2"))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(EVENTS, max_size=25))
 def test_after_any_troubles_a_group_of_hosts_that_are_well_runs_again(events: list[str]) -> None:
     group = Group()

@@ -1,4 +1,4 @@
-"""The node's worker processes, with a small program in the place of a worker."""
+"""The node's worker processes, with a small program in the place of the one that imports torch."""
 
 from __future__ import annotations
 
@@ -15,58 +15,113 @@ import pytest
 
 from llmscale.errors import ConfigError, WorkerError
 from llmscale.models.shard import RankPlace
-from llmscale.node.worker_process import WorkerProcesses
+from llmscale.node.worker_process import WorkerProcess, WorkerProcesses
 from llmscale.parallel.assignment import Assignment, Meeting, read_assignment, write_assignment
 
-# Writes what it was told to serve to the file that it was told to serve, then waits to be ended.
+# Copies write what they were told to serve to the file that they were told to serve, then wait to be ended.
 PROGRAM = """
-import json, signal, sys
-line = sys.stdin.readline()
+import json, os, signal, socket, sys
+from llmscale.worker.template import wait_to_be_born
+pipe = wait_to_be_born(socket.socket(fileno=int(sys.argv[-1])), int(sys.argv[-3]))
+line = pipe and pipe.readline()
 if line:
     told = json.loads(line)
-    open(told["link"], "w").write(str(told["epoch"]))
+    open(told["link"], "w").write(f"{told['epoch']} {os.getppid()}")
     signal.pause()
 """
+BROKEN = "raise SystemExit(3)"
+
+
+def of_program(program: str, *, keep_spare: bool = True) -> WorkerProcesses:
+    return WorkerProcesses(None, keep_spare=keep_spare, command=(sys.executable, "-c", program, str(os.getpid())))
 
 
 @pytest.fixture
 async def processes() -> AsyncIterator[WorkerProcesses]:
-    started = WorkerProcesses(None, keep_spares=1, command=(sys.executable, "-c", PROGRAM))
+    started = of_program(PROGRAM)
     yield started
     await started.close()
 
 
-async def test_the_spare_takes_over_and_is_replaced(processes: WorkerProcesses, tmp_path: Path) -> None:
-    first = await processes.start(Assignment(str(tmp_path / "first"), 1))
-    await processes.prepare()
-    await processes.prepare()
-    first.send_signal(signal.SIGKILL)
-    assert await first.wait() == -signal.SIGKILL
-    (spare,) = processes.spares
-    second = await processes.start(Assignment(str(tmp_path / "second"), 2))
-    assert second is spare
-    assert not processes.spares
-    await processes.prepare()
-    assert [spare.pid for spare in processes.spares] != [second.pid]
-    await second.stop()
+async def told(processes: WorkerProcesses, folder: Path, epoch: int) -> tuple[WorkerProcess, str]:
+    """A process that has been started, and what it says about itself."""
+    said = folder / f"said-{epoch}"
+    os.mkfifo(said)
+    process = await processes.start(Assignment(str(said), epoch))
+    # Opening a fifo waits for its writer.
+    return process, await asyncio.to_thread(said.read_text)
 
 
-async def test_a_spare_that_died_is_not_used(processes: WorkerProcesses, tmp_path: Path) -> None:
+async def test_workers_are_copies_of_one_process_and_children_of_the_node(
+    processes: WorkerProcesses, tmp_path: Path
+) -> None:
+    workers = []
+    for epoch in (1, 2, 3):
+        worker, said = await told(processes, tmp_path, epoch)
+        assert said == f"{epoch} {os.getpid()}"
+        workers.append(worker)
+    assert len({processes.spare, *(worker.pid for worker in workers)}) == 4
+    for worker in workers:
+        worker.send_signal(signal.SIGKILL)
+        assert await worker.wait() == -signal.SIGKILL
+
+
+async def test_workers_live_on_when_the_process_that_they_were_copied_from_dies_and_it_is_replaced(
+    processes: WorkerProcesses, tmp_path: Path
+) -> None:
+    first, _ = await told(processes, tmp_path, 1)
+    spare = processes.spare
+    assert spare is not None
+    os.kill(spare, signal.SIGKILL)
+    second, said = await told(processes, tmp_path, 2)
+    assert said == f"2 {os.getpid()}"
+    assert processes.spare not in (None, spare)
+    assert first.is_alive
+    await asyncio.gather(first.stop(), second.stop())
+    assert not first.is_alive
+
+
+async def test_a_spare_that_died_is_replaced_before_it_is_needed(processes: WorkerProcesses, tmp_path: Path) -> None:
+    worker, _ = await told(processes, tmp_path, 1)
+    spare = processes.spare
     await processes.prepare()
-    (spare,) = processes.spares
-    spare.send_signal(signal.SIGKILL)
-    await spare.wait()
-    worker = await processes.start(Assignment(str(tmp_path / "link"), 1))
-    assert worker.pid != spare.pid
+    assert processes.spare == spare
+    assert spare is not None
+    os.kill(spare, signal.SIGKILL)
+    # Its end is noticed by the event loop, some time.
+    async with asyncio.timeout(20):
+        while processes.spare == spare:
+            await asyncio.to_thread(os.sched_yield)
+            await processes.prepare()
+    await worker.stop()
+
+
+async def test_no_spare_is_kept_against_the_settings(tmp_path: Path) -> None:
+    processes = of_program(PROGRAM, keep_spare=False)
+    worker, _ = await told(processes, tmp_path, 1)
+    await processes.prepare()
+    assert processes.spare is None
     assert worker.is_alive
     await worker.stop()
-    assert not worker.is_alive
+    another, _ = await told(processes, tmp_path, 2)
+    await another.stop()
+    await processes.close()
 
 
-async def test_no_spare_is_kept_against_the_settings() -> None:
-    processes = WorkerProcesses(None, keep_spares=0, command=(sys.executable, "-c", PROGRAM))
-    await processes.prepare()
-    assert not processes.spares
+async def test_a_template_that_cannot_start_is_an_error_with_its_exit_code(tmp_path: Path) -> None:
+    processes = of_program(BROKEN)
+    with pytest.raises(WorkerError, match="ended with code 3"):
+        await processes.start(Assignment(str(tmp_path / "link"), 1))
+    await processes.close()
+
+
+async def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:
+    threaded = "import threading; threading.Thread(target=lambda: signal.pause(), daemon=True).start()"
+    program = PROGRAM.replace("from llmscale", f"{threaded}\nfrom llmscale")
+    processes = of_program(program)
+    with pytest.raises(WorkerError, match="ended with code 1"):
+        await processes.start(Assignment(str(tmp_path / "link"), 1))
+    await processes.close()
 
 
 async def test_signals_to_a_process_that_has_ended_reach_nobody(processes: WorkerProcesses, tmp_path: Path) -> None:
@@ -84,15 +139,6 @@ async def test_a_process_that_is_asked_to_end_before_its_end_is_noticed_keeps_it
     worker.send_signal(signal.SIGKILL)
     worker.send_signal(signal.SIGTERM)
     assert await worker.wait() == -signal.SIGKILL
-
-
-async def test_what_a_process_serves_reaches_it(processes: WorkerProcesses, tmp_path: Path) -> None:
-    said = tmp_path / "said"
-    os.mkfifo(said)
-    worker = await processes.start(Assignment(str(said), 7))
-    # Opening a fifo waits for its writer.
-    assert await asyncio.to_thread(said.read_text) == "7"
-    await worker.stop()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +168,7 @@ def test_an_assignment_is_one_line_and_its_absence_means_not_needed() -> None:
 def test_a_worker_whose_node_is_gone_ends_before_it_imports_anything_large() -> None:
     """A node that dies while its spare starts leaves it with a foster parent; the pipe alone would be looked at only
     after the import of torch."""
-    command = [sys.executable, "-X", "importtime", "-m", "llmscale.worker", "--parent", "1"]
+    command = [sys.executable, "-X", "importtime", "-m", "llmscale.worker", "--parent", "1", "--orders", "9"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert "the parent process 1 is gone" in done.stderr

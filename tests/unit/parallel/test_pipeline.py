@@ -64,7 +64,7 @@ def last_stage(link: StageLink, rows: list[int]) -> None:
     assert link.take_waited_ns() == 0
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=STEPS), st.integers(0, 3))
 def test_three_stages_of_one_host_pass_on_what_they_compute(rows: list[int], ahead: int) -> None:
     with RankMeeting(HostLayout(1, 3)) as meeting, ThreadPoolExecutor(3) as pool:

@@ -77,7 +77,7 @@ def test_ranks_of_one_host_get_all_columns_of_their_rows(ranks: int, dtype: str)
             assert torch.equal(torch.cat(dealt), logits(rows, sum(WIDTHS[:ranks]), getattr(torch, dtype)))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=4))
 def test_ranks_of_one_host_get_the_words_of_all(parts: list[int]) -> None:
     with in_memory(len(parts), "float32") as groups, ThreadPoolExecutor(len(parts)) as pool:
