@@ -106,13 +106,35 @@ def fleet(model: str, nodes: int, *options: str) -> Iterator[Fleet]:
             command = [sys.executable, "-m", "llmscale.node", *words]
             started.append(Node(command, _start(command)))
             running.callback(_end, started[-1])
-        port = free_port()
-        words = ["--model", model, "--port", str(port), "--nodes", *addresses]
-        gateway = _start([sys.executable, "-m", "llmscale.gateway", *words])
-        running.callback(_end, Node([], gateway))
-        made = Fleet(started, port)
+        made = Fleet(started, _gateway(model, addresses, running))
         wait_until(made.all_ready, MAX_START_SECONDS, "every node is ready")
         yield made
+
+
+@contextlib.contextmanager
+def hosts(model: str, count: int, *options: str) -> Iterator[Fleet]:
+    """One replica over `count` hosts: nodes of this machine that meet on loopback. Only the first one is a node to the
+    gateway."""
+    with tempfile.TemporaryDirectory(prefix="llmscale-bench-") as folder, contextlib.ExitStack() as running:
+        address, leader = f"ipc://{folder}/leader", f"127.0.0.1:{free_port()}"
+        words = ["--model", model, "--listen", address, "--parent", str(os.getpid()), "--no-spare-worker", *options]
+        words += ["--hosts", str(count), "--leader", leader]
+        started = []
+        for index in range(count):
+            command = [sys.executable, "-m", "llmscale.node", *words, "--host-index", str(index)]
+            started.append(Node(command, _start(command)))
+            running.callback(_end, started[-1])
+        made = Fleet(started[:1], _gateway(model, [address], running))
+        wait_until(made.all_ready, MAX_START_SECONDS, "the replica is ready on all hosts")
+        yield made
+
+
+def _gateway(model: str, addresses: list[str], running: contextlib.ExitStack) -> int:
+    """Starts a gateway to these nodes; its port."""
+    port = free_port()
+    words = ["--model", model, "--port", str(port), "--nodes", *addresses]
+    running.callback(_end, Node([], _start([sys.executable, "-m", "llmscale.gateway", *words])))
+    return port
 
 
 def _start(command: list[str]) -> subprocess.Popen[bytes]:

@@ -1,7 +1,7 @@
-"""What do two cores give as one worker, two tensor-parallel ranks, or two pipeline stages, served end to end?
+"""What do two cores give as one worker, two tensor-parallel ranks, or two pipeline stages, also as two hosts?
 
-Every layout is a server of its own with the same clients: streams of 64 tokens side by side. The time of a step, and
-the part of it that the last stage waited for the one before it, come from the server's own counters.
+Every layout is a server of its own, measured end to end with the same clients: streams of 64 tokens side by side. The
+time of a step, and the part of it that the last stage waited for the one before it, come from the server's counters.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import asyncio
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from bench.fleet import hosts
 from bench.load import Objectives, Outcome, closed_loop, summarize
 from bench.offline_cases import Prompts
 from bench.raw_http import RawClient
@@ -29,13 +32,26 @@ from llmscale.models.locate import locate_model
 from llmscale.models.registry import describe_model
 from llmscale.models.shard import RankPlace, shard_model
 
-LAYOUTS: tuple[tuple[str, int, int, int], ...] = (
-    ("one-thread", 1, 1, 1),
-    ("two-threads", 2, 1, 1),
-    ("tp2", 1, 2, 1),
-    ("pp2", 1, 1, 2),
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model is cut; over two hosts its ranks meet over the network, here loopback, and on one host in memory."""
+
+    name: str
+    threads: int = 1
+    tensor_size: int = 1
+    stages: int = 1
+    hosts: int = 1
+
+
+LAYOUTS = (
+    Layout("one-thread"),
+    Layout("two-threads", threads=2),
+    Layout("tp2", tensor_size=2),
+    Layout("tp2-hosts", tensor_size=2, hosts=2),
+    Layout("pp2", stages=2),
+    Layout("pp2-hosts", stages=2, hosts=2),
 )
-"""Name, threads of a worker, tensor-parallel ranks, stages."""
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS = 8
 OUTPUT_TOKENS = 64
@@ -56,18 +72,30 @@ def main(arguments: argparse.Namespace) -> Report:
     model = str(model_folder(model)) if model in SHAPES else model
     rows: list[Row] = []
     spec = describe_model(locate_model(model)).spec
-    for layout, threads, ranks, stages in LAYOUTS:
+    for layout in LAYOUTS:
         try:
-            shard_model(spec, RankPlace(0, ranks, 0, stages))
+            shard_model(spec, RankPlace(0, layout.tensor_size, 0, layout.stages))
         except ConfigError as error:
-            print(f"{layout}: {error}", file=sys.stderr)
+            print(f"{layout.name}: {error}", file=sys.stderr)
             continue
-        with serving(model, "-tp", str(ranks), "-pp", str(stages), threads=threads) as (port, _, _):
+        with _running(layout, model) as port:
             rows += asyncio.run(_measure(layout, port, arguments))
     return Report("layouts", arguments.seed, rows)
 
 
-async def _measure(layout: str, port: int, arguments: argparse.Namespace) -> list[Row]:
+@contextmanager
+def _running(layout: Layout, model: str) -> Iterator[int]:
+    """The port of a server of this layout."""
+    ranks = ("-tp", str(layout.tensor_size), "-pp", str(layout.stages))
+    if layout.hosts == 1:
+        with serving(model, *ranks, threads=layout.threads) as (port, _, _):
+            yield port
+    else:
+        with hosts(model, layout.hosts, *ranks, "--threads", str(layout.threads)) as running:
+            yield running.port
+
+
+async def _measure(layout: Layout, port: int, arguments: argparse.Namespace) -> list[Row]:
     url = f"http://127.0.0.1:{port}"
     model, _ = model_of(url)
     prompts = Prompts(arguments.vocabulary, arguments.seed)
@@ -98,10 +126,10 @@ async def _measure(layout: str, port: int, arguments: argparse.Namespace) -> lis
             elapsed = after.step_seconds - before.step_seconds
             steps.append(elapsed / max(1.0, after.steps - before.steps) * 1e3)
             bubbles.append((after.bubble_seconds - before.bubble_seconds) / elapsed if elapsed else 0.0)
-        rows.append(Row.of(f"{layout}/{streams}/tokens", "tokens/s", spread(tokens)))
-        rows.append(Row.of(f"{layout}/{streams}/step", "ms", spread(steps)))
-        if layout.startswith("pp"):
-            rows.append(Row.of(f"{layout}/{streams}/bubble", "share", spread(bubbles)))
+        rows.append(Row.of(f"{layout.name}/{streams}/tokens", "tokens/s", spread(tokens)))
+        rows.append(Row.of(f"{layout.name}/{streams}/step", "ms", spread(steps)))
+        if layout.stages > 1:
+            rows.append(Row.of(f"{layout.name}/{streams}/bubble", "share", spread(bubbles)))
     return rows
 
 

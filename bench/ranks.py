@@ -1,4 +1,4 @@
-"""What do ranks of one host cost? Sums, a stream to the next stage and ids back, what a step pays for meeting."""
+"""What do ranks cost? Sums in memory and over TCP, a stream to the next stage and ids back, a step's meetings."""
 
 from __future__ import annotations
 
@@ -57,9 +57,10 @@ def main(arguments: argparse.Namespace) -> Report:
     rows = []
     for width in WIDTHS:
         gloo = spread(found[f"gloo/{width}"]).median
-        rows.append(Row.of(f"sum/{width}", "us", spread(found[f"sum/{width}"]), peers={"gloo": gloo}))
-        gloo = spread(found[f"stages-gloo/{width}"]).median
-        rows.append(Row.of(f"stages/{width}", "us", spread(found[f"stages/{width}"]), peers={"gloo": gloo}))
+        for case in (f"sum/{width}", f"sum-streams/{width}"):
+            rows.append(Row.of(case, "us", spread(found[case]), peers={"gloo": gloo}))
+        for case in (f"stages/{width}", f"stages-streams/{width}"):
+            rows.append(Row.of(case, "us", spread(found[case])))
     for batch in batches:
         whole = spread(found[f"whole/{batch}"]).median
         rows.append(Row.of(f"step/{batch}", "ms", spread(found[f"step/{batch}"]), peers={"one worker": whole}))
@@ -116,9 +117,11 @@ def _rank(rank: int, task: Task, sender: Connection) -> None:
     group = join_tensor_group(place, Meeting(task.memory), "bfloat16")
     stage = RankPlace(0, 1, rank, RANKS)
     there = Meeting(rendezvous=task.rendezvous)
-    gloo = join_stages(stage, there, join_world(stage, there))
+    world = join_world(stage, there)
+    distant = join_stages(stage, there, world)
+    streams = join_tensor_group(place, there, "bfloat16", world)
     channels = join_stages(stage, task.stages[rank])
-    assert gloo is not None, "there are two stages"
+    assert distant is not None, "there are two stages"
     assert channels is not None, "there are two stages"
     found: dict[str, list[float]] = {}
     ids = torch.zeros(8, dtype=torch.int32)
@@ -134,8 +137,9 @@ def _rank(rank: int, task: Task, sender: Connection) -> None:
                 link.send_tokens(ids)
 
         found[f"sum/{width}"] = _microseconds(lambda stream=stream: group.sum(stream), task)
+        found[f"sum-streams/{width}"] = _microseconds(lambda stream=stream: streams.sum(stream), task)
         found[f"gloo/{width}"] = _microseconds(lambda stream=stream: torch.distributed.all_reduce(stream), task)
-        for name, link in (("stages", channels), ("stages-gloo", gloo)):
+        for name, link in (("stages", channels), ("stages-streams", distant)):
             found[f"{name}/{width}"] = _microseconds(lambda link=link: there_and_back(link), task)
     found |= _steps(task, place)
     torch.distributed.barrier()

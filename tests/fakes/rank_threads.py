@@ -20,7 +20,7 @@ from llmscale.layers.native import NativeOps
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.registry import describe_model
 from llmscale.models.shard import RankPlace, shard_model
-from llmscale.parallel.tensor import Alone, SharedMemoryGroup, TensorGroup
+from llmscale.parallel.tensor import Alone, CoreGroup, TensorGroup
 from llmscale.worker.executor_torch import Ranks, TorchExecutor
 from llmscale.worker.kv_region import KvRegion, kv_layout
 from llmscale.worker.step import StepInputs, StepLimits
@@ -93,7 +93,7 @@ class RankThreads:
             return Alone()
         path = f"/proc/self/fd/{self._memory[place.stage]}"
         memory = RankMemory(path, place.tensor_rank, place.tensor_size, ROOM_BYTES, dtype)
-        return SharedMemoryGroup(memory, place.tensor_rank, place.tensor_size)
+        return CoreGroup(memory, place.tensor_rank, place.tensor_size)
 
     def forward(self, step: StepInputs) -> Tensor:
         """See `Executor`."""

@@ -1,8 +1,8 @@
 """How the ranks of one replica find each other, and the groups that come of it.
 
-Ranks of one host meet in shared memory, those of several hosts in torch.distributed: over gloo for tensors of the CPU
-and NCCL for those of a GPU. Every wait has a deadline: a rank that does not come ends the group, never hangs it. It
-does not know models beyond the number format, or who starts processes.
+Ranks of one host meet in shared memory. Those of several hosts meet at a store of torch.distributed, and go on over TCP
+streams of their own on CPUs, over torch.distributed on GPUs. Every wait has a deadline: a rank that does not come ends
+the group, never hangs it. It does not know models beyond the number format, or who starts processes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import time
 from dataclasses import dataclass
 
 import torch.distributed
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
-from llmscale._core import RankChannel, RankMemory
+from llmscale._core import RankChannel, RankMemory, RankStreams
 from llmscale.errors import WorkerError
 from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import ROOM_BYTES, Meeting
-from llmscale.parallel.pipeline import ChannelEdge, Edge, StageLink, TorchEdge
-from llmscale.parallel.tensor import Alone, SharedMemoryGroup, TensorGroup, TorchGroup
+from llmscale.parallel.pipeline import ChannelEdge, Edge, StageLink, StreamEdge, TorchEdge
+from llmscale.parallel.streams import Circle, open_streams
+from llmscale.parallel.tensor import Alone, CoreGroup, TensorGroup, TorchGroup
 
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """By the device that computes; ids and counts stay on the CPU."""
@@ -36,41 +37,35 @@ class World:
     ranks: torch.distributed.ProcessGroup
     """All of them."""
     stage: torch.distributed.ProcessGroup | None
-    """Those that share this rank's layers; None where a stage is one rank."""
+    """Those that share this rank's layers; None where a stage is one rank, and on CPUs."""
+    store: Store
+    """Where they have met."""
+    interface: str
+    """On which they can be reached."""
+    on_cpus: bool
 
 
-def join_world(place: RankPlace, meeting: Meeting, device: str = "cpu") -> World | None:
+def join_world(place: RankPlace, meeting: Meeting, interface: str = "lo", device: str = "cpu") -> World | None:
     """All ranks of the replica, at a rendezvous; None where the meeting names none. Raises WorkerError.
 
-    Called once in a process, before the other two, and before weights are read: hosts read them at their own speed, and
-    the deadline is for meeting alone. Rank 0 makes the store.
+    `interface` is how ranks of other hosts reach this one. Called once in a process, before the other two, and before
+    weights are read: hosts read them at their own speed, and the deadline is for meeting alone. Rank 0 makes the store.
     """
     if meeting.rendezvous is None:
         return None
     wait = datetime.timedelta(seconds=meeting.max_wait_seconds)
     try:
         scheme, _, address = meeting.rendezvous.partition("://")
-        if scheme == "tcp":
-            torch.distributed.init_process_group(
-                BACKENDS[device],
-                store=_store(address, place, wait),
-                rank=place.rank,
-                world_size=place.ranks,
-                timeout=wait,
-            )
-        else:
-            torch.distributed.init_process_group(
-                BACKENDS[device],
-                init_method=meeting.rendezvous,
-                rank=place.rank,
-                world_size=place.ranks,
-                timeout=wait,
-            )
+        store = _store(address, place, wait) if scheme == "tcp" else FileStore(address, place.ranks)
+        torch.distributed.init_process_group(
+            BACKENDS[device], store=store, rank=place.rank, world_size=place.ranks, timeout=wait
+        )
     except (RuntimeError, ValueError, OSError) as error:
         raise WorkerError(f"rank {place.rank} of {place.ranks} did not meet the others: {error}") from error
     ranks = torch.distributed.group.WORLD
     assert ranks is not None, "the default group was just made"
-    return World(ranks, _stage_group(place) if place.tensor_size > 1 else None)
+    on_cpus = device == "cpu"
+    return World(ranks, None if on_cpus or place.tensor_size == 1 else _stage_group(place), store, interface, on_cpus)
 
 
 def _store(address: str, place: RankPlace, wait: datetime.timedelta) -> Store:
@@ -114,17 +109,22 @@ def join_tensor_group(place: RankPlace, meeting: Meeting, dtype: str, world: Wor
     """The ranks that share this one's layers. Raises WorkerError."""
     if place.tensor_size == 1:
         return Alone()
+    max_wait_us = int(meeting.max_wait_seconds * 1e6)
     if meeting.memory is not None:
-        max_wait_us = int(meeting.max_wait_seconds * 1e6)
         memory = RankMemory(
             meeting.memory, place.tensor_rank, place.tensor_size, ROOM_BYTES, dtype, max_wait_us=max_wait_us
         )
-        return SharedMemoryGroup(memory, place.tensor_rank, place.tensor_size)
-    if world is None or world.stage is None:
+        return CoreGroup(memory, place.tensor_rank, place.tensor_size)
+    if world is None:
         raise WorkerError(
             f"rank {place.rank} shares its layers with {place.tensor_size - 1} others and was not told where"
         )
-    return TorchGroup(world.stage)
+    if world.stage is not None:
+        return TorchGroup(world.stage)
+    circle = Circle(f"stage-{place.stage}", place.tensor_rank, place.tensor_size)
+    descriptors = open_streams(circle, world.store, world.interface, meeting.max_wait_seconds)
+    streams = RankStreams(descriptors, circle.index, dtype, max_wait_us=max_wait_us)
+    return CoreGroup(streams, place.tensor_rank, place.tensor_size)
 
 
 def _stage_group(place: RankPlace) -> torch.distributed.ProcessGroup:
@@ -149,20 +149,24 @@ def join_stages(place: RankPlace, meeting: Meeting, world: World | None = None) 
         return None
     max_wait_us = int(meeting.max_wait_seconds * 1e6)
 
-    def edge(path: str | None, peer: int) -> Edge:
+    def edge(path: str | None, sender: int, receiver: int) -> Edge:
+        peer = receiver if place.rank == sender else sender
         if path is not None:
             return ChannelEdge(RankChannel(path, peer, max_wait_us=max_wait_us))
-        if world is not None:
+        if world is None:
+            raise WorkerError(f"rank {place.rank} was not told how it meets rank {peer}")
+        if not world.on_cpus:
             # A step in flight takes one send of each rank; more can only be those whose end was not looked at yet.
             return TorchEdge(world.ranks, peer, max_sends=place.stages)
-        raise WorkerError(f"rank {place.rank} was not told how it meets rank {peer}")
+        circle = Circle(f"edge-{sender}-{receiver}", int(place.rank == receiver), 2)
+        descriptors = open_streams(circle, world.store, world.interface, meeting.max_wait_seconds)
+        return StreamEdge(RankStreams(descriptors, circle.index, max_wait_us=max_wait_us))
 
     first, last = place.tensor_rank, (place.stages - 1) * place.tensor_size + place.tensor_rank
+    # In this order everywhere: who waits for the next stage has been met by the one before.
+    before = None if place.is_first_stage else edge(meeting.before, place.rank - place.tensor_size, place.rank)
+    behind = None if place.is_last_stage else edge(meeting.behind, place.rank, place.rank + place.tensor_size)
     samples = None
     if place.is_first_stage or place.is_last_stage:
-        samples = edge(meeting.samples, first if place.is_last_stage else last)
-    return StageLink(
-        before=None if place.is_first_stage else edge(meeting.before, place.rank - place.tensor_size),
-        behind=None if place.is_last_stage else edge(meeting.behind, place.rank + place.tensor_size),
-        samples=samples,
-    )
+        samples = edge(meeting.samples, last, first)
+    return StageLink(before, behind, samples)

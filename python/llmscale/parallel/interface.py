@@ -1,4 +1,4 @@
-"""By which network interface of this host another one is reached: what torch.distributed has to be told.
+"""By which network interface of this host another one is reached: what torch.distributed and streams have to be told.
 
 Asks the kernel's routing table with a socket that sends nothing, then compares addresses interface by interface. IPv4
 only, because the kernel's question is. It does not know who listens there.
@@ -37,6 +37,15 @@ def interface_towards(url: str) -> str:
     raise ConfigError(
         f"the way to {url} begins at {own}, which no interface bears; set GLOO_SOCKET_IFNAME to the right one"
     )
+
+
+def address_of(interface: str) -> str:
+    """Its address. Raises ConfigError where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        address = _address(probe, interface)
+    if address is None:
+        raise ConfigError(f"interface {interface!r} has no IPv4 address; set GLOO_SOCKET_IFNAME to one that has")
+    return address
 
 
 def _address(probe: socket.socket, name: str) -> str | None:

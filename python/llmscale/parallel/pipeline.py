@@ -1,9 +1,10 @@
 """Where the stages of a pipeline meet: the residual stream goes from one to the next, sampled ids from last to first.
 
 Both go between ranks of the same number within their stages: through channels in shared memory where both run on one
-host (about 10 us a message, where gloo takes 100 to 1,800), else point to point over torch.distributed; one pipeline
-may use both kinds. A send does not wait for its receiver, who may be at another group's step. Every wait has an end. It
-does not know steps: the caller receives in the order in which the other side sends.
+host (about 10 us a message, where gloo takes 100 to 1,800), over TCP streams between hosts; one pipeline may use both
+kinds. GPUs use torch.distributed. A send does not wait for its receiver, who may be at another group's step, but for
+room in the system's buffers. Every wait has an end. It does not know steps: the caller receives in the order in which
+the other side sends.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Protocol
 import torch.distributed
 from torch import Tensor
 
-from llmscale._core import RankChannel
+from llmscale._core import RankChannel, RankStreams
 
 
 class Edge(Protocol):
@@ -49,8 +50,27 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.nbytes
 
 
+class StreamEdge:
+    """Between ranks of several hosts on CPUs, over a TCP stream.
+
+    A message beyond the system's buffers, some megabytes, waits until its receiver reads. That cannot go round in a
+    circle: what comes back from the last stage to the first is ids, a few bytes per row.
+    """
+
+    def __init__(self, streams: RankStreams) -> None:
+        self._streams = streams
+
+    def send(self, tensor: Tensor) -> None:
+        """See `Edge`."""
+        self._streams.send(_memory(tensor))
+
+    def receive(self, out: Tensor) -> None:
+        """See `Edge`."""
+        self._streams.receive(_memory(out))
+
+
 class TorchEdge:
-    """Between ranks of several hosts, over a process group that holds both; its time-out is the deadline of a wait."""
+    """Between ranks with GPUs on several hosts, over a process group of both; its time-out bounds every wait."""
 
     def __init__(self, group: torch.distributed.ProcessGroup, peer: int, max_sends: int) -> None:
         """`max_sends` is how many may be on their way; one more waits for the oldest."""

@@ -86,7 +86,7 @@ class ModelRunner:
         meeting = meeting or Meeting()
         if meeting.rendezvous is not None:
             env.prepare_for_torch_distributed(interface_towards(meeting.rendezvous))
-        world = join_world(place, meeting)
+        world = join_world(place, meeting, env.GLOO_INTERFACE.read() or "lo")
         description = describe_model(folder)
         part = shard_model(description.spec, place)
         options = LoadOptions(dtype=dtype, progress=progress)

@@ -32,6 +32,7 @@ pub mod pool;
 pub mod rank_channel;
 mod rank_mapping;
 pub mod rank_memory;
+pub mod rank_parts;
 pub mod reference;
 pub mod rope_cache;
 mod rows;

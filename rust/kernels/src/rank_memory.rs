@@ -8,6 +8,7 @@
 
 use crate::element::Element;
 use crate::rank_mapping::{LINE_BYTES, Mapping, wait_until, wake_all};
+use crate::rank_parts::{add_parts, place_columns};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -70,18 +71,8 @@ impl RankMemory {
         for values in values.chunks_mut(self.room_bytes / size_of::<T>()) {
             self.write_part(0, values);
             self.meet()?;
-            let first = self.part::<T>(0, 0, values.len());
-            if let [second] = self.others::<T>(values.len()).as_slice() {
-                for ((value, &a), &b) in values.iter_mut().zip(first).zip(*second) {
-                    *value = T::from_f32(a.to_f32() + b.to_f32());
-                }
-                continue;
-            }
-            let others = self.others::<T>(values.len());
-            for (index, value) in values.iter_mut().enumerate() {
-                let sum = others.iter().fold(first[index].to_f32(), |sum, part| sum + part[index].to_f32());
-                *value = T::from_f32(sum);
-            }
+            let parts: Vec<&[T]> = (0..self.ranks).map(|rank| self.part(rank, 0, values.len())).collect();
+            add_parts(&parts, values);
         }
         Ok(())
     }
@@ -196,10 +187,6 @@ impl RankMemory {
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), room.add(at), values.len()) };
     }
 
-    fn others<T: Element>(&self, elements: usize) -> Vec<&[T]> {
-        (1..self.ranks).map(|rank| self.part(rank, 0, elements)).collect()
-    }
-
     /// What a rank wrote from its `at`-th element on, for the exchange that has just been met. `T` has no invalid bits.
     fn part<T: Copy>(&self, rank: usize, at: usize, elements: usize) -> &[T] {
         // After `meet` the number is one ahead.
@@ -241,23 +228,6 @@ fn place_of(from: usize, to: usize) -> usize {
 fn clamped<T>(values: &[T], start: usize, length: usize) -> &[T] {
     let start = start.min(values.len());
     &values[start..values.len().min(start + length)]
-}
-
-/// Puts consecutive values of a `[rows, width]` array, the first of them its `at`-th, into columns of a wider one.
-fn place_columns<T: Copy>(
-    mut values: &[T],
-    mut at: usize,
-    width: usize,
-    output: &mut [T],
-    total: usize,
-    column: usize,
-) {
-    while !values.is_empty() {
-        let (row, offset) = (at / width, at % width);
-        let (now, rest) = values.split_at(values.len().min(width - offset));
-        output[row * total + column + offset..][..now.len()].copy_from_slice(now);
-        (values, at) = (rest, at + now.len());
-    }
 }
 
 fn require(what: &'static str, given: usize, limit: usize) -> Result<(), RankError> {

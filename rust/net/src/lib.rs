@@ -1,4 +1,4 @@
-//! Sockets of llmscale: `ZeroMQ` endpoints, CURVE keys and the links from an engine to its workers.
+//! Sockets of llmscale: `ZeroMQ` endpoints, CURVE keys, the links from an engine to its workers, and streams among ranks.
 //! It moves frames of bytes with bounded queues and never blocks on a send; a peer is admitted by its
 //! CURVE key or, on loopback only, without one. It knows nothing of messages, requests or models.
 
@@ -16,6 +16,7 @@ pub mod peer;
 pub mod phase;
 pub mod poller;
 pub mod principal;
+pub mod rank_streams;
 pub mod receive;
 pub mod send;
 pub mod server;
@@ -40,6 +41,7 @@ pub use peer::PeerId;
 pub use phase::Phase;
 pub use poller::{PollHandle, Poller, Ready};
 pub use principal::{Principal, Role, Roles};
+pub use rank_streams::{RankStreams, StreamError};
 pub use receive::{ReceiveError, Received};
 pub use send::SendError;
 pub use server::{ServerEndpoint, ServerKeys};

@@ -14,6 +14,7 @@ mod kernels;
 mod limits;
 mod local;
 mod process;
+mod rank_streams;
 mod ranks;
 mod request;
 mod sample;
@@ -47,6 +48,8 @@ mod _core {
     use crate::measure::measure_steady_decode;
     #[pymodule_export]
     use crate::process::{adopt_orphans, end_with_parent};
+    #[pymodule_export]
+    use crate::rank_streams::PyRankStreams;
     #[pymodule_export]
     use crate::ranks::{PyRankChannel, PyRankMemory};
     #[pymodule_export]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from pathlib import Path
@@ -12,14 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed import HashStore
 
+from llmscale._core import RankStreams
 from llmscale.errors import WorkerError
 from llmscale.models.shard import RankPlace
 from llmscale.node.rank_meeting import RankMeeting
 from llmscale.parallel.assignment import Meeting
 from llmscale.parallel.groups import join_stages, join_world
 from llmscale.parallel.layout import HostLayout
-from llmscale.parallel.pipeline import StageLink
+from llmscale.parallel.pipeline import StageLink, StreamEdge
+from llmscale.parallel.streams import Circle, open_streams
 
 STEPS = 12
 HIDDEN = 48
@@ -80,9 +84,34 @@ def test_three_stages_of_one_host_pass_on_what_they_compute(rows: list[int], ahe
         assert ids.result(60) == [[step + 1 + row * HIDDEN for row in range(count)] for step, count in enumerate(rows)]
 
 
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=STEPS), st.integers(0, 3))
+def test_two_stages_of_different_hosts_exchange_over_streams(rows: list[int], ahead: int) -> None:
+    store = HashStore()
+
+    def edge(name: str, index: int) -> StreamEdge:
+        return StreamEdge(RankStreams(open_streams(Circle(name, index, 2), store, "lo", 60), index))
+
+    def first() -> list[list[int]]:
+        behind = edge("edge-0-1", 0)
+        return first_stage(StageLink(None, behind, edge("edge-1-0", 1)), rows, ahead)
+
+    def last() -> None:
+        before = edge("edge-0-1", 1)
+        last_stage(StageLink(before, None, edge("edge-1-0", 0)), rows)
+
+    with ThreadPoolExecutor(2) as pool:
+        ids, other = pool.submit(first), pool.submit(last)
+        other.result(60)
+        assert ids.result(60) == [[step + row * HIDDEN for row in range(count)] for step, count in enumerate(rows)]
+
+
 def over_gloo(stage: int, rendezvous: str, rows: list[int], answer: Connection) -> None:
+    """What GPUs use, on CPUs: the same calls with another backend."""
     place, meeting = RankPlace(0, 1, stage, 2), Meeting(rendezvous=rendezvous)
-    link = join_stages(place, meeting, join_world(place, meeting))
+    world = join_world(place, meeting)
+    assert world is not None
+    link = join_stages(place, meeting, replace(world, on_cpus=False))
     assert link is not None
     work: Callable[[], object] = (lambda: first_stage(link, rows, 1)) if stage == 0 else lambda: last_stage(link, rows)
     answer.send(work())
