@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from itertools import combinations, pairwise
+from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmscale.models.stages import divide
+from llmscale.models.registry import describe_model
+from llmscale.models.stages import divide, stage_layers
+from tests.models_support import write_config
 
 
 def slowest(costs: list[int], last_cost: int, bounds: tuple[int, ...]) -> int:
@@ -27,7 +30,14 @@ def test_no_other_cut_has_a_faster_slowest_stage(costs: list[int], last_cost: in
     assert slowest(costs, last_cost, bounds) == min(slowest(costs, last_cost, other) for other in others)
 
 
-def test_the_head_counts_as_the_layers_that_it_weighs() -> None:
+def test_the_last_part_counts_as_what_it_costs() -> None:
     assert divide([3] * 30, 24, 2) == (0, 19, 30)
     assert divide([3] * 30, 0, 2) == (0, 15, 30)
     assert divide([3] * 4, 1_000, 2) == (0, 3, 4)
+
+
+def test_a_large_head_is_worth_fewer_layers_than_it_weighs(tmp_path: Path) -> None:
+    """It weighs as much as 8 of these layers and takes the time of 4 to 6."""
+    shape = {"hidden_size": 576, "intermediate_size": 1_536, "num_hidden_layers": 30, "vocab_size": 49_152}
+    write_config(tmp_path, **shape, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
+    assert stage_layers(describe_model(tmp_path).spec, 2) == (0, 17, 30)
