@@ -51,11 +51,14 @@ class Fleet:
             yield started
 
     @contextmanager
-    def gateway(self, *nodes: NodeProcess, max_wait_seconds: float = 60.0, on: Host | None = None) -> Iterator[Server]:
-        """A gateway in front of nodes."""
+    def gateway(
+        self, *nodes: NodeProcess | str, max_wait_seconds: float = 60.0, on: Host | None = None
+    ) -> Iterator[Server]:
+        """A gateway in front of nodes, or of addresses that lead to them."""
         words = ("--key-file", str(self.keys / "gateway-edge.key"), f"--node-key={self.node_key}")
         words += ("--max-wait-seconds", str(max_wait_seconds))
-        with gateway([started.address for started in nodes], *words, on=on) as server:
+        addresses = [to if isinstance(to, str) else to.address for to in nodes]
+        with gateway(addresses, *words, on=on) as server:
             yield server
 
     @staticmethod
