@@ -47,11 +47,13 @@ pub enum Planted {
     KeepsRacingAfterTheFirstToken,
     /// A front always finds room in its retry budget.
     RetriesWithoutBudget,
+    /// A node speaks its own newest version to whoever greets it.
+    SpeaksItsOwnVersion,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::KeepsCacheOfDeadWorker,
         Self::ConvictsAtOnce,
         Self::GivesRowsToTheNextInSlot,
@@ -73,6 +75,7 @@ impl Planted {
         Self::EjectsMoreThanHalf,
         Self::KeepsRacingAfterTheFirstToken,
         Self::RetriesWithoutBudget,
+        Self::SpeaksItsOwnVersion,
     ];
 
     /// Whether this thread has the bug.

@@ -2,6 +2,7 @@
 //! one; the handshake itself keeps the layout of version 1 for ever, with fields only ever added at its end.
 
 use crate::error::WireError;
+use llmscale_types::Planted;
 
 /// Versions that this build speaks.
 pub const VERSIONS: VersionRange = VersionRange { low: 1, high: 1 };
@@ -19,9 +20,9 @@ pub struct VersionRange {
 }
 
 impl VersionRange {
-    /// The newest version that both sides speak.
+    /// The newest version that both sides speak: `self` has greeted `other`.
     pub fn newest_common(self, other: Self) -> Option<u8> {
-        let newest = self.high.min(other.high);
+        let newest = if Planted::SpeaksItsOwnVersion.is_here() { other.high } else { self.high.min(other.high) };
         (newest >= self.low.max(other.low)).then_some(newest)
     }
 
