@@ -7,6 +7,7 @@ has computed some steps since the last time, because a request that is alone in 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -69,27 +70,34 @@ class Killer:
     def strike(self) -> None:
         """Waits until a replica has done enough since it was hit for the last time, and hits it."""
         wanted = self.chance.randint(LEAST_STEPS, MOST_STEPS)
-        wait_until(lambda: bool(self._ripe(wanted)), 60, f"a replica has computed {wanted} steps")
-        pid = self.chance.choice(self._ripe(wanted) or self._ripe(LEAST_STEPS))
-        worker = psutil.Process(pid)
+        ripe: list[psutil.Process] = []
+
+        def is_ripe() -> bool:
+            ripe[:] = self._ripe(wanted)
+            return bool(ripe)
+
+        wait_until(is_ripe, 60, f"a replica has computed {wanted} steps")
+        worker = self.chance.choice(ripe)
         what, victim = ("node", worker.parent()) if self.chance.random() < NODES_PER_KILL else ("worker", worker)
         assert victim is not None
         victim.kill()
         self.killed.append(what)
         # What a failure shows beside the server's log.
-        print(f"killed the {what} of worker {pid} after {wanted} steps or more")
+        print(f"killed the {what} of worker {worker.pid} after {wanted} steps or more")
         wait_until(lambda: not is_alive(worker), 10, f"the worker ends with its {what}")
 
-    def _ripe(self, wanted: int) -> list[int]:
+    def _ripe(self, wanted: int) -> list[psutil.Process]:
         """Workers that run something and have done so many steps, by process id."""
         found = []
         for one in replicas(self.server):
             pid = one["worker_pid"]
             if one["state"] == "ready" and pid:
                 done = one["steps"] - self._steps.setdefault(pid, one["steps"])
-                if done >= wanted and one["running"] and psutil.pid_exists(pid):
-                    found.append(pid)
-        return sorted(found)
+                # What the fleet says is a quarter of a second old: a dead worker must not be hit once more.
+                if done >= wanted and one["running"]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        found.append(psutil.Process(pid))
+        return sorted(filter(is_alive, found), key=lambda worker: worker.pid)
 
 
 @pytest.fixture(scope="module")
