@@ -128,9 +128,10 @@ impl Ledger {
         account.delivered.len() as u32
     }
 
-    /// How the last token of a request was computed, if that is known.
+    /// How the last token of a request was computed, if that is known: while its client is away, tokens come unseen.
     pub(crate) fn numerics(&self, request: RequestId) -> Option<&'static str> {
-        self.accounts[&request].numerics
+        let account = &self.accounts[&request];
+        account.numerics.filter(|_| account.away_since.is_none())
     }
 
     /// An attempt leaves for a place, instead of the one before or beside it.

@@ -70,6 +70,11 @@ fn seed_111222_where_a_prefix_that_was_there_twice_was_said_to_be_gone_with_the_
     Simulation::run_kept(111_222);
 }
 
+#[test]
+fn seed_14311_where_a_stream_had_moved_while_its_client_was_away() {
+    Simulation::run(14_311);
+}
+
 /// Processes that die without a word: what streams have to survive.
 const KILLS: [&str; 4] = ["worker_crashed", "worker_condemned", "worker_deadly_token", "node_crashed"];
 const MANY_KILLS: u64 = 100_000;
