@@ -1,8 +1,9 @@
 """Goal: whatever is killed, and however often, every client gets the answer that it would have got anyway.
 
 Method: two replicas under a load that never stops, SIGKILL to workers and nodes at random by a seed that a failure
-names; every event of every client is compared with an undisturbed run in float32. A replica is hit again only when it
-has computed some steps since the last time, because a request that is alone in two crashes is ended on purpose.
+names; every event of every client is compared with an undisturbed run in float32. The next one is hit only when both
+replicas are there and have computed some steps since the last time: a request that is alone in two crashes is ended on
+purpose, wherever it has moved between them, and a fleet of which nothing is left answers when a node is back.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tests.chaos.history import Event, History, Kind, faults, gaps
 from tests.family import is_alive
 from tests.processes import Server, serving, wait_until
 
+REPLICAS = 2
 STREAMS = 8
 TOKENS = 300
 # A node that is started again imports torch twice, which takes more of two cores than all streams together.
@@ -55,7 +57,7 @@ def replicas(server: Server) -> list[dict[str, Any]]:
 
 def all_ready(server: Server) -> bool:
     """Whether both replicas would take a request."""
-    return [one["state"] for one in replicas(server)] == ["ready"] * 2
+    return [one["state"] for one in replicas(server)] == ["ready"] * REPLICAS
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Killer:
     _steps: dict[int, int] = field(default_factory=dict)
 
     def strike(self) -> None:
-        """Waits until a replica has done enough since it was hit for the last time, and hits it."""
+        """Waits until both replicas have done enough since the last hit, and hits one."""
         wanted = self.chance.randint(LEAST_STEPS, MOST_STEPS)
         ripe: list[psutil.Process] = []
 
@@ -85,25 +87,28 @@ class Killer:
         # What a failure shows beside the server's log.
         print(f"killed the {what} of worker {worker.pid} after {wanted} steps or more")
         wait_until(lambda: not is_alive(worker), 10, f"the worker ends with its {what}")
+        self._steps.clear()
 
     def _ripe(self, wanted: int) -> list[psutil.Process]:
-        """Workers that run something and have done so many steps, by process id."""
-        found = []
+        """Workers that run something and have done so many steps, by process id; none while any has done too few."""
+        found, done = [], []
         for one in replicas(self.server):
             pid = one["worker_pid"]
             if one["state"] == "ready" and pid:
-                done = one["steps"] - self._steps.setdefault(pid, one["steps"])
                 # What the fleet says is a quarter of a second old: a dead worker must not be hit once more.
-                if done >= wanted and one["running"]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        found.append(psutil.Process(pid))
-        return sorted(filter(is_alive, found), key=lambda worker: worker.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker = psutil.Process(pid)
+                    steps = one["steps"] - self._steps.setdefault(pid, one["steps"])
+                    done += [steps] if is_alive(worker) else []
+                    found += [worker] if steps >= wanted and one["running"] and is_alive(worker) else []
+        both = len(done) == REPLICAS and min(done) >= LEAST_STEPS
+        return sorted(found, key=lambda worker: worker.pid) if both else []
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Two replicas, ready."""
-    with serving("tiny-chat", "--dtype", "float32", "--replicas", "2") as server:
+    with serving("tiny-chat", "--dtype", "float32", "--replicas", str(REPLICAS)) as server:
         wait_until(lambda: all_ready(server), 60, "both replicas are ready")
         yield server
 
