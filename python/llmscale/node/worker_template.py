@@ -7,6 +7,7 @@ which adopts orphans for that. One order at a time. Does not know what a copy is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Sequence
 
@@ -18,7 +19,6 @@ from llmscale.errors import WorkerError
 _log = structlog.get_logger("llmscale.node")
 
 PID_BYTES = 4
-STOP_SECONDS = 2.0
 
 
 class WorkerTemplate:
@@ -78,15 +78,13 @@ class WorkerTemplate:
         return int.from_bytes(answer, "little") if answer else None
 
     async def close(self) -> None:
-        """Ends it, if it runs: it does so by itself when its socket is closed, and is killed after two seconds."""
+        """Ends it, if it runs. It has nothing to put in order; ending in peace with torch loaded takes it 0.7 s."""
         if self._orders is not None:
             self._orders.close()
             self._orders = None
         if self._process is not None:
-            try:
-                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
-            except TimeoutError:
-                # In the middle of its imports.
+            # It may have ended by itself.
+            with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
-                await self._process.wait()
+            await self._process.wait()
             self._process = None
