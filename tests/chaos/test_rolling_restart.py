@@ -23,7 +23,7 @@ def restart(server: Server, node: psutil.Process) -> None:
     """Drains a node, and waits until its successor would take a request."""
     node.send_signal(signal.SIGTERM)
     wait_until(lambda: not node.is_running(), 20, "the node has drained and ended")
-    wait_until(lambda: not all_ready(server), 5, "the gateway has noticed")
+    wait_until(lambda: not all_ready(server), 30, "the gateway has noticed")
     wait_until(lambda: all_ready(server), 40, "its successor is ready")
     wait_until(lambda: all(one["running"] for one in replicas(server)), 20, "both replicas run streams")
 

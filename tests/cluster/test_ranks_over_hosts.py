@@ -188,7 +188,7 @@ def test_the_leaders_end_ends_the_ranks_everywhere_and_the_next_leader_finds_the
         group.leader.process.kill()
         assert group.leader.process.wait(5) == -signal.SIGKILL
         assert not alive_after(ranks, 10), "ranks without a leader end"
-        wait_until(lambda: "the leader is gone" in follower.log(), 10, "the follower notices")
+        wait_until(lambda: "the leader is gone" in follower.log(), 30, "the follower notices")
         assert follower.process.poll() is None
         with leading(fleet, group_options(a, group.layout), tmp_path / "again", a) as again:
             assert answers(fleet, again) == expected

@@ -82,7 +82,7 @@ def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_prob
             wait_until(lambda: time.monotonic() - began > STALL_SECONDS, 60, "it has stood still for long enough")
         assert all(answer.result()["usage"]["completion_tokens"] == 4 for answer in answers)
         # With nobody asking, it stays what it is after its span.
-        wait_until(lambda: replica(server, victim["node"])["trust"] == "probing", 10, "its span is over")
+        wait_until(lambda: replica(server, victim["node"])["trust"] == "probing", 30, "its span is over")
         said = replica(server, victim["node"])
         assert (said["state"], said["ejections"]) == ("ready", 1)
         assert said["recent_late"] >= 5

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import socket
-import time
 
 import psutil
 import pytest
@@ -21,7 +20,6 @@ from tests.fakes.raw_http import BODY, HEADER, code, post, status
 
 async def test_a_header_that_never_ends_is_closed_in_time(gateway: Serving) -> None:
     reader, writer = await gateway.raw()
-    started = time.monotonic()
     writer.write(b"GET /v1/models HTTP/1.1\r\n")
     answer = b""
     with contextlib.suppress(ConnectionError):
@@ -33,7 +31,8 @@ async def test_a_header_that_never_ends_is_closed_in_time(gateway: Serving) -> N
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.05):
                     answer += await reader.read(1_000)
-    assert time.monotonic() - started < 3
+        else:
+            raise AssertionError("it is still open after a hundred lines and five seconds")
     assert (status(answer), code(answer)) == (408, "arrival_timeout")
 
 
@@ -64,9 +63,9 @@ async def test_a_hundred_slow_clients_do_not_delay_an_honest_one(gateway: Servin
     slow = [await gateway.raw() for _ in range(100)]
     for _, writer in slow:
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
-    started = time.monotonic()
     assert status(await gateway.exchange(post(BODY))) == 200
-    assert time.monotonic() - started < 0.5
+    # It has not waited for them: they are still being waited for.
+    assert len(gateway.server.server_state.connections) > 1
     await until(lambda: len(gateway.server.server_state.connections) == 0, seconds=5)
 
 
