@@ -22,13 +22,19 @@ STREAMS = 6
 def restart(server: Server, node: psutil.Process) -> None:
     """Drains a node, and waits until its successor would take a request."""
     node.send_signal(signal.SIGTERM)
-    wait_until(lambda: not node.is_running(), 20, "the node has drained and ended")
+    wait_until(lambda: not node.is_running(), 60, "the node has drained and ended")
     wait_until(lambda: not all_ready(server), 30, "the gateway has noticed")
-    wait_until(lambda: all_ready(server), 40, "its successor is ready")
-    wait_until(lambda: all(one["running"] for one in replicas(server)), 20, "both replicas run streams")
+    wait_until(lambda: all_ready(server), 100, "its successor is ready")
+    wait_until(lambda: both_take_streams(server), 60, "both replicas run streams")
 
 
-@pytest.mark.timeout(180)
+def both_take_streams(server: Server) -> bool:
+    """Whether streams can be handed over from either to the other. One whose first tokens came late, on a machine that
+    reads torch from its disk, is left alone for a while; then streams end where they are."""
+    return all(one["running"] and one["trust"] == "trusted" for one in replicas(server))
+
+
+@pytest.mark.timeout(400)
 def test_a_rolling_restart_under_load_loses_no_stream() -> None:
     with serving("tiny-chat", "--dtype", "float32", "--replicas", "2") as server:
         wait_until(lambda: all_ready(server), 60, "both replicas are ready")
@@ -36,7 +42,7 @@ def test_a_rolling_restart_under_load_loses_no_stream() -> None:
         nodes = [psutil.Process(one["worker_pid"]).parent() for one in replicas(server)]
         history = History()
         with Load(server, BODIES, history).running(STREAMS) as look:
-            wait_until(lambda: all(one["running"] for one in replicas(server)), 20, "both replicas run streams")
+            wait_until(lambda: both_take_streams(server), 60, "both replicas run streams")
             for node in nodes:
                 assert node is not None
                 restart(server, node)
