@@ -60,6 +60,15 @@ def test_a_number_of_replicas_out_of_bounds_is_one_line() -> None:
         pass
 
 
+def queried_tokens(server: Server) -> list[float]:
+    """Tokens that each of two replicas was asked for in its prefix cache."""
+    lines = [line.split() for line in server.get("/metrics").text.splitlines()]
+    name = "llmscale:prefix_cache_queries_total{"
+    queried = [float(words[1]) for words in lines if words and words[0].startswith(name)]
+    assert len(queried) == 2, queried
+    return queried
+
+
 def conversation(number: int, sentences: int) -> dict[str, object]:
     told = [
         f"Sentence {at} of tale {number} names {at * 7 + number} ships and {at + 3 * number} bells." for at in range(24)
@@ -84,8 +93,5 @@ def test_conversations_come_back_to_the_replica_that_has_their_beginning() -> No
             second = list(pool.map(lambda number: cached(number, 18), range(CONVERSATIONS)))
         # Placed blindly, all of them would be lucky once in 256 times.
         assert min(tokens for tokens, _ in second) >= 256, (first, second)
-        lines = [line.split() for line in server.get("/metrics").text.splitlines()]
-        name = "llmscale:prefix_cache_queries_total{"
-        asked = [float(words[1]) for words in lines if words and words[0].startswith(name)]
-        assert len(asked) == 2, asked
-        assert min(asked) > 0, "both replicas had conversations"
+        # A replica's report may be a quarter of a second old.
+        wait_until(lambda: min(queried_tokens(server)) > 0, 30, "both replicas had conversations")
