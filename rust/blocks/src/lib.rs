@@ -1,9 +1,11 @@
-//! Paged KV blocks of one replica: which block holds what, who shares it, which one is reused next.
-//! `pool` counts references, `prefix` remembers contents, `store` composes both into what the scheduler asks for.
+//! Paged KV blocks of one replica: which block holds what, who shares it, which one is reused next, on the device and on
+//! the host behind it. `pool` counts references, `prefix` remembers contents, `host` is the second tier, `store` composes
+//! them into what the scheduler asks for.
 //! Nothing here moves a byte of KV: it is bookkeeping that workers follow.
 
 pub mod chain;
 pub mod changes;
+pub mod host;
 pub mod pool;
 pub mod prefix;
 pub mod store;
@@ -12,4 +14,4 @@ pub use chain::{BlockHash, ChainHasher, Namespace};
 pub use changes::Changes;
 pub use pool::BlockPool;
 pub use prefix::PrefixIndex;
-pub use store::{BlockStore, CacheCounters};
+pub use store::{BlockStore, CacheCounters, Found, PrefixHit};

@@ -1,6 +1,6 @@
-//! Prefix index. Remembers for each block which ids it holds after which parent, and finds the block of a given chain
-//! hash in O(1). A hit must agree in namespace, parent content and ids, so a hash collision costs a miss and never
-//! another request's content. One entry per block, hence bounded by the pool; the pool decides when an entry dies.
+//! Prefix index of one tier. Remembers for each block which ids it holds after which parent, and finds the block of a
+//! given chain hash in O(1). A hit must agree in namespace, parent content and ids, so a hash collision costs a miss and
+//! never another request's content. One entry per block, hence bounded by the pool; the pool decides when an entry dies.
 
 use crate::chain::{BlockHash, Namespace};
 use llmscale_types::{BlockId, PrefixKey, Token};
@@ -10,24 +10,40 @@ use std::num::NonZeroU64;
 /// Names one registered content for ever, so that a child can tell its parent from a later tenant of the same block.
 pub type ContentId = NonZeroU64;
 
-#[derive(Clone, Debug)]
-struct Entry {
-    content: ContentId,
-    parent: Option<ContentId>,
-    namespace: Namespace,
-    hash: BlockHash,
+/// What one block holds besides its ids.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Content {
+    /// Its name, on every tier.
+    pub id: ContentId,
+    /// What comes before it.
+    pub parent: Option<ContentId>,
+    /// Who may find it.
+    pub namespace: Namespace,
+    /// The chain's hash up to its end.
+    pub hash: BlockHash,
     /// Whether the prefix that it ends is one that the fleet knows by name.
-    named: bool,
+    pub named: bool,
+}
+
+impl Content {
+    /// The name of the prefix that it ends, if it has one.
+    pub fn name(&self) -> Option<PrefixKey> {
+        self.named.then(|| PrefixKey::of_hash(&self.hash))
+    }
+
+    /// What a copy of it is known by.
+    pub fn tag(&self) -> u64 {
+        key(&self.hash)
+    }
 }
 
 /// Contents of blocks, by chain hash. Looked up by hash, never iterated.
 #[derive(Debug)]
 pub struct PrefixIndex {
     block_tokens: usize,
-    entries: Vec<Option<Entry>>,
+    entries: Vec<Option<Content>>,
     ids: Vec<Token>,
     by_hash: FxHashMap<u64, BlockId>,
-    next_content: u64,
 }
 
 impl PrefixIndex {
@@ -38,7 +54,6 @@ impl PrefixIndex {
             entries: vec![None; total as usize],
             ids: vec![0; total as usize * block_tokens as usize],
             by_hash: FxHashMap::default(),
-            next_content: 1,
         }
     }
 
@@ -54,34 +69,42 @@ impl PrefixIndex {
         let entry = self.entries[block.index()].as_ref()?;
         let same =
             entry.hash == *hash && entry.parent == parent && entry.namespace == *namespace && self.ids_of(block) == ids;
-        same.then_some((block, entry.content))
+        same.then_some((block, entry.id))
     }
 
-    /// Records that `block` holds `ids` after `parent`. A block of the same hash keeps its place: the older copy is the
-    /// one that others already share. `named` says whether the fleet knows the prefix that ends here by name. Returns the
-    /// content that later blocks name as their parent, and whether it is new.
-    pub fn register(
-        &mut self,
-        block: BlockId,
-        namespace: &Namespace,
-        parent: Option<ContentId>,
-        hash: &BlockHash,
-        ids: &[Token],
-        named: bool,
-    ) -> (ContentId, bool) {
+    /// The block that holds this content, if any.
+    pub fn find_content(&self, content: &Content, ids: &[Token]) -> Option<BlockId> {
+        let found = self.find(&content.namespace, content.parent, &content.hash, ids)?;
+        (found.1 == content.id).then_some(found.0)
+    }
+
+    /// Whether a prefix of this hash can be found that has a name. Contents that were computed again after a lost parent have
+    /// one name with the older ones.
+    pub fn has_name(&self, hash: &BlockHash) -> bool {
+        let block = self.by_hash.get(&key(hash));
+        block.is_some_and(|block| self.entries[block.index()].as_ref().is_some_and(|entry| entry.named))
+    }
+
+    /// Records what a block holds. Of two blocks with one hash the newer is found; the older stays unreachable until it is
+    /// reused.
+    pub fn insert(&mut self, block: BlockId, content: Content, ids: &[Token]) {
         assert_eq!(ids.len(), self.block_tokens, "only full blocks are registered");
-        if let Some((_, content)) = self.find(namespace, parent, hash, ids) {
-            return (content, false);
-        }
         assert!(self.entries[block.index()].is_none(), "block {block} is registered twice");
-        let content = ContentId::new(self.next_content).expect("starts at one");
-        self.next_content += 1;
         let start = block.index() * self.block_tokens;
         self.ids[start..start + self.block_tokens].copy_from_slice(ids);
-        self.entries[block.index()] = Some(Entry { content, parent, namespace: *namespace, hash: *hash, named });
-        // After a collision the newer content takes the place; the older stays unreachable until its block is reused.
-        self.by_hash.insert(key(hash), block);
-        (content, true)
+        self.by_hash.insert(key(&content.hash), block);
+        self.entries[block.index()] = Some(content);
+    }
+
+    /// What the block holds, whether it can be found or not.
+    pub fn content(&self, block: BlockId) -> Option<&Content> {
+        self.entries[block.index()].as_ref()
+    }
+
+    /// What the block holds, with its ids, if it can be found.
+    pub fn reachable(&self, block: BlockId) -> Option<(&Content, &[Token])> {
+        let content = self.entries[block.index()].as_ref()?;
+        (self.by_hash.get(&key(&content.hash)) == Some(&block)).then(|| (content, self.ids_of(block)))
     }
 
     /// Whether the block's content can still be found.
@@ -89,26 +112,21 @@ impl PrefixIndex {
         self.entries[block.index()].is_some()
     }
 
-    /// The block is about to hold something else. Returns the name of the prefix that cannot be found any more, if it has
-    /// one. What was computed again after a lost parent is there twice, and found in the newer block alone.
-    pub fn forget(&mut self, block: BlockId) -> Option<PrefixKey> {
-        let entry = self.entries[block.index()].take()?;
-        if self.by_hash.get(&key(&entry.hash)) != Some(&block) {
-            return None;
+    /// The block is about to hold something else.
+    pub fn forget(&mut self, block: BlockId) {
+        let Some(entry) = self.entries[block.index()].take() else { return };
+        // What was computed again after a lost parent is there twice, and found in the newer block alone.
+        if self.by_hash.get(&key(&entry.hash)) == Some(&block) {
+            self.by_hash.remove(&key(&entry.hash));
         }
-        self.by_hash.remove(&key(&entry.hash));
-        entry.named.then(|| PrefixKey::of_hash(&entry.hash))
     }
 
-    /// Names of all prefixes that have one and can be found. O(blocks).
-    pub fn named(&self) -> impl Iterator<Item = PrefixKey> {
-        self.entries.iter().enumerate().filter_map(|(block, entry)| {
-            let entry = entry.as_ref().filter(|entry| entry.named)?;
-            (self.by_hash.get(&key(&entry.hash))?.index() == block).then(|| PrefixKey::of_hash(&entry.hash))
-        })
+    /// Everything that can be found, by block. O(blocks).
+    pub fn all_reachable(&self) -> impl Iterator<Item = &Content> {
+        (0..self.entries.len() as u32).filter_map(|block| self.reachable(BlockId(block)).map(|(content, _)| content))
     }
 
-    /// The device's memory is gone: nothing is known any more. Content ids go on, so that none is named twice.
+    /// The memory is gone: nothing is known any more.
     pub fn clear(&mut self) {
         self.entries.fill(None);
         self.by_hash.clear();

@@ -1,11 +1,13 @@
-//! The block store: pool and prefix index as one thing. Hands out blocks, finds shared prefixes, takes blocks back.
-//! Every operation is O(blocks named in it). Sequences own their tables; the store owns counts and contents.
+//! The block store: the tiers' pools and prefix indexes as one thing. Hands out blocks, finds shared prefixes, takes
+//! blocks back, and says what has to be copied when a content goes from one tier to the other. Every operation is
+//! O(blocks named in it). Sequences own their tables; the store owns counts and contents.
 
 use crate::chain::{BlockHash, ChainHasher, Namespace};
 use crate::changes::Changes;
+use crate::host::{HostTier, Lost};
 use crate::pool::BlockPool;
-use crate::prefix::{ContentId, PrefixIndex};
-use llmscale_types::{BlockId, KvEvent, PrefixKey, Token};
+use crate::prefix::{Content, ContentId, PrefixIndex};
+use llmscale_types::{BlockCopy, BlockId, CopyDirection, Delta, HostBlockId, KvEvent, Planted, PrefixKey, Token};
 
 /// How often prefixes were looked for and found, in tokens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -14,8 +16,14 @@ pub struct CacheCounters {
     pub queried_tokens: u64,
     /// Tokens whose blocks were found.
     pub hit_tokens: u64,
-    /// Blocks whose content was dropped to hold something else.
+    /// Blocks whose content was dropped to hold something else, copied to the host or not.
     pub evicted_blocks: u64,
+    /// Blocks that were copied to the host when they were evicted.
+    pub offloaded_blocks: u64,
+    /// Blocks that were copied back from the host.
+    pub restored_blocks: u64,
+    /// Host blocks that did not hold what they should.
+    pub bad_host_blocks: u64,
 }
 
 /// Pool and prefix index of one replica.
@@ -23,6 +31,13 @@ pub struct CacheCounters {
 pub struct BlockStore {
     pool: BlockPool,
     prefix: PrefixIndex,
+    host: HostTier,
+    /// Contents that were named so far, on any tier.
+    contents: u64,
+    /// What the next step has to copy, in order.
+    copies: Vec<BlockCopy>,
+    /// How many more blocks the next step may copy out.
+    offloads_allowed: u32,
     hasher: ChainHasher,
     block_tokens: u32,
     counters: CacheCounters,
@@ -31,27 +46,54 @@ pub struct BlockStore {
     blocks_per_key: u32,
 }
 
-/// A prefix that was found, already shared with the asker.
+/// Where one block of a prefix was found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Found {
+    /// On the device.
+    Device(BlockId),
+    /// On the host alone.
+    Host(HostBlockId),
+}
+
+/// A prefix that was found.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct PrefixHit {
-    /// Blocks in order, one reference each taken for the asker.
-    pub blocks: Vec<BlockId>,
-    /// Content of the last of them: the parent of what the asker computes next.
+    /// Blocks in order.
+    pub blocks: Vec<Found>,
+    /// How many of them, from the first on, are on the device.
+    pub leading_device_blocks: usize,
+    /// Content of the last of these: the parent of what comes behind them.
     pub content: Option<ContentId>,
 }
 
 impl BlockStore {
-    /// A store of `total` free blocks.
+    /// A store of `total` free blocks, without a host tier.
     pub fn new(total: u32, block_tokens: u32, hasher: ChainHasher) -> Self {
         Self {
             pool: BlockPool::new(total),
             prefix: PrefixIndex::new(total, block_tokens),
+            host: HostTier::new(0, block_tokens),
+            contents: 0,
+            copies: Vec::new(),
+            offloads_allowed: 0,
             hasher,
             block_tokens,
             counters: CacheCounters::default(),
             changes: Changes::default(),
             blocks_per_key: PrefixKey::TOKENS / block_tokens,
         }
+    }
+
+    /// The same with a host tier of this many blocks.
+    #[must_use]
+    pub fn with_host_blocks(mut self, host_blocks: u32) -> Self {
+        self.host = HostTier::new(host_blocks, self.block_tokens);
+        self
+    }
+
+    /// Blocks of the host tier.
+    pub fn host_blocks(&self) -> u32 {
+        self.host.total()
     }
 
     /// Blocks in all.
@@ -91,33 +133,145 @@ impl BlockStore {
         (found, found_free)
     }
 
-    /// Finds and shares the longest cached prefix of the chain.
-    pub fn share_prefix(&mut self, namespace: &Namespace, hashes: &[BlockHash], ids: &[Token]) -> PrefixHit {
+    /// Finds the longest cached prefix of the chain, on either tier. Takes nothing.
+    pub fn find_prefix(&mut self, namespace: &Namespace, hashes: &[BlockHash], ids: &[Token]) -> PrefixHit {
         let mut hit = PrefixHit::default();
+        let mut parent = None;
         for (hash, block_ids) in hashes.iter().zip(ids.chunks_exact(self.block_tokens as usize)) {
-            let Some((block, content)) = self.prefix.find(namespace, hit.content, hash, block_ids) else { break };
-            self.pool.share(block);
-            hit.blocks.push(block);
-            hit.content = Some(content);
+            if let Some((block, content)) = self.prefix.find(namespace, parent, hash, block_ids) {
+                parent = Some(content);
+                if hit.leading_device_blocks == hit.blocks.len() {
+                    hit.leading_device_blocks += 1;
+                    hit.content = parent;
+                }
+                hit.blocks.push(Found::Device(block));
+            } else if let Some((block, content)) = self.host.prefix.find(namespace, parent, hash, block_ids) {
+                parent = Some(content);
+                hit.blocks.push(Found::Host(HostBlockId(block.0)));
+            } else {
+                break;
+            }
         }
         self.counters.queried_tokens += hashes.len() as u64 * u64::from(self.block_tokens);
-        self.counters.hit_tokens += hit.blocks.len() as u64 * u64::from(self.block_tokens);
         hit
+    }
+
+    /// Takes a reference to each block of a prefix that was just found: those on the device are shared, those on the host
+    /// pinned until they are restored or given up.
+    pub fn take_prefix(&mut self, found: &[Found]) {
+        for &found in found {
+            match found {
+                Found::Device(block) => self.pool.share(block),
+                Found::Host(host) => self.host.pin(host),
+            }
+        }
+        self.counters.hit_tokens += found.len() as u64 * u64::from(self.block_tokens);
+    }
+
+    /// Has a pinned host block copied into a block of the asker's, before the next step's rows, and unpins it.
+    pub fn restore(&mut self, host: HostBlockId, block: BlockId) {
+        assert!(self.pool.references(block) > 0, "block {block} is restored for nobody who holds it");
+        let tag = self.host.tag(host);
+        self.host.unpin(host);
+        self.copies.push(BlockCopy { direction: CopyDirection::Restore, block, host, tag });
+        self.counters.restored_blocks += 1;
+    }
+
+    /// Unpins a host block that is not restored after all.
+    pub fn give_up_restore(&mut self, host: HostBlockId) {
+        self.host.unpin(host);
+    }
+
+    /// How many blocks the step that is being planned may copy out.
+    pub fn allow_offloads(&mut self, blocks: u32) {
+        self.offloads_allowed = blocks;
+    }
+
+    /// How many blocks the step that is being planned has to copy so far.
+    pub fn copies(&self) -> usize {
+        self.copies.len()
+    }
+
+    /// What the step has to copy, in order.
+    pub fn take_copies(&mut self) -> Vec<BlockCopy> {
+        std::mem::take(&mut self.copies)
     }
 
     /// Takes one block for new content.
     pub fn allocate(&mut self) -> Option<BlockId> {
         let block = self.pool.allocate()?;
         if self.prefix.holds(block) {
-            if let Some(key) = self.prefix.forget(block) {
+            self.counters.evicted_blocks += 1;
+            self.offload(block);
+            let evicted = self.prefix.reachable(block).map(|(content, _)| content.clone());
+            self.prefix.forget(block);
+            if let Some(content) = evicted
+                && !self.host.prefix.has_name(&content.hash)
+                && let Some(key) = content.name()
+            {
                 self.changes.removed(key);
             }
-            self.counters.evicted_blocks += 1;
         }
         Some(block)
     }
 
-    /// Makes a full, computed block findable by others. `index` is its place in the sequence's table.
+    /// Has what an evicted block holds copied to the host, if it is not there yet.
+    fn offload(&mut self, block: BlockId) {
+        let Some((content, ids)) = self.prefix.reachable(block) else { return };
+        if let Some(host) = self.host.prefix.find_content(content, ids) {
+            self.host.touch(HostBlockId(host.0));
+            return;
+        }
+        if self.offloads_allowed == 0 || self.copies.len() >= Delta::MAX_COPIES {
+            return;
+        }
+        let tag = content.tag();
+        let Some((host, lost)) = self.host.take_in(content.clone(), ids) else { return };
+        self.offloads_allowed -= 1;
+        self.counters.offloaded_blocks += 1;
+        let block = if Planted::OffloadsAnotherBlock.is_here() { BlockId(block.0 ^ 1) } else { block };
+        self.copies.push(BlockCopy { direction: CopyDirection::Offload, block, host, tag });
+        self.say_lost(lost);
+    }
+
+    /// A content left the host: its name is gone unless the device holds it too.
+    fn say_lost(&mut self, lost: Lost) {
+        if let Some(content) = lost
+            && let Some(key) = content.name()
+            && !self.prefix.has_name(&content.hash)
+            && !self.host.prefix.has_name(&content.hash)
+        {
+            self.changes.removed(key);
+        }
+    }
+
+    /// Copies to these blocks were to be made by a step that is lost, or they do not hold what they should. They are not
+    /// pinned.
+    pub fn forget_host_blocks(&mut self, blocks: impl IntoIterator<Item = HostBlockId>) {
+        for host in blocks {
+            let lost = self.host.forget(host);
+            self.say_lost(lost);
+        }
+    }
+
+    /// Host blocks turned out to be bad: see `forget_host_blocks`.
+    pub fn host_blocks_are_bad(&mut self, blocks: &[HostBlockId]) {
+        self.counters.bad_host_blocks += blocks.len() as u64;
+        self.forget_host_blocks(blocks.iter().copied());
+    }
+
+    /// The host tier's memory is another one. Nothing may be pinned.
+    pub fn clear_host(&mut self) {
+        let names: Vec<PrefixKey> = self.names_on_host_alone().collect();
+        self.host.clear();
+        for key in names {
+            self.changes.removed(key);
+        }
+    }
+
+    /// Makes a full, computed block findable by others. `index` is its place in the sequence's table. A block of the same
+    /// content keeps its place: the older copy is the one that others already share. Returns the content that later blocks
+    /// name as their parent.
     pub fn register(
         &mut self,
         index: u32,
@@ -128,18 +282,30 @@ impl BlockStore {
         ids: &[Token],
     ) -> ContentId {
         assert!(self.pool.references(block) > 0, "block {block} is registered by nobody who holds it");
+        if let Some((_, content)) = self.prefix.find(namespace, parent, hash, ids) {
+            return content;
+        }
         // 0 divides nothing.
         let named = (index + 1).is_multiple_of(self.blocks_per_key);
-        let (content, new) = self.prefix.register(block, namespace, parent, hash, ids, named);
-        if named && new {
+        let on_host = self.host.prefix.find(namespace, parent, hash, ids).map(|(_, content)| content);
+        let id = on_host.unwrap_or_else(|| self.next_content());
+        let known = self.prefix.has_name(hash) || self.host.prefix.has_name(hash);
+        let content = Content { id, parent, namespace: *namespace, hash: *hash, named };
+        self.prefix.insert(block, content, ids);
+        if named && !known {
             self.changes.stored(PrefixKey::of_hash(hash));
         }
-        content
+        id
+    }
+
+    fn next_content(&mut self) -> ContentId {
+        self.contents += 1;
+        ContentId::new(self.contents).expect("starts at one")
     }
 
     /// Names a prefix every so many tokens instead of the usual number, before anything is cached.
     pub fn name_prefixes_every(&mut self, tokens: u32) {
-        assert_eq!(self.prefix.named().count(), 0, "names are settled before the first");
+        assert_eq!(self.named().count(), 0, "names are settled before the first");
         self.blocks_per_key = tokens / self.block_tokens;
     }
 
@@ -155,7 +321,12 @@ impl BlockStore {
 
     /// All named prefixes that can be found. O(blocks).
     pub fn named(&self) -> impl Iterator<Item = PrefixKey> {
-        self.prefix.named()
+        self.prefix.all_reachable().filter_map(Content::name).chain(self.names_on_host_alone())
+    }
+
+    fn names_on_host_alone(&self) -> impl Iterator<Item = PrefixKey> {
+        let alone = |content: &&Content| !self.prefix.has_name(&content.hash);
+        self.host.prefix.all_reachable().filter(alone).filter_map(Content::name)
     }
 
     /// Gives a table back, last block first, so that a prefix's children are reused before their parents.
@@ -166,16 +337,21 @@ impl BlockStore {
         }
     }
 
-    /// The device's memory is gone: all blocks are free, nothing is cached. Tables held by anybody are void.
+    /// The device's memory is gone: all blocks are free, nothing is cached but on the host. Tables held by anybody are void.
     pub fn reset(&mut self) {
         self.pool.reset();
         self.prefix.clear();
         self.changes.cleared();
+        let left: Vec<PrefixKey> = self.names_on_host_alone().collect();
+        for key in left {
+            self.changes.stored(key);
+        }
     }
 
     /// Walks everything, given how often sequences reference each block. O(blocks), for tests and idle checks.
-    pub fn check(&self, expected_references: impl Fn(BlockId) -> u32) {
+    pub fn check(&self, expected_references: impl Fn(BlockId) -> u32, expected_pins: impl Fn(HostBlockId) -> u32) {
         self.pool.check();
+        self.host.check(expected_pins);
         for block in (0..self.total()).map(BlockId) {
             let (held, expected) = (self.pool.references(block), expected_references(block));
             assert_eq!(held, expected, "block {block} has {held} references, the tables have {expected}");
@@ -184,83 +360,4 @@ impl BlockStore {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    const TOKENS: u32 = 4;
-
-    fn store(total: u32, bits: u32) -> BlockStore {
-        BlockStore::new(total, TOKENS, ChainHasher::truncated([7; 32], bits))
-    }
-
-    /// Computes a sequence from nothing or from a shared prefix, registers its full blocks, returns its table.
-    fn fill(store: &mut BlockStore, namespace: &Namespace, ids: &[Token]) -> (Vec<BlockId>, usize) {
-        let hashes = store.hasher().clone().chain(namespace, ids, TOKENS);
-        let hit = store.share_prefix(namespace, &hashes, ids);
-        let found = hit.blocks.len();
-        let (mut table, mut parent) = (hit.blocks, hit.content);
-        for (index, block_ids) in ids.chunks_exact(TOKENS as usize).enumerate().skip(found) {
-            let block = store.allocate().expect("the test's pool is large enough");
-            parent = Some(store.register(index as u32, block, namespace, parent, &hashes[index], block_ids));
-            table.push(block);
-        }
-        (table, found)
-    }
-
-    #[test]
-    fn a_prefix_is_shared_between_sequences_of_one_namespace() {
-        let mut store = store(16, 256);
-        let (first, _) = fill(&mut store, &[1; 32], &[1, 2, 3, 4, 5, 6, 7, 8]);
-        let (second, found) = fill(&mut store, &[1; 32], &[1, 2, 3, 4, 9, 9, 9, 9]);
-        assert_eq!((found, first[0] == second[0], first[1] == second[1]), (1, true, false));
-    }
-
-    #[test]
-    fn a_namespace_never_sees_the_blocks_of_another() {
-        let mut store = store(16, 256);
-        fill(&mut store, &[1; 32], &[1, 2, 3, 4]);
-        assert_eq!(fill(&mut store, &[2; 32], &[1, 2, 3, 4]).1, 0);
-    }
-
-    #[test]
-    fn released_contents_are_found_until_their_block_is_reused() {
-        let mut store = store(2, 256);
-        let (table, _) = fill(&mut store, &[1; 32], &[1, 2, 3, 4, 5, 6, 7, 8]);
-        store.release(&table);
-        let hashes = store.hasher().clone().chain(&[1; 32], &[1, 2, 3, 4, 5, 6, 7, 8], TOKENS);
-        assert_eq!(store.probe(&[1; 32], &hashes, &[1, 2, 3, 4, 5, 6, 7, 8]), (2, 2));
-        store.allocate().unwrap();
-        // The child went first: its parent is still of use alone, the other way round it would not be.
-        assert_eq!(store.probe(&[1; 32], &hashes, &[1, 2, 3, 4, 5, 6, 7, 8]), (1, 1));
-        assert_eq!(store.counters().evicted_blocks, 1);
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(200))]
-        /// With two bits of hash nearly every lookup collides; a hit must still hold exactly the asker's ids and namespace.
-        #[test]
-        fn forced_hash_collisions_cost_misses_and_never_content(
-            bits in 1_u32..9,
-            sequences in prop::collection::vec((0_u8..3, prop::collection::vec(0_u32..3, 0..17), any::<bool>()), 1..40),
-        ) {
-            let mut store = store(512, bits);
-            // What each block truly holds: namespace and every id from the start.
-            let mut truth: Vec<Option<(u8, Vec<Token>)>> = vec![None; 512];
-            let mut live: Vec<Vec<BlockId>> = Vec::new();
-            for (space, ids, release) in sequences {
-                let (table, found) = fill(&mut store, &[space; 32], &ids);
-                for (index, block) in table.iter().enumerate() {
-                    let prefix = ids[..(index + 1) * TOKENS as usize].to_vec();
-                    if index < found {
-                        prop_assert_eq!(truth[block.index()].as_ref(), Some(&(space, prefix)));
-                    } else {
-                        truth[block.index()] = Some((space, prefix));
-                    }
-                }
-                if release { store.release(&table) } else { live.push(table) }
-                store.check(|block| live.iter().flatten().filter(|&&held| held == block).count() as u32);
-            }
-        }
-    }
-}
+mod tests;

@@ -113,6 +113,7 @@ pub fn complete(mirror: &mut Mirror, rows: Vec<DrawnRow>) -> StepResult {
         errors: Vec::new(),
         elapsed_ns: 0,
         waited_ns: 0,
+        copied_ns: 0,
     };
     for (&slot, row) in mirror.sample_slots().iter().zip(rows) {
         match row.token {

@@ -10,7 +10,6 @@ use crate::clock::Clock;
 use crate::fronts::Fronts;
 use crate::report::{FIRST_STATE, NodeEvent, NodeReport, Noticeboard};
 use crossbeam_channel::{Receiver, Sender, bounded};
-use llmscale_cost::{CostModel, StepShape};
 use llmscale_net::link::WorkerLink;
 use llmscale_net::{Address, Context, EndpointOptions, NetError, Poller, ServerEndpoint, ServerKeys, Waker};
 use llmscale_scheduler::{Actions, FirstComeFirstServed, Replica};
@@ -178,10 +177,9 @@ struct Worker {
     steps_at_reset: Option<u64>,
 }
 
-/// A step that the worker has been sent, with what it should cost.
+/// A step that the worker has been sent.
 struct Sent {
     step: StepId,
-    shape: StepShape,
     at: Time,
 }
 
@@ -191,7 +189,6 @@ struct Node {
     clock: Clock,
     codec: CodecLimits,
     replica: Replica,
-    cost: CostModel,
     out: Actions,
     server: ServerEndpoint,
     poller: Poller,
@@ -227,7 +224,6 @@ impl Node {
         Self {
             clock: Clock::new(),
             codec: CodecLimits::default(),
-            cost: CostModel::new(),
             out: Actions::default(),
             fronts: Fronts::new(config.max_fronts, config.max_front_silence),
             worker: None,

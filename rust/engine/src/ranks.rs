@@ -5,7 +5,7 @@
 use llmscale_net::PollHandle;
 use llmscale_net::link::{LinkError, WorkerLink};
 use llmscale_types::Epoch;
-use llmscale_wire::{CodecLimits, Failed, FailureCode, FromWorker, decode, encode};
+use llmscale_wire::{CodecLimits, Failed, FailureCode, FromWorker, Ready, decode, encode};
 
 /// See the file's header.
 pub struct RankLinks {
@@ -18,7 +18,11 @@ pub struct RankLinks {
     /// Which ranks have loaded their part.
     ready: Vec<bool>,
     /// The leader's report that it is ready, until all others are.
-    held: Option<Vec<u8>>,
+    held: Option<Ready>,
+    /// Which host memories the ranks have found, together.
+    host_memory: u64,
+    /// What the group says next, and last.
+    last_word: Option<Vec<u8>>,
 }
 
 impl RankLinks {
@@ -26,16 +30,28 @@ impl RankLinks {
     pub fn new(links: Vec<Box<dyn WorkerLink>>, leader: usize, epoch: Epoch) -> Self {
         assert!(leader < links.len(), "the leader is one of the ranks");
         let ready = vec![false; links.len()];
-        Self { links, leader, codec: CodecLimits::default(), epoch, down: None, ready, held: None }
+        Self {
+            links,
+            leader,
+            codec: CodecLimits::default(),
+            epoch,
+            down: None,
+            ready,
+            held: None,
+            host_memory: 0,
+            last_word: None,
+        }
     }
 
     /// The frame, if the engine should see it.
     fn sort(&mut self, rank: usize, frame: Vec<u8>) -> Option<Vec<u8>> {
         match decode::<FromWorker>(&frame, &self.codec) {
-            Ok(FromWorker::Ready(_)) => {
+            Ok(FromWorker::Ready(ready)) => {
                 self.ready[rank] = true;
+                // Another memory at any rank is another memory of the group.
+                self.host_memory ^= ready.host_memory.rotate_left(rank as u32);
                 if rank == self.leader {
-                    self.held = Some(frame);
+                    self.held = Some(ready);
                 }
                 None
             }
@@ -43,6 +59,12 @@ impl RankLinks {
             Ok(FromWorker::Result(_)) if rank != self.leader => None,
             // The other ranks are in the step that this one gave up: they would meet it in another one, and add up what
             // does not belong together. A snapshot cannot help them, a new group can.
+            Ok(FromWorker::NeedSnapshot(need)) if !need.bad_host_blocks.is_empty() => {
+                // The engine learns of the blocks first; then the group ends like after any other step that one rank left.
+                let why = format!("rank {rank} found bad host blocks at step {}", need.step);
+                self.last_word = Some(self.end_of_group(need.epoch, &why));
+                Some(frame)
+            }
             Ok(FromWorker::NeedSnapshot(gap)) => {
                 Some(self.end_of_group(gap.epoch, &format!("rank {rank} lost the order of steps at step {}", gap.step)))
             }
@@ -76,6 +98,9 @@ impl WorkerLink for RankLinks {
     }
 
     fn receive(&mut self) -> Result<Option<Vec<u8>>, LinkError> {
+        if let Some(frame) = self.last_word.take() {
+            return Ok(Some(frame));
+        }
         for rank in 0..self.links.len() {
             loop {
                 match self.links[rank].receive() {
@@ -94,7 +119,12 @@ impl WorkerLink for RankLinks {
                 }
             }
         }
-        Ok(if self.ready.iter().all(|&ready| ready) { self.held.take() } else { None })
+        if !self.ready.iter().all(|&ready| ready) {
+            return Ok(None);
+        }
+        let host_memory = self.host_memory;
+        let ready = self.held.take().map(|ready| FromWorker::Ready(Ready { host_memory, ..ready }));
+        Ok(ready.map(|ready| encode(&ready, &self.codec).expect("it came in a frame")))
     }
 
     fn is_attached(&self) -> bool {
@@ -113,8 +143,8 @@ impl WorkerLink for RankLinks {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use llmscale_types::{StepId, StepResult};
-    use llmscale_wire::{NeedSnapshot, Ready};
+    use llmscale_types::{HostBlockId, StepId, StepResult};
+    use llmscale_wire::NeedSnapshot;
     use std::collections::VecDeque;
     use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -177,7 +207,8 @@ mod tests {
 
     fn ready(pid: u32) -> FromWorker {
         let numerics = "a".to_owned();
-        FromWorker::Ready(Ready { epoch: Epoch(1), pid, total_blocks: 9, layers: 1, numerics, loading_ns: 1 })
+        let (epoch, total_blocks, layers) = (Epoch(1), 9, 1);
+        FromWorker::Ready(Ready { epoch, pid, total_blocks, layers, numerics, loading_ns: 1, host_memory: 7 })
     }
 
     fn result(step: u64) -> FromWorker {
@@ -190,6 +221,7 @@ mod tests {
             errors: Vec::new(),
             elapsed_ns: 1,
             waited_ns: 0,
+            copied_ns: 0,
         })
     }
 
@@ -210,7 +242,9 @@ mod tests {
         fakes[0].say(&ready(20));
         assert_eq!(heard(&mut links), None, "rank 1 still loads");
         fakes[1].say(&ready(21));
-        assert_eq!(heard(&mut links), Some(ready(22)), "the leader speaks for all");
+        let FromWorker::Ready(of_leader) = ready(22) else { unreachable!() };
+        let group = Ready { host_memory: 7 ^ (7 << 1) ^ (7 << 2), ..of_leader };
+        assert_eq!(heard(&mut links), Some(FromWorker::Ready(group)), "the leader speaks for all");
         assert_eq!(heard(&mut links), None);
     }
 
@@ -243,6 +277,20 @@ mod tests {
     }
 
     #[test]
+    fn bad_host_blocks_of_a_rank_are_named_before_the_group_ends() {
+        let (fakes, mut links) = group(2, 0);
+        attach(&fakes);
+        let bad_host_blocks = vec![HostBlockId(5)];
+        let need =
+            FromWorker::NeedSnapshot(NeedSnapshot { epoch: Epoch(3), step: StepId(8), last: None, bad_host_blocks });
+        fakes[1].say(&need);
+        assert_eq!(heard(&mut links), Some(need));
+        let message = "rank 1 found bad host blocks at step 8".to_owned();
+        let failed = Failed { epoch: Epoch(3), step: None, code: FailureCode::Protocol, message };
+        assert_eq!(heard(&mut links), Some(FromWorker::Failed(failed)));
+    }
+
+    #[test]
     fn a_link_that_is_down_is_named_once_and_then_the_group_is() {
         let (fakes, mut links) = group(3, 0);
         attach(&fakes);
@@ -257,7 +305,8 @@ mod tests {
     fn a_rank_that_gave_up_a_step_ends_the_group_because_the_others_are_in_it() {
         let (fakes, mut links) = group(2, 0);
         attach(&fakes);
-        let need = NeedSnapshot { epoch: Epoch(3), step: StepId(8), last: Some(StepId(6)) };
+        let last = Some(StepId(6));
+        let need = NeedSnapshot { epoch: Epoch(3), step: StepId(8), last, bad_host_blocks: Vec::new() };
         fakes[1].say(&FromWorker::NeedSnapshot(need));
         let (code, message) = (FailureCode::Step, "no".to_owned());
         fakes[0].say(&FromWorker::Failed(Failed { epoch: Epoch(3), step: Some(StepId(8)), code, message }));

@@ -3,7 +3,7 @@
 
 use llmscale_net::link::{LinkError, WorkerSide};
 use llmscale_scheduler::{Mirror, StepCounts};
-use llmscale_types::{Delta, Epoch, StepId, StepResult};
+use llmscale_types::{Delta, Epoch, HostBlockId, StepId, StepResult};
 use llmscale_wire::{
     CodecLimits, Configure, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker, WireError, decode, encode,
 };
@@ -75,7 +75,7 @@ impl WorkerSession {
             Ok(counts) => Ok(Some(counts)),
             Err(gap) => {
                 let last = (last != Delta::NOTHING).then_some(last);
-                let need = NeedSnapshot { epoch: self.epoch, step: gap.step, last };
+                let need = NeedSnapshot { epoch: self.epoch, step: gap.step, last, bad_host_blocks: Vec::new() };
                 self.send(&FromWorker::NeedSnapshot(need))?;
                 Ok(None)
             }
@@ -91,13 +91,30 @@ impl WorkerSession {
         self.tell_failure(Some(step), FailureCode::Step, message)
     }
 
-    /// The model is loaded: makes the mirror and tells the engine.
-    pub fn ready(&mut self, pid: u32, layers: u32, numerics: String, loading_ns: u64) -> Result<(), SessionError> {
+    /// Blocks of the host tier do not hold what the step that was received last wants back. The worker lives, and passes
+    /// over what was sent behind that step until it is told anew what runs.
+    pub fn host_blocks_are_bad(&mut self, bad_host_blocks: Vec<HostBlockId>) -> Result<(), SessionError> {
+        let mirror = self.mirror.as_mut().ok_or(SessionError::Order("a step before the worker is ready"))?;
+        mirror.lose();
+        let (epoch, step) = mirror.step();
+        self.send(&FromWorker::NeedSnapshot(NeedSnapshot { epoch, step, last: None, bad_host_blocks }))
+    }
+
+    /// The model is loaded: makes the mirror and tells the engine. `host_memory` is the incarnation of the host tier's
+    /// memory, 0 without one.
+    pub fn ready(
+        &mut self,
+        pid: u32,
+        layers: u32,
+        numerics: String,
+        loading_ns: u64,
+        host_memory: u64,
+    ) -> Result<(), SessionError> {
         let configure = self.configured.as_ref().ok_or(SessionError::Order("ready before a configuration"))?;
         let total_blocks = configure.limits.total_blocks;
         self.mirror = Some(Mirror::new(&configure.limits, self.epoch));
         let epoch = self.epoch;
-        self.send(&FromWorker::Ready(Ready { epoch, pid, total_blocks, layers, numerics, loading_ns }))
+        self.send(&FromWorker::Ready(Ready { epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory }))
     }
 
     /// The result of the step that was received last.
@@ -176,6 +193,7 @@ mod tests {
         let limits = EngineLimits {
             block_tokens: 4,
             total_blocks: 64,
+            host_blocks: 4,
             max_sequences: 4,
             max_step_tokens: 16,
             max_sequence_tokens: 64,
@@ -189,7 +207,7 @@ mod tests {
         paper.order(ToWorker::Configure(configure));
         let mut session = WorkerSession::new(Box::new(paper.clone()), EPOCH);
         assert!(matches!(session.receive(0), Ok(Some(Order::Configure(_)))));
-        session.ready(1, 1, "hash".to_owned(), 1).unwrap();
+        session.ready(1, 1, "hash".to_owned(), 1, 0).unwrap();
         assert_eq!(paper.said().len(), 1);
         (paper, session)
     }
@@ -228,7 +246,7 @@ mod tests {
         }
         let seen: Vec<_> = (0..5).map(|_| rows(session.receive(0))).collect();
         assert_eq!(seen, [Some(3), None, None, Some(3), Some(1)]);
-        let need = NeedSnapshot { epoch: EPOCH, step: StepId(7), last: Some(StepId(5)) };
+        let need = NeedSnapshot { epoch: EPOCH, step: StepId(7), last: Some(StepId(5)), bad_host_blocks: Vec::new() };
         assert_eq!(paper.said(), [FromWorker::NeedSnapshot(need)]);
     }
 
@@ -237,7 +255,21 @@ mod tests {
         let (paper, mut session) = session();
         paper.order(step(7, 6, true));
         assert_eq!(rows(session.receive(0)), None);
-        let need = NeedSnapshot { epoch: EPOCH, step: StepId(7), last: None };
+        let need = NeedSnapshot { epoch: EPOCH, step: StepId(7), last: None, bad_host_blocks: Vec::new() };
+        assert_eq!(paper.said(), [FromWorker::NeedSnapshot(need)]);
+    }
+
+    #[test]
+    fn bad_host_blocks_are_named_with_their_step_and_what_was_sent_behind_it_is_passed_over() {
+        let (paper, mut session) = session();
+        for order in [step(1, 0, true), step(2, 1, false), step(3, 0, true)] {
+            paper.order(order);
+        }
+        assert_eq!(rows(session.receive(0)), Some(3));
+        session.host_blocks_are_bad(vec![HostBlockId(3)]).unwrap();
+        assert_eq!([rows(session.receive(0)), rows(session.receive(0))], [None, Some(3)]);
+        let bad_host_blocks = vec![HostBlockId(3)];
+        let need = NeedSnapshot { epoch: EPOCH, step: StepId(1), last: None, bad_host_blocks };
         assert_eq!(paper.said(), [FromWorker::NeedSnapshot(need)]);
     }
 

@@ -23,6 +23,7 @@ const DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
 fn limits() -> EngineLimits {
     EngineLimits {
         block_tokens: 8,
+        host_blocks: 0,
         total_blocks: 256,
         max_sequences: 16,
         max_step_tokens: 64,
@@ -95,6 +96,7 @@ fn work(address: &Address, epoch: Epoch, max_steps: u64, lapses: Lapses, told: &
                     layers: 1,
                     numerics,
                     loading_ns: 1,
+                    host_memory: 0,
                 })
             }
             ToWorker::Step(delta) => {
@@ -127,9 +129,13 @@ fn compute(worker: &mut HashWorker, delta: &Delta, lapse: bool, raises: bool) ->
             FromWorker::Failed(Failed { epoch: delta.epoch, step: Some(delta.step), code, message })
         }
         Ok(result) => FromWorker::Result(result),
-        Err(StepFailure::Gap(gap)) => {
-            FromWorker::NeedSnapshot(NeedSnapshot { epoch: gap.epoch, step: gap.step, last: None })
-        }
+        Err(StepFailure::Gap(gap)) => FromWorker::NeedSnapshot(NeedSnapshot {
+            epoch: gap.epoch,
+            step: gap.step,
+            last: None,
+            bad_host_blocks: Vec::new(),
+        }),
+        Err(StepFailure::BadHostBlocks(_)) => unreachable!("there is no host tier here"),
         Err(StepFailure::Poison) => unreachable!("no token is deadly here"),
     })
 }

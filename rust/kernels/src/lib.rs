@@ -3,6 +3,7 @@
 //! - [`dispatch`]: instruction level, detected once, forceable downward
 //! - [`pool`]: persistent threads that share one loop at a time
 //! - [`element`]: f32 and bf16
+//! - [`host_region`]: the host tier's blocks, with checksums
 //! - [`huge_pages`]: memory for arrays read at random places
 //! - [`kv_region`]: geometry of the paged KV region, validated slots
 //! - [`paged_attention`]: causal attention over paged KV for mixed batches
@@ -24,6 +25,7 @@ pub mod dispatch;
 pub mod element;
 pub mod embedding;
 pub mod error;
+pub mod host_region;
 pub mod huge_pages;
 pub mod kv_region;
 pub mod norm;

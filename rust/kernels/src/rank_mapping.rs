@@ -6,7 +6,7 @@
 use std::fs::OpenOptions;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// A rank's words have lines of their own: one that all write would travel between cores with every poll.
@@ -105,6 +105,17 @@ impl Mapping {
         let line = unsafe { self.start.add(index * LINE_BYTES) };
         #[expect(clippy::cast_ptr_alignment, reason = "mappings are aligned to pages and lines to 128 bytes")]
         let word = line.cast::<AtomicU32>();
+        // SAFETY: valid and aligned, and only ever used as an atomic.
+        unsafe { &*word }
+    }
+
+    /// A word of 64 bits, counted from the beginning, which is only ever used as an atomic.
+    pub(crate) fn word(&self, index: usize) -> &AtomicU64 {
+        assert!((index + 1) * 8 <= self.bytes, "a word lies inside the mapping");
+        // SAFETY: inside the mapping, by the line above.
+        let word = unsafe { self.start.add(index * 8) };
+        #[expect(clippy::cast_ptr_alignment, reason = "mappings are aligned to pages and words to their size")]
+        let word = word.cast::<AtomicU64>();
         // SAFETY: valid and aligned, and only ever used as an atomic.
         unsafe { &*word }
     }

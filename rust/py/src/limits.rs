@@ -13,7 +13,7 @@ impl PyEngineLimits {
     #[new]
     #[pyo3(signature = (*, vocabulary, total_blocks, max_sequence_tokens, eos_tokens, block_tokens = 32,
         max_sequences = 256, max_step_tokens = 512, max_waiting_sequences = 1024, max_steps_in_flight = 2,
-        groups = 1))]
+        groups = 1, host_blocks = 0))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
     fn new(
         vocabulary: u32,
@@ -26,10 +26,12 @@ impl PyEngineLimits {
         max_waiting_sequences: u32,
         max_steps_in_flight: u32,
         groups: u32,
+        host_blocks: u32,
     ) -> PyResult<Self> {
         let limits = EngineLimits {
             block_tokens,
             total_blocks,
+            host_blocks,
             max_sequences,
             max_step_tokens,
             max_sequence_tokens,
@@ -51,6 +53,11 @@ impl PyEngineLimits {
     #[getter]
     fn total_blocks(&self) -> u32 {
         self.0.total_blocks
+    }
+
+    #[getter]
+    fn host_blocks(&self) -> u32 {
+        self.0.host_blocks
     }
 
     #[getter]

@@ -96,6 +96,7 @@ pub fn steady_decode(running: u32, steps: u32) -> Vec<SteadyStep> {
             errors: Vec::new(),
             elapsed_ns: 1,
             waited_ns: 0,
+            copied_ns: 0,
         };
         out.clear();
         let started = Instant::now();

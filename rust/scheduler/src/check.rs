@@ -3,7 +3,7 @@
 
 use crate::replica::Replica;
 use crate::sequences::Phase;
-use llmscale_types::{BlockId, Slot};
+use llmscale_types::{BlockId, HostBlockId, Slot};
 use std::collections::BTreeMap;
 
 impl Replica {
@@ -14,7 +14,12 @@ impl Replica {
         for block in slots.iter().flat_map(|slot| &self.sequences.cold[slot.index()].table) {
             *references.entry(*block).or_default() += 1;
         }
-        self.blocks.check(|block| references.get(&block).copied().unwrap_or(0));
+        let mut pins: BTreeMap<HostBlockId, u32> = BTreeMap::new();
+        for (_, host) in slots.iter().flat_map(|slot| &self.sequences.cold[slot.index()].restores) {
+            *pins.entry(*host).or_default() += 1;
+        }
+        self.blocks
+            .check(|block| references.get(&block).copied().unwrap_or(0), |host| pins.get(&host).copied().unwrap_or(0));
         let in_phase = |phase| slots.iter().filter(|slot| self.sequences.hot[slot.index()].phase == phase).count();
         let decoding = self.groups.iter().map(|group| group.decoding as usize).sum();
         let prefilling: usize = self.groups.iter().map(|group| group.prefilling.len()).sum();

@@ -32,6 +32,7 @@ impl Replica {
         }
         let flight = self.flights.pop_front().expect("its step was just compared");
         self.counters.steps += 1;
+        self.learn_costs(&flight, result);
         self.complete_chunks(&flight);
         self.complete_rows(&flight, result, out);
         for &(slot, error) in &result.errors {
@@ -43,15 +44,25 @@ impl Replica {
         true
     }
 
+    fn learn_costs(&mut self, flight: &Flight, result: &StepResult) {
+        self.copy_cost.observe(flight.copies, result.copied_ns);
+        if flight.shape.decodes > 0 || flight.shape.prefill_tokens > 0 {
+            self.cost.observe(flight.shape, result.elapsed_ns.saturating_sub(result.copied_ns));
+        }
+    }
+
+    /// What was copied back or computed is there now. A sequence's restored part comes before what it computes.
     fn complete_chunks(&mut self, flight: &Flight) {
-        for chunk in &flight.chunks {
+        for (chunk, computed) in
+            flight.restored.iter().map(|part| (part, 0)).chain(flight.chunks.iter().map(|chunk| (chunk, chunk.tokens)))
+        {
             let hot = &self.sequences.hot[chunk.slot.index()];
             if hot.phase == Phase::Free || hot.admitted_step > flight.step.0 {
                 continue;
             }
             let cold = &mut self.sequences.cold[chunk.slot.index()];
             cold.computed_tokens = chunk.start_tokens + chunk.tokens;
-            self.counters.prefill_tokens += u64::from(chunk.tokens);
+            self.counters.prefill_tokens += u64::from(computed);
             self.unregistered.push_back((chunk.slot, flight.step.0));
         }
     }

@@ -1,8 +1,8 @@
 //! What happens to a replica and what it wants done. Drivers and the simulator own everything in between.
 
 use llmscale_types::{
-    Attempt, Delta, Epoch, FrontId, KvEvent, Outputs, PrefixKey, Refusal, RequestId, SequenceKey, StepId, StepResult,
-    Submission,
+    Attempt, Delta, Epoch, FrontId, HostBlockId, KvEvent, Outputs, PrefixKey, Refusal, RequestId, SequenceKey, StepId,
+    StepResult, Submission,
 };
 use std::sync::Arc;
 
@@ -26,8 +26,13 @@ pub enum Event {
     FrontGone(FrontId),
     /// A worker group finished a step.
     StepDone(StepResult),
-    /// A fresh worker group is ready; its memory holds nothing.
-    WorkerUp(Epoch),
+    /// A fresh worker group is ready; its device's memory holds nothing.
+    WorkerUp {
+        /// Its incarnation.
+        epoch: Epoch,
+        /// Which incarnation of the host tier's memory it has found.
+        host_memory: u64,
+    },
     /// The worker group died: KV memory is gone, sequences are not.
     WorkerDown,
     /// The worker group lives and its memory is whole, but it has given up all steps in flight: it lost their order, or one
@@ -35,6 +40,8 @@ pub enum Event {
     StepsLost {
         /// The step that raised; it is the oldest one, as workers work in order.
         raised: Option<StepId>,
+        /// Blocks of the host tier that do not hold what they should.
+        bad_host_blocks: Vec<HostBlockId>,
     },
     /// The node goes down: hand waiting work back, take no more.
     Drain,

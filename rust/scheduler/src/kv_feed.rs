@@ -136,8 +136,8 @@ fn keys_of(events: &[KvEvent]) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use llmscale_blocks::ChainHasher;
-    use llmscale_types::Token;
+    use llmscale_blocks::{ChainHasher, Found};
+    use llmscale_types::{BlockId, Token};
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
@@ -199,8 +199,14 @@ mod tests {
     fn compute(store: &mut BlockStore, seed: u8) {
         let ids: Vec<Token> = (0..3 * PrefixKey::TOKENS).map(|at| at / 7 + u32::from(seed % 5)).collect();
         let hashes = store.hasher().clone().chain(&[1; 32], &ids, PrefixKey::TOKENS);
-        let hit = store.share_prefix(&[1; 32], &hashes, &ids);
-        let (mut table, mut content) = (hit.blocks, hit.content);
+        let hit = store.find_prefix(&[1; 32], &hashes, &ids);
+        store.take_prefix(&hit.blocks);
+        let on_device = |found| match found {
+            Found::Device(block) => block,
+            Found::Host(host) => unreachable!("there is no host tier, and block {host} is in it"),
+        };
+        let (mut table, mut content): (Vec<BlockId>, _) =
+            (hit.blocks.into_iter().map(on_device).collect(), hit.content);
         for (index, ids) in ids.chunks_exact(PrefixKey::TOKENS as usize).enumerate().skip(table.len()) {
             let block = store.allocate().expect("only one prompt holds blocks at a time");
             content = Some(store.register(index as u32, block, &[1; 32], content, &hashes[index], ids));

@@ -1,7 +1,8 @@
 //! One replica as a deterministic state machine: events in, actions out, no clock, socket, thread or randomness.
 //! `replica` composes; `queue` orders what waits, `planner` makes the next step, `complete` takes a step's result in one
-//! pass, `kv_feed` tells fronts what is cached, `groups` splits what runs among the stages of a pipeline, `recovery` turns a dead worker, or one that gave up its steps, into a preemption, `sequences` holds the rows of
-//! what runs. `mirror` is the workers' half of the plan contract: it expands deltas into the buffers that an executor reads.
+//! pass, `kv_feed` tells fronts what is cached, `groups` splits what runs among the stages of a pipeline, `restore` brings
+//! back what went to the host, `recovery` turns a dead worker, or one that gave up its steps, into a preemption,
+//! `sequences` holds the rows of what runs. `mirror` is the workers' half of the plan contract: it expands deltas into the buffers that an executor reads.
 
 pub mod event;
 pub mod mirror;
@@ -16,6 +17,7 @@ mod planner;
 mod queue;
 mod record;
 mod recovery;
+mod restore;
 mod sequences;
 mod wheel;
 

@@ -9,7 +9,7 @@ mod sampling;
 pub use buffers::{Buffers, StepCounts};
 pub use sampling::SlotSampling;
 
-use llmscale_types::{Admission, Delta, EngineLimits, Epoch, GroupId, Slot, StepId, Token};
+use llmscale_types::{Admission, BlockCopy, Delta, EngineLimits, Epoch, GroupId, Slot, StepId, Token};
 use std::collections::VecDeque;
 
 /// A delta that does not follow from what the mirror holds. Until a snapshot comes, nothing does.
@@ -67,6 +67,8 @@ pub struct Mirror {
     /// Group of this step.
     group: GroupId,
     counts: StepCounts,
+    /// What this step copies between tiers.
+    copies: Vec<BlockCopy>,
     sample_slots: Vec<Slot>,
     /// Steps whose samples are not recorded yet, this one included; the oldest first.
     unrecorded: VecDeque<Samples>,
@@ -89,6 +91,7 @@ impl Mirror {
             joining: Vec::new(),
             group: GroupId(0),
             counts: StepCounts::default(),
+            copies: Vec::new(),
             sample_slots: Vec::with_capacity(sequences),
             unrecorded: VecDeque::new(),
             buffers: Buffers::new(limits, max_blocks),
@@ -142,6 +145,12 @@ impl Mirror {
             return Err("a group is named that does not exist");
         }
         self.group = delta.group;
+        let exists =
+            |copy: &BlockCopy| copy.block.0 < self.limits.total_blocks && copy.host.0 < self.limits.host_blocks;
+        if !delta.copies.iter().all(exists) {
+            return Err("a block is copied that does not exist");
+        }
+        self.copies.clone_from(&delta.copies);
         for &slot in &delta.leave {
             self.leave(slot).ok_or("a slot leaves that is empty")?;
         }
@@ -171,6 +180,11 @@ impl Mirror {
             self.unrecorded.push_back(Samples { step: delta.step, group: delta.group, slots });
         }
         Ok(self.counts)
+    }
+
+    /// What this step copies between tiers, in order, before its rows are computed.
+    pub fn copies(&self) -> &[BlockCopy] {
+        &self.copies
     }
 
     /// How many rows sampled in the oldest step that is not recorded.

@@ -6,9 +6,12 @@ use crate::event::Actions;
 use crate::groups::Group;
 use crate::record::Record;
 use crate::replica::{At, Flight, Location, Replica};
+use crate::restore::CopyPrices;
 use crate::sequences::{Ends, Phase};
+use llmscale_blocks::Found;
+use llmscale_cost::StepShape;
 use llmscale_types::frame::admission_bytes;
-use llmscale_types::{Admission, Chunk, Delta, GroupId, Slot};
+use llmscale_types::{Admission, Chunk, CopyDirection, Delta, GroupId, Slot};
 
 impl Replica {
     /// Plans one step if a worker can take one and there is something to compute. Returns whether it did.
@@ -18,18 +21,20 @@ impl Replica {
             return false;
         }
         let mut draft = Delta::new(epoch, self.step.next(), self.base);
+        self.allow_offloads();
         if self.suspects_run_alone() {
             self.plan_suspect(&mut draft);
         } else {
             self.plan_in_turn(&mut draft);
         }
-        if !has_rows(&draft) {
-            assert!(draft.admit.is_empty() && draft.append_slots.is_empty(), "a step without rows changes tables");
+        if !self.has_work(&draft) {
+            assert!(draft.admit.is_empty() && draft.append_slots.is_empty(), "a step without work changes tables");
             return false;
         }
         self.groups.pass_turn(draft.group);
         draft.leave = std::mem::take(&mut self.pending_leave);
         self.pending_leave.append(&mut self.leave_after_step);
+        draft.copies = self.blocks.take_copies();
         self.take_off(&draft);
         self.step = draft.step;
         self.base = draft.step;
@@ -49,17 +54,33 @@ impl Replica {
             let budget = self.plan_chunks(draft, self.limits.max_step_tokens - decodes);
             let budget = self.admit_waiting(draft, budget);
             self.plan_long_contexts(draft, budget);
-            if has_rows(draft) {
+            if self.has_work(draft) {
                 return;
             }
         }
+    }
+
+    /// Whether the step has rows, or blocks to copy back for rows to come.
+    fn has_work(&self, draft: &Delta) -> bool {
+        has_rows(draft) || self.blocks.copies() > 0
     }
 
     /// Notes what a planned step will answer.
     fn take_off(&mut self, draft: &Delta) {
         let samples = if draft.decodes { self.round_rows } else { 0 }
             + draft.chunks.iter().filter(|chunk| self.ends_context(chunk)).count() as u32;
+        let group = self.groups.get(draft.group);
+        let shape = StepShape {
+            decodes: if draft.decodes { group.decoding } else { 0 },
+            prefill_tokens: draft.chunks.iter().map(|chunk| chunk.tokens).sum(),
+            context_tokens: group.decoding_tokens,
+        };
+        let out = draft.copies.iter().filter(|copy| copy.direction == CopyDirection::Offload);
         self.flights.push_back(Flight {
+            shape,
+            restored: std::mem::take(&mut self.restored),
+            copies: draft.copies.len() as u32,
+            offloaded: out.map(|copy| copy.host).collect(),
             step: draft.step,
             group: draft.group,
             decodes: draft.decodes.then(|| self.groups.get(draft.group).round - 1),
@@ -148,6 +169,10 @@ impl Replica {
         let own = draft.group;
         for group in self.groups.in_turn().filter(|&group| group != own) {
             let Some(&slot) = self.groups.get(group).prefilling.front() else { continue };
+            if self.is_restoring(slot) {
+                // What it gets back may bring it to its end, which is its own group's.
+                continue;
+            }
             let rest =
                 self.sequences.contexts[slot.index()].len() as u32 - self.sequences.cold[slot.index()].planned_tokens;
             let tokens = budget.min(rest.saturating_sub(self.limits.max_step_tokens));
@@ -157,8 +182,14 @@ impl Replica {
         }
     }
 
-    /// The next chunk of the first prefilling sequence; when it reaches the end, the sequence starts to decode.
+    /// The next chunk of the first prefilling sequence, what is cached on the host first; when it reaches the end, the
+    /// sequence starts to decode. Returns how much of the budget it takes.
     fn plan_chunk(&mut self, draft: &mut Delta, slot: Slot, budget: u32) -> u32 {
+        let restored = self.plan_restores(slot, budget);
+        if restored == budget || self.is_restoring(slot) {
+            return budget;
+        }
+        let budget = budget - restored;
         let context = self.sequences.contexts[slot.index()].len() as u32;
         let cold = &mut self.sequences.cold[slot.index()];
         let tokens = budget.min(context - cold.planned_tokens);
@@ -172,7 +203,7 @@ impl Replica {
             assert_eq!(first, Some(slot), "chunks are planned in order");
             self.start_decoding(slot);
         }
-        tokens
+        restored + tokens
     }
 
     /// The row that samples the first token is planned: decode rows follow from the next round on, if any are needed.
@@ -268,17 +299,30 @@ impl Replica {
         let index = slot.index();
         let shareable = self.shareable_blocks(self.sequences.record(slot), self.sequences.contexts[index].len());
         let context = &self.sequences.contexts[index];
+        let prices = CopyPrices { cost: &self.cost, copies: &self.copy_cost, limits: &self.limits };
         let cold = &mut self.sequences.cold[index];
         cold.group = group;
         let record = cold.record.as_mut().expect("just put there");
-        let hit = self.blocks.share_prefix(&record.submission.namespace, &record.hashes[..shareable], context);
-        cold.registered_blocks = hit.blocks.len() as u32;
+        let mut hit = self.blocks.find_prefix(&record.submission.namespace, &record.hashes[..shareable], context);
+        prices.cut(&mut hit);
+        self.blocks.take_prefix(&hit.blocks);
+        cold.registered_blocks = hit.leading_device_blocks as u32;
         cold.content = hit.content;
-        cold.table = hit.blocks;
+        cold.found_blocks = hit.blocks.len() as u32;
+        for (place, found) in hit.blocks.into_iter().enumerate() {
+            cold.table.push(match found {
+                Found::Device(block) => block,
+                Found::Host(host) => {
+                    cold.restores.push_back((place as u32, host));
+                    self.blocks.allocate().expect("the planner has counted the blocks")
+                }
+            });
+        }
         let computed = cold.registered_blocks * self.limits.block_tokens;
         cold.planned_tokens = computed;
         cold.computed_tokens = computed;
-        record.cached_tokens.get_or_insert(computed.min(record.submission.prompt_tokens));
+        let cached = cold.found_blocks * self.limits.block_tokens;
+        record.cached_tokens.get_or_insert(cached.min(record.submission.prompt_tokens));
         while cold.table.len() < self.limits.blocks_for(context.len() as u32) as usize {
             cold.table.push(self.blocks.allocate().expect("the planner has counted the blocks"));
         }

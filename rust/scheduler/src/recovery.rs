@@ -8,14 +8,17 @@
 use crate::event::{Actions, request_key};
 use crate::replica::{At, Flight, Replica};
 use crate::sequences::Phase;
-use llmscale_types::{Delta, Epoch, FinishReason, Planted, SequenceKey, Slot, StepId};
+use llmscale_types::{Delta, Epoch, FinishReason, HostBlockId, Planted, SequenceKey, Slot, StepId};
 use std::collections::BTreeSet;
 
 impl Replica {
-    /// A fresh worker group with empty memory takes over.
-    pub(crate) fn worker_up(&mut self, epoch: Epoch) {
+    /// A fresh worker group takes over. Its device's memory is empty, its host memory may be the last one's.
+    pub(crate) fn worker_up(&mut self, epoch: Epoch, host_memory: u64) {
         assert!(self.epoch.is_none(), "a second worker group came up while the first was alive");
         assert!(self.last_epoch.is_none_or(|last| epoch > last), "epoch {epoch} is not newer than the last one");
+        if self.host_memory.replace(host_memory) != Some(host_memory) {
+            self.blocks.clear_host();
+        }
         self.epoch = Some(epoch);
         self.last_epoch = Some(epoch);
     }
@@ -34,6 +37,7 @@ impl Replica {
             }
         } else {
             for &slot in &occupied {
+                self.give_up_restores(slot);
                 self.sequences.cold[slot.index()].table.clear();
             }
             self.blocks.reset();
@@ -45,7 +49,12 @@ impl Replica {
     /// The worker group gave up its steps in flight and waits for a snapshot. Results of these steps that still arrive
     /// are stale, because step numbers only rise. Returns false if the step that raised is not the one that it was at.
     #[must_use]
-    pub(crate) fn steps_lost(&mut self, raised: Option<StepId>, out: &mut Actions) -> bool {
+    pub(crate) fn steps_lost(
+        &mut self,
+        raised: Option<StepId>,
+        bad_host_blocks: &[HostBlockId],
+        out: &mut Actions,
+    ) -> bool {
         if self.epoch.is_none() {
             return true;
         }
@@ -63,6 +72,7 @@ impl Replica {
         }
         self.take_back(&occupied, &suspects, out);
         self.accuse(&preempted);
+        self.blocks.host_blocks_are_bad(bad_host_blocks);
         true
     }
 
@@ -71,7 +81,11 @@ impl Replica {
         if !Planted::NewWorkerGetsNoSnapshot.is_here() {
             self.base = Delta::NOTHING;
         }
-        self.flights.clear();
+        for flight in self.flights.drain(..) {
+            if !Planted::BelievesInLostCopies.is_here() {
+                self.blocks.forget_host_blocks(flight.offloaded);
+            }
+        }
         self.groups.clear();
         self.running.clear();
         self.pending_leave.clear();

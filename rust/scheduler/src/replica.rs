@@ -10,11 +10,12 @@ use crate::queue::{Place, WaitingQueue};
 use crate::record::Record;
 use crate::sequences::{Phase, Sequences};
 use llmscale_blocks::{BlockStore, CacheCounters, ChainHasher};
+use llmscale_cost::{CopyCost, CostModel, StepShape};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, LimitError, Planted, Refusal,
-    RequestId, SequenceKey, Slot, StepId, Submission, Time, Token,
+    Attempt, Chunk, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, HostBlockId, LimitError,
+    Planted, Refusal, RequestId, SequenceKey, Slot, StepId, Submission, Time, Token,
 };
 use rustc_hash::FxHashMap;
 use std::collections::{BTreeSet, VecDeque};
@@ -31,6 +32,14 @@ pub(crate) struct Flight {
     pub(crate) appended: Vec<Slot>,
     /// Rows that sample.
     pub(crate) samples: u32,
+    /// What its time depends on.
+    pub(crate) shape: StepShape,
+    /// Parts of contexts that it copies back instead of computing them.
+    pub(crate) restored: Vec<Chunk>,
+    /// Blocks that it copies between tiers.
+    pub(crate) copies: u32,
+    /// Where to it copies what is evicted.
+    pub(crate) offloaded: Vec<HostBlockId>,
     /// Sequences with chunks in it that have lost their slots since.
     pub(crate) preempted: Vec<SequenceKey>,
 }
@@ -71,6 +80,12 @@ pub struct Replica {
     /// Decode rows of the step that was planned last.
     pub(crate) round_rows: u32,
     pub(crate) prefill_backlog: u64,
+    /// What the step that is being planned copies back.
+    pub(crate) restored: Vec<Chunk>,
+    pub(crate) cost: CostModel,
+    pub(crate) copy_cost: CopyCost,
+    /// Which incarnation of the host tier's memory the last worker had.
+    pub(crate) host_memory: Option<u64>,
     pub(crate) epoch: Option<Epoch>,
     pub(crate) last_epoch: Option<Epoch>,
     arrivals: u64,
@@ -89,8 +104,9 @@ impl Replica {
     /// An idle replica without a worker. `secret` keys the prefix hashes.
     pub fn new(limits: EngineLimits, secret: [u8; 32], policy: Box<dyn Policy>) -> Result<Self, LimitError> {
         limits.check()?;
+        let blocks = BlockStore::new(limits.total_blocks, limits.block_tokens, ChainHasher::new(secret));
         Ok(Self {
-            blocks: BlockStore::new(limits.total_blocks, limits.block_tokens, ChainHasher::new(secret)),
+            blocks: blocks.with_host_blocks(limits.host_blocks),
             queue: WaitingQueue::default(),
             sequences: Sequences::new(limits.max_sequences),
             places: FxHashMap::default(),
@@ -102,6 +118,10 @@ impl Replica {
             base: Delta::NOTHING,
             round_rows: 0,
             prefill_backlog: 0,
+            restored: Vec::new(),
+            cost: CostModel::new(),
+            copy_cost: CopyCost::default(),
+            host_memory: None,
             epoch: None,
             last_epoch: None,
             arrivals: 0,
@@ -129,9 +149,9 @@ impl Replica {
             Event::KvAsk { front, from } => self.kv_feed.ask(front, from, &mut self.blocks),
             Event::FrontGone(front) => self.front_gone(front, out),
             Event::StepDone(result) => return self.complete(&result, out),
-            Event::WorkerUp(epoch) => self.worker_up(epoch),
+            Event::WorkerUp { epoch, host_memory } => self.worker_up(epoch, host_memory),
             Event::WorkerDown => self.worker_down(out),
-            Event::StepsLost { raised } => return self.steps_lost(raised, out),
+            Event::StepsLost { raised, bad_host_blocks } => return self.steps_lost(raised, &bad_host_blocks, out),
             Event::Drain => self.drain(out),
             Event::Tick => self.expire(now, out),
         }
@@ -339,6 +359,7 @@ impl Replica {
     /// Makes the sequence's full blocks findable, then gives all of them back.
     pub(crate) fn release_blocks(&mut self, slot: Slot) {
         self.register_full_blocks(slot);
+        self.give_up_restores(slot);
         let table = std::mem::take(&mut self.sequences.cold[slot.index()].table);
         self.blocks.release(&table);
     }
@@ -406,10 +427,14 @@ impl Replica {
         self.blocks.counters()
     }
 
-    /// Sequences of a group that take a row in every decoding step of it, and the sum of their positions.
-    pub fn decoding(&self, group: GroupId) -> (u32, u64) {
-        let group = self.groups.get(group);
-        (group.decoding, group.decoding_tokens)
+    /// Sequences of a group that take a row in every decoding step of it.
+    pub fn decoding(&self, group: GroupId) -> u32 {
+        self.groups.get(group).decoding
+    }
+
+    /// What steps cost here, as far as they have told.
+    pub fn cost(&self) -> &CostModel {
+        &self.cost
     }
 
     /// The bounds it runs under.

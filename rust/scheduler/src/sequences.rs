@@ -4,7 +4,8 @@
 
 use crate::record::Record;
 use llmscale_blocks::prefix::ContentId;
-use llmscale_types::{BlockId, FrontId, GroupId, Slot, Token};
+use llmscale_types::{BlockId, FrontId, GroupId, HostBlockId, Slot, Token};
+use std::collections::VecDeque;
 
 /// Where a sequence stands.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -74,6 +75,10 @@ pub(crate) struct Cold {
     /// Leading blocks that the prefix index knows, and the content of the last of them.
     pub(crate) registered_blocks: u32,
     pub(crate) content: Option<ContentId>,
+    /// Blocks of the table, by place, that are still to be copied back from the host, which keeps them until then.
+    pub(crate) restores: VecDeque<(u32, HostBlockId)>,
+    /// Leading blocks that were found cached at its admission, on whatever tier.
+    pub(crate) found_blocks: u32,
     /// Length it will have when the rows in flight at its preemption are complete.
     pub(crate) expected_tokens: u32,
     pub(crate) record: Option<Box<Record>>,
@@ -137,6 +142,7 @@ impl Sequences {
         let cold = std::mem::take(&mut self.cold[index]);
         let mut record = cold.record.expect("an occupied slot has a record");
         assert!(cold.table.is_empty(), "slot {slot} is emptied while it holds blocks");
+        assert!(cold.restores.is_empty(), "slot {slot} is emptied while it pins host blocks");
         record.submission.context = std::mem::take(&mut self.contexts[index]);
         self.hot[index] = Hot::FREE;
         self.free.push(slot);

@@ -37,6 +37,10 @@ pub enum Fault {
     FrontRestart,
     /// A connection breaks; what was under way is lost.
     ConnectionLoss,
+    /// A bit flips in what a node keeps in its host tier.
+    HostBitFlips,
+    /// A worker finds another host memory than the one before it.
+    HostMemoryLost,
 }
 
 impl Fault {
@@ -56,7 +60,7 @@ impl Fault {
     /// Drawn from a generator of their own.
     pub const ADDED: [Self; 2] = [Self::WorkerLosesSteps, Self::StepRaises];
     /// Drawn from there too, after everything that was there before them.
-    pub const ADDED_LAST: [Self; 1] = [Self::NodeErrs];
+    pub const ADDED_LAST: [Self; 3] = [Self::NodeErrs, Self::HostBitFlips, Self::HostMemoryLost];
 }
 
 /// End a sequence in every simulated model: six of two hundred, so that answers of 24 tokens often end by themselves.
@@ -100,6 +104,8 @@ pub struct Mix {
     pub hedging: Option<HedgeOptions>,
     /// When the fleet gets another build.
     pub upgrade: Option<Upgrade>,
+    /// What copying one block between tiers takes.
+    pub copy_ns: u64,
     /// Bounds of every front.
     pub front: FrontLimits,
     /// How long a ready replica may be silent about an attempt.
@@ -148,11 +154,14 @@ impl Mix {
         let hedging = added.chance(500).then(|| draw_hedging(&mut added));
         let upgrade = added.chance(300).then(|| Upgrade::draw(&mut added));
         faults.extend(draw_faults(&Fault::ADDED_LAST, &mut added));
+        let host_blocks = if added.chance(500) { added.count(1, 60) } else { 0 };
+        let copy_ns = *added.pick(&[2_000, 100_000, 400_000]);
         Self {
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
             faults,
-            engine: draw_engine(random, pipelines),
+            engine: EngineLimits { host_blocks, ..draw_engine(random, pipelines) },
+            copy_ns,
             max_admission_bytes,
             caches,
             health,
@@ -186,9 +195,10 @@ impl Mix {
         }
     }
 
-    /// The same without upgrades and the faults that were added last.
+    /// The same without upgrades, host tiers and the faults that were added last.
     pub(crate) fn kept(mut self) -> Self {
         self.faults.retain(|(fault, _)| !Fault::ADDED_LAST.contains(fault));
+        self.engine.host_blocks = 0;
         Self { upgrade: None, ..self }
     }
 
@@ -319,6 +329,7 @@ fn draw_engine(random: &mut Random, pipelines: bool) -> EngineLimits {
     let max_sequences = random.count(1, 8);
     let limits = EngineLimits {
         block_tokens,
+        host_blocks: 0,
         total_blocks: if random.chance(350) { random.count(least, least + 8) } else { random.count(60, 160) },
         max_sequences,
         max_step_tokens: random.count(max_sequences, 64),

@@ -2,8 +2,9 @@
 //! positions, the seed and the position, read through the block table as attention would. A wrong block, a reused block,
 //! a missing or foreign id changes the token. Costs O(context) per row; knows nothing of time or transport.
 
+use crate::host_memory::HostMemory;
 use llmscale_scheduler::{Gap, Mirror};
-use llmscale_types::{Delta, EngineLimits, Epoch, StepResult, Token};
+use llmscale_types::{Delta, EngineLimits, Epoch, HostBlockId, StepResult, Token};
 
 /// Fixed odd constants of the `SplitMix64` finalizer (Steele, Lea, Flood 2014).
 pub(crate) fn mix(value: u64) -> u64 {
@@ -39,7 +40,9 @@ pub fn hash_token(ids: &[Token], seed: u64, choice: u32, vocabulary: u32) -> Tok
 pub enum StepFailure {
     /// The delta did not follow. The worker lives and waits for a snapshot.
     Gap(Gap),
-    /// A row read the deadly token: the worker is gone, and so is its memory.
+    /// Blocks of the host tier did not hold what they should. The worker lives and waits for a snapshot.
+    BadHostBlocks(Vec<HostBlockId>),
+    /// A row read the deadly token: the worker is gone, and so is its device's memory.
     Poison,
 }
 
@@ -51,6 +54,9 @@ pub struct HashWorker {
     /// Rows of the last step.
     rows: usize,
     kv: Vec<Option<u64>>,
+    host: HostMemory,
+    /// What copying one block takes.
+    copy_ns: u64,
     block_tokens: usize,
     vocabulary: u32,
 }
@@ -63,9 +69,32 @@ impl HashWorker {
             mirror: Mirror::new(limits, epoch),
             rows: 0,
             kv: vec![None; limits.total_blocks as usize * limits.block_tokens as usize],
+            host: HostMemory::new(limits.host_blocks, 0),
+            copy_ns: 2_000,
             block_tokens: limits.block_tokens as usize,
             vocabulary: limits.vocabulary,
         }
+    }
+
+    /// A worker that finds this memory, and takes this long for a block.
+    #[must_use]
+    pub fn with_host(mut self, host: HostMemory, copy_ns: u64) -> Self {
+        self.host = host;
+        self.copy_ns = copy_ns;
+        self
+    }
+
+    /// Its host memory, which outlives it. With the step that it was at, whose copies are cut off.
+    pub fn leave_host(mut self, at_work: Option<&Delta>) -> HostMemory {
+        if let Some(delta) = at_work {
+            self.host.tear(&delta.copies);
+        }
+        self.host
+    }
+
+    /// Its host memory.
+    pub fn host_mut(&mut self) -> &mut HostMemory {
+        &mut self.host
     }
 
     /// The worker dies when it computes this token, as with a request that triggers a bug in a kernel.
@@ -93,6 +122,11 @@ impl HashWorker {
     /// Runs one step. `elapsed_ns` is what the simulation says that it took.
     pub fn run(&mut self, delta: &Delta, elapsed_ns: u64) -> Result<StepResult, StepFailure> {
         let counts = self.mirror.expand(delta).map_err(StepFailure::Gap)?;
+        let bad = self.host.copy(&delta.copies, &mut self.kv, self.block_tokens);
+        if !bad.is_empty() {
+            self.mirror.lose();
+            return Err(StepFailure::BadHostBlocks(bad));
+        }
         self.rows = counts.rows as usize;
         let buffers = self.mirror.buffers();
         let mut ids = buffers.token_ids[..counts.rows as usize].iter();
@@ -142,8 +176,9 @@ impl HashWorker {
             tokens,
             logprobs: Vec::new(),
             errors: Vec::new(),
-            elapsed_ns,
+            elapsed_ns: elapsed_ns + self.copy_ns * delta.copies.len() as u64,
             waited_ns: 0,
+            copied_ns: self.copy_ns * delta.copies.len() as u64,
         })
     }
 }

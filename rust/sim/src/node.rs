@@ -8,15 +8,15 @@ mod deliver;
 use crate::around::Around;
 use crate::faults::Fault;
 use crate::happening::{Happening, WorkerTurn};
+use crate::host_memory::HostMemory;
 use crate::network::Peer;
 use crate::peers::{PROBE, Peers};
 use crate::versions;
 use crate::worker::{Condition, Ending, Lapse, WorkerProcess, open};
-use llmscale_cost::{CostModel, StepShape};
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
 use llmscale_types::{
-    Attempt, Class, Delta, Duration, Epoch, NodeId, RequestId, Sampling, SequenceKey, StepId, StepResult, Submission,
-    Time,
+    Attempt, Class, Duration, Epoch, HostBlockId, NodeId, RequestId, Sampling, SequenceKey, StepId, StepResult,
+    Submission, Time,
 };
 use llmscale_wire::{Failed, FromWorker, NodeState, VersionRange};
 use std::collections::VecDeque;
@@ -30,7 +30,6 @@ const MAX_FRONTS: u32 = 16;
 #[derive(Debug)]
 struct Sent {
     step: StepId,
-    shape: StepShape,
     at: Time,
 }
 
@@ -81,7 +80,8 @@ pub(crate) struct NodeProcess {
     next_status: Time,
     next_caches: Time,
     next_round: Option<Time>,
-    cost: CostModel,
+    /// The host tier's memory while no worker has it.
+    host: Option<HostMemory>,
     out: Actions,
 }
 
@@ -120,7 +120,7 @@ impl NodeProcess {
             next_status: around.now(),
             next_caches: around.now(),
             next_round: None,
-            cost: CostModel::new(),
+            host: Some(HostMemory::new(around.mix.engine.host_blocks, 1)),
             out: Actions::default(),
         };
         process.plan_worker(around, Epoch(1), WorkerTurn::Started, Duration(1_000));
@@ -293,8 +293,12 @@ impl NodeProcess {
     fn take_worker(&mut self, epoch: Epoch, around: &mut Around) {
         assert!(epoch > self.epoch, "epoch {epoch} comes after {}", self.epoch);
         self.epoch = epoch;
-        let deadly = around.mix.deadly_token();
-        self.worker = Some(WorkerProcess::new(self.replica.limits(), epoch, deadly));
+        let mut host = self.host.take().expect("the worker before left it");
+        if around.mix.has(Fault::HostMemoryLost) && around.random.chance(400) {
+            around.reach("host_memory_lost", [self.place as u64, self.node.0, epoch.0, 0]);
+            host = HostMemory::new(around.mix.engine.host_blocks, host.incarnation() + 1);
+        }
+        self.worker = Some(WorkerProcess::new(epoch, host, around));
         let loading = around.random.span(5_000, 200_000);
         self.plan_worker(around, epoch, WorkerTurn::Ready, loading);
     }
@@ -302,9 +306,10 @@ impl NodeProcess {
     fn worker_ready(&mut self, epoch: Epoch, now: Time) {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
         worker.be_ready();
+        let host_memory = worker.host_memory();
         self.last_reset = None;
         self.grown = self.grown.max(Grown::HadWorker);
-        self.event(now, Event::WorkerUp(epoch));
+        self.event(now, Event::WorkerUp { epoch, host_memory });
         if self.grown < Grown::HasRun {
             self.event(now, Event::Submit(Box::new(probe(epoch))));
         } else if self.state == NodeState::Recovering {
@@ -321,7 +326,7 @@ impl NodeProcess {
         // Steps that it had finished are no reason to suspect anybody.
         self.read_worker(around);
         self.complete(now);
-        self.worker = None;
+        self.host = self.worker.take().map(WorkerProcess::leave_host);
         self.sent.clear();
         self.worker_restarts += 1;
         if self.state == NodeState::Ready {
@@ -356,22 +361,25 @@ impl NodeProcess {
         for message in std::mem::take(&mut self.heard) {
             match message {
                 FromWorker::Result(result) => self.results.push(result),
-                FromWorker::NeedSnapshot(_) => self.reset_worker(None, around),
-                FromWorker::Failed(Failed { step: Some(step), .. }) => self.reset_worker(Some(step), around),
+                FromWorker::NeedSnapshot(need) => self.reset_worker(None, need.bad_host_blocks, around),
+                FromWorker::Failed(Failed { step: Some(step), .. }) => {
+                    self.reset_worker(Some(step), Vec::new(), around);
+                }
                 other => panic!("a simulated worker says {other:?}"),
             }
         }
     }
 
-    /// The worker gave up its steps in flight and lives. Twice without a step between means that it never will do one.
-    fn reset_worker(&mut self, raised: Option<StepId>, around: &mut Around) {
+    /// The worker gave up its steps in flight and lives. Twice without a step between means that it never will do one,
+    /// unless host blocks were bad: those are not asked for again.
+    fn reset_worker(&mut self, raised: Option<StepId>, bad_host_blocks: Vec<HostBlockId>, around: &mut Around) {
         let now = around.now();
         // What it finished before counts.
         self.complete(now);
         let Some(worker) = self.worker.as_ref().filter(|worker| !worker.failed) else { return };
         let ordinary = worker.failed_ordinarily || raised.is_none();
         let steps = self.replica.counters().steps;
-        if self.last_reset.replace(steps) == Some(steps) {
+        if bad_host_blocks.is_empty() && self.last_reset.replace(steps) == Some(steps) {
             around.reach("worker_condemned", [self.place as u64, self.node.0, self.epoch.0, 0]);
             return self.fail_worker(around, ordinary);
         }
@@ -379,16 +387,12 @@ impl NodeProcess {
             around.deaths.push((self.place, ordinary));
         }
         self.sent.clear();
-        self.event(now, Event::StepsLost { raised });
+        self.event(now, Event::StepsLost { raised, bad_host_blocks });
     }
 
     fn complete(&mut self, now: Time) {
         for result in std::mem::take(&mut self.results) {
-            if self.sent.front().is_some_and(|sent| sent.step == result.step)
-                && let Some(sent) = self.sent.pop_front()
-            {
-                self.cost.observe(sent.shape, result.elapsed_ns);
-            }
+            self.sent.pop_front_if(|sent| sent.step == result.step);
             self.event(now, Event::StepDone(result));
         }
     }
@@ -396,22 +400,12 @@ impl NodeProcess {
     fn execute(&mut self, around: &mut Around) {
         while self.worker.as_ref().is_some_and(WorkerProcess::takes_steps) && self.replica.plan(&mut self.out) {
             let delta = self.out.execute.take().expect("a planned step has a delta");
-            let shape = self.shape_of(&delta);
-            self.sent.push_back(Sent { step: delta.step, shape, at: around.now() });
+            self.sent.push_back(Sent { step: delta.step, at: around.now() });
             let worker = self.worker.as_mut().expect("it was just looked at");
             let epoch = worker.epoch;
             if let Some(span) = worker.receive(delta, around) {
                 self.plan_worker(around, epoch, WorkerTurn::StepDone, span);
             }
-        }
-    }
-
-    fn shape_of(&self, delta: &Delta) -> StepShape {
-        let (decodes, context_tokens) = self.replica.decoding(delta.group);
-        StepShape {
-            decodes: if delta.decodes { decodes } else { 0 },
-            prefill_tokens: delta.chunks.iter().map(|chunk| chunk.tokens).sum(),
-            context_tokens,
         }
     }
 }

@@ -3,7 +3,8 @@
 
 use crate::around::Around;
 use crate::hash_worker::{HashWorker, StepFailure};
-use llmscale_types::{Delta, Duration, EngineLimits, Epoch, StepId, Time, Token};
+use crate::host_memory::HostMemory;
+use llmscale_types::{Delta, Duration, Epoch, HostBlockId, StepId, Time};
 use llmscale_wire::{CodecLimits, Failed, FailureCode, FromWorker, NeedSnapshot, ToWorker, decode, encode};
 use std::collections::VecDeque;
 
@@ -59,7 +60,8 @@ pub(crate) struct WorkerProcess {
 }
 
 impl WorkerProcess {
-    pub(crate) fn new(limits: &EngineLimits, epoch: Epoch, deadly: Option<Token>) -> Self {
+    pub(crate) fn new(epoch: Epoch, host: HostMemory, around: &Around) -> Self {
+        let (limits, deadly) = (&around.mix.engine, around.mix.deadly_token());
         Self {
             epoch,
             condition: Condition::Loading,
@@ -68,7 +70,7 @@ impl WorkerProcess {
             failed: false,
             slow_until: Time(0),
             lapse: None,
-            model: HashWorker::new(limits, epoch).killed_by(deadly),
+            model: HashWorker::new(limits, epoch).killed_by(deadly).with_host(host, around.mix.copy_ns),
             steps: VecDeque::new(),
         }
     }
@@ -114,7 +116,10 @@ impl WorkerProcess {
             around.reach("worker_lost_mirror", [self.epoch.0, delta.step.0, 0, 0]);
             self.model.lose_mirror();
         }
-        let outcome = self.model.run(delta, 500_000);
+        // What a step is said to take is the same for all where nobody weighs it against copies, as it always was.
+        let tokens: u64 = delta.chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum();
+        let computed_ns = if around.mix.engine.host_blocks == 0 { 0 } else { tokens * 40_000 };
+        let outcome = self.model.run(delta, 500_000 + computed_ns);
         let message = match outcome {
             Ok(_) if self.lapse.take_if(|lapse| *lapse == Lapse::Raises).is_some() => {
                 around.reach("worker_raised", [self.epoch.0, delta.step.0, 0, 0]);
@@ -123,7 +128,11 @@ impl WorkerProcess {
             Ok(result) => FromWorker::Result(result),
             Err(StepFailure::Gap(gap)) => {
                 around.reach("worker_needs_snapshot", [self.epoch.0, gap.step.0, 0, 0]);
-                FromWorker::NeedSnapshot(NeedSnapshot { epoch: self.epoch, step: gap.step, last: None })
+                self.need_snapshot(gap.step, Vec::new())
+            }
+            Err(StepFailure::BadHostBlocks(bad)) => {
+                around.reach("worker_found_bad_host_blocks", [self.epoch.0, delta.step.0, 0, 0]);
+                self.need_snapshot(delta.step, bad)
             }
             Err(StepFailure::Poison) if around.mix.deadly_raises => {
                 around.reach("worker_deadly_token", [self.epoch.0, delta.step.0, 0, 0]);
@@ -133,6 +142,25 @@ impl WorkerProcess {
             Err(StepFailure::Poison) => return Ending::Died,
         };
         Ending::Said(encode(&message, &around.codec).expect("what a worker says is within the codec's limits"))
+    }
+
+    fn need_snapshot(&self, step: StepId, bad_host_blocks: Vec<HostBlockId>) -> FromWorker {
+        FromWorker::NeedSnapshot(NeedSnapshot { epoch: self.epoch, step, last: None, bad_host_blocks })
+    }
+
+    /// What outlives it: the host tier's memory, with what its death cut off.
+    pub(crate) fn leave_host(self) -> HostMemory {
+        self.model.leave_host(self.steps.front())
+    }
+
+    /// A bit flips in the host tier's memory.
+    pub(crate) fn flip_host_bit(&mut self, place: usize) -> bool {
+        self.model.host_mut().flip(place)
+    }
+
+    /// Which host memory it found.
+    pub(crate) fn host_memory(&mut self) -> u64 {
+        self.model.host_mut().incarnation()
     }
 
     /// The step raised: the worker lives and waits for a snapshot.

@@ -4,6 +4,7 @@
 //! and nothing else of the codec, whose own tests hold its frames against these counts.
 
 use crate::limits::EngineLimits;
+use crate::plan::Delta;
 use crate::request::Sampling;
 
 /// Longest frame that a link carries.
@@ -16,6 +17,8 @@ pub const MAX_ADMISSION_BYTES: u64 = 14 << 20;
 const VALUE_BYTES: u64 = 5;
 /// A number of 64 bits at its widest.
 const LONG_BYTES: u64 = 9;
+/// A copy between tiers: the array's head and the direction in a byte each, two blocks, a tag.
+const COPY_BYTES: u64 = 2 + 2 * VALUE_BYTES + LONG_BYTES;
 /// What every frame has besides its columns: envelope, incarnations, steps, heads of arrays.
 const ENVELOPE_BYTES: u64 = 128;
 
@@ -46,8 +49,9 @@ const _: () = {
     let blocks = EngineLimits::MAX_SEQUENCE_BLOCKS as u64;
     // Any sequence can be admitted alone.
     assert!(admission_bytes_of(tokens, blocks, MAX_SAMPLING_BYTES) <= MAX_ADMISSION_BYTES);
-    // A delta: every slot leaves, enters, grows and has a chunk.
-    assert!(ENVELOPE_BYTES + MAX_ADMISSION_BYTES + rows * 7 * VALUE_BYTES <= MAX_FRAME_BYTES);
+    // A delta: every slot leaves, enters, grows and has a chunk; and blocks are copied.
+    let copies = Delta::MAX_COPIES as u64 * COPY_BYTES;
+    assert!(ENVELOPE_BYTES + MAX_ADMISSION_BYTES + rows * 7 * VALUE_BYTES + copies <= MAX_FRAME_BYTES);
     // A submission of the longest context.
     assert!(ENVELOPE_BYTES + tokens * VALUE_BYTES + MAX_SAMPLING_BYTES <= MAX_FRAME_BYTES);
     // A step's result, and the outputs of all steps in flight at once with all ends, every row with log probabilities.

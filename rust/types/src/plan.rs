@@ -2,7 +2,7 @@
 //! expands it into the buffers that the executor reads. Sequences in decode take one row in every decoding step of their
 //! group without being named, so a steady step costs a few hundred bytes whatever the number of running sequences.
 
-use crate::ids::{BlockId, Epoch, GroupId, Slot, StepId, Token};
+use crate::ids::{BlockId, Epoch, GroupId, HostBlockId, Slot, StepId, Token};
 use crate::output::TokenLogprobs;
 use crate::request::Sampling;
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,28 @@ pub struct Chunk {
     pub tokens: u32,
 }
 
+/// Which way a block's bytes go.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum CopyDirection {
+    /// From the device to the host tier.
+    Offload,
+    /// From the host tier to the device.
+    Restore,
+}
+
+/// One block to copy between the tiers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BlockCopy {
+    /// Which way.
+    pub direction: CopyDirection,
+    /// The block on the device.
+    pub block: BlockId,
+    /// The block on the host.
+    pub host: HostBlockId,
+    /// Names the content: written beside the bytes on the way out, compared on the way back.
+    pub tag: u64,
+}
+
 /// One step, as the change from its base step.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Delta {
@@ -60,9 +82,14 @@ pub struct Delta {
     pub append_blocks: Vec<BlockId>,
     /// Prefill work of this step.
     pub chunks: Vec<Chunk>,
+    /// Blocks to copy between tiers, in this order, after the steps before and before this step's rows. A step may have
+    /// copies and no rows.
+    pub copies: Vec<BlockCopy>,
 }
 
 impl Delta {
+    /// Most copies of one delta, so that it fits its frame whatever else it carries.
+    pub const MAX_COPIES: usize = 1 << 15;
     /// The base of a snapshot; no step has this number.
     pub const NOTHING: StepId = StepId(0);
 
@@ -84,6 +111,7 @@ impl Delta {
             append_slots: Vec::new(),
             append_blocks: Vec::new(),
             chunks: Vec::new(),
+            copies: Vec::new(),
         }
     }
 }
@@ -116,4 +144,6 @@ pub struct StepResult {
     pub elapsed_ns: u64,
     /// Of it, what the last stage of a pipeline waited for the stages before it.
     pub waited_ns: u64,
+    /// Of it, what the copies between tiers took.
+    pub copied_ns: u64,
 }

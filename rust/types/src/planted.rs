@@ -49,11 +49,19 @@ pub enum Planted {
     RetriesWithoutBudget,
     /// A node speaks its own newest version to whoever greets it.
     SpeaksItsOwnVersion,
+    /// A replica copies the neighbour of a block that is evicted.
+    OffloadsAnotherBlock,
+    /// A replica believes that copies of lost steps were made.
+    BelievesInLostCopies,
+    /// A replica lets others share what a step in flight has yet to restore.
+    SharesBeforeItIsRestored,
+    /// A worker restores blocks whose headers it does not look at.
+    LooksAtNoHeader,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 26] = [
         Self::KeepsCacheOfDeadWorker,
         Self::ConvictsAtOnce,
         Self::GivesRowsToTheNextInSlot,
@@ -76,6 +84,10 @@ impl Planted {
         Self::KeepsRacingAfterTheFirstToken,
         Self::RetriesWithoutBudget,
         Self::SpeaksItsOwnVersion,
+        Self::OffloadsAnotherBlock,
+        Self::BelievesInLostCopies,
+        Self::SharesBeforeItIsRestored,
+        Self::LooksAtNoHeader,
     ];
 
     /// Whether this thread has the bug.

@@ -5,7 +5,9 @@
 use crate::error::WireError;
 use crate::reader::Reader;
 use crate::writer::Writer;
-use llmscale_types::{Attempt, BlockId, Duration, Epoch, GroupId, NodeId, PrefixKey, RequestId, Slot, StepId};
+use llmscale_types::{
+    Attempt, BlockId, Duration, Epoch, GroupId, HostBlockId, NodeId, PrefixKey, RequestId, Slot, StepId,
+};
 
 /// A value with one place in a message.
 pub(crate) trait Field: Sized {
@@ -51,7 +53,7 @@ macro_rules! newtype {
     };
 }
 
-newtype!(Attempt, BlockId, Duration, Epoch, GroupId, NodeId, PrefixKey, RequestId, Slot, StepId);
+newtype!(Attempt, BlockId, Duration, Epoch, GroupId, HostBlockId, NodeId, PrefixKey, RequestId, Slot, StepId);
 
 impl Field for bool {
     const LEAST_BYTES: usize = 1;

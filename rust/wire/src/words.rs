@@ -7,8 +7,9 @@ use crate::reader::Reader;
 use crate::writer::Writer;
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
-    Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId,
-    Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, Token, TokenLogprobs,
+    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, Duration, EngineLimits, Epoch,
+    FinishReason, Finished, GroupId, HostBlockId, Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId,
+    StepResult, Token, TokenLogprobs,
 };
 
 codes!(Class { Interactive = 0, Standard = 1, Batch = 2, Background = 3 });
@@ -73,6 +74,9 @@ record!(Admission {
     sampling: Sampling,
 });
 
+codes!(CopyDirection { Offload = 0, Restore = 1 });
+record!(BlockCopy { direction: CopyDirection, block: BlockId, host: HostBlockId, tag: u64 });
+
 record!(Delta {
     epoch: Epoch,
     step: StepId,
@@ -84,6 +88,7 @@ record!(Delta {
     append_slots: Vec<Slot>,
     append_blocks: Vec<BlockId>,
     chunks: Vec<Chunk>,
+    copies: Vec<BlockCopy>,
 });
 
 record!(StepResult {
@@ -95,11 +100,13 @@ record!(StepResult {
     errors: Vec<(Slot, RowError)>,
     elapsed_ns: u64,
     waited_ns: u64,
+    copied_ns: u64,
 });
 
 record!(EngineLimits {
     block_tokens: u32,
     total_blocks: u32,
+    host_blocks: u32,
     max_sequences: u32,
     max_step_tokens: u32,
     max_sequence_tokens: u32,

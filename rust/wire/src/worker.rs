@@ -5,7 +5,7 @@
 
 use crate::field::{codes, record};
 use crate::frame::messages;
-use llmscale_types::{Delta, EngineLimits, Epoch, StepId, StepResult};
+use llmscale_types::{Delta, EngineLimits, Epoch, HostBlockId, StepId, StepResult};
 
 /// From an engine to a worker.
 #[derive(Clone, PartialEq, Debug)]
@@ -80,10 +80,13 @@ pub struct Ready {
     pub numerics: String,
     /// Time that loading took.
     pub loading_ns: u64,
+    /// Which incarnation of the host tier's memory it has found: what an earlier worker has put there is there still if it
+    /// is the same.
+    pub host_memory: u64,
 }
 
-/// A gap in the steps.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// A gap in the steps, or a step whose copies cannot be made.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct NeedSnapshot {
     /// The worker's incarnation.
     pub epoch: Epoch,
@@ -91,6 +94,8 @@ pub struct NeedSnapshot {
     pub step: StepId,
     /// The last step that was; `None` if none was.
     pub last: Option<StepId>,
+    /// Blocks of the host tier that do not hold what they should.
+    pub bad_host_blocks: Vec<HostBlockId>,
 }
 
 /// Where a worker failed.
@@ -126,7 +131,15 @@ pub struct Failed {
 
 codes!(Dtype { Auto = 0, Float32 = 1, Bfloat16 = 2, Float16 = 3 });
 record!(Configure { epoch: Epoch, model_folder: String, dtype: Dtype, limits: EngineLimits });
-record!(Ready { epoch: Epoch, pid: u32, total_blocks: u32, layers: u32, numerics: String, loading_ns: u64 });
-record!(NeedSnapshot { epoch: Epoch, step: StepId, last: Option<StepId> });
+record!(Ready {
+    epoch: Epoch,
+    pid: u32,
+    total_blocks: u32,
+    layers: u32,
+    numerics: String,
+    loading_ns: u64,
+    host_memory: u64
+});
+record!(NeedSnapshot { epoch: Epoch, step: StepId, last: Option<StepId>, bad_host_blocks: Vec<HostBlockId> });
 codes!(FailureCode { Configuration = 0, Model = 1, Memory = 2, Step = 3, Protocol = 4, Internal = 5 });
 record!(Failed { epoch: Epoch, step: Option<StepId>, code: FailureCode, message: String });

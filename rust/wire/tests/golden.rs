@@ -6,8 +6,9 @@
 
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
-    Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId,
-    NodeId, Outputs, PrefixKey, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs,
+    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, Duration, EngineLimits, Epoch,
+    FinishReason, Finished, GroupId, HostBlockId, NodeId, Outputs, PrefixKey, Refusal, RequestId, RowError, Sampling,
+    Slot, StepId, StepResult, TokenLogprobs,
 };
 use llmscale_wire::{
     Abort, CodecLimits, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, KvAsk, KvChanges,
@@ -193,6 +194,7 @@ fn to_worker() -> Vec<(&'static str, ToWorker)> {
     let limits = EngineLimits {
         block_tokens: 32,
         total_blocks: 8_192,
+        host_blocks: 4_096,
         max_sequences: 64,
         max_step_tokens: 2_048,
         max_sequence_tokens: 2_048,
@@ -220,6 +222,10 @@ fn to_worker() -> Vec<(&'static str, ToWorker)> {
         sampling: full_sampling(),
     }];
     admission.chunks = vec![Chunk { slot: Slot(5), start_tokens: 2, tokens: 2 }];
+    admission.copies = vec![
+        BlockCopy { direction: CopyDirection::Offload, block: BlockId(6), host: HostBlockId(70_003), tag: u64::MAX },
+        BlockCopy { direction: CopyDirection::Restore, block: BlockId(7), host: HostBlockId(1), tag: 5 },
+    ];
     vec![
         ("configure", ToWorker::Configure(configure)),
         ("step_steady", ToWorker::Step(steady)),
@@ -236,6 +242,7 @@ fn from_worker() -> Vec<(&'static str, FromWorker)> {
         layers: 6,
         numerics: "native-avx2-float32-tp1".into(),
         loading_ns: 812_000_000,
+        host_memory: 0x0123_4567_89ab_cdef,
     };
     let result = StepResult {
         epoch: EPOCH,
@@ -246,6 +253,7 @@ fn from_worker() -> Vec<(&'static str, FromWorker)> {
         errors: vec![(Slot(9), RowError::NotANumber), (Slot(10), RowError::NothingToSample)],
         elapsed_ns: 2_345_678,
         waited_ns: 45_678,
+        copied_ns: 12_345,
     };
     let failed = Failed {
         epoch: EPOCH,
@@ -256,11 +264,14 @@ fn from_worker() -> Vec<(&'static str, FromWorker)> {
     let failed_to_load =
         Failed { step: None, code: FailureCode::Model, message: "no tensors".into(), ..failed.clone() };
     let (epoch, step) = (EPOCH, StepId(70_001));
+    let need = NeedSnapshot { epoch, step, last: Some(StepId(69_999)), bad_host_blocks: Vec::new() };
+    let bad_host_blocks = vec![HostBlockId(3), HostBlockId(70_000)];
+    let need_from_the_start = NeedSnapshot { epoch, step, last: None, bad_host_blocks };
     vec![
         ("ready", FromWorker::Ready(ready)),
         ("result", FromWorker::Result(result)),
-        ("need_snapshot", FromWorker::NeedSnapshot(NeedSnapshot { epoch, step, last: Some(StepId(69_999)) })),
-        ("need_snapshot_from_the_start", FromWorker::NeedSnapshot(NeedSnapshot { epoch, step, last: None })),
+        ("need_snapshot", FromWorker::NeedSnapshot(need)),
+        ("need_snapshot_from_the_start", FromWorker::NeedSnapshot(need_from_the_start)),
         ("failed", FromWorker::Failed(failed)),
         ("failed_to_load", FromWorker::Failed(failed_to_load)),
     ]

@@ -5,8 +5,8 @@ mod common;
 use common::admission;
 use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
 use llmscale_types::{
-    Admission, Attempt, BlockId, Chunk, Class, Delta, EngineLimits, Epoch, FinishReason, Finished, NodeId, Outputs,
-    RequestId, Sampling, Slot, StepId, StepResult, Token, TokenLogprobs,
+    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, EngineLimits, Epoch, FinishReason,
+    Finished, HostBlockId, NodeId, Outputs, RequestId, Sampling, Slot, StepId, StepResult, Token, TokenLogprobs,
 };
 use llmscale_wire::{CodecLimits, FromNode, FromWorker, NodeOutputs, Submit, ToNode, ToWorker, encode};
 use proptest::prelude::*;
@@ -29,7 +29,7 @@ fn a_steady_decoding_step_of_1024_sequences_takes_less_than_300_bytes() {
     let limits = CodecLimits::default();
     let small_pool = encode(&ToWorker::Step(steady_delta(1_000)), &limits).expect("within bounds").len();
     let large_pool = encode(&ToWorker::Step(steady_delta(100_000)), &limits).expect("within bounds").len();
-    assert_eq!((small_pool, large_pool), (206, 270));
+    assert_eq!((small_pool, large_pool), (207, 271));
 }
 
 #[test]
@@ -84,6 +84,8 @@ fn busy_delta(admit: Vec<Admission>) -> Delta {
     delta.append_slots = vec![Slot(ID); ROWS];
     delta.append_blocks = vec![BlockId(ID); ROWS];
     delta.chunks = vec![Chunk { slot: Slot(ID), start_tokens: 1 << 20, tokens: 1 << 20 }; ROWS];
+    let (direction, block, host) = (CopyDirection::Restore, BlockId(ID), HostBlockId(ID));
+    delta.copies = vec![BlockCopy { direction, block, host, tag: u64::MAX }; Delta::MAX_COPIES];
     delta.admit = admit;
     delta
 }
@@ -129,6 +131,7 @@ fn the_largest_results_and_outputs_that_the_limits_allow_fit_a_frame() {
         errors: Vec::new(),
         elapsed_ns: u64::MAX,
         waited_ns: u64::MAX,
+        copied_ns: u64::MAX,
     };
     assert!(encode(&FromWorker::Result(result), &limits).is_ok());
     let end = Finished {

@@ -131,7 +131,7 @@ impl Node {
             running: load.running,
             waiting: load.waiting,
             queued_tokens: load.waiting_tokens,
-            predicted_backlog_ns: if backlog == 0 { 0 } else { self.cost.predict_prefill(backlog) },
+            predicted_backlog_ns: if backlog == 0 { 0 } else { self.replica.cost().predict_prefill(backlog) },
             free_blocks: load.free_blocks,
             steps: counters.steps,
             preemptions: counters.preemptions,

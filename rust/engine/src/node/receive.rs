@@ -9,8 +9,8 @@ use llmscale_net::{PeerId, ReceiveError};
 use llmscale_scheduler::Event;
 use llmscale_types::{Attempt, Class, Epoch, FrontId, RequestId, Sampling, SequenceKey, StepId, Submission, Time};
 use llmscale_wire::{
-    Failed, FromNode, FromWorker, Hello, ModelRef, NodeLimits, NodeState, Pong, Ready, RejectCode, Rejected, ToNode,
-    ToWorker, VERSIONS, Welcome, WireError, decode, encode,
+    Failed, FromNode, FromWorker, Hello, ModelRef, NeedSnapshot, NodeLimits, NodeState, Pong, Ready, RejectCode,
+    Rejected, ToNode, ToWorker, VERSIONS, Welcome, WireError, decode, encode,
 };
 
 /// Frames taken from one source per round.
@@ -257,9 +257,10 @@ impl Node {
         match message {
             FromWorker::Ready(ready) => self.worker_ready(epoch, ready),
             FromWorker::Result(result) => self.results.push(result),
-            FromWorker::NeedSnapshot(gap) => {
-                self.reset_worker(epoch, None, format!("it lost the order of steps at step {}", gap.step));
+            FromWorker::NeedSnapshot(need) if need.bad_host_blocks.is_empty() => {
+                self.reset_worker(epoch, None, format!("it lost the order of steps at step {}", need.step));
             }
+            FromWorker::NeedSnapshot(need) => self.host_blocks_are_bad(epoch, need),
             FromWorker::Failed(Failed { step: Some(step), message, .. }) => {
                 self.reset_worker(epoch, Some(step), format!("step {step} raised: {message}"));
             }
@@ -278,15 +279,30 @@ impl Node {
             return self.fail_worker(epoch, format!("{message}; it did not do a step since the last time"));
         }
         self.sent.clear();
-        if self.event(Event::StepsLost { raised }) {
+        if self.event(Event::StepsLost { raised, bad_host_blocks: Vec::new() }) {
             self.board.notify(NodeEvent::WorkerReset { epoch, message });
         } else {
             self.fail_worker(epoch, format!("{message}; that is not the step that it was at"));
         }
     }
 
+    /// The worker gave up its steps in flight because blocks of the host tier do not hold what they should. They are not
+    /// asked for again, so it is no reason to doubt the worker.
+    fn host_blocks_are_bad(&mut self, epoch: Epoch, need: NeedSnapshot) {
+        self.complete();
+        if !self.worker.as_ref().is_some_and(|worker| worker.epoch == epoch && !worker.failed) {
+            return;
+        }
+        self.sent.clear();
+        let bad_host_blocks = need.bad_host_blocks;
+        let message = format!("{} host blocks of step {} are bad", bad_host_blocks.len(), need.step);
+        let taken = self.event(Event::StepsLost { raised: None, bad_host_blocks });
+        assert!(taken, "steps that nobody raised are always taken back");
+        self.board.notify(NodeEvent::WorkerReset { epoch, message });
+    }
+
     fn worker_ready(&mut self, epoch: Epoch, ready: Ready) {
-        let Ready { pid, loading_ns, total_blocks, numerics, .. } = ready;
+        let Ready { pid, loading_ns, total_blocks, numerics, host_memory, .. } = ready;
         if self.knows_numerics && numerics != self.config.model.numerics {
             let before = &self.config.model.numerics;
             return self.fail_worker(epoch, format!("it computes as {numerics}, the ones before as {before}"));
@@ -300,7 +316,7 @@ impl Node {
         if let Some(worker) = &mut self.worker {
             worker.pid = Some(pid);
         }
-        self.event(Event::WorkerUp(epoch));
+        self.event(Event::WorkerUp { epoch, host_memory });
         self.board.notify(NodeEvent::WorkerReady { epoch, pid, loading_ns });
         if !self.has_run {
             self.event(Event::Submit(Box::new(probe(epoch))));

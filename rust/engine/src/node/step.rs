@@ -1,9 +1,7 @@
 //! The second and third verb: completes the steps whose results arrived, plans the next ones and sends them.
 
 use super::{Node, Sent};
-use llmscale_cost::StepShape;
 use llmscale_scheduler::Event;
-use llmscale_types::Delta;
 use llmscale_wire::{ToWorker, encode};
 
 impl Node {
@@ -12,9 +10,7 @@ impl Node {
         for result in std::mem::take(&mut self.results) {
             self.step_ns = self.step_ns.saturating_add(result.elapsed_ns);
             self.stage_wait_ns = self.stage_wait_ns.saturating_add(result.waited_ns);
-            if let Some(sent) = self.sent.pop_front_if(|sent| sent.step == result.step) {
-                self.cost.observe(sent.shape, result.elapsed_ns);
-            }
+            self.sent.pop_front_if(|sent| sent.step == result.step);
             let (epoch, step) = (result.epoch, result.step);
             if !self.replica.on_event(self.clock.now(), Event::StepDone(result), &mut self.out) {
                 self.fail_worker(epoch, format!("its result of step {step} does not fit the step"));
@@ -26,19 +22,9 @@ impl Node {
     pub(super) fn execute(&mut self) {
         while self.worker.as_ref().is_some_and(|worker| !worker.failed) && self.replica.plan(&mut self.out) {
             let delta = self.out.execute.take().expect("a planned step has a delta");
-            let shape = self.shape_of(&delta);
-            self.sent.push_back(Sent { step: delta.step, shape, at: self.clock.now() });
+            self.sent.push_back(Sent { step: delta.step, at: self.clock.now() });
             let frame = encode(&ToWorker::Step(delta), &self.codec);
             self.send_to_worker(frame.expect("the engine's limits keep deltas within the codec's"));
-        }
-    }
-
-    fn shape_of(&self, delta: &Delta) -> StepShape {
-        let (decodes, context_tokens) = self.replica.decoding(delta.group);
-        StepShape {
-            decodes: if delta.decodes { decodes } else { 0 },
-            prefill_tokens: delta.chunks.iter().map(|chunk| chunk.tokens).sum(),
-            context_tokens,
         }
     }
 

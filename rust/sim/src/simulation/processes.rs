@@ -210,7 +210,17 @@ impl Simulation {
                     process.kill_worker(around, true);
                 }
             }
-            Fault::LateResult | Fault::ConnectionLoss | Fault::FrontPause | Fault::FrontRestart => {}
+            Fault::HostBitFlips => {
+                let block = around.random.below(64) as usize;
+                if process.worker.as_mut().is_some_and(|worker| worker.flip_host_bit(block)) {
+                    around.reach("host_bit_flipped", numbers);
+                }
+            }
+            Fault::HostMemoryLost
+            | Fault::LateResult
+            | Fault::ConnectionLoss
+            | Fault::FrontPause
+            | Fault::FrontRestart => {}
         }
     }
 
@@ -226,6 +236,9 @@ impl Simulation {
             ("replica_discarded_rows", counters.discarded_rows),
             ("replica_unknown_orders", counters.unknown_orders),
             ("replica_prefix_hits", cache.hit_tokens),
+            ("replica_offloaded", cache.offloaded_blocks),
+            ("replica_restored", cache.restored_blocks),
+            ("replica_bad_host_blocks", cache.bad_host_blocks),
         ] {
             self.around.coverage.add(name, count);
         }

@@ -25,6 +25,8 @@ enum Operation {
     Crash,
     Lose { mirror: bool },
     Raise,
+    Flip(usize),
+    LoseHost,
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -44,6 +46,8 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => Just(Operation::Crash),
         1 => any::<bool>().prop_map(|mirror| Operation::Lose { mirror }),
         1 => Just(Operation::Raise),
+        1 => (0_usize..16).prop_map(Operation::Flip),
+        1 => Just(Operation::LoseHost),
     ]
 }
 
@@ -52,6 +56,7 @@ proptest! {
     #[test]
     fn every_attempt_gets_the_models_tokens_and_one_end(
         total_blocks in 10_u32..40,
+        host_blocks in prop::sample::select(vec![0, 1, 8, 64]),
         max_sequences in 1_u32..8,
         max_step_tokens in 1_u32..24,
         steps in 1_u32..5,
@@ -61,7 +66,7 @@ proptest! {
         operations in prop::collection::vec(operation(), 0..150),
     ) {
         let groups = if pipeline { steps } else { 1 };
-        let limits = EngineLimits { groups, ..limits(total_blocks, max_sequences, max_step_tokens, steps) };
+        let limits = EngineLimits { groups, host_blocks, ..limits(total_blocks, max_sequences, max_step_tokens, steps) };
         let mut world = World::with_deadly_token(limits, deadly)
             .with_max_admission_bytes(max_admission_bytes);
         for operation in operations {
@@ -88,6 +93,8 @@ proptest! {
                 Operation::Crash => world.crash(),
                 Operation::Lose { mirror } => world.lose(mirror),
                 Operation::Raise => { world.answer(true); }
+                Operation::Flip(place) => world.flip(place),
+                Operation::LoseHost => world.lose_host(),
                 _ => {}
             }
         }
@@ -108,7 +115,7 @@ fn sequences_of_a_pipeline_spread_over_its_groups_and_each_group_has_one_step_in
         assert_eq!(flights.len(), 3, "no stage is idle: {flights:?}");
         assert!((0..3).all(|group| flights.contains(&group)), "{flights:?}");
         world.complete();
-        rows = (0..3).map(|group| world.replica.decoding(GroupId(group)).0).collect();
+        rows = (0..3).map(|group| world.replica.decoding(GroupId(group))).collect();
     }
     assert_eq!(rows, [3, 3, 3]);
     world.finish_all();
@@ -235,7 +242,7 @@ fn a_request_whose_steps_raise_is_poisoned_and_its_neighbours_go_on() {
 #[test]
 fn a_worker_that_names_a_step_which_cannot_have_raised_is_not_believed() {
     let mut world = World::new(limits(64, 4, 40, 2));
-    let raised = |step| Event::StepsLost { raised: Some(step) };
+    let raised = |step| Event::StepsLost { raised: Some(step), bad_host_blocks: Vec::new() };
     assert!(!world.replica.on_event(Time(0), raised(StepId(1)), &mut world.out), "nothing is in flight");
     world.submit(0, vec![7, 8, 9], 8, Class::Standard);
     world.plan();

@@ -2,7 +2,7 @@
 //! against the model as it comes.
 
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
-use llmscale_sim::{HashWorker, StepFailure, hash_token};
+use llmscale_sim::{HashWorker, HostMemory, StepFailure, hash_token};
 use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
 use llmscale_types::{
     Admission, Attempt, Class, Delta, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling, SequenceKey,
@@ -17,6 +17,7 @@ pub(crate) fn limits(total_blocks: u32, max_sequences: u32, max_step_tokens: u32
     EngineLimits {
         block_tokens: 4,
         total_blocks,
+        host_blocks: 0,
         max_sequences,
         max_step_tokens: max_step_tokens.max(max_sequences),
         max_sequence_tokens: 40,
@@ -71,6 +72,9 @@ pub(crate) struct World {
     max_admission_bytes: u64,
     /// How often the worker has lost something that it may yet find out.
     losses: u32,
+    /// How many bits have flipped in the host's memory that it may yet find out.
+    flips: u32,
+    host: Option<HostMemory>,
     pub(crate) replica: Replica,
     worker: Option<HashWorker>,
     first_stage: FirstStage,
@@ -89,11 +93,14 @@ impl World {
 
     pub(crate) fn with_deadly_token(limits: EngineLimits, deadly: Option<Token>) -> Self {
         let first_stage = FirstStage::new(&limits, Epoch(0));
+        let host_blocks = limits.host_blocks;
         let replica = Replica::new(limits, [9; 32], Box::new(FirstComeFirstServed)).unwrap();
         let mut world = Self {
             deadly,
             max_admission_bytes: MAX_ADMISSION_BYTES,
             losses: 0,
+            flips: 0,
+            host: Some(HostMemory::new(host_blocks, 1)),
             replica,
             worker: None,
             first_stage,
@@ -113,12 +120,14 @@ impl World {
         let Some(delta) = self.sent.pop_front() else { return false };
         let leads = self.leads();
         let worker = self.worker.as_mut().expect("steps are sent to a live worker");
-        let outcome = worker.run(&delta, 1);
+        // Copies pay: a block takes as long as a twentieth of a token.
+        let tokens: u64 = delta.chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum();
+        let outcome = worker.run(&delta, 1_000 + 40_000 * tokens);
         match outcome {
             Ok(_) if raises => {
                 worker.lose_mirror();
                 self.sent.clear();
-                self.event(Event::StepsLost { raised: Some(delta.step) });
+                self.event(Event::StepsLost { raised: Some(delta.step), bad_host_blocks: Vec::new() });
             }
             Ok(result) => {
                 if leads {
@@ -141,7 +150,13 @@ impl World {
                 // What is in flight behind it is passed over.
                 assert!(self.sent.iter().all(|delta| self.worker.as_ref().unwrap().passes_over(delta)));
                 self.sent.clear();
-                self.event(Event::StepsLost { raised: None });
+                self.event(Event::StepsLost { raised: None, bad_host_blocks: Vec::new() });
+            }
+            Err(StepFailure::BadHostBlocks(bad_host_blocks)) => {
+                assert!(self.flips > 0, "the host's memory does not hold what it should");
+                self.flips -= bad_host_blocks.len() as u32;
+                self.sent.clear();
+                self.event(Event::StepsLost { raised: None, bad_host_blocks });
             }
         }
         true
@@ -158,6 +173,16 @@ impl World {
         }
     }
 
+    /// A bit flips in the host's memory.
+    pub(crate) fn flip(&mut self, place: usize) {
+        self.flips += u32::from(self.worker.as_mut().expect("it lives").host_mut().flip(place));
+    }
+
+    /// The host's memory is another one from the next worker on.
+    pub(crate) fn lose_host(&mut self) {
+        self.crash_with(|host| HostMemory::new(host.blocks(), host.incarnation() + 1));
+    }
+
     /// As if frames were this small.
     pub(crate) fn with_max_admission_bytes(mut self, bytes: u64) -> Self {
         self.max_admission_bytes = bytes;
@@ -167,9 +192,12 @@ impl World {
 
     fn restart(&mut self) {
         self.epoch = self.epoch.next();
-        self.worker = Some(HashWorker::new(self.replica.limits(), self.epoch).killed_by(self.deadly));
+        let host = self.host.take().expect("the worker before left it");
+        let host_memory = host.incarnation();
+        let worker = HashWorker::new(self.replica.limits(), self.epoch).killed_by(self.deadly);
+        self.worker = Some(worker.with_host(host, 2_000));
         self.first_stage = FirstStage::new(self.replica.limits(), self.epoch);
-        self.event(Event::WorkerUp(self.epoch));
+        self.event(Event::WorkerUp { epoch: self.epoch, host_memory });
     }
 
     pub(crate) fn event(&mut self, event: Event) {
@@ -272,8 +300,14 @@ impl World {
     }
 
     pub(crate) fn crash(&mut self) {
+        self.crash_with(|host| host);
+    }
+
+    fn crash_with(&mut self, between: impl FnOnce(HostMemory) -> HostMemory) {
+        let at_work = self.sent.front().cloned();
         self.sent.clear();
-        self.worker = None;
+        let worker = self.worker.take().expect("there is always one");
+        self.host = Some(between(worker.leave_host(at_work.as_ref())));
         self.event(Event::WorkerDown);
         self.restart();
     }

@@ -3,9 +3,9 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use llmscale_types::{
-    Admission, Attempt, BlockId, Chunk, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId,
-    NodeId, Outputs, PrefixKey, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs,
-    error::QueueUnit,
+    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, Duration, EngineLimits, Epoch,
+    FinishReason, Finished, GroupId, HostBlockId, NodeId, Outputs, PrefixKey, Refusal, RequestId, RowError, Sampling,
+    Slot, StepId, StepResult, TokenLogprobs, error::QueueUnit,
 };
 use llmscale_wire::{
     Abort, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, KvAsk, KvChanges, KvSnapshot,
@@ -313,14 +313,22 @@ fn delta() -> impl Strategy<Value = Delta> {
         start_tokens,
         tokens,
     });
+    let directions = select(vec![CopyDirection::Offload, CopyDirection::Restore]);
+    let copy = (directions, number(), number(), long_number()).prop_map(|(direction, block, host, tag)| BlockCopy {
+        direction,
+        block: BlockId(block),
+        host: HostBlockId(host),
+        tag,
+    });
     (
         (long_number(), long_number(), long_number(), number(), any::<bool>()),
         vec(number(), 0..20),
         vec(admission(), 0..4),
         vec((number(), number()), 0..40),
         vec(chunk, 0..10),
+        vec(copy, 0..10),
     )
-        .prop_map(|((epoch, step, base, group, decodes), leave, admit, append, chunks)| Delta {
+        .prop_map(|((epoch, step, base, group, decodes), leave, admit, append, chunks, copies)| Delta {
             epoch: Epoch(epoch),
             step: StepId(step),
             base: StepId(base),
@@ -331,6 +339,7 @@ fn delta() -> impl Strategy<Value = Delta> {
             append_slots: append.iter().map(|(slot, _)| Slot(*slot)).collect(),
             append_blocks: append.iter().map(|(_, block)| BlockId(*block)).collect(),
             chunks,
+            copies,
         })
 }
 
@@ -340,6 +349,7 @@ fn engine_limits() -> impl Strategy<Value = EngineLimits> {
         |(shift, max_sequences, max_sequence_tokens, more, eos_tokens)| EngineLimits {
             block_tokens: 1 << shift,
             total_blocks: max_sequence_tokens.saturating_add(more),
+            host_blocks: more.min(EngineLimits::MAX_HOST_BLOCKS),
             max_sequences,
             max_step_tokens: max_sequences.saturating_add(more),
             max_sequence_tokens,
@@ -377,6 +387,7 @@ fn step_result() -> impl Strategy<Value = StepResult> {
             errors: errors.into_iter().map(|(slot, error)| (Slot(slot), error)).collect(),
             elapsed_ns,
             waited_ns: elapsed_ns / 2,
+            copied_ns: elapsed_ns / 3,
         },
     )
 }
@@ -392,15 +403,20 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
         FailureCode::Internal,
     ];
     prop_oneof![
-        (long_number(), number(), number(), number(), name(), long_number()).prop_map(
-            |(epoch, pid, total_blocks, layers, numerics, loading_ns)| {
-                FromWorker::Ready(Ready { epoch: Epoch(epoch), pid, total_blocks, layers, numerics, loading_ns })
+        (long_number(), number(), number(), number(), name(), long_number(), long_number()).prop_map(
+            |(epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory)| {
+                let epoch = Epoch(epoch);
+                FromWorker::Ready(Ready { epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory })
             }
         ),
         step_result().prop_map(FromWorker::Result),
-        (long_number(), long_number(), option::of(long_number())).prop_map(|(epoch, step, last)| {
-            FromWorker::NeedSnapshot(NeedSnapshot { epoch: Epoch(epoch), step: StepId(step), last: last.map(StepId) })
-        }),
+        (long_number(), long_number(), option::of(long_number()), vec(number(), 0..5)).prop_map(
+            |(epoch, step, last, bad)| {
+                let bad_host_blocks = bad.into_iter().map(HostBlockId).collect();
+                let (epoch, step, last) = (Epoch(epoch), StepId(step), last.map(StepId));
+                FromWorker::NeedSnapshot(NeedSnapshot { epoch, step, last, bad_host_blocks })
+            }
+        ),
         (long_number(), option::of(long_number()), select(codes), text()).prop_map(|(epoch, step, code, message)| {
             FromWorker::Failed(Failed { epoch: Epoch(epoch), step: step.map(StepId), code, message })
         }),

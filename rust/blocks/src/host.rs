@@ -1,0 +1,92 @@
+//! The host tier of a block store: a second pool, of memory beside the device, and what its blocks hold. The least
+//! recently used content gives way; what a coming copy reads is pinned by a reference. O(1) per block. Knows neither the
+//! device's pool nor who copies.
+
+use crate::pool::BlockPool;
+use crate::prefix::{Content, PrefixIndex};
+use llmscale_types::{BlockId, HostBlockId, Token};
+
+/// See the file's header.
+#[derive(Debug)]
+pub struct HostTier {
+    pool: BlockPool,
+    pub(crate) prefix: PrefixIndex,
+}
+
+/// A content that gave way, if it could be found.
+pub(crate) type Lost = Option<Content>;
+
+impl HostTier {
+    /// A tier of `total` empty blocks.
+    pub fn new(total: u32, block_tokens: u32) -> Self {
+        Self { pool: BlockPool::new(total), prefix: PrefixIndex::new(total, block_tokens) }
+    }
+
+    /// Blocks in all.
+    pub fn total(&self) -> u32 {
+        self.pool.total()
+    }
+
+    /// Makes room for a content, which it holds from now on. `None` if every block is pinned.
+    pub(crate) fn take_in(&mut self, content: Content, ids: &[Token]) -> Option<(HostBlockId, Lost)> {
+        let block = self.pool.allocate()?;
+        let lost = self.prefix.reachable(block).map(|(content, _)| content.clone());
+        self.prefix.forget(block);
+        self.prefix.insert(block, content, ids);
+        self.pool.release(block, true);
+        Some((HostBlockId(block.0), lost))
+    }
+
+    /// It was asked for: it gives way last.
+    pub(crate) fn touch(&mut self, host: HostBlockId) {
+        self.pin(host);
+        self.unpin(host);
+    }
+
+    /// Its content stays until it is unpinned.
+    pub(crate) fn pin(&mut self, host: HostBlockId) {
+        self.pool.share(BlockId(host.0));
+    }
+
+    /// Takes one pin back.
+    pub(crate) fn unpin(&mut self, host: HostBlockId) {
+        let block = BlockId(host.0);
+        self.pool.release(block, self.prefix.holds(block));
+    }
+
+    /// The tag of a pinned block's content, which may be shadowed by another of the same hash by now.
+    pub(crate) fn tag(&self, host: HostBlockId) -> u64 {
+        self.prefix.content(BlockId(host.0)).expect("a pinned block keeps its content").tag()
+    }
+
+    /// It does not hold what it should. Returns what that was, if it could be found.
+    pub(crate) fn forget(&mut self, host: HostBlockId) -> Lost {
+        if host.0 >= self.total() {
+            return None;
+        }
+        let block = BlockId(host.0);
+        let lost = self.prefix.reachable(block).map(|(content, _)| content.clone());
+        assert_eq!(self.pool.references(block), 0, "host block {host} is pinned while its content is lost");
+        self.prefix.forget(block);
+        // Reused before anything that is worth keeping.
+        self.pool.share(block);
+        self.pool.release(block, false);
+        lost
+    }
+
+    /// Its memory is gone. Nothing may be pinned.
+    pub(crate) fn clear(&mut self) {
+        assert_eq!(self.pool.free(), self.total(), "a block is pinned while the tier's memory is lost");
+        self.pool.reset();
+        self.prefix.clear();
+    }
+
+    /// Walks everything, given how often each block is pinned. O(blocks), for tests and idle checks.
+    pub(crate) fn check(&self, expected_pins: impl Fn(HostBlockId) -> u32) {
+        self.pool.check();
+        for host in (0..self.total()).map(HostBlockId) {
+            let (held, expected) = (self.pool.references(BlockId(host.0)), expected_pins(host));
+            assert_eq!(held, expected, "host block {host} has {held} pins, the tables have {expected}");
+        }
+    }
+}
