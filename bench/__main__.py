@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bench.result import RESULTS, Report
 
-BENCHES = ("failover", "layouts", "offline", "ranks", "router", "scheduler", "serving", "start", "transport")
+BENCHES = ("failover", "layouts", "offline", "offload", "ranks", "router", "scheduler", "serving", "start", "transport")
 
 
 def main() -> None:

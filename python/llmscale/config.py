@@ -20,7 +20,7 @@ USUAL_NODE_SILENCE_SECONDS = 1.75
 # Four reports of a node. Below that, a busy host is taken for a dead one.
 LEAST_NODE_SILENCE_SECONDS = 1.0
 MOST_NODE_SILENCE_SECONDS = 600.0
-# How long a front leaves a replica alone that answers badly, the first time; doubled each time, so nobody needs the most.
+# How long a front leaves a replica alone that answers badly, the first time; doubled each time: nobody needs the most.
 USUAL_EJECTION_SECONDS = 5.0
 LEAST_EJECTION_SECONDS = 0.1
 MOST_EJECTION_SECONDS = 600.0
@@ -43,6 +43,9 @@ class NodeSettings:
     max_step_tokens: int = 512
     kv_cache_bytes: int | None = None
     """None: room for about 64k tokens, at most a quarter of the machine's memory."""
+    kv_host_bytes: int | None = None
+    """Memory of the host that takes what the KV cache evicts; 0 for none. None: four times the KV cache, at most an
+    eighth of the machine's memory; pages that are never written take none."""
     threads: int | None = None
     """CPU threads of a worker; None: as many as the process may use."""
     spare_worker: bool = True
@@ -77,6 +80,8 @@ class NodeSettings:
             # Not `<= 0`, which a NaN passes.
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
+        if self.kv_host_bytes is not None and self.kv_host_bytes < 0:
+            raise ConfigError(f"kv_host_bytes is {self.kv_host_bytes}, it must be 0, for no host tier, or more")
         if self.max_step_seconds > MAX_STEP_SECONDS:
             raise ConfigError(f"max_step_seconds is {self.max_step_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
         if self.max_join_seconds > MAX_STEP_SECONDS:

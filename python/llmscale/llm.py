@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmscale import env
-from llmscale._core import LocalReplica, Sampling
+from llmscale._core import LocalReplica, Sampling, StepCounts
 from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
@@ -58,6 +58,7 @@ class LLM:
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 2_048,
         kv_cache_bytes: int | None = None,
+        kv_host_bytes: int | None = None,
         threads: int | None = None,
     ) -> None:
         env.prepare_for_torch()
@@ -77,6 +78,7 @@ class LLM:
             max_sequences=max_num_seqs,
             max_step_tokens=max_num_batched_tokens,
             kv_cache_bytes=kv_cache_bytes,
+            kv_host_bytes=kv_host_bytes,
             threads=threads,
         )
         plan = plan_replica(settings)
@@ -166,10 +168,16 @@ class LLM:
                 live[self._replica.submit(sequence.prompt, sequence.sampling)] = sequence
             counts = self._replica.plan()
             if counts is not None:
-                logits = self._runner.forward(self._buffers.inputs(counts))
-                self._replica.sample(self._runner.kernels, logits, self._runner.dtype)
+                self._compute(counts)
             news = self._collect(live)
             assert counts is not None or news, f"{len(live)} requests are left and none of them goes on"
+
+    def _compute(self, counts: StepCounts) -> None:
+        """Copies, runs and samples a planned step, unless its copies make it void."""
+        if not self._runner.copy(counts, self._replica):
+            return
+        logits = self._runner.forward(self._buffers.inputs(counts))
+        self._replica.sample(self._runner.kernels, logits, self._runner.dtype)
 
     def _collect(self, live: dict[int, _Sequence]) -> int:
         """Hands tokens to their sequences and drops those that have ended. Returns how many had news."""

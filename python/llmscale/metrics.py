@@ -145,6 +145,12 @@ class _Replica(Protocol):
     @property
     def prefix_hits(self) -> int: ...
     @property
+    def offloaded_blocks(self) -> int: ...
+    @property
+    def restored_blocks(self) -> int: ...
+    @property
+    def bad_host_blocks(self) -> int: ...
+    @property
     def preemptions(self) -> int: ...
     @property
     def steps(self) -> int: ...
@@ -221,6 +227,9 @@ _OF_REPLICA: Final[tuple[tuple[_Kind, str, str, Callable[[_Replica], float]], ..
         lambda one: one.prefix_queries,
     ),
     (CounterMetricFamily, "prefix_cache_hits", "Prompt tokens found in the cache", lambda one: one.prefix_hits),
+    (CounterMetricFamily, "kv_offloaded_blocks", "KV blocks copied to the host", lambda one: one.offloaded_blocks),
+    (CounterMetricFamily, "kv_restored_blocks", "KV blocks copied back from the host", lambda one: one.restored_blocks),
+    (CounterMetricFamily, "kv_bad_host_blocks", "Host blocks that were found corrupt", lambda one: one.bad_host_blocks),
     (CounterMetricFamily, "worker_restarts", "Times a worker process was replaced", lambda one: one.worker_restarts),
     (CounterMetricFamily, "steps", "Steps of the model", lambda one: one.steps),
     (CounterMetricFamily, "step_seconds", "Time that steps took", lambda one: one.step_ns / 1e9),

@@ -84,6 +84,9 @@ class FakeReplica:
     worker_restarts: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    offloaded_blocks: int = 0
+    restored_blocks: int = 0
+    bad_host_blocks: int = 0
     preemptions: int = 0
     model: str = "tiny"
     weights_digest: str = "aa" * 32

@@ -41,6 +41,7 @@ class ServeOptions:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
     kv_cache_bytes: int | None = None
+    kv_host_bytes: int | None = None
     threads: int | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -63,6 +64,7 @@ class ServeOptions:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
+            kv_host_bytes=self.kv_host_bytes,
             threads=self.threads,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
@@ -109,6 +111,7 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         max_sequences=entry.max_num_seqs,
         max_step_tokens=entry.max_num_batched_tokens,
         kv_cache_bytes=entry.kv_cache_bytes,
+        kv_host_bytes=entry.kv_host_bytes,
         threads=threads_per_worker(fleet, name),
         spare_worker=entry.spare_worker,
         tensor_parallel_size=entry.tensor_parallel_size,

@@ -166,6 +166,9 @@ class Status(Record, frozen=True):
     preemptions: U64
     prefix_queries: U64
     prefix_hits: U64
+    offloaded_blocks: U64
+    restored_blocks: U64
+    bad_host_blocks: U64
     worker_restarts: U32
     worker_pid: U32 | None
     step_ns: U64

@@ -67,6 +67,7 @@ def _command(fleet: FleetFile, model: str, address: str) -> tuple[str, ...]:
         "--max-num-batched-tokens": entry.max_num_batched_tokens,
         "--max-step-seconds": entry.max_step_seconds,
         "--kv-cache-bytes": entry.kv_cache_bytes,
+        "--kv-host-bytes": entry.kv_host_bytes,
         "--threads": threads_per_worker(fleet, model),
         "--tensor-parallel-size": entry.tensor_parallel_size,
         "--pipeline-parallel-size": entry.pipeline_parallel_size,

@@ -153,6 +153,7 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         max_step_tokens=arguments.max_num_batched_tokens,
         max_step_seconds=arguments.max_step_seconds,
         kv_cache_bytes=arguments.kv_cache_bytes,
+        kv_host_bytes=arguments.kv_host_bytes,
         threads=arguments.threads,
         spare_worker=arguments.spare_worker,
         tensor_parallel_size=arguments.tensor_parallel_size,
@@ -190,6 +191,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a worker whose step takes longer is hung and is replaced (default: %(default)g)",
     )
     add("--kv-cache-bytes", type=int, help="memory for the KV cache (default: about 64k tokens)")
+    add(
+        "--kv-host-bytes",
+        type=int,
+        help="memory for what the KV cache evicts; 0 for none (default: four times as much)",
+    )
     add("--threads", type=int, help="CPU threads of a worker (default: its share of the CPUs, fewer for a small model)")
     add(
         "-tp", "--tensor-parallel-size", type=int, default=1, help="ranks that share every layer (default: %(default)s)"

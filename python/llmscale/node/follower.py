@@ -17,6 +17,7 @@ from llmscale._core import GroupDoor
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, TransportError, WorkerError
 from llmscale.node.group_messages import Wanted, decode_leader, encode
+from llmscale.node.host_memory import HostMemory
 from llmscale.node.membership import Membership
 from llmscale.node.plan import ReplicaPlan
 from llmscale.node.rank_meeting import RankMeeting
@@ -49,6 +50,7 @@ class Follower:
         self._door = door
         self._membership = membership
         self._processes = processes
+        self._host_memory = HostMemory(plan.layout.places(hosts.index))
         self._stopping = asyncio.Event()
         # Set when what is wanted or what runs may have changed.
         self._changed = asyncio.Event()
@@ -75,6 +77,7 @@ class Follower:
                 with contextlib.suppress(asyncio.CancelledError, ConfigError, WorkerError):
                     await task
             await self._processes.close()
+            self._host_memory.close()
 
     def stop(self) -> None:
         """Ends the ranks and leaves."""
@@ -197,6 +200,7 @@ class Follower:
                 meeting.of(place),
                 model_folder=str(self._plan.folder),
                 key_file=None if key_file is None else str(key_file.absolute()),
+                host_memory=self._host_memory.path_of(place),
                 share=(number, len(places)),
             )
             for number, place in enumerate(places)

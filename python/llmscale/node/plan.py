@@ -28,6 +28,10 @@ BLOCK_TOKENS = 32
 # share that leaves a laptop usable.
 DEFAULT_KV_TOKENS = 65_536
 MAX_MEMORY_SHARE = 4
+# What is evicted goes to memory that is taken page by page as it is written.
+HOST_BLOCKS_PER_BLOCK = 4
+MAX_HOST_MEMORY_SHARE = 8
+MAX_HOST_BLOCKS = 1 << 24
 # Threads meet after every product, so a small model is no faster with more: tiny-chat (9 MB) gives one stream 880
 # tokens/s with one thread and 830 with two, alone on two cores; beside a gateway and its clients the loss is larger.
 BYTES_PER_THREAD = 16 << 20
@@ -80,9 +84,11 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     max_sequence_tokens = spec.sequence_limit(settings.max_sequence_tokens)
     block_bytes = _block_bytes(spec, dtype)
     fingerprint = weights_fingerprint(checkpoint)
+    total_blocks = _total_blocks(settings, block_bytes, max_sequence_tokens)
     limits = EngineLimits(
         vocabulary=spec.vocabulary,
-        total_blocks=_total_blocks(settings, block_bytes, max_sequence_tokens),
+        total_blocks=total_blocks,
+        host_blocks=_host_blocks(settings, block_bytes, total_blocks),
         block_tokens=BLOCK_TOKENS,
         max_sequence_tokens=max_sequence_tokens,
         max_sequences=settings.max_sequences,
@@ -136,5 +142,15 @@ def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens:
                 " max_sequence_tokens"
             )
         return blocks
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MAX_MEMORY_SHARE
-    return max(needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, memory // block_bytes))
+    return max(needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, _memory_bytes() // MAX_MEMORY_SHARE // block_bytes))
+
+
+def _host_blocks(settings: NodeSettings, block_bytes: int, total_blocks: int) -> int:
+    if settings.kv_host_bytes is not None:
+        return min(settings.kv_host_bytes // block_bytes, MAX_HOST_BLOCKS)
+    share = _memory_bytes() // MAX_HOST_MEMORY_SHARE // block_bytes
+    return min(HOST_BLOCKS_PER_BLOCK * total_blocks, share, MAX_HOST_BLOCKS)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -20,6 +20,7 @@ import structlog
 from llmscale._core import Engine, NodeEvent
 from llmscale.errors import ConfigError, WorkerError
 from llmscale.node.group_messages import RankLink
+from llmscale.node.host_memory import HostMemory
 from llmscale.node.leader_group import LeaderGroup
 from llmscale.node.plan import ReplicaPlan
 from llmscale.node.rank_meeting import RankMeeting
@@ -84,6 +85,7 @@ class WorkerSupervisor:
         self._plan = plan
         self._processes = processes
         self._span = span
+        self._host_memory = HostMemory(plan.layout.places(0))
         self._preparing: asyncio.Task[None] | None = None
         self._deaths = _Deaths()
         self._life: _Life | None = None
@@ -118,6 +120,7 @@ class WorkerSupervisor:
         await self._processes.close()
         if self._life is not None:
             await self._life.ranks.stop()
+        self._host_memory.close()
 
     async def _gather(self) -> bool:
         """Waits for the other hosts; False when there is nothing to start any more."""
@@ -144,7 +147,14 @@ class WorkerSupervisor:
             span.group.run(epoch, _links_by_host(plan, links), port)
         places = layout.places(0)
         assignments = [
-            Assignment(links[place.rank], epoch, place, meeting.of(place), share=(number, len(places)))
+            Assignment(
+                links[place.rank],
+                epoch,
+                place,
+                meeting.of(place),
+                host_memory=self._host_memory.path_of(place),
+                share=(number, len(places)),
+            )
             for number, place in enumerate(places)
         ]
         await life.ranks.start(self._processes, assignments)

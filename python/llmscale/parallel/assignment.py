@@ -49,6 +49,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the model lies on this host, if not where the engine's host has it."""
     key_file: str | None = None
     """The fleet's node key, for an engine on another host."""
+    host_memory: str | None = None
+    """File of this rank's part of the host tier, kept from worker to worker; None for memory of its own."""
     share: tuple[int, int] = (0, 1)
     """Which part of this host's CPUs is this rank's, and of how many."""
 

@@ -62,8 +62,10 @@ class WorkerLoop:
             progress=_LoadingProgress(),
             place=self._assignment.place,
             meeting=self._assignment.meeting,
+            host_memory=self._assignment.host_memory,
         )
-        self._session.ready(runner.layers, runner.numerics, time.perf_counter_ns() - started)
+        host_memory = 0 if runner.host is None else runner.host.incarnation
+        self._session.ready(runner.layers, runner.numerics, time.perf_counter_ns() - started, host_memory)
         self._runner = runner
         self._buffers = StepBuffers(self._session)
         self._sampling = StepSampling(self._session, runner, order.limits.max_sequences)
@@ -73,6 +75,9 @@ class WorkerLoop:
         assert self._buffers is not None, "a step before the configuration"
         assert self._sampling is not None, "a step before the configuration"
         try:
+            if not self._runner.copy(order.counts, self._session):
+                _log.warning("blocks of the host tier are bad; their tokens are computed again")
+                return
             self._sampling.begin()
             logits = self._runner.forward(self._buffers.inputs(order.counts))
             self._sampling.finish(order.counts, logits)

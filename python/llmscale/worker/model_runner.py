@@ -22,6 +22,7 @@ from llmscale.parallel.assignment import Meeting
 from llmscale.parallel.groups import join_stages, join_tensor_group, join_world
 from llmscale.parallel.interface import interface_towards
 from llmscale.worker.executor_torch import Ranks, TorchExecutor
+from llmscale.worker.host_tier import CopySource, HostTier
 from llmscale.worker.kv_region import KvRegion, kv_layout
 from llmscale.worker.step import StepInputs, StepLimits
 
@@ -80,6 +81,7 @@ class ModelRunner:
         progress: Progress | None = None,
         place: RankPlace | None = None,
         meeting: Meeting | None = None,
+        host_memory: str | None = None,
     ) -> None:
         """Meets the other ranks, loads weights, makes the KV region. Raises ModelError, ConfigError, WorkerError."""
         self.place = place = place or RankPlace()
@@ -110,9 +112,24 @@ class ModelRunner:
         linear = self._executor.linear_kind
         sums = f"{self.tensor.kind}{place.tensor_size}"
         self.numerics = f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/{sums}"
+        self.host: HostTier | None = None
+        if limits.host_blocks > 0:
+            self.host = HostTier(self.region, limits.host_blocks, self.numerics, place, host_memory)
+
+    def copy(self, counts: StepCounts, source: CopySource) -> bool:
+        """Makes the step's copies between tiers, before its rows are computed. False: the step was given up."""
+        if counts.copies == 0:
+            return True
+        assert self.host is not None, "copies are planned only where there is a host tier"
+        return self.host.copy(source)
 
     def forward(self, step: StepInputs) -> tuple[int, int]:
-        """Runs one step. Returns address and number of elements of the logits, valid until the next call."""
+        """Runs one step. Returns address and number of elements of the logits, valid until the next call.
+
+        A step without rows, which only copies blocks, has no logits.
+        """
+        if step.rows == 0:
+            return self.region.tensor.data_ptr(), 0
         # Held until the next step: the sampler reads it by address.
         self._logits = self._executor.forward(step)
         return self._logits.data_ptr(), self._logits.numel()

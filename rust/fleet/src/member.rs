@@ -117,6 +117,12 @@ pub struct Report {
     pub prefix_queries: u64,
     /// Prompt tokens found there, since the start.
     pub prefix_hits: u64,
+    /// KV blocks copied to the host when they were evicted, since the start.
+    pub offloaded_blocks: u64,
+    /// KV blocks copied back from the host, since the start.
+    pub restored_blocks: u64,
+    /// Host blocks that did not hold what they should, since the start.
+    pub bad_host_blocks: u64,
     /// Workers started again, since the start.
     pub worker_restarts: u32,
     /// Process id of the first worker; `None` while there is none.

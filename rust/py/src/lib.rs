@@ -10,6 +10,7 @@ mod error;
 mod front;
 mod front_status;
 mod group_door;
+mod host_region;
 mod kernels;
 mod limits;
 mod local;
@@ -38,6 +39,8 @@ mod _core {
     use crate::front_status::{PyFrontStatus, PyReplicaStatus};
     #[pymodule_export]
     use crate::group_door::PyGroupDoor;
+    #[pymodule_export]
+    use crate::host_region::PyHostRegion;
     #[pymodule_export]
     use crate::kernels::CpuKernels;
     #[pymodule_export]

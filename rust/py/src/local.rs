@@ -3,6 +3,7 @@
 
 use crate::detach::detached;
 use crate::error;
+use crate::host_region::PyHostRegion;
 use crate::kernels::{CpuKernels, Memory};
 use crate::limits::PyEngineLimits;
 use crate::request::{Delivery, class, logprob_row, namespace};
@@ -15,7 +16,7 @@ use llmscale_types::{Attempt, Epoch, FinishReason, FrontId, Outputs, RequestId, 
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 const EPOCH: Epoch = Epoch(1);
 const FRONT: FrontId = FrontId(0);
@@ -35,6 +36,10 @@ struct Local {
     next_request: RequestId,
     /// A step is planned and its samples are awaited.
     step_open: bool,
+    /// When it was planned.
+    planned: Instant,
+    /// What its copies between tiers took.
+    copied: Duration,
     deliveries: BTreeMap<RequestId, Delivery>,
 }
 
@@ -60,13 +65,16 @@ impl LocalReplica {
         let mut replica = Replica::new(limits.clone(), secret, Box::new(FirstComeFirstServed))
             .map_err(|error| error::limit(&error))?;
         let mut out = Actions::default();
-        let _ = replica.on_event(Time(0), Event::WorkerUp(EPOCH), &mut out);
+        let up = Event::WorkerUp { epoch: EPOCH, host_memory: 0 };
+        let _ = replica.on_event(Time(0), up, &mut out);
         let inner = Local {
             replica,
             mirror: Mirror::new(&limits, EPOCH),
             out,
             next_request: RequestId(1),
             step_open: false,
+            planned: Instant::now(),
+            copied: Duration::ZERO,
             deliveries: BTreeMap::new(),
         };
         Ok(Self { inner: Mutex::new(inner), secret, started: Instant::now() })
@@ -118,7 +126,7 @@ impl LocalReplica {
         let mut local = self.lock();
         let now = self.now();
         let _ = local.event(now, Event::Tick);
-        let Local { replica, mirror, out, step_open, .. } = &mut *local;
+        let Local { replica, mirror, out, step_open, planned: planned_at, .. } = &mut *local;
         if *step_open {
             return Err(error::worker("the step before has not been sampled; call sample first".to_owned()));
         }
@@ -127,6 +135,7 @@ impl LocalReplica {
         let counts = delta.map(|delta| mirror.expand(&delta)).transpose();
         let counts = counts.map_err(|gap| error::worker(gap.to_string()))?;
         *step_open = planned;
+        *planned_at = Instant::now();
         local.collect();
         Ok(counts.map(PyStepCounts::from))
     }
@@ -136,6 +145,28 @@ impl LocalReplica {
         let owner = slf.clone().into_any().unbind();
         let local = slf.get().lock();
         buffer(&local.mirror, owner, name)
+    }
+
+    /// Makes the copies of the planned step between the host tier and `kv`, (address, bytes) of the KV region. False if host
+    /// blocks do not hold what they should: then the step is given up, and the next plan computes what was lost.
+    fn copy_blocks(&self, py: Python<'_>, host: &PyHostRegion, kv: Memory) -> PyResult<bool> {
+        let mut local = self.lock();
+        let now = self.now();
+        let local = &mut *local;
+        if !local.step_open {
+            return Err(error::worker("there is no step to copy for; call plan first".to_owned()));
+        }
+        let (bad_host_blocks, took) = detached(py, || host.copy(local.mirror.copies(), kv))?;
+        local.copied = took;
+        if bad_host_blocks.is_empty() {
+            return Ok(true);
+        }
+        local.step_open = false;
+        local.mirror.lose();
+        let taken = local.event(now, Event::StepsLost { raised: None, bad_host_blocks });
+        assert!(taken, "steps that nobody raised are always taken back");
+        local.collect();
+        Ok(false)
     }
 
     /// Draws a token for every sampling row of the step from `logits`, (address, elements) of a contiguous tensor
@@ -150,7 +181,9 @@ impl LocalReplica {
         }
         let mirror = &mut local.mirror;
         let rows = detached(py, || draw(kernels, mirror, logits, dtype, 0..mirror.sample_slots().len()))?;
-        let result = complete(mirror, rows);
+        let mut result = complete(mirror, rows);
+        result.elapsed_ns = local.planned.elapsed().as_nanos() as u64;
+        result.copied_ns = (std::mem::take(&mut local.copied).as_nanos() as u64).min(result.elapsed_ns);
         if !local.event(now, Event::StepDone(result)) {
             return Err(error::worker("the samples do not fit the step".to_owned()));
         }
@@ -172,6 +205,12 @@ impl LocalReplica {
     /// Walks the whole state and panics if an invariant does not hold.
     fn check(&self) {
         self.lock().replica.check();
+    }
+
+    /// (evicted, offloaded, restored, bad) blocks since the start.
+    fn copied_blocks(&self) -> (u64, u64, u64, u64) {
+        let cache = self.lock().replica.cache_counters();
+        (cache.evicted_blocks, cache.offloaded_blocks, cache.restored_blocks, cache.bad_host_blocks)
     }
 
     /// (running, waiting, free blocks, total blocks, preemptions, cached prompt tokens).

@@ -16,11 +16,14 @@ pub(crate) struct PyStepCounts {
     pub(crate) decodes: u32,
     /// Rows that sample.
     pub(crate) samples: u32,
+    /// Blocks to copy between tiers before the rows are computed.
+    pub(crate) copies: u32,
 }
 
 impl From<StepCounts> for PyStepCounts {
     fn from(counts: StepCounts) -> Self {
-        Self { rows: counts.rows, sequences: counts.sequences, decodes: counts.decodes, samples: counts.samples }
+        let StepCounts { rows, sequences, decodes, samples, copies } = counts;
+        Self { rows, sequences, decodes, samples, copies }
     }
 }
 

@@ -5,6 +5,7 @@ use crate::buffer::Int32Buffer;
 use crate::detach::detached;
 use crate::error;
 use crate::group_door::load_keys;
+use crate::host_region::PyHostRegion;
 use crate::kernels::{CpuKernels, Dtype, Memory, view, view_mut};
 use crate::limits::PyEngineLimits;
 use crate::request::parse_address;
@@ -19,7 +20,7 @@ use llmscale_types::Epoch;
 use llmscale_wire::{Dtype as WireDtype, FailureCode};
 use pyo3::prelude::*;
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The worker's session with the engine that started it. One thread drives it.
 #[pyclass(frozen, name = "WorkerSession", module = "llmscale._core")]
@@ -27,6 +28,8 @@ pub(crate) struct PyWorkerSession {
     inner: Mutex<WorkerSession>,
     /// When the step that is computed was received.
     started: Mutex<Instant>,
+    /// What its copies between tiers took.
+    copied: Mutex<Duration>,
 }
 
 /// What the engine wants: "configure" with a model, "step" with counts, or "stop".
@@ -79,13 +82,14 @@ impl PyWorkerSession {
         let side = SocketWorker::connect(&context, &address, keys.client().as_ref(), &EndpointOptions::default())
             .map_err(|error| error::worker(error.to_string()))?;
         let session = WorkerSession::new(Box::new(side), Epoch(epoch));
-        Ok(Self { inner: Mutex::new(session), started: Mutex::new(Instant::now()) })
+        Ok(Self { inner: Mutex::new(session), started: Mutex::new(Instant::now()), copied: Mutex::default() })
     }
 
     /// Waits for the next order, at most `timeout_us`; `None` if none came.
     fn receive(&self, py: Python<'_>, timeout_us: u64) -> PyResult<Option<WorkerOrder>> {
         let order = detached(py, || self.lock().receive(timeout_us)).map_err(|error| session_error(&error))?;
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = Duration::ZERO;
         let empty = |kind| WorkerOrder { kind, model_folder: String::new(), dtype: "auto", limits: None, counts: None };
         Ok(match order {
             None => None,
@@ -102,10 +106,27 @@ impl PyWorkerSession {
         })
     }
 
-    /// Tells the engine that the model is loaded.
-    fn ready(&self, layers: u32, numerics: String, loading_ns: u64) -> PyResult<()> {
-        let outcome = self.lock().ready(std::process::id(), layers, numerics, loading_ns);
+    /// Tells the engine that the model is loaded, and which incarnation of the host tier's memory there is; 0 for none.
+    #[pyo3(signature = (layers, numerics, loading_ns, host_memory = 0))]
+    fn ready(&self, layers: u32, numerics: String, loading_ns: u64, host_memory: u64) -> PyResult<()> {
+        let outcome = self.lock().ready(std::process::id(), layers, numerics, loading_ns, host_memory);
         outcome.map_err(|error| session_error(&error))
+    }
+
+    /// Makes the copies of the step that was received last between the host tier and `kv`, (address, bytes) of the KV
+    /// region. False if host blocks do not hold what they should: then the step is given up and the engine knows.
+    fn copy_blocks(&self, py: Python<'_>, host: &PyHostRegion, kv: Memory) -> PyResult<bool> {
+        detached(py, || {
+            let mut session = self.lock();
+            let mirror = session.mirror().ok_or_else(no_step)?;
+            let (bad, took) = host.copy(mirror.copies(), kv)?;
+            *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = took;
+            if bad.is_empty() {
+                return Ok(true);
+            }
+            session.host_blocks_are_bad(bad).map_err(|error| session_error(&error))?;
+            Ok(false)
+        })
     }
 
     /// One of the step's buffers, valid as long as this object lives. Only after `ready`.
@@ -182,6 +203,8 @@ impl PyWorkerSession {
             }
             result.elapsed_ns = started.elapsed().as_nanos() as u64;
             result.waited_ns = waited_ns.min(result.elapsed_ns);
+            let copied = *self.copied.lock().unwrap_or_else(PoisonError::into_inner);
+            result.copied_ns = (copied.as_nanos() as u64).min(result.elapsed_ns);
             session.reply(result).map_err(|error| session_error(&error))
         })
     }

@@ -163,7 +163,7 @@ impl Mirror {
         for (&slot, &block) in delta.append_slots.iter().zip(&delta.append_blocks) {
             self.append(slot, block.0)?;
         }
-        self.counts = StepCounts::default();
+        self.counts = StepCounts { copies: delta.copies.len() as u32, ..StepCounts::default() };
         self.sample_slots.clear();
         if delta.decodes {
             self.write_decodes()?;

@@ -287,6 +287,12 @@ pub struct Status {
     pub prefix_queries: u64,
     /// Prompt tokens found there, since the start.
     pub prefix_hits: u64,
+    /// KV blocks copied to the host when they were evicted, since the start.
+    pub offloaded_blocks: u64,
+    /// KV blocks copied back from the host, since the start.
+    pub restored_blocks: u64,
+    /// Host blocks that did not hold what they should, since the start.
+    pub bad_host_blocks: u64,
     /// Workers that were started again, since the start.
     pub worker_restarts: u32,
     /// Process id of the first worker; `None` while there is none.
@@ -396,6 +402,9 @@ record!(Status {
     preemptions: u64,
     prefix_queries: u64,
     prefix_hits: u64,
+    offloaded_blocks: u64,
+    restored_blocks: u64,
+    bad_host_blocks: u64,
     worker_restarts: u32,
     worker_pid: Option<u32>,
     step_ns: u64,

@@ -14,6 +14,8 @@ pub struct StepCounts {
     pub decodes: u32,
     /// Rows that sample.
     pub samples: u32,
+    /// Blocks to copy between tiers.
+    pub copies: u32,
 }
 
 /// See the file's header.

@@ -217,7 +217,7 @@ fn status() -> impl Strategy<Value = Status> {
         incarnation(),
         select(states),
         [number(), number(), number(), number()],
-        [(); 9].map(|()| long_number()),
+        [(); 12].map(|()| long_number()),
         option::of(number()),
     )
         .prop_map(|((node, epoch), state, counts, totals, worker_pid)| Status {
@@ -233,11 +233,14 @@ fn status() -> impl Strategy<Value = Status> {
             preemptions: totals[3],
             prefix_queries: totals[4],
             prefix_hits: totals[5],
+            offloaded_blocks: totals[6],
+            restored_blocks: totals[7],
+            bad_host_blocks: totals[8],
             worker_restarts: counts[3],
             worker_pid,
-            step_ns: totals[6],
-            stage_wait_ns: totals[7],
-            kv_changes: totals[8],
+            step_ns: totals[9],
+            stage_wait_ns: totals[10],
+            kv_changes: totals[11],
         })
 }
 

@@ -1,0 +1,111 @@
+"""What does a session cost that comes back after its KV was evicted? Time to the first token of its next turn.
+
+Three engines of the same model: one with a host tier (copy), one without (recompute), one whose pool holds everything
+(neither). Each session's first turn is computed, another session takes its blocks, then the second turn, 16 tokens
+longer, is asked for one token. Rounds go through the three engines in turn, no prompt twice, so that a slower minute of
+the machine is one for all. Ids of the second turns are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from bench.limits import measure_limits
+from bench.offline_cases import Prompts
+from bench.result import Report, Row
+from bench.shapes import SHAPES, model_folder
+from bench.statistics import Spread, spread
+from llmscale.config import NodeSettings
+from llmscale.node.plan import plan_replica
+
+PREFIXES = (512, 1_024, 2_000)
+QUICK_PREFIXES = (512,)
+NEW_TOKENS = 16
+MAX_TOKENS = 2_304
+BLOCK_TOKENS = 32
+WAYS = ("copy", "recompute", "neither")
+
+
+def main(arguments: argparse.Namespace) -> Report:
+    """Runs on `--model`: S by default, a shape or a folder."""
+    from llmscale.models.locate import locate_model
+
+    name = arguments.model or "S"
+    folder = model_folder(name) if name in SHAPES else locate_model(name)
+    settings = NodeSettings(model=str(folder), listen="", max_sequence_tokens=MAX_TOKENS)
+    block_bytes = plan_replica(settings).block_bytes
+    limits = measure_limits(arguments.threads)
+    engines = {way: _Engine(str(folder), way, block_bytes, arguments.threads) for way in WAYS}
+    prompts = Prompts(engines["copy"].vocabulary, arguments.seed)
+    rows: list[Row] = []
+    for prefix in QUICK_PREFIXES if arguments.quick else PREFIXES:
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        # The first round touches memory for the first time and teaches the cost models; it is thrown away.
+        for number in range(arguments.repeats + 1):
+            first, filler = prompts.draw(2, prefix)
+            (more,) = prompts.draw(1, NEW_TOKENS)
+            ids = []
+            for way, engine in engines.items():
+                took, token = engine.come_back(first, filler, more)
+                ids.append(token)
+                if number > 0:
+                    seconds[way].append(took)
+            if len(set(ids)) > 1:
+                raise AssertionError(f"the second turn begins with {ids}: copying has changed it")
+        rows += _rows(f"{name}/{prefix}", seconds, block_bytes * (prefix // BLOCK_TOKENS), limits)
+    return Report("offload", arguments.seed, rows, limits)
+
+
+def _rows(case: str, seconds: dict[str, list[float]], prefix_bytes: int, limits: dict[str, float]) -> list[Row]:
+    rows = [Row.of(f"{case}/{way}", "ms", _scaled(values, 1e3)) for way, values in seconds.items()]
+    ratios = [slow / quick for slow, quick in zip(seconds["recompute"], seconds["copy"], strict=True)]
+    rows.append(Row.of(f"{case}/recompute-over-copy", "x", spread(ratios)))
+    # What the copy adds to a turn whose prefix never left, as a rate; memory is read, hashed and written.
+    added = [max(copy - kept, 1e-6) for copy, kept in zip(seconds["copy"], seconds["neither"], strict=True)]
+    rates = [prefix_bytes / value for value in added]
+    limit = limits["read_bytes_per_second"] / 1e9
+    rows.append(Row.of(f"{case}/copy-rate", "GB/s", _scaled(rates, 1e-9), limit=limit))
+    return rows
+
+
+def _scaled(values: list[float], factor: float) -> Spread:
+    return spread([value * factor for value in values])
+
+
+class _Engine:
+    """An `LLM` with room for one session in its pool, or for many."""
+
+    def __init__(self, folder: str, way: str, block_bytes: int, threads: int | None) -> None:
+        from llmscale import LLM
+
+        session_blocks = MAX_TOKENS // BLOCK_TOKENS
+        roomy = 64 * session_blocks * block_bytes
+        self._llm = LLM(
+            folder,
+            max_model_len=MAX_TOKENS,
+            max_num_seqs=4,
+            kv_cache_bytes=roomy if way == "neither" else (session_blocks + 2) * block_bytes,
+            kv_host_bytes=16 * session_blocks * block_bytes if way == "copy" else 0,
+            threads=threads,
+        )
+        self._evicts = way != "neither"
+        self.vocabulary = self._llm.tokenizer.vocabulary
+
+    def come_back(self, first: list[int], filler: list[int], more: list[int]) -> tuple[float, int]:
+        """Seconds until the first token of the second turn, and that token."""
+        self._token(first)
+        # Enough to take every block of the session before.
+        while self._evicts and len(filler) < MAX_TOKENS - BLOCK_TOKENS:
+            filler = [*filler, *reversed(filler)][: MAX_TOKENS - BLOCK_TOKENS]
+        if self._evicts:
+            self._token(filler)
+        start = time.perf_counter()
+        token = self._token([*first, *more])
+        return time.perf_counter() - start, token
+
+    def _token(self, prompt: list[int]) -> int:
+        from llmscale import SamplingParams
+
+        (output,) = self._llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+        return output.outputs[0].token_ids[0]

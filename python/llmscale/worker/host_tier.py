@@ -1,0 +1,66 @@
+"""The worker's part of the host tier: maps its memory and makes the copies that a step's delta lists.
+
+The memory is a file that a node owns and that outlives workers, or one of this process's own. What lies in it is kept
+if it means the same to this worker: same numerics, same layout of blocks, same rank. Copies are made by the core, one
+after the other, before the step's rows; a block takes its bytes over the speed of memory, twice. Does not know what a
+block holds or who wants it back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import astuple
+from pathlib import Path
+from typing import Protocol
+
+from llmscale._core import HostRegion
+from llmscale.models.shard import RankPlace
+from llmscale.worker.kv_region import KvRegion
+
+
+class CopySource(Protocol):
+    """Whoever owns a mirror: a worker's session or a local replica."""
+
+    def copy_blocks(self, host: HostRegion, kv: tuple[int, int]) -> bool:
+        """Makes the current step's copies; False if host blocks are bad and the step was given up."""
+
+
+class HostTier:
+    """`blocks` places for blocks of a KV region in the CPU's memory."""
+
+    def __init__(self, region: KvRegion, blocks: int, numerics: str, place: RankPlace, path: str | None) -> None:
+        """`path` is an empty file or one of a worker before; None for memory that ends with this process.
+
+        Raises WorkerError if it cannot be mapped.
+        """
+        assert region.tensor.device.type == "cpu", "copies to and from other devices need their streams"
+        tensor = region.tensor
+        self._kv = (tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        meaning = repr((numerics, astuple(region.layout), astuple(place)))
+        layout = int.from_bytes(hashlib.blake2b(meaning.encode(), digest_size=8).digest(), "little")
+        block_bytes = region.layout.block_bytes
+        own = None if path is not None else os.memfd_create("llmscale-host-tier", os.MFD_CLOEXEC)
+        path = path or f"/proc/self/fd/{own}"
+        try:
+            _give_size(path, HostRegion.bytes_for(blocks, block_bytes))
+            self._host = HostRegion(path, blocks, block_bytes, layout)
+        finally:
+            if own is not None:
+                os.close(own)
+
+    @property
+    def incarnation(self) -> int:
+        """Another memory has another number."""
+        return self._host.incarnation
+
+    def copy(self, source: CopySource) -> bool:
+        """Makes the copies of the current step. False: it was given up, and whoever plans knows."""
+        return source.copy_blocks(self._host, self._kv)
+
+
+def _give_size(path: str, size_bytes: int) -> None:
+    """Another size means another layout, and that nothing in it is of use; no other process has it mapped then."""
+    if Path(path).stat().st_size != size_bytes:
+        os.truncate(path, 0)
+        os.truncate(path, size_bytes)

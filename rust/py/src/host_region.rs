@@ -1,0 +1,76 @@
+//! The door to the host tier's memory: one rank's blocks in a file that the node owns, and the copies of a step between
+//! them and the KV region. A region comes in as (address, bytes) of contiguous memory that the caller owns for the length
+//! of the call.
+#![expect(unsafe_code, reason = "the KV region is reached by address")]
+
+use crate::error;
+use crate::kernels::{Memory, view_mut};
+use crate::sampling::random_bytes;
+use llmscale_kernels::host_region::HostRegion;
+use llmscale_types::{BlockCopy, CopyDirection, HostBlockId};
+use pyo3::prelude::*;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// One rank's part of the host tier.
+#[pyclass(frozen, name = "HostRegion", module = "llmscale._core")]
+pub(crate) struct PyHostRegion {
+    inner: Mutex<HostRegion>,
+}
+
+#[pymethods]
+impl PyHostRegion {
+    /// Maps `path`, a file of `bytes_for(blocks, block_bytes)` bytes. What it holds is kept if it is of this `layout`.
+    #[new]
+    fn new(path: &str, blocks: u32, block_bytes: usize, layout: u64) -> PyResult<Self> {
+        let mut fresh = [0; 8];
+        random_bytes(&mut fresh)?;
+        let fresh = u64::from_le_bytes(fresh).max(1);
+        let region = HostRegion::open(Path::new(path), blocks, block_bytes, layout, fresh);
+        Ok(Self { inner: Mutex::new(region.map_err(|problem| error::worker(problem.to_string()))?) })
+    }
+
+    /// Size of the file.
+    #[staticmethod]
+    fn bytes_for(blocks: u32, block_bytes: usize) -> PyResult<usize> {
+        let too_many = || error::config(format!("{blocks} blocks of {block_bytes} bytes have no room in memory"));
+        HostRegion::bytes_for(blocks, block_bytes).ok_or_else(too_many)
+    }
+
+    /// Another memory has another number.
+    #[getter]
+    fn incarnation(&self) -> u64 {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner).incarnation()
+    }
+}
+
+impl PyHostRegion {
+    /// Makes copies in order, and says how long they took. Returns the host blocks that do not hold what they should.
+    pub(crate) fn copy(&self, copies: &[BlockCopy], kv: Memory) -> PyResult<(Vec<HostBlockId>, Duration)> {
+        let mut region = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let started = Instant::now();
+        // SAFETY: the caller holds the contiguous KV region, which nobody else touches during the call.
+        let kv = unsafe { view_mut::<u8>(kv) };
+        let block_bytes = region.block_bytes();
+        let mut bad = Vec::new();
+        for copy in copies {
+            let start = copy.block.index() * block_bytes;
+            let has = region.blocks();
+            let Some(block) = kv.get_mut(start..start + block_bytes).filter(|_| copy.host.0 < has) else {
+                let (block, host, bytes) = (copy.block, copy.host, kv.len());
+                let problem = format!("block {block} of {bytes} bytes and host block {host} of {has} are to be copied");
+                return Err(error::worker(problem));
+            };
+            match copy.direction {
+                CopyDirection::Offload => region.offload(copy.host.0, copy.tag, block),
+                CopyDirection::Restore => {
+                    if !region.restore(copy.host.0, copy.tag, block) {
+                        bad.push(copy.host);
+                    }
+                }
+            }
+        }
+        Ok((bad, started.elapsed()))
+    }
+}
