@@ -2,7 +2,7 @@
 //! `replica` composes; `queue` orders what waits, `planner` makes the next step, `complete` takes a step's result in one
 //! pass, `kv_feed` tells fronts what is cached, `groups` splits what runs among the stages of a pipeline, `restore` brings
 //! back what went to the host, `recovery` turns a dead worker, or one that gave up its steps, into a preemption,
-//! `sequences` holds the rows of what runs. `mirror` is the workers' half of the plan contract: it expands deltas into the buffers that an executor reads.
+//! `sequences` holds the rows of what runs, `view` shows how full it is. `mirror` is the workers' half of the plan contract: it expands deltas into the buffers that an executor reads.
 
 pub mod event;
 pub mod mirror;
@@ -19,6 +19,7 @@ mod record;
 mod recovery;
 mod restore;
 mod sequences;
+mod view;
 mod wheel;
 
 pub use event::{Actions, Event, GiveBack, KvWord, ReplicaCounters, ReplicaLoad};

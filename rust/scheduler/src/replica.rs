@@ -2,14 +2,14 @@
 //! terminal output. Events are O(1) or O(log n), a plan is O(changes), a completion is O(rows).
 //! Knows no clock, socket, thread or text; time comes in with the events.
 
-use crate::event::{Actions, Event, GiveBack, ReplicaCounters, ReplicaLoad, RequestKey, request_key, same_attempt};
+use crate::event::{Actions, Event, GiveBack, ReplicaCounters, RequestKey, request_key, same_attempt};
 use crate::groups::Groups;
 use crate::kv_feed::KvFeed;
 use crate::policy::{OrderKey, Policy};
 use crate::queue::{Place, WaitingQueue};
 use crate::record::Record;
 use crate::sequences::{Phase, Sequences};
-use llmscale_blocks::{BlockStore, CacheCounters, ChainHasher};
+use llmscale_blocks::{BlockStore, ChainHasher};
 use llmscale_cost::{CopyCost, CostModel, StepShape};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
@@ -69,7 +69,7 @@ pub struct Replica {
     pub(crate) sequences: Sequences,
     /// Looked up by request, never iterated.
     pub(crate) places: FxHashMap<RequestKey, Location>,
-    deadlines: BTreeSet<(Time, FrontId, RequestId)>,
+    pub(crate) deadlines: BTreeSet<(Time, FrontId, RequestId)>,
     /// Sequences with rows to come, in policy order; the last one is preempted first.
     pub(crate) running: BTreeSet<(OrderKey, u64, Slot)>,
     pub(crate) groups: Groups,
@@ -402,59 +402,5 @@ impl Replica {
             cold.content = Some(self.blocks.register(index, id, namespace, cold.content, &hash, ids));
             cold.registered_blocks = block as u32 + 1;
         }
-    }
-
-    /// How full the replica is.
-    pub fn load(&self) -> ReplicaLoad {
-        ReplicaLoad {
-            waiting: self.queue.len() as u32,
-            waiting_tokens: self.queue.tokens(),
-            running: self.sequences.running(),
-            prefill_backlog_tokens: self.prefill_backlog,
-            free_blocks: self.blocks.free(),
-            total_blocks: self.blocks.total(),
-            steps_in_flight: self.flights.len() as u32,
-        }
-    }
-
-    /// What has happened since the start.
-    pub fn counters(&self) -> ReplicaCounters {
-        self.counters
-    }
-
-    /// How often prefixes were found.
-    pub fn cache_counters(&self) -> CacheCounters {
-        self.blocks.counters()
-    }
-
-    /// Sequences of a group that take a row in every decoding step of it.
-    pub fn decoding(&self, group: GroupId) -> u32 {
-        self.groups.get(group).decoding
-    }
-
-    /// What steps cost here, as far as they have told.
-    pub fn cost(&self) -> &CostModel {
-        &self.cost
-    }
-
-    /// The bounds it runs under.
-    pub fn limits(&self) -> &EngineLimits {
-        &self.limits
-    }
-
-    /// When the next deadline passes, for whoever sleeps.
-    pub fn next_deadline(&self) -> Option<Time> {
-        self.deadlines.first().map(|entry| entry.0)
-    }
-
-    /// Nothing waits, runs or is in flight.
-    pub fn is_idle(&self) -> bool {
-        self.queue.len() == 0 && self.sequences.running() == 0 && self.flights.is_empty()
-    }
-
-    /// Attempts of one front, waiting and running. O(everything), for tests and the simulator.
-    pub fn attempts_of(&self, front: FrontId) -> usize {
-        let running = self.sequences.occupied().map(|slot| self.sequences.record(slot).key());
-        self.queue.iter().map(Record::key).chain(running).filter(|key| key.front == front).count()
     }
 }

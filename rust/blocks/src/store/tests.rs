@@ -3,7 +3,7 @@
 
 use super::*;
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 const TOKENS: u32 = 4;
 
@@ -191,10 +191,10 @@ fn a_pinned_block_cannot_be_lost() {
 }
 
 /// Keys that fronts believe in, by the changes that they were told.
-fn told(store: &mut BlockStore, known: &mut BTreeMap<PrefixKey, ()>) {
+fn told(store: &mut BlockStore, known: &mut BTreeSet<PrefixKey>) {
     for event in store.take_changes() {
         match event {
-            KvEvent::Stored(keys) => known.extend(keys.into_iter().map(|key| (key, ()))),
+            KvEvent::Stored(keys) => known.extend(keys),
             KvEvent::Removed(keys) => keys.iter().for_each(|key| {
                 known.remove(key);
             }),
@@ -274,7 +274,7 @@ proptest! {
         let mut world = World::new(blocks, host_blocks, 256);
         world.store.name_prefixes_every(TOKENS);
         world.store.want_changes(true);
-        let mut known = BTreeMap::new();
+        let mut known = BTreeSet::new();
         for turn in turns {
             match turn {
                 Turn::Fill { space, ids, .. } => if let Some((table, _)) = world.fill(space, &ids) {
@@ -286,7 +286,7 @@ proptest! {
                 Turn::ReleaseOldest => {}
             }
             told(&mut world.store, &mut known);
-            let names: BTreeMap<PrefixKey, ()> = world.store.named().map(|key| (key, ())).collect();
+            let names: BTreeSet<PrefixKey> = world.store.named().collect();
             prop_assert_eq!(&known, &names);
         }
     }
