@@ -37,37 +37,39 @@ class Shape:
     padding_rows: int = 0
 
 
-DECODES = ((1, 1), (33, 1), (64, 1), (130, 1))
-LONG_DECODES = ((1200, 1), (700, 1), (3, 1))
-CHUNKS = ((7, 7), (40, 33), (129, 65))
-MIXTURE = ((50, 1), (17, 1), (70, 30), (9, 9))
+DECODES = ((1, 1), (33, 1), (70, 1))
+LONG_DECODES = ((1100, 1), (600, 1), (3, 1))
+CHUNKS = ((7, 7), (40, 21), (75, 2))
+LONG_CHUNKS = ((9, 9), (129, 65))
+MIXTURE = ((50, 1), (17, 1), (37, 14), (9, 9))
+HALF = torch.float16
 
 SHAPES = {
     "decode_64_group_1_block_16": Shape(64, 1, 16, DECODES),
     "decode_80_group_3_block_32": Shape(80, 3, 32, DECODES, kv_heads=1),
     "decode_96_group_4_block_64": Shape(96, 4, 64, DECODES, kv_heads=1),
     "decode_128_group_7_block_16": Shape(128, 7, 16, DECODES, kv_heads=1),
-    "decode_64_group_8_block_32_half": Shape(64, 8, 32, DECODES, dtype=torch.float16),
+    "decode_64_group_8_block_32_half": Shape(64, 8, 32, DECODES, dtype=HALF),
     "decode_24_group_3_block_32": Shape(24, 3, 32, DECODES, norms=True),
-    "decode_128_group_17_block_32": Shape(128, 17, 32, DECODES[:3], kv_heads=1),
-    "decode_in_parts": Shape(64, 4, 32, LONG_DECODES, processors=32),
-    "decode_in_parts_window": Shape(64, 2, 16, LONG_DECODES, window=300, processors=64),
-    "decode_in_parts_half": Shape(128, 4, 32, LONG_DECODES, dtype=torch.float16, kv_heads=1, processors=16),
+    "decode_128_group_17_block_32": Shape(128, 17, 32, DECODES, kv_heads=1, dtype=HALF),
+    "decode_in_parts": Shape(64, 4, 32, LONG_DECODES, kv_heads=1, processors=8),
+    "decode_in_parts_window": Shape(64, 2, 16, LONG_DECODES, kv_heads=1, window=300, processors=16),
+    "decode_in_parts_half": Shape(128, 4, 64, LONG_DECODES[:2], dtype=HALF, processors=16),
     "decode_window_of_one_token": Shape(64, 2, 32, DECODES, window=1, kv_heads=1),
     "decode_window_across_blocks": Shape(80, 4, 16, DECODES, window=37, kv_heads=1),
     "decode_graph_with_absent_sequences": Shape(
-        64, 4, 32, (*DECODES[:3], (0, 0), (0, 0)), kv_heads=1, padding_rows=2, processors=32
+        64, 4, 32, (*DECODES, (0, 0), (0, 0)), kv_heads=1, padding_rows=2, processors=32
     ),
     "chunks_64_group_1_block_16": Shape(64, 1, 16, CHUNKS, kv_heads=1),
-    "chunks_80_group_3_block_64": Shape(80, 3, 64, CHUNKS, kv_heads=1, norms=True),
-    "chunks_96_group_7_block_32": Shape(96, 7, 32, CHUNKS, kv_heads=1),
-    "chunks_128_group_4_block_32_half": Shape(128, 4, 32, CHUNKS, dtype=torch.float16, kv_heads=1),
-    "chunks_64_group_8_block_16": Shape(64, 8, 16, CHUNKS[:2]),
+    "chunks_80_group_3_block_64": Shape(80, 3, 64, CHUNKS, kv_heads=1, norms=True, dtype=HALF),
+    "chunks_96_group_7_block_32": Shape(96, 7, 32, ((7, 7), (36, 6)), kv_heads=1),
+    "chunks_128_group_4_block_32_half": Shape(128, 4, 32, LONG_CHUNKS, dtype=HALF, kv_heads=1),
+    "chunks_64_group_8_block_16": Shape(64, 8, 16, CHUNKS, dtype=HALF),
     "chunks_window_within_a_tile": Shape(64, 2, 32, CHUNKS, window=5, kv_heads=1),
-    "chunks_window_over_tiles": Shape(64, 2, 16, ((300, 120), (90, 90)), window=100, kv_heads=1),
+    "chunks_window_over_tiles_half": Shape(64, 2, 16, ((300, 90), (90, 90)), window=100, kv_heads=1, dtype=HALF),
     "mixture_64_group_4_block_32": Shape(64, 4, 32, MIXTURE, kv_heads=1),
-    "mixture_80_group_7_window": Shape(80, 7, 16, MIXTURE, window=20, kv_heads=1, norms=True),
-    "mixture_128_group_3_half": Shape(128, 3, 32, MIXTURE, dtype=torch.float16, kv_heads=1, norms=True),
+    "mixture_80_group_7_window": Shape(80, 7, 16, MIXTURE, window=20, kv_heads=1, norms=True, dtype=HALF),
+    "mixture_128_group_3_half": Shape(128, 3, 32, MIXTURE, dtype=HALF, kv_heads=1, norms=True),
     "mixture_bfloat16": Shape(64, 4, 32, MIXTURE, dtype=torch.bfloat16, kv_heads=1, norms=True),
 }
 

@@ -1,4 +1,4 @@
-"""Compiles what a launch would run, without a device: records launches, then asks Triton for cubins of any architecture.
+"""Compiles what a launch would run, without a device: records launches, then asks Triton for any architecture's cubins.
 
 Types, constants, alignments and options are taken from the arguments of real launches, as Triton's own dispatch takes
 them, so what is checked is what runs. Without the attribute of 16-byte alignment loads come out 2 bytes wide.

@@ -218,14 +218,16 @@ PENALTIES = (
     {"min_tokens": 4, "logit_bias": {EOS: 50.0, 5: 40.0}},
 )
 
+MOST_FILTERS = tuple(each for each in FILTERS if each.get("top_p") != 0.0 and each.get("min_p") != 1.0)
+
 CASES: dict[str, Case] = {
-    "sampling_plain": batch_case(307, ("peaked", "flat"), PLAIN),
-    "sampling_plain_bfloat16": batch_case(307, ("bfloat16",), (*PLAIN, {"top_p": 0.8}, {"top_k": 9})),
+    "sampling_plain": batch_case(307, ("peaked", "flat"), PLAIN, steps=1),
+    "sampling_plain_bfloat16": batch_case(307, ("bfloat16",), (*PLAIN, {"top_p": 0.8}, {"top_k": 9}), steps=1),
     "sampling_over_two_parts": batch_case(5003, ("flat",), (*PLAIN, {"top_k": 5}, {"top_p": 0.7}), steps=1),
     "sampling_filters": batch_case(307, ("peaked", "ties"), FILTERS, steps=1),
-    "sampling_filters_equal_logits": batch_case(100, ("equal",), FILTERS, steps=1),
-    "sampling_filters_sparse": batch_case(640, ("sparse",), FILTERS, steps=1),
-    "sampling_penalties": batch_case(64, ("peaked", "ties"), PENALTIES, steps=5),
+    "sampling_filters_equal_logits": batch_case(100, ("equal",), MOST_FILTERS, steps=1),
+    "sampling_filters_sparse": batch_case(640, ("sparse",), MOST_FILTERS, steps=1),
+    "sampling_penalties": batch_case(64, ("ties",), PENALTIES, steps=4),
     "sampling_masks": mask_case,
     "sampling_broken_rows": broken_rows_case,
 }

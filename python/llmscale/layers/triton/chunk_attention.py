@@ -9,8 +9,6 @@ are left to the decode kernel.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,12 +16,12 @@ from torch import Tensor
 from llmscale.layers.ops import AttentionConstants, KvLayer, StepRows
 from llmscale.layers.triton.decode_attention import LOG2_E
 from llmscale.layers.triton.key_range import attend_to_range
-from llmscale.layers.triton.launch import padded, products_in_float32
+from llmscale.layers.triton.launch import FUSED, padded, products_in_float32
 from llmscale.layers.triton.tiling import ChunkTiling
 
 
 @triton.jit
-def sequence_of_tile(query_start: Any, index: Any, sequences: Any, tile_rows: tl.constexpr) -> Any:
+def sequence_of_tile(query_start, index, sequences, tile_rows: tl.constexpr):
     """The sequence that tile `index` belongs to, and the index of its first tile.
 
     Sequence s begins at tile `query_start[s] // tile_rows + s`: at most one tile per sequence is empty, and none is
@@ -41,7 +39,7 @@ def sequence_of_tile(query_start: Any, index: Any, sequences: Any, tile_rows: tl
 
 
 @triton.jit
-def visible_ranges(first: Any, last: Any, window: tl.constexpr, tile: tl.constexpr) -> Any:
+def visible_ranges(first, last, window: tl.constexpr, tile: tl.constexpr):
     """Keys that rows at positions `first` to `last` attend to, as four bounds: from the first key that any row sees,
     from the first that all see, to the end of those, to the end. Inner bounds are multiples of the tile."""
     end = last + 1
@@ -58,16 +56,16 @@ def visible_ranges(first: Any, last: Any, window: tl.constexpr, tile: tl.constex
 
 @triton.jit(do_not_specialize=["sequences", "layer"])
 def chunk_kernel(
-    query: Any,
-    region: Any,
-    query_start: Any,
-    sequence_lengths: Any,
-    table_offsets: Any,
-    block_tables: Any,
-    out: Any,
-    scale: Any,
-    sequences: Any,
-    layer: Any,
+    query,
+    region,
+    query_start,
+    sequence_lengths,
+    table_offsets,
+    block_tables,
+    out,
+    scale,
+    sequences,
+    layer,
     layers: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
@@ -79,7 +77,7 @@ def chunk_kernel(
     tile_lines: tl.constexpr,
     tile_rows: tl.constexpr,
     tile: tl.constexpr,
-) -> None:
+):
     """Grid (T // tile_rows + S, K). A tile has `tile_lines` lines: row times group plus head in the group."""
     kv_head = tl.program_id(1)
     sequence, first_tile = sequence_of_tile(query_start, tl.program_id(0), sequences, tile_rows)
@@ -155,4 +153,5 @@ def launch_chunks(
         tiling.tile,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        **FUSED,
     )

@@ -9,15 +9,13 @@ with several are left to others. It does not know chunks.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llmscale.layers.ops import AttentionConstants, KvLayer, StepRows
 from llmscale.layers.triton.key_range import attend_to_range
-from llmscale.layers.triton.launch import padded, products_in_float32
+from llmscale.layers.triton.launch import FUSED, padded, products_in_float32
 from llmscale.layers.triton.tiling import DecodeTiling
 
 LOG2_E = 1.4426950408889634
@@ -27,17 +25,17 @@ MIN_PRODUCT_ROWS = 16
 
 @triton.jit(do_not_specialize=["layer"])
 def decode_kernel(
-    query: Any,
-    region: Any,
-    query_start: Any,
-    sequence_lengths: Any,
-    table_offsets: Any,
-    block_tables: Any,
-    out: Any,
-    partial: Any,
-    partial_weight: Any,
-    scale: Any,
-    layer: Any,
+    query,
+    region,
+    query_start,
+    sequence_lengths,
+    table_offsets,
+    block_tables,
+    out,
+    partial,
+    partial_weight,
+    scale,
+    layer,
     layers: tl.constexpr,
     kv_heads: tl.constexpr,
     group: tl.constexpr,
@@ -50,7 +48,7 @@ def decode_kernel(
     parts: tl.constexpr,
     min_part_tiles: tl.constexpr,
     tile: tl.constexpr,
-) -> None:
+):
     """Grid (K, parts, S). One part writes to `out` [T, Q, D]; several write `partial` [S, Q, parts, D] and
     `partial_weight` [S, Q, parts], the logarithm to base 2 of a part's sum, -inf for a part without keys."""
     kv_head, part, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -92,15 +90,15 @@ def decode_kernel(
 
 @triton.jit
 def merge_kernel(
-    partial: Any,
-    partial_weight: Any,
-    query_start: Any,
-    out: Any,
+    partial,
+    partial_weight,
+    query_start,
+    out,
     queries: tl.constexpr,
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
     parts: tl.constexpr,
-) -> None:
+):
     """Grid (Q, S): the mean of the parts, weighted by their sums, into `out` [T, Q, D]."""
     line, sequence = tl.program_id(0), tl.program_id(1)
     row = tl.load(query_start + sequence)
@@ -171,6 +169,7 @@ def launch_decode(
         tiling.tile,
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        **FUSED,
     )
     if parts > 1:
         merge_kernel[(spec.query_heads, sequences)](
@@ -183,4 +182,5 @@ def launch_decode(
             padded(spec.head_dim),
             parts,
             num_warps=4,
+            **FUSED,
         )

@@ -8,25 +8,23 @@ either, nor whether others see the rest of the keys.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
 
 @triton.jit
 def attend_to_range(
-    query: Any,
-    positions: Any,
-    maximum: Any,
-    total: Any,
-    weighted: Any,
-    keys: Any,
-    table: Any,
-    begin: Any,
-    end: Any,
-    length: Any,
-    scale: Any,
+    query,
+    positions,
+    maximum,
+    total,
+    weighted,
+    keys,
+    table,
+    begin,
+    end,
+    length,
+    scale,
     window: tl.constexpr,
     widen: tl.constexpr,
     value_distance: tl.constexpr,
@@ -35,7 +33,7 @@ def attend_to_range(
     head_dim: tl.constexpr,
     tile: tl.constexpr,
     masked: tl.constexpr,
-) -> Any:
+):
     """Adds the keys `begin` to `end` (a multiple of `tile` apart, or up to `length`) to what was seen.
 
     `query` [M, padded D] and `positions` [M] are the tile's rows; `maximum` and `total` [M] and `weighted` [M, padded

@@ -10,6 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
+FUSED = {"enable_fp_fusion": True}
+"""Option of a launch whose multiplications and additions may be fused."""
+EXACT = {"enable_fp_fusion": False}
+"""Option of a launch whose results must have the CPU's bits: a fused multiply-add rounds once instead of twice."""
+
 
 def padded(elements: int) -> int:
     """The next power of two: the only extents that a block of Triton has."""

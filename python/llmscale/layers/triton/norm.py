@@ -7,19 +7,15 @@ is that it normalizes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmscale.layers.triton.launch import padded, require_dense
+from llmscale.layers.triton.launch import FUSED, padded, require_dense
 
 
 @triton.jit
-def rms_norm_kernel(
-    x: Any, residual: Any, weight: Any, out: Any, epsilon: Any, hidden: tl.constexpr, block: tl.constexpr
-) -> None:
+def rms_norm_kernel(x, residual, weight, out, epsilon, hidden: tl.constexpr, block: tl.constexpr):
     """Grid (T). `residual` [T, H] or None, which makes it a plain norm of `x`."""
     first = tl.program_id(0).to(tl.int64) * hidden
     element = tl.arange(0, block)
@@ -45,7 +41,7 @@ def launch_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon:
     assert x.shape == out.shape, (x.shape, out.shape)
     assert weight.shape == (hidden,), (weight.shape, hidden)
     block = padded(hidden)
-    rms_norm_kernel[(rows,)](x, residual, weight, out, epsilon, hidden, block, num_warps=warps_for(block))
+    rms_norm_kernel[(rows,)](x, residual, weight, out, epsilon, hidden, block, num_warps=warps_for(block), **FUSED)
 
 
 def warps_for(block: int) -> int:

@@ -7,21 +7,19 @@ writes nothing. It does not know who chose the slots.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from llmscale.layers.ops import AttentionConstants, KvLayer, StepRows
-from llmscale.layers.triton.launch import blocks_of, padded, require_dense
+from llmscale.layers.triton.launch import FUSED, blocks_of, padded, require_dense
 
 HEADS = 4
 """Heads of a program: 1 KiB of bfloat16 at 128 elements, four 16-byte loads per thread of one warp and half of that."""
 
 
 @triton.jit
-def normed_halves(first: Any, second: Any, weight: Any, at: Any, inside: Any, epsilon: Any, half: tl.constexpr) -> Any:
+def normed_halves(first, second, weight, at, inside, epsilon, half: tl.constexpr):
     """RMS norm of heads [heads, D] that are given as two halves, rounded as `layers/norm.py` rounds."""
     wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
     squares = tl.sum(wide_first * wide_first, 1) + tl.sum(wide_second * wide_second, 1)
@@ -34,7 +32,7 @@ def normed_halves(first: Any, second: Any, weight: Any, at: Any, inside: Any, ep
 
 
 @triton.jit
-def rotated_halves(first: Any, second: Any, cosines: Any, sines: Any, inside: Any) -> Any:
+def rotated_halves(first, second, cosines, sines, inside):
     """Rotates element i of every head with element i + D/2, in float32, rounded once."""
     cosine = tl.load(cosines, mask=inside, other=0.0)[None, :]
     sine = tl.load(sines, mask=inside, other=0.0)[None, :]
@@ -45,19 +43,19 @@ def rotated_halves(first: Any, second: Any, cosines: Any, sines: Any, inside: An
 
 @triton.jit(do_not_specialize=["sequences", "layer"])
 def rotate_and_store_kernel(
-    qkv: Any,
-    query_norm: Any,
-    key_norm: Any,
-    cosines: Any,
-    sines: Any,
-    positions: Any,
-    slot_mapping: Any,
-    query_start: Any,
-    query: Any,
-    region: Any,
-    epsilon: Any,
-    sequences: Any,
-    layer: Any,
+    qkv,
+    query_norm,
+    key_norm,
+    cosines,
+    sines,
+    positions,
+    slot_mapping,
+    query_start,
+    query,
+    region,
+    epsilon,
+    sequences,
+    layer,
     layers: tl.constexpr,
     query_heads: tl.constexpr,
     kv_heads: tl.constexpr,
@@ -65,7 +63,7 @@ def rotate_and_store_kernel(
     head_dim: tl.constexpr,
     padded_half: tl.constexpr,
     heads: tl.constexpr,
-) -> None:
+):
     """Grid (T, pieces of query heads, then of key heads, then of value heads). The norms may be None."""
     row = tl.program_id(0)
     if row >= tl.load(query_start + sequences):
@@ -140,4 +138,5 @@ def launch_rotate_and_store(
         padded(head_dim // 2),
         HEADS,
         num_warps=1,
+        **FUSED,
     )

@@ -82,8 +82,13 @@ class ChunkTiling:
 
 
 def decode_tiling(shape: AttentionShape, device: DeviceShape, max_sequence_tokens: int) -> DecodeTiling:
-    """Tiles of 64 keys where three stages of them fit half a multiprocessor, else smaller or fewer."""
-    tile, stages = _fitting(shape, (device.max_shared_bytes - RESERVED_SHARED_BYTES) // 2, fixed_bytes=0)
+    """Tiles that fit a multiprocessor twice at least, so that one program loads while another computes."""
+    room = (device.max_shared_bytes - RESERVED_SHARED_BYTES) // 2
+    # Larger ones spill registers (seen in cubins of all four architectures).
+    max_tile = 64 if shape.key_bytes <= 256 else 32
+    if shape.element_bytes == 4:
+        max_tile //= 2
+    tile, stages = _fitting(shape, room, fixed_bytes=0, max_tile=max_tile)
     min_part_tiles = max(1, MIN_PART_TOKENS // tile)
     useful = blocks_of(max_sequence_tokens, min_part_tiles * tile)
     return DecodeTiling(
@@ -97,19 +102,29 @@ def decode_tiling(shape: AttentionShape, device: DeviceShape, max_sequence_token
 
 
 def chunk_tiling(shape: AttentionShape, device: DeviceShape) -> ChunkTiling:
-    """Tiles of 128 lines where they fit twice over, else of 64, and at least one row of the group."""
+    """Tiles of 128 lines where queries, keys and values fit, else of 64, and at least one row of the group.
+
+    Products in float32 take no tensor core and hold everything in registers: 32 lines spill 600 bytes, 16 none.
+    """
     room = device.max_shared_bytes - RESERVED_SHARED_BYTES
-    group = shape.query_heads // shape.kv_heads
     lines = 128 if 128 * shape.key_bytes * 4 <= room else 64
-    lines = max(lines, padded(group))
-    tile, stages = _fitting(shape, room, fixed_bytes=lines * shape.key_bytes)
+    if shape.element_bytes == 4:
+        lines = 16
+    lines = max(lines, padded(shape.query_heads // shape.kv_heads))
+    max_tile = 64 if lines >= 128 or shape.key_bytes <= 128 else 32
+    tile, stages = _fitting(shape, room, fixed_bytes=lines * shape.key_bytes, max_tile=max_tile)
     return ChunkTiling(lines=lines, tile=tile, warps=8 if lines >= 128 else 4, stages=stages)
 
 
-def _fitting(shape: AttentionShape, room: int, fixed_bytes: int) -> tuple[int, int]:
-    """The largest tile of keys and values, and how many stages of it, that fit `room` bytes."""
-    for tile, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2)):
-        if fixed_bytes + 2 * tile * shape.key_bytes * stages <= room:
+def _fitting(shape: AttentionShape, room: int, fixed_bytes: int, max_tile: int) -> tuple[int, int]:
+    """The largest tile of keys and values, and its stages, that fit `room` bytes.
+
+    A key is loaded by the number of its block, which is loaded first. Triton deals its stages to such a chain: with
+    five, two tiles are on their way while one is computed with, with three, one is (seen in cubins of Triton 3.9).
+    """
+    for tile, stages, tiles_held in ((64, 5, 2), (64, 3, 1), (32, 5, 2), (32, 3, 1), (16, 5, 2)):
+        needed = fixed_bytes + 2 * tile * shape.key_bytes * tiles_held
+        # An eighth for probabilities, block numbers and what the compiler keeps beside them.
+        if tile <= max_tile and needed + needed // 8 <= room:
             return tile, stages
-    # Wider heads than any model has: one stage, the compiler says so if even that is too much.
-    return 16, 1
+    return 16, 3

@@ -2,18 +2,13 @@
 
 The words are Philox4x32-10 (Salmon et al., SC 2011) with the counters of `rust/kernels/src/sampler/philox.rs`, the
 functions those of `rust/kernels/src/simd/exact.rs`: single additions and multiplications in a fixed order, so kernels
-that call them must be compiled without fused multiply-add (`EXACT`). It does not know what is sampled.
+that call them must be compiled without fused multiply-add (`launch.EXACT`). It does not know what is sampled.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-
-EXACT = {"enable_fp_fusion": False}
-"""Options of a launch whose results must have the CPU's bits: a fused multiply-add rounds once instead of twice."""
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """The least finite float32, below every finite score."""
@@ -30,7 +25,7 @@ NEAR_ONE_BITS = tl.constexpr(0x3E95F61A)
 
 
 @triton.jit
-def exact_exp(x: Any) -> Any:
+def exact_exp(x):
     """`e^x`, clamped to [-87.33, 88.02], within 2 units in the last place."""
     x = tl.minimum(tl.maximum(x, -87.33), 88.02)
     shifted = x * LOG2_E + ROUNDER
@@ -48,7 +43,7 @@ def exact_exp(x: Any) -> Any:
 
 
 @triton.jit
-def exponent_and_mantissa(x: Any) -> Any:
+def exponent_and_mantissa(x):
     """The exponent, and the mantissa in [sqrt(1/2), sqrt(2)), of positive normal numbers."""
     shifted = x.to(tl.int32, bitcast=True) + (0x3F800000 - SQRT_HALF_BITS)
     mantissa = ((shifted & 0x007FFFFF) + SQRT_HALF_BITS).to(tl.float32, bitcast=True)
@@ -56,7 +51,7 @@ def exponent_and_mantissa(x: Any) -> Any:
 
 
 @triton.jit
-def ln_1p_scaled(f: Any, exponent: Any) -> Any:
+def ln_1p_scaled(f, exponent):
     """`ln(1 + f) + exponent * ln 2` for f in [sqrt(1/2) - 1, sqrt(2) - 1)."""
     power = exponent.to(tl.float32)
     p = f * 7.0376836e-2 + -1.151461e-1
@@ -75,14 +70,14 @@ def ln_1p_scaled(f: Any, exponent: Any) -> Any:
 
 
 @triton.jit
-def exact_ln(x: Any) -> Any:
+def exact_ln(x):
     """Natural logarithm of positive normal numbers."""
     exponent, mantissa = exponent_and_mantissa(x)
     return ln_1p_scaled(mantissa - 1.0, exponent)
 
 
 @triton.jit
-def unit_interval(word: Any) -> Any:
+def unit_interval(word):
     """`(word + 1/2) / 2^32`, rounded to float32; `word` is uint32."""
     high = (word >> 16).to(tl.int32).to(tl.float32)
     low = (word & 0xFFFF).to(tl.int32).to(tl.float32)
@@ -90,7 +85,7 @@ def unit_interval(word: Any) -> Any:
 
 
 @triton.jit
-def gumbel(word: Any) -> Any:
+def gumbel(word):
     """A standard Gumbel variate `-ln(-ln(1 - v))` with `v = (word + 1/2) / 2^32`."""
     v = unit_interval(word)
     exponent, mantissa = exponent_and_mantissa(unit_interval(word ^ 0xFFFFFFFF))
@@ -102,7 +97,7 @@ def gumbel(word: Any) -> Any:
 
 
 @triton.jit
-def random_words(seed_low: Any, seed_high: Any, choice: Any, position: Any, counters: Any) -> Any:
+def random_words(seed_low, seed_high, choice, position, counters):
     """Four uint32 for each counter: the words of the ids `64 * (counter // 16) + 16 * word + counter % 16`.
 
     The purpose, the counter's last word, is 0: the race that picks a token.
@@ -116,7 +111,7 @@ def random_words(seed_low: Any, seed_high: Any, choice: Any, position: Any, coun
 
 
 @triton.jit
-def ordered(value: Any) -> Any:
+def ordered(value):
     """uint32 in the order of the float32."""
     bits = value.to(tl.int32, bitcast=True)
     flipped = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -124,7 +119,7 @@ def ordered(value: Any) -> Any:
 
 
 @triton.jit
-def unordered(key: Any) -> Any:
+def unordered(key):
     """The float32 of `ordered`."""
     flipped = key.to(tl.int32, bitcast=True) ^ -0x80000000
     return (flipped ^ ((flipped >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

@@ -7,8 +7,6 @@ know what was sampled.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -19,19 +17,19 @@ from llmscale.layers.triton.sampler.threshold import SAMPLED
 
 @triton.jit
 def most_likely_kernel(
-    logits: Any,
-    model_maxima: Any,
-    status: Any,
-    log_sum: Any,
-    top_logprobs: Any,
-    top_tokens: Any,
-    top_values: Any,
-    top_counts: Any,
+    logits,
+    model_maxima,
+    status,
+    log_sum,
+    top_logprobs,
+    top_tokens,
+    top_values,
+    top_counts,
     vocabulary: tl.constexpr,
     blocks: tl.constexpr,
     padded_blocks: tl.constexpr,
     max_top: tl.constexpr,
-) -> None:
+):
     """Grid (R). Writes up to `max_top` ids and log probabilities per row and how many; tokens with a logit of minus
     infinity are not counted."""
     row = tl.program_id(0)

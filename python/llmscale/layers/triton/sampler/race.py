@@ -7,8 +7,6 @@ how the threshold came about.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -20,9 +18,7 @@ WORDS = tl.constexpr(4)
 
 
 @triton.jit
-def kept_key(
-    scores: Any, ids: Any, words: Any, greatest: Any, inverse: Any, threshold: Any, last: Any, vocabulary: tl.constexpr
-) -> Any:
+def kept_key(scores, ids, words, greatest, inverse, threshold, last, vocabulary: tl.constexpr):
     """Scaled score plus noise of the ids [blocks, 16] that are kept, minus infinity for others."""
     score = tl.load(scores + ids, mask=ids < vocabulary, other=float("-inf"))
     scaled = (score - greatest) * inverse
@@ -31,7 +27,7 @@ def kept_key(
 
 
 @triton.jit
-def better(best_key: Any, best_token: Any, key: Any, ids: Any) -> Any:
+def better(best_key, best_token, key, ids):
     """The winner among a block of ids and the best so far."""
     highest = tl.max(tl.max(key, 1), 0)
     candidate = tl.where(key == highest, ids, LAST_TOKEN)
@@ -42,22 +38,22 @@ def better(best_key: Any, best_token: Any, key: Any, ids: Any) -> Any:
 
 @triton.jit
 def race_kernel(
-    scores: Any,
-    greatest_score: Any,
-    inverse_temperature: Any,
-    temperature: Any,
-    threshold: Any,
-    last_tied: Any,
-    seed_low: Any,
-    seed_high: Any,
-    choice: Any,
-    position: Any,
-    part_key: Any,
-    part_token: Any,
+    scores,
+    greatest_score,
+    inverse_temperature,
+    temperature,
+    threshold,
+    last_tied,
+    seed_low,
+    seed_high,
+    choice,
+    position,
+    part_key,
+    part_token,
     vocabulary: tl.constexpr,
     tile_blocks: tl.constexpr,
     parts: tl.constexpr,
-) -> None:
+):
     """Grid (R, parts). Writes the greatest key and its id; a key of minus infinity where nothing is kept."""
     row, part = tl.program_id(0), tl.program_id(1)
     block = part * tile_blocks + tl.arange(0, tile_blocks)
@@ -70,9 +66,9 @@ def race_kernel(
     best_token = tl.full([], LAST_TOKEN, tl.int32)
     if tl.load(temperature + row) < MIN_TEMPERATURE:
         for word in tl.static_range(WORDS):
-            ids = first + word * LANES
-            key = tl.load(own + ids, mask=ids < vocabulary, other=float("-inf"))
-            best_key, best_token = better(best_key, best_token, key, ids)
+            greedy_ids = first + word * LANES
+            greedy_key = tl.load(own + greedy_ids, mask=greedy_ids < vocabulary, other=float("-inf"))
+            best_key, best_token = better(best_key, best_token, greedy_key, greedy_ids)
     else:
         least, last = tl.load(threshold + row), tl.load(last_tied + row)
         ids = part * (tile_blocks * LANES * WORDS) + tl.arange(0, tile_blocks * LANES * WORDS)
@@ -100,19 +96,19 @@ def race_kernel(
 
 @triton.jit
 def finish_kernel(
-    part_key: Any,
-    part_token: Any,
-    status: Any,
-    logits: Any,
-    part_maximum: Any,
-    part_sum: Any,
-    tokens: Any,
-    logprobs: Any,
-    log_sum: Any,
+    part_key,
+    part_token,
+    status,
+    logits,
+    part_maximum,
+    part_sum,
+    tokens,
+    logprobs,
+    log_sum,
     vocabulary: tl.constexpr,
     parts: tl.constexpr,
     padded_parts: tl.constexpr,
-) -> None:
+):
     """Grid (R). Writes the token, 0 for a row without one, its log probability under the model's own distribution, and
     the logarithm (float64) of the sum of the exponentials of the row's logits."""
     row = tl.program_id(0)

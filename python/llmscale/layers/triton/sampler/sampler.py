@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmscale.layers.triton.launch import blocks_of, padded, require_dense
+from llmscale.layers.triton.launch import EXACT, FUSED, blocks_of, padded, require_dense
 from llmscale.layers.triton.sampler import threshold
-from llmscale.layers.triton.sampler.exact_math import EXACT
 from llmscale.layers.triton.sampler.most_likely import most_likely_kernel
 from llmscale.layers.triton.sampler.race import finish_kernel, race_kernel
 from llmscale.layers.triton.sampler.rows import SamplingRows
@@ -116,13 +115,15 @@ class TritonSampler:
         grid = (logits.shape[0], parts)
         copy_kernel[grid](
             logits, rows.allowed, rows.allowed_row, room.scores, room.model_maxima, room.part_maximum, room.part_sum,
-            room.part_broken, rows.allowed.shape[0], vocabulary, blocks, TILE_BLOCKS, parts,
+            room.part_broken, rows.allowed.shape[0], vocabulary, blocks, TILE_BLOCKS, parts, **FUSED,
         )  # fmt: skip
         change_kernel[(logits.shape[0],)](
             room.scores, rows.change_start, rows.change_token, rows.change_count, rows.change_flags, rows.change_bias,
             rows.repetition_penalty, rows.presence_penalty, rows.frequency_penalty, vocabulary, CHANGES, **EXACT,
         )  # fmt: skip
-        maxima_kernel[grid](room.scores, room.score_maxima, room.part_broken, vocabulary, blocks, TILE_BLOCKS, parts)
+        maxima_kernel[grid](
+            room.scores, room.score_maxima, room.part_broken, vocabulary, blocks, TILE_BLOCKS, parts, **FUSED,
+        )  # fmt: skip
 
     def _cut(self, rows: SamplingRows, count: int) -> None:
         """The threshold of every row."""
@@ -157,10 +158,10 @@ class TritonSampler:
         )  # fmt: skip
         finish_kernel[(count,)](
             room.part_key, room.part_token, sampled.status, logits, room.part_maximum, room.part_sum, sampled.tokens,
-            sampled.logprobs, room.log_sum, vocabulary, parts, padded(parts),
+            sampled.logprobs, room.log_sum, vocabulary, parts, padded(parts), **FUSED,
         )  # fmt: skip
         most_likely_kernel[(count,)](
             logits, room.model_maxima, sampled.status, room.log_sum, rows.top_logprobs, sampled.top_tokens,
             sampled.top_logprobs, sampled.top_counts, vocabulary, self._blocks, padded(self._blocks),
-            MAX_TOP_LOGPROBS,
+            MAX_TOP_LOGPROBS, **FUSED,
         )  # fmt: skip

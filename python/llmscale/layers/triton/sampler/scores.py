@@ -7,8 +7,6 @@ know temperatures or thresholds.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -17,14 +15,14 @@ BLOCK_TOKENS = tl.constexpr(64)
 
 
 @triton.jit
-def tile_ids(tile_blocks: tl.constexpr) -> Any:
+def tile_ids(tile_blocks: tl.constexpr):
     """Ids [blocks, 64] of this program's part of the vocabulary, which the second axis of the grid counts."""
     block = tl.program_id(1) * tile_blocks + tl.arange(0, tile_blocks)
     return block, block[:, None] * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)[None, :]
 
 
 @triton.jit
-def has_broken(values: Any) -> Any:
+def has_broken(values):
     """1 if any is NaN or plus infinity, else 0."""
     fine = values < float("inf")  # false for NaN too
     return tl.max(tl.max(tl.where(fine, 0, 1), 1), 0)
@@ -32,20 +30,20 @@ def has_broken(values: Any) -> Any:
 
 @triton.jit(do_not_specialize=["masks"])
 def copy_kernel(
-    logits: Any,
-    allowed: Any,
-    allowed_row: Any,
-    scores: Any,
-    model_maxima: Any,
-    part_maximum: Any,
-    part_sum: Any,
-    part_broken: Any,
-    masks: Any,
+    logits,
+    allowed,
+    allowed_row,
+    scores,
+    model_maxima,
+    part_maximum,
+    part_sum,
+    part_broken,
+    masks,
     vocabulary: tl.constexpr,
     blocks: tl.constexpr,
     tile_blocks: tl.constexpr,
     parts: tl.constexpr,
-) -> None:
+):
     """Grid (R, parts). Writes `scores` [R, V], `model_maxima` [R, blocks], and per part the maximum, the sum of
     exponentials relative to it, and whether a logit is NaN or plus infinity, [R, parts] each."""
     row, part = tl.program_id(0), tl.program_id(1)
@@ -70,18 +68,18 @@ def copy_kernel(
 
 @triton.jit
 def change_kernel(
-    scores: Any,
-    change_start: Any,
-    change_token: Any,
-    change_count: Any,
-    change_flags: Any,
-    change_bias: Any,
-    repetition_penalty: Any,
-    presence_penalty: Any,
-    frequency_penalty: Any,
+    scores,
+    change_start,
+    change_token,
+    change_count,
+    change_flags,
+    change_bias,
+    repetition_penalty,
+    presence_penalty,
+    frequency_penalty,
     vocabulary: tl.constexpr,
     piece: tl.constexpr,
-) -> None:
+):
     """Grid (R). Each change once, in the CPU's order: repetition, frequency, presence, bias, suppression."""
     row = tl.program_id(0)
     repetition = tl.load(repetition_penalty + row)
@@ -106,14 +104,14 @@ def change_kernel(
 
 @triton.jit
 def maxima_kernel(
-    scores: Any,
-    score_maxima: Any,
-    part_broken: Any,
+    scores,
+    score_maxima,
+    part_broken,
     vocabulary: tl.constexpr,
     blocks: tl.constexpr,
     tile_blocks: tl.constexpr,
     parts: tl.constexpr,
-) -> None:
+):
     """Grid (R, parts). Writes `score_maxima` [R, blocks], and adds to what is broken: a bias can overflow."""
     row, part = tl.program_id(0), tl.program_id(1)
     block, ids = tile_ids(tile_blocks)

@@ -9,8 +9,6 @@ what was gathered. It does not know random numbers.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -25,7 +23,7 @@ NO_CANDIDATE = tl.constexpr(2)
 
 
 @triton.jit
-def nth_greatest(values: Any, count: Any) -> Any:
+def nth_greatest(values, count):
     """The `count`-th greatest of a block of float32 in registers; there must be as many."""
     keys = ordered(values)
     nth = tl.zeros([1], tl.uint32)
@@ -40,23 +38,23 @@ def nth_greatest(values: Any, count: Any) -> Any:
 
 @triton.jit
 def bound_kernel(
-    score_maxima: Any,
-    part_broken: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    status: Any,
-    greatest_score: Any,
-    inverse_temperature: Any,
-    least_score: Any,
-    gather_bound: Any,
+    score_maxima,
+    part_broken,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    status,
+    greatest_score,
+    inverse_temperature,
+    least_score,
+    gather_bound,
     vocabulary: tl.constexpr,
     blocks: tl.constexpr,
     padded_blocks: tl.constexpr,
     parts: tl.constexpr,
     padded_parts: tl.constexpr,
-) -> None:
+):
     """Grid (R). Writes per row what became of it, the greatest score, the scale, the least scaled score that min-p
     leaves, and the bound at and above which scores are to be gathered: infinity where nothing else filters."""
     row = tl.program_id(0)
@@ -98,13 +96,13 @@ def bound_kernel(
 
 @triton.jit
 def scaled_tile(
-    scores: Any,
-    greatest_score: Any,
-    inverse_temperature: Any,
-    row: Any,
+    scores,
+    greatest_score,
+    inverse_temperature,
+    row,
     vocabulary: tl.constexpr,
     tile_blocks: tl.constexpr,
-) -> Any:
+):
     """Ids and scaled scores [ids] of this program's part; minus infinity behind the vocabulary."""
     ids = tl.program_id(1) * (tile_blocks * 64) + tl.arange(0, tile_blocks * 64)
     score = tl.load(scores + row.to(tl.int64) * vocabulary + ids, mask=ids < vocabulary, other=float("-inf"))
@@ -113,17 +111,17 @@ def scaled_tile(
 
 @triton.jit
 def count_kernel(
-    scores: Any,
-    greatest_score: Any,
-    inverse_temperature: Any,
-    least_score: Any,
-    gather_bound: Any,
-    part_count: Any,
-    part_mass: Any,
+    scores,
+    greatest_score,
+    inverse_temperature,
+    least_score,
+    gather_bound,
+    part_count,
+    part_mass,
     vocabulary: tl.constexpr,
     tile_blocks: tl.constexpr,
     parts: tl.constexpr,
-) -> None:
+):
     """Grid (R, parts). How many scores reach the bound, and the mass (float64) of those that reach the least."""
     row, part = tl.program_id(0), tl.program_id(1)
     place = row * parts + part
@@ -139,18 +137,18 @@ def count_kernel(
 
 @triton.jit
 def gather_kernel(
-    scores: Any,
-    greatest_score: Any,
-    inverse_temperature: Any,
-    gather_bound: Any,
-    part_count: Any,
-    candidate_score: Any,
-    candidate_token: Any,
+    scores,
+    greatest_score,
+    inverse_temperature,
+    gather_bound,
+    part_count,
+    candidate_score,
+    candidate_token,
     vocabulary: tl.constexpr,
     tile_blocks: tl.constexpr,
     parts: tl.constexpr,
     padded_parts: tl.constexpr,
-) -> None:
+):
     """Grid (R, parts). Writes the scores that reach the bound, and their ids, without gaps and in order of id: the
     order does not depend on which program is first, so that sums do not either."""
     row, part = tl.program_id(0), tl.program_id(1)
@@ -167,9 +165,7 @@ def gather_kernel(
 
 
 @triton.jit
-def reached(
-    score: Any, token: Any, count: Any, least: Any, last: Any, piece: tl.constexpr, by_mass: tl.constexpr
-) -> Any:
+def reached(score, token, count, least, last, piece: tl.constexpr, by_mass: tl.constexpr):
     """Mass (float64) or number of the candidates with a score of at least `least` and an id of at most `last`."""
     total = tl.zeros([1], tl.float64)
     for start in range(0, count, piece):
@@ -186,9 +182,7 @@ def reached(
 
 
 @triton.jit
-def greatest_reaching(
-    score: Any, token: Any, count: Any, target: Any, piece: tl.constexpr, by_mass: tl.constexpr
-) -> Any:
+def greatest_reaching(score, token, count, target, piece: tl.constexpr, by_mass: tl.constexpr):
     """The greatest float32 at and above which the candidates' mass or number reaches `target`."""
     key = tl.zeros([1], tl.uint32)
     bit = tl.full([1], 0x80000000, tl.uint32)
@@ -201,7 +195,7 @@ def greatest_reaching(
 
 
 @triton.jit
-def last_of_ties(score: Any, token: Any, count: Any, value: Any, wanted: Any, piece: tl.constexpr) -> Any:
+def last_of_ties(score, token, count, value, wanted, piece: tl.constexpr):
     """The id of the `wanted`-th candidate, by id, whose score is `value`."""
     last = tl.zeros([1], tl.int32)
     bit = tl.full([1], 0x40000000, tl.int32)
@@ -216,21 +210,21 @@ def last_of_ties(score: Any, token: Any, count: Any, value: Any, wanted: Any, pi
 
 @triton.jit
 def cut_kernel(
-    least_score: Any,
-    gather_bound: Any,
-    top_k: Any,
-    top_p: Any,
-    part_count: Any,
-    part_mass: Any,
-    candidate_score: Any,
-    candidate_token: Any,
-    threshold: Any,
-    last_tied: Any,
+    least_score,
+    gather_bound,
+    top_k,
+    top_p,
+    part_count,
+    part_mass,
+    candidate_score,
+    candidate_token,
+    threshold,
+    last_tied,
     vocabulary: tl.constexpr,
     parts: tl.constexpr,
     padded_parts: tl.constexpr,
     piece: tl.constexpr,
-) -> None:
+):
     """Grid (R). Writes the least scaled score that is kept, and the last id among those equal to it."""
     row = tl.program_id(0)
     value = tl.load(least_score + row) + tl.zeros([1], tl.float32)
