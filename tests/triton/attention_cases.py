@@ -40,7 +40,7 @@ class Shape:
 DECODES = ((1, 1), (33, 1), (70, 1))
 LONG_DECODES = ((1100, 1), (600, 1), (3, 1))
 CHUNKS = ((7, 7), (40, 21), (75, 2))
-LONG_CHUNKS = ((9, 9), (129, 65))
+LONG_CHUNKS = ((9, 9), (129, 40))
 MIXTURE = ((50, 1), (17, 1), (37, 14), (9, 9))
 HALF = torch.float16
 
@@ -62,11 +62,11 @@ SHAPES = {
     ),
     "chunks_64_group_1_block_16": Shape(64, 1, 16, CHUNKS, kv_heads=1),
     "chunks_80_group_3_block_64": Shape(80, 3, 64, CHUNKS, kv_heads=1, norms=True, dtype=HALF),
-    "chunks_96_group_7_block_32": Shape(96, 7, 32, ((7, 7), (36, 6)), kv_heads=1),
+    "chunks_96_group_7_block_64": Shape(96, 7, 64, ((7, 7), (36, 6)), kv_heads=1),
     "chunks_128_group_4_block_32_half": Shape(128, 4, 32, LONG_CHUNKS, dtype=HALF, kv_heads=1),
     "chunks_64_group_8_block_16": Shape(64, 8, 16, CHUNKS, dtype=HALF),
     "chunks_window_within_a_tile": Shape(64, 2, 32, CHUNKS, window=5, kv_heads=1),
-    "chunks_window_over_tiles_half": Shape(64, 2, 16, ((300, 90), (90, 90)), window=100, kv_heads=1, dtype=HALF),
+    "chunks_window_over_tiles_half": Shape(64, 2, 16, ((200, 65), (3, 3)), window=100, kv_heads=1, dtype=HALF),
     "mixture_64_group_4_block_32": Shape(64, 4, 32, MIXTURE, kv_heads=1),
     "mixture_80_group_7_window": Shape(80, 7, 16, MIXTURE, window=20, kv_heads=1, norms=True, dtype=HALF),
     "mixture_128_group_3_half": Shape(128, 3, 32, MIXTURE, dtype=HALF, kv_heads=1, norms=True),

@@ -65,8 +65,8 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
 
 
-def compiled(launch: Launch, capability: int) -> Any:
-    """The kernel for sm_<capability>, specialized as Triton's dispatch would."""
+def compiled(launch: Launch, capability: int, *, aligned: bool = True) -> Any:
+    """The kernel for sm_<capability>, specialized as Triton's dispatch would; not `aligned` forgets all alignments."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -76,14 +76,14 @@ def compiled(launch: Launch, capability: int) -> Any:
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialized):
             signature[name], constants[name] = "constexpr", value
             continue
-        aligned = True
+        divisible = True
         if isinstance(value, Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
         elif isinstance(value, float):
-            signature[name], aligned = "fp32", False
+            signature[name], divisible = "fp32", False
         else:
-            signature[name], aligned = "i32", specialized and value % 16 == 0
-        if aligned:
+            signature[name], divisible = "i32", specialized and value % 16 == 0
+        if divisible and aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
@@ -101,7 +101,7 @@ def machine_code(kernel: Any, folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def local_memory_bytes(kernel: Any, folder: Path) -> int:
+def stack_bytes(kernel: Any, folder: Path) -> int:
     """Bytes of stack per thread: what was spilled."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])

@@ -162,8 +162,8 @@ def mask_case(device: torch.device) -> None:
     """A mask is the same as logits of minus infinity, which the CPU is given instead."""
     generator, vocabulary = torch.Generator().manual_seed(5), 203
     rows, tokens, logits = [], [], []
-    for seed in range(4):
-        allowed = frozenset(torch.randperm(vocabulary, generator=generator)[: 3 + 40 * seed].tolist())
+    for seed in range(2):
+        allowed = frozenset(torch.randperm(vocabulary, generator=generator)[: 3 + 80 * seed].tolist())
         plain = torch.randn(vocabulary, generator=generator)
         masked = torch.full_like(plain, float("-inf"))
         masked[list(allowed)] = plain[list(allowed)]
@@ -198,15 +198,15 @@ def broken_rows_case(device: torch.device) -> None:
 PLAIN = ({}, {"temperature": 0.0}, {"temperature": 0.3}, {"temperature": 5.0}, {"logprobs": 5})
 FILTERS = (
     {"top_k": 1},
-    {"top_k": 7},
-    {"top_k": 60, "temperature": 2.0},
     {"top_p": 0.5},
-    {"top_p": 0.9, "temperature": 0.7},
-    {"top_p": 0.0},
-    {"top_p": 0.999, "temperature": 3.0},
-    {"min_p": 0.1},
-    {"min_p": 1.0},
+    {"top_k": 60, "temperature": 2.0},
+    {"top_k": 7},
     {"top_k": 20, "top_p": 0.8},
+    {"top_p": 0.0},
+    {"min_p": 0.1},
+    {"top_p": 0.9, "temperature": 0.7},
+    {"min_p": 1.0},
+    {"top_p": 0.999, "temperature": 3.0},
     {"top_k": 50, "top_p": 0.95, "min_p": 0.02, "temperature": 1.5},
 )
 PENALTIES = (
@@ -215,19 +215,19 @@ PENALTIES = (
     {"presence_penalty": 1.5, "frequency_penalty": 0.7, "temperature": 0.4},
     {"frequency_penalty": -2.0, "repetition_penalty": 1.2, "temperature": 0.0},
     {"logit_bias": {2: 5.0, 11: -100.0, 30: 4.5}, "presence_penalty": 0.5, "logprobs": 20},
-    {"min_tokens": 4, "logit_bias": {EOS: 50.0, 5: 40.0}},
+    {"min_tokens": 2, "logit_bias": {EOS: 50.0, 5: 40.0}},
 )
-
-MOST_FILTERS = tuple(each for each in FILTERS if each.get("top_p") != 0.0 and each.get("min_p") != 1.0)
 
 CASES: dict[str, Case] = {
     "sampling_plain": batch_case(307, ("peaked", "flat"), PLAIN, steps=1),
-    "sampling_plain_bfloat16": batch_case(307, ("bfloat16",), (*PLAIN, {"top_p": 0.8}, {"top_k": 9}), steps=1),
-    "sampling_over_two_parts": batch_case(5003, ("flat",), (*PLAIN, {"top_k": 5}, {"top_p": 0.7}), steps=1),
-    "sampling_filters": batch_case(307, ("peaked", "ties"), FILTERS, steps=1),
-    "sampling_filters_equal_logits": batch_case(100, ("equal",), MOST_FILTERS, steps=1),
-    "sampling_filters_sparse": batch_case(640, ("sparse",), MOST_FILTERS, steps=1),
-    "sampling_penalties": batch_case(64, ("ties",), PENALTIES, steps=4),
+    "sampling_plain_bfloat16": batch_case(307, ("bfloat16",), (*PLAIN[1:3], {"top_p": 0.8}, {"top_k": 9}), steps=1),
+    "sampling_over_two_parts": batch_case(5003, ("flat",), (*PLAIN[::2], {"top_k": 5, "top_p": 0.7}), steps=1),
+    "sampling_filters": batch_case(307, ("peaked",), FILTERS, steps=1),
+    "sampling_filters_with_ties": batch_case(130, ("ties",), FILTERS[1::2], steps=1),
+    "sampling_filters_equal_logits": batch_case(100, ("equal",), FILTERS[1::3], steps=1),
+    "sampling_filters_sparse": batch_case(640, ("sparse",), FILTERS[2::2], steps=1),
+    "sampling_penalties": batch_case(64, ("ties",), PENALTIES, steps=3),
     "sampling_masks": mask_case,
     "sampling_broken_rows": broken_rows_case,
 }
+"""The interpreter takes 0.1 to 0.4 s for a row with filters, so each variation meets the kinds where it may stumble."""

@@ -195,15 +195,14 @@ def greatest_reaching(score, token, count, target, piece: tl.constexpr, by_mass:
 
 
 @triton.jit
-def last_of_ties(score, token, count, value, wanted, piece: tl.constexpr):
-    """The id of the `wanted`-th candidate, by id, whose score is `value`."""
+def last_of_ties(score, token, count, value, missing, each, piece: tl.constexpr):
+    """The id of the candidate with score `value` with which their masses of `each`, by id, reach `missing`."""
     last = tl.zeros([1], tl.int32)
     bit = tl.full([1], 0x40000000, tl.int32)
     for _ in range(31):
         tried = last | bit
-        # The ids below `tried` hold fewer than `wanted`, so the one that is looked for is not among them.
         before = reached(score, token, count, value, tried - 1, piece, by_mass=False)
-        last = tl.where(before < wanted, tried, last)
+        last = tl.where(before * each < missing, tried, last)
         bit = bit >> 1
     return last
 
@@ -252,9 +251,8 @@ def cut_kernel(
                 above = reached(score, token, count, unordered(ordered(value) + 1), None, piece, by_mass=True)
                 ties = reached(score, token, count, value, LAST_TOKEN, piece, by_mass=False)
                 each = exact_exp(value).to(tl.float64)
-                wanted = tl.maximum(tl.ceil((target - above) / each), 1.0)
-                if tl.max((wanted < ties).to(tl.int32), 0) == 1:
-                    last = last_of_ties(score, token, count, value, wanted, piece)
+                if tl.max(((ties - 1) * each >= target - above).to(tl.int32), 0) == 1:
+                    last = last_of_ties(score, token, count, value, target - above, each, piece)
     one = tl.zeros([1], tl.int32)
     tl.store(threshold + row + one, value)
     tl.store(last_tied + row + one, last)
