@@ -39,12 +39,18 @@ class Launch:
     """One kernel with the arguments and options of a launch."""
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
     options: dict[str, Any]
 
     @property
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
+
+    def fixed(self) -> tuple[object, ...]:
+        """What a captured graph fixes: name, grid, options, scalars, and where tensors lie."""
+        values = (value.data_ptr() if isinstance(value, Tensor) else value for value in self.arguments.values())
+        return (self.name, self.grid, tuple(self.options.items()), *values)
 
 
 @contextmanager
@@ -58,7 +64,7 @@ def recorded() -> Iterator[list[Launch]]:
         rest = {name: value for name, value in named.items() if name not in OPTIONS}
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | rest
         assert given.keys() == set(kernel.arg_names), (kernel.arg_names, given.keys())
-        launches.append(Launch(kernel, given, options))
+        launches.append(Launch(kernel, grid, given, options))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", record)

@@ -25,7 +25,8 @@ MAX_TOP_LOGPROBS = 20
 TILE_BLOCKS = 64
 """4,096 ids in a program: 32 in each of 128 threads."""
 CHANGES = 256
-CANDIDATES = 4096
+CANDIDATES = 2048
+"""Of 8 warps, 8 in a thread; 16 spilled registers."""
 
 
 @dataclass(frozen=True, slots=True)
