@@ -32,11 +32,13 @@ THOROUGH = {
     "attention_decode_in_parts_half",
     "attention_chunks_window_over_tiles_half",
     "attention_chunks_80_group_3_block_64",
+    "attention_decode_in_parts",
     "attention_mixture_64_group_4_block_32",
     "attention_mixture_128_group_3_half",
     "sampling_plain",
     "sampling_more_filters",
     "sampling_filters_sparse",
+    "sampling_filters_equal_logits",
 }
 """Combinations whose parts other cases have too."""
 THOROUGH_PLANTS = {
