@@ -1,7 +1,7 @@
 """Builds of the CUDA sources: fatbins for every architecture, and the emulation that runs kernels on a CPU.
 
 Every product lies under `.build/cuda/` by the hash of its sources and flags, so that what has been built is not built
-again, and processes that want the same product wait for the one that makes it. `python -m tools.cuda_build images`
+again, and processes that want the same product wait for the one that makes it. `python -m tools.cuda_build`
 writes what ships. Knows compilers and files; not what a kernel does.
 """
 
@@ -180,8 +180,6 @@ def _run(command: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["images"]:
-        raise SystemExit("python -m tools.cuda_build images")
     try:
         write_images()
     except BuildError as error:

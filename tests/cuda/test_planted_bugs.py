@@ -1,4 +1,4 @@
-"""Five known mistakes, each switched on in the emulation, each found: by a wrong result, by its checks, or by a sanitizer.
+"""Five known mistakes, each switched on in the emulation, each found: a wrong result, its checks, or a sanitizer.
 
 Every case runs without its bug first, so that what is found is the bug.
 """

@@ -52,9 +52,8 @@ def _compile(nvrtc: Any, folder: Path, name: str, architecture: str) -> bytes:
     log = b" " * size
     _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
     if int(status) != 0:
-        raise CudaError(
-            f"NVRTC cannot compile {name}.cu for {architecture}:\n{log.rstrip(bytes(1)).decode(errors='replace')}"
-        )
+        words = log.rstrip(bytes(1)).decode(errors="replace")
+        raise CudaError(f"NVRTC cannot compile {name}.cu for {architecture}:\n{words}")
     (size,) = _checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
     cubin = b" " * size
     _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))

@@ -1,9 +1,9 @@
 """The weight matmuls as torch operators: `llmscale::w4a16_matmul` and `llmscale::w8a16_matmul`.
 
-Each has a CUDA implementation (kernels), a CPU one in plain torch from the same packed weights (the oracle, and what makes
-a model file one for both devices) and a shape for tracing. Importing this module registers them. To 64 rows W is read as
-it is; above, 4-bit weights become bfloat16 panels of at most 32 MiB, which stay in L2, for cuBLAS. Bound by the bytes of W
-below, by arithmetic above. A workspace serves one stream.
+Each has a CUDA implementation (kernels), a CPU one in plain torch from the same packed weights (the oracle, and what
+makes a model file one for both devices) and a shape for tracing. Importing this module registers them. To 64 rows W is
+read as it is, bound by its bytes; above, 4-bit weights become bfloat16 panels of at most 32 MiB, which stay in L2, for
+cuBLAS, bound by arithmetic. A workspace serves one stream.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def w4a16_matmul(
 ) -> Tensor:
     """bfloat16 x `[rows, depth]` times W^T: bfloat16 `[rows, columns]`.
 
-    `weights` is of `pack_int4`, `scales` (bfloat16) and `zero_points` (uint8) are of `pack_groups` with groups of `group`,
-    `workspace` is of `make_workspace` for this stream.
+    `weights` is of `pack_int4`, `scales` (bfloat16) and `zero_points` (uint8) are of `pack_groups` with groups of
+    `group`, `workspace` is of `make_workspace` for this stream.
     """
     launcher = cuda_device(x.device.index)
     matrix = Int4Matrix(weights, scales, zero_points, columns, x.shape[1], group)
@@ -81,7 +81,7 @@ def w8a16_matmul(
     workspace: Tensor,
     columns: int,
 ) -> Tensor:
-    """The same with e4m3 weights of `pack_e4m3`, bfloat16 scales per 128 of depth and float32 scales per padded column."""
+    """The same with e4m3 weights of `pack_e4m3`: bfloat16 scales per 128 of depth, float32 scales per padded column."""
     launcher = cuda_device(x.device.index)
     matrix = E4m3Matrix(weights, group_scales, column_scales, columns, x.shape[1])
     y = x.new_empty(x.shape[0], columns)
