@@ -78,11 +78,11 @@ def sanitized_runner() -> Path:
 def fatbin(source: Path) -> Path:
     """One fatbin of all architectures. Beside it `NAME.log` has what ptxas says of registers and spills.
 
-    The last entry is PTX of the oldest architecture, which drivers compile for devices that we do not know.
+    There is no PTX in it: a driver would compile the oldest architecture's for a newer device, where bulk copies are
+    missing from it. Devices without an entry get what NVRTC compiles for them.
     """
     nvcc = find_nvcc()
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in ARCHITECTURES]
-    targets.append(f"-gencode=arch=compute_{ARCHITECTURES[0]},code=compute_{ARCHITECTURES[0]}")
     flags = [*NVCC_FLAGS, "-I", str(CUDA / "include"), *targets, "-fatbin"]
 
     def make(folder: Path) -> None:

@@ -76,7 +76,7 @@ LLMSCALE_DEVICE void copy_by_ring(const BlockCopies& copies, unsigned char* shar
 
 }  // namespace llmscale
 
-// Does nothing below sm_90; the launcher asks for the other kernel there.
+// Below sm_90 it traps, because a copy that silently does nothing is worse; the launcher asks for the other kernel there.
 LLMSCALE_KERNEL(32, 1)
 kv_copy_bulk(const unsigned char* __restrict__ source, unsigned char* __restrict__ target,
              const int32_t* __restrict__ source_blocks, const int32_t* __restrict__ target_blocks, int count,
@@ -84,6 +84,8 @@ kv_copy_bulk(const unsigned char* __restrict__ source, unsigned char* __restrict
 #if defined(LLMSCALE_HAS_BULK_COPY)
   LLMSCALE_SHARED(shared);
   if (threadIdx.x == 0) llmscale::copy_by_ring({source, target, source_blocks, target_blocks, count, block_bytes}, shared);
+#else
+  llmscale::trap();
 #endif
 }
 

@@ -13,6 +13,9 @@ LLMSCALE_DEVICE void block_barrier() { __syncthreads(); }
 LLMSCALE_DEVICE void warp_barrier() { __syncwarp(); }
 LLMSCALE_DEVICE float warp_shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 
+// Ends the launch with an error.
+LLMSCALE_DEVICE void trap() { asm volatile("trap;"); }
+
 // Orders this thread's global writes before its later ones, for readers in other blocks.
 LLMSCALE_DEVICE void device_fence() { __threadfence(); }
 LLMSCALE_DEVICE uint32_t atomic_add(uint32_t* counter, uint32_t value) { return atomicAdd(counter, value); }

@@ -36,6 +36,7 @@ def w4a16_matmul(
     `group`, `workspace` is of `make_workspace` for this stream.
     """
     launcher = cuda_device(x.device.index)
+    x = x.contiguous()
     matrix = Int4Matrix(weights, scales, zero_points, columns, x.shape[1], group)
     y = x.new_empty(x.shape[0], columns)
     if 0 < x.shape[0] <= MAX_ROWS:
@@ -83,6 +84,7 @@ def w8a16_matmul(
 ) -> Tensor:
     """The same with e4m3 weights of `pack_e4m3`: bfloat16 scales per 128 of depth, float32 scales per padded column."""
     launcher = cuda_device(x.device.index)
+    x = x.contiguous()
     matrix = E4m3Matrix(weights, group_scales, column_scales, columns, x.shape[1])
     y = x.new_empty(x.shape[0], columns)
     if 0 < x.shape[0] <= MAX_ROWS:
