@@ -46,6 +46,7 @@ HOST_FLAGS = (
     "-Wextra",
     "-Werror",
     "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
     "-U_FORTIFY_SOURCE",
 )
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")

@@ -8,6 +8,7 @@
 #include "kernels/kv_pack.cu"
 #include "kernels/w4_panel.cu"
 #include "kernels/w4a16_matmul.cu"
+#include "kernels/w8_panel.cu"
 #include "kernels/w8a16_matmul.cu"
 
 namespace {
@@ -45,6 +46,7 @@ const Kernel kernels[] = {
     KERNEL(kv_pack_e4m3, llmscale::pack_threads / 32 * 4),
     KERNEL(kv_unpack_e4m3, 0),
     KERNEL(w4_panel, llmscale::PanelShape::shared_bytes),
+    KERNEL(w8_panel, llmscale::PanelShape::shared_bytes),
     KERNEL(w4a16_matmul_8_rows, (W4a16<1, 1>::shared_bytes)),
     KERNEL(w4a16_matmul_16_rows, (W4a16<2, 1>::shared_bytes)),
     KERNEL(w4a16_matmul_32_rows, (W4a16<4, 1>::shared_bytes)),

@@ -98,7 +98,7 @@ def test_matmuls_use_tensor_cores_and_copies_of_sixteen_bytes() -> None:
 
 
 def test_block_copies_are_sixteen_bytes_wide_or_bulk() -> None:
-    for architecture, kernel, body in compiled("kv_copy_loads", "kv_pack", "kv_unpack", "w4_panel"):
+    for architecture, kernel, body in compiled("kv_copy_loads", "kv_pack", "kv_unpack", "w4_panel", "w8_panel"):
         assert re.search(r"\bLDG\.E\.128", body), (architecture, kernel)
         assert re.search(r"\bSTG\.E\.128", body), (architecture, kernel)
     for architecture, kernel, body in compiled("kv_copy_bulk"):
@@ -108,7 +108,7 @@ def test_block_copies_are_sixteen_bytes_wide_or_bulk() -> None:
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)], ids=ARCHITECTURES)
-@pytest.mark.parametrize("source", ["kv_copy", "kv_pack", "w8a16_matmul"])
+@pytest.mark.parametrize("source", ["kv_copy", "kv_pack", "w8_panel", "w8a16_matmul"])
 def test_nvrtc_compiles_the_same_files_with_torchs_wheels_alone(
     source: str, capability: tuple[int, int], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import torch
 from llmscale.cuda.fragment_order import CHUNK
 from llmscale.cuda.matmul import launch_e4m3, launch_int4, launch_panel, make_workspace
 from llmscale.cuda.matmul_plan import partial_sum_bytes
+from llmscale.cuda.operators import dequantized_e4m3
 from tests.cuda.emulator import ADA, HOPPER, SEEDS, Emulator
 from tests.cuda.weights import assert_rounded_once, e4m3_case, int4_case
 
@@ -96,6 +97,15 @@ def test_rows_behind_the_last_are_not_written() -> None:
     launch_int4(Emulator(), case.x, case.matrix, poisoned_workspace(128), y[:5])
     assert y[:5].isfinite().all()
     assert y[5:].isnan().all()
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(False, True), (True, False), (True, True), (False, False)])
+def test_an_e4m3_panel_is_the_dequantized_matrix(groups: bool, channels: bool) -> None:
+    case = e4m3_case(1, 200, 264, groups=groups, channels=channels)
+    for first in range(0, 200, CHUNK):
+        panel = poisoned(min(72, 200 - first), 264)
+        launch_panel(Emulator(seed=1), case.matrix, first, panel)
+        assert torch.equal(panel, dequantized_e4m3(case.matrix)[first : first + 72].bfloat16())
 
 
 @pytest.mark.parametrize("zero_points", [False, True])

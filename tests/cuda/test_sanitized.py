@@ -18,6 +18,7 @@ from llmscale.cuda.kv_blocks import (
     unpacked_blocks,
 )
 from llmscale.cuda.matmul import launch_e4m3, launch_int4, launch_panel, make_workspace
+from llmscale.cuda.operators import dequantized_e4m3
 from tests.cuda.emulator import ADA, HOPPER, SanitizedEmulator
 from tests.cuda.weights import assert_rounded_once, e4m3_case, int4_case
 
@@ -46,6 +47,10 @@ def test_a_panel_touches_nothing_but_its_own() -> None:
     panel = torch.full((73, 328), float("nan"), dtype=torch.bfloat16)
     launch_panel(SanitizedEmulator(), case.matrix, 64, panel)
     assert torch.equal(panel, case.dequantized[64:137].bfloat16())
+    eight = e4m3_case(1, 137, 328, groups=True, channels=True)
+    panel.fill_(float("nan"))
+    launch_panel(SanitizedEmulator(), eight.matrix, 64, panel)
+    assert torch.equal(panel, dequantized_e4m3(eight.matrix)[64:].bfloat16())
 
 
 @pytest.mark.parametrize("limits", [HOPPER, ADA], ids=["bulk", "loads"])

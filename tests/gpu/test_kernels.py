@@ -19,7 +19,7 @@ from llmscale.cuda.kv_blocks import (
     unpacked_blocks,
 )
 from llmscale.cuda.matmul import E4m3Matrix, Int4Matrix, launch_e4m3, launch_int4, launch_panel, make_workspace
-from llmscale.cuda.operators import w4a16_matmul
+from llmscale.cuda.operators import dequantized_e4m3, w4a16_matmul
 from tests.cuda.weights import assert_rounded_once, e4m3_case, int4_case
 
 pytestmark = [
@@ -84,6 +84,11 @@ def test_a_panel_is_the_dequantized_matrix(device: CudaDevice) -> None:
     panel = poisoned(936, 1_032)
     launch_panel(device, there(case.matrix), 64, panel)
     assert torch.equal(panel.cpu(), case.dequantized[64:].bfloat16())
+    eight = e4m3_case(1, 1_000, 1_032, groups=False, channels=True).matrix
+    assert eight.column_scales is not None
+    moved = E4m3Matrix(eight.weights.cuda(), None, eight.column_scales.cuda(), 1_000, 1_032)
+    launch_panel(device, moved, 64, panel)
+    assert torch.equal(panel.cpu(), dequantized_e4m3(eight)[64:].bfloat16())
 
 
 @pytest.mark.parametrize("rows", [3, 200])

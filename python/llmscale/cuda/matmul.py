@@ -106,7 +106,7 @@ def launch_e4m3(launcher: Launcher, x: Tensor, matrix: E4m3Matrix, workspace: Te
         launcher.launch(Launch(plan.kernel, (plan.blocks, 1, 1), THREADS, plan.shared_bytes, arguments))
 
 
-def launch_panel(launcher: Launcher, matrix: Int4Matrix, first_column: int, panel: Tensor) -> None:
+def launch_panel(launcher: Launcher, matrix: Int4Matrix | E4m3Matrix, first_column: int, panel: Tensor) -> None:
     """Columns `first_column` (a multiple of 64) and following of W as bfloat16 `[columns, depth]`, contiguous."""
     columns, depth = panel.shape
     assert panel.dtype == torch.bfloat16, panel.dtype
@@ -115,10 +115,16 @@ def launch_panel(launcher: Launcher, matrix: Int4Matrix, first_column: int, pane
     assert depth % 8 == 0, depth
     assert first_column % CHUNK == 0, first_column
     assert first_column + columns <= matrix.columns, (first_column, columns, matrix.columns)
-    sizes = (first_column, columns, depth, padded_columns(matrix.columns), matrix.group.bit_length() - 1)
-    arguments = (matrix.weights, matrix.scales, matrix.zero_points, panel, *int32s(*sizes))
+    sizes = int32s(first_column, columns, depth, padded_columns(matrix.columns))
+    arguments: tuple[Argument, ...]
+    if isinstance(matrix, Int4Matrix):
+        kernel, scales = "w4_panel", (matrix.scales, matrix.zero_points)
+        arguments = (matrix.weights, *scales, panel, *sizes, *int32s(matrix.group.bit_length() - 1))
+    else:
+        kernel = "w8_panel"
+        arguments = (matrix.weights, matrix.group_scales, matrix.column_scales, panel, *sizes)
     grid = (-(-depth_chunks(depth) // 2), -(-columns // CHUNK), 1)
-    launcher.launch(Launch("w4_panel", grid, PANEL_THREADS, PANEL_SHARED_BYTES, arguments))
+    launcher.launch(Launch(kernel, grid, PANEL_THREADS, PANEL_SHARED_BYTES, arguments))
 
 
 def _row_ranges(x: Tensor, y: Tensor, shape: MatmulShape, plan: MatmulPlan) -> list[slice]:

@@ -2,7 +2,7 @@
 
 Each has a CUDA implementation (kernels), a CPU one in plain torch from the same packed weights (the oracle, and what
 makes a model file one for both devices) and a shape for tracing. Importing this module registers them. To 64 rows W is
-read as it is, bound by its bytes; above, 4-bit weights become bfloat16 panels of at most 32 MiB, which stay in L2, for
+read as it is, bound by its bytes; above, weights become bfloat16 panels of at most 32 MiB, which stay in L2, for
 cuBLAS, bound by arithmetic. A workspace serves one stream.
 """
 
@@ -90,7 +90,7 @@ def w8a16_matmul(
     if 0 < x.shape[0] <= MAX_ROWS:
         launch_e4m3(launcher, x, matrix, workspace, y)
     elif x.shape[0]:
-        torch.mm(x, dequantized_e4m3(matrix).to(x.dtype).T, out=y)
+        multiply_by_panels(launcher, x, matrix, y)
     return y
 
 
@@ -119,7 +119,7 @@ def _w8a16_shape(
     return x.new_empty(x.shape[0], columns)
 
 
-def multiply_by_panels(launcher: Launcher, x: Tensor, matrix: Int4Matrix, y: Tensor) -> None:
+def multiply_by_panels(launcher: Launcher, x: Tensor, matrix: Int4Matrix | E4m3Matrix, y: Tensor) -> None:
     """y = x W^T for many rows: W as bfloat16, some columns at a time, and a dense product of each."""
     width = max(CHUNK, MAX_PANEL_BYTES // (2 * matrix.depth) // CHUNK * CHUNK)
     panel = x.new_empty(min(width, matrix.columns), matrix.depth)

@@ -14,7 +14,7 @@ from llmscale.errors import CudaError
 PACKAGED = Path(__file__).parent / "images"
 CHECKOUT = Path(__file__).parents[3] / "cuda"
 
-SOURCES = ("kv_copy", "kv_pack", "w4_panel", "w4a16_matmul", "w8a16_matmul")
+SOURCES = ("kv_copy", "kv_pack", "w4_panel", "w4a16_matmul", "w8_panel", "w8a16_matmul")
 
 
 def source_of(kernel: str) -> str:

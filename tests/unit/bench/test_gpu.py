@@ -20,6 +20,8 @@ from bench.statistics import Spread
 from tests.cuda.emulator import Emulator
 
 ROOT = Path(__file__).parents[3]
+# The first test with the emulation may have to compile it.
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
