@@ -8,7 +8,7 @@ PORT ?= 8000
 RUST_SOURCES := $(shell find rust -name '*.rs' -o -name 'Cargo.toml' -o -name '*.c' 2>/dev/null) Cargo.toml Cargo.lock pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help build serve demo test test-all mutants lint bench clean
+.PHONY: help build serve demo test test-all mutants lint bench cuda clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,17 +28,27 @@ $(VENV)/.built: $(VENV)/.environment $(RUST_SOURCES)
 
 build: $(VENV)/.built  ## the environment and the compiled core
 
+# nvcc in an environment of its own: it needs other versions of packages that torch's wheels pin.
+.build/nvcc/.installed: pyproject.toml
+	@echo "== installing nvcc in .build/nvcc (once, 280 MB)"
+	$(PYTHON) -m venv .build/nvcc
+	$(PYTHON) tools/requirements.py --only cuda-compiler | .build/nvcc/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
+	@touch $@
+
+cuda: $(VENV)/.environment .build/nvcc/.installed  ## compile the CUDA kernels for every architecture, as package data
+	$(BIN)/python -m tools.cuda_build
+
 serve: build  ## serve MODEL (default tiny-chat) on PORT (default 8000)
 	$(BIN)/python -m llmscale.cli serve $(MODEL) --port $(PORT)
 
 demo: build  ## stream an answer, kill the worker in the middle, see that the answer goes on
 	$(BIN)/python examples/kill_the_worker.py
 
-test: build  ## everything that needs no GPU and no minutes: Rust, Python, lint of the contracts
+test: build .build/nvcc/.installed  ## everything that needs no GPU and no minutes: Rust, Python, lint of the contracts
 	cargo nextest run --workspace --no-fail-fast
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not gpu and not slow"
 
-test-all: build  ## also what takes minutes
+test-all: build .build/nvcc/.installed  ## also what takes minutes
 	cargo nextest run --workspace --no-fail-fast --run-ignored all
 	$(BIN)/python -m pytest -m "not gpu"
 
@@ -55,4 +65,4 @@ bench: build  ## list the benchmarks; run one with .venv/bin/python -m bench NAM
 	$(BIN)/python -m bench --list
 
 clean:  ## remove everything that make has made
-	rm -rf $(VENV) target python/llmscale/*.so
+	rm -rf $(VENV) .build target python/llmscale/*.so python/llmscale/cuda/images

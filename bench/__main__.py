@@ -10,7 +10,19 @@ from pathlib import Path
 
 from bench.result import RESULTS, Report
 
-BENCHES = ("failover", "layouts", "offline", "offload", "ranks", "router", "scheduler", "serving", "start", "transport")
+BENCHES = (
+    "failover",
+    "gpu",
+    "layouts",
+    "offline",
+    "offload",
+    "ranks",
+    "router",
+    "scheduler",
+    "serving",
+    "start",
+    "transport",
+)
 
 
 def main() -> None:
@@ -51,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     group("--cases", help="comma-separated, such as prefill512,decode1,batch8,c16 (default: all that fit)")
     group = parser.add_argument_group("failover").add_argument
     group("--kills", type=int, default=10, help="harms per case, 3 at least (default: %(default)s)")
+    group = parser.add_argument_group("gpu").add_argument
+    group("--sections", help="comma-separated, such as correctness,int4,copies (default: all)")
+    group("--section-seconds", type=float, default=480.0, help="limit of a section (default: %(default)s)")
     group = parser.add_argument_group("serving").add_argument
     group("--url", help="a server that runs already (default: start llmscale serve)")
     group("--vocabulary", type=int, default=2_000, help="prompt ids are below this (default: %(default)s)")

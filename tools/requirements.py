@@ -1,4 +1,7 @@
-"""Prints the dependencies of pyproject.toml, with those of the extras named on the command line, one per line."""
+"""Prints the dependencies of pyproject.toml, with those of the extras named on the command line, one per line.
+
+`--only` as the first word leaves out the project's own.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from pathlib import Path
 def main() -> None:
     """Reads the project file beside this folder."""
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    wanted = list(project["dependencies"])
-    for extra in sys.argv[1:]:
+    extras = [word for word in sys.argv[1:] if word != "--only"]
+    wanted = [] if "--only" in sys.argv[1:] else list(project["dependencies"])
+    for extra in extras:
         wanted += project["optional-dependencies"][extra]
     sys.stdout.write("\n".join(wanted) + "\n")
 

@@ -22,6 +22,7 @@ class Variable:
 CPU_LEVEL = Variable(
     "LLMSCALE_CPU_LEVEL", "forces the CPU kernels down: portable, avx2, avx512 or avx512bf16", "the best there is"
 )
+CACHE_HOME = Variable("XDG_CACHE_HOME", "where kernels that were compiled for this machine are kept", "~/.cache")
 HF_HOME = Variable("HF_HOME", "where the Hugging Face cache lies; read, never written", "~/.cache/huggingface")
 LOG_FORMAT = Variable("LLMSCALE_LOG_FORMAT", "text or json", "text on a terminal, json elsewhere")
 
@@ -57,6 +58,7 @@ LAUNCHER_VARIABLES: tuple[Variable, ...] = (
 
 VARIABLES: tuple[Variable, ...] = (
     CPU_LEVEL,
+    CACHE_HOME,
     HF_HOME,
     LOG_FORMAT,
     OMP_WAIT_POLICY,

@@ -31,6 +31,8 @@ LlmscaleError
   TransportError          a peer speaks something else, or went away
     ClientTimeout         no answer within the time that the caller allowed
   WorkerError             the process that owns a device failed
+    CudaError             the CUDA driver or compiler refused, or kernels are missing
+      NoCudaDevice        there is no device, or no driver for it
 
 Messages state the limit, the given value and what to do. `code` is the stable label in HTTP errors and metrics.
 """
@@ -244,3 +246,15 @@ class WorkerError(LlmscaleError):
     """The process that owns a device failed."""
 
     code = "worker_error"
+
+
+class CudaError(WorkerError):
+    """The CUDA driver or compiler refused a call, or the kernels are not installed."""
+
+    code = "cuda_error"
+
+
+class NoCudaDevice(CudaError):
+    """There is no CUDA device, or no driver for it."""
+
+    code = "no_cuda_device"

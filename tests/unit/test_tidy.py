@@ -74,6 +74,7 @@ PARTS = {
     "tokenizer": {"errors", "chat_template", "detokenizer", "template_budget"},
     "choice": {"errors", "stop_strings", "types"},
     "models": {"errors", "env", "embedded"},
+    "cuda": {"errors", "env"},
     "layers": {"models", "quant", "_core"},
     "quant": {"errors", "types"},
     "parallel": {"_core", "errors", "models"},
@@ -111,7 +112,7 @@ PARTS = {
     "__init__": {"client", "errors", "llm", "types"},
 }
 # Only these may reach torch when they are imported.
-TORCH_PARTS = {"layers", "worker", "quant", "llm", "cli"}
+TORCH_PARTS = {"cuda", "layers", "worker", "quant", "llm", "cli"}
 TORCH_FILES = {"models.loader", "parallel.groups", "parallel.pipeline", "parallel.tensor"}
 
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -1,0 +1,128 @@
+"""The GPU benchmark without a GPU: it says so, its sections are fenced, and all of them run on the CPU's operators."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu, gpu_copies, gpu_matmul
+from bench.gpu_timing import Budget
+from bench.result import Row
+from bench.statistics import Spread
+from tests.cuda.emulator import Emulator
+
+ROOT = Path(__file__).parents[3]
+# The first test with the emulation may have to compile it.
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_it_says_so_and_ends_with_a_status_of_its_own() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "gpu"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'python'}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == os.EX_UNAVAILABLE
+    assert done.stderr.startswith("NoCudaDevice: no CUDA device")
+
+
+def row(case: str) -> Row:
+    return Row(case, 1, "us", 1, 1, 1)
+
+
+def test_a_section_that_fails_keeps_its_rows_and_says_why() -> None:
+    def broken(budget: Budget, limits: dict[str, float]) -> Iterator[Row]:
+        yield row("first")
+        raise AssertionError("wrong by 3")
+
+    rows = gpu.run_section("broken", broken, {}, 60)
+    assert [found.case for found in rows] == ["first", "broken/failed"]
+    assert rows[1].peers == {"error": "AssertionError: wrong by 3"}
+
+
+def test_a_section_without_time_says_how_many_cases_are_missing() -> None:
+    def slow(budget: Budget, limits: dict[str, float]) -> Iterator[Row]:
+        for case in ("first", "second"):
+            if budget.allows():
+                yield row(case)
+
+    (left_out,) = gpu.run_section("slow", slow, {}, 0)
+    assert (left_out.case, left_out.value) == ("slow/left-out", 2)
+
+
+class Engine(Emulator):
+    def copy_batch(self, targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
+        for target, source, size in zip(targets, sources, sizes, strict=True):
+            ctypes.memmove(target, source, size)
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No streams, no graphs, every time is 2 us; operators are the CPU's, block copies the emulation's."""
+
+    def once(calls: Sequence[Callable[[], object]], rounds: int | None = None) -> Spread:
+        calls[0]()
+        return Spread(2.0, 1.0, 4.0, 3)
+
+    for module in (gpu_matmul, gpu_copies):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+        monkeypatch.setattr(module, "cuda_device", lambda index: Engine())
+    monkeypatch.setattr(gpu_matmul, "graph_microseconds", once)
+    monkeypatch.setattr(gpu_matmul, "SHAPES", ((136, 264),))
+    monkeypatch.setattr(gpu_matmul, "ROTATING_BYTES", 1)
+    monkeypatch.setattr(gpu_copies, "stream_microseconds", lambda call, stream, repeats=5: once([call]))
+    monkeypatch.setattr(gpu_copies, "elapsed_microseconds", lambda call, stream: once([call]).median)
+    monkeypatch.setattr(gpu_copies, "new_stream", lambda: None)
+    monkeypatch.setattr(gpu_copies, "on_stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(gpu_copies, "pinned", lambda *shape: torch.empty(shape, dtype=torch.uint8))
+    monkeypatch.setattr(gpu_copies, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_copies, "REGION_BYTES", 128 << 10)
+    monkeypatch.setattr(gpu_copies, "BLOCK_BYTES", (8 << 10, 32 << 10))
+    monkeypatch.setattr(gpu_copies, "SIDE", 64)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_matmul_sections_cover_every_batch_with_rates_of_what_they_move() -> None:
+    limits = {"copy_gigabytes_per_second": 100.0, "bf16_teraflops": 10.0}
+    rows = {found.case: found for found in gpu_matmul.int4_rates(Budget(60), limits)}
+    assert list(rows) == [f"int4/{batch}x136x264" for batch in gpu_matmul.BATCHES]
+    packed_bytes = 136 * 264 // 2 + 2 * 136 * 264 // 128
+    assert rows["int4/1x136x264"].value == pytest.approx(packed_bytes / 2e-6 / 1e9)
+    assert rows["int4/1x136x264"].low < rows["int4/1x136x264"].value < rows["int4/1x136x264"].high
+    assert rows["int4/1x136x264"].limit_share == pytest.approx(packed_bytes / 2e-6 / 1e9 / 100)
+    assert rows["int4/256x136x264"].value == pytest.approx(2 * 256 * 136 * 264 / 2e-6 / 1e12)
+    assert len(list(gpu_matmul.e4m3_rates(Budget(60), limits))) == 5
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_correctness_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = gpu_matmul.correctness(Budget(60))
+    assert next(cases).value < gpu_matmul.MAX_RELATIVE_ERROR
+    assert next(cases).value < gpu_matmul.MAX_RELATIVE_ERROR
+    right = gpu_matmul.multiply_int4
+    monkeypatch.setattr(gpu_matmul, "multiply_int4", lambda x, matrix, workspace: right(x, matrix, workspace) * 1.01)
+    with pytest.raises(AssertionError, match="relative error"):
+        next(cases)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_copy_sections_move_blocks_in_both_directions() -> None:
+    cases = [found.case for found in gpu_copies.copy_rates(Budget(60), {})]
+    ways = ("engine", "kernel2", "kernel4", "kernel8")
+    for direction in ("host_to_device", "device_to_host"):
+        assert [f"copy/{direction}/8KiB/{way}" for way in ways] == [
+            case for case in cases if case.startswith(f"copy/{direction}/8KiB")
+        ]
+        assert f"copy/{direction}/32KiB/engine/slowdown" in cases
