@@ -196,6 +196,7 @@ class Follower:
                 place,
                 meeting.of(place),
                 model_folder=str(self._plan.folder),
+                quantization=self._plan.quantization,
                 key_file=None if key_file is None else str(key_file.absolute()),
                 share=(number, len(places)),
             )

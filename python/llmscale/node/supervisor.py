@@ -144,7 +144,14 @@ class WorkerSupervisor:
             span.group.run(epoch, _links_by_host(plan, links), port)
         places = layout.places(0)
         assignments = [
-            Assignment(links[place.rank], epoch, place, meeting.of(place), share=(number, len(places)))
+            Assignment(
+                links[place.rank],
+                epoch,
+                place,
+                meeting.of(place),
+                quantization=plan.quantization,
+                share=(number, len(places)),
+            )
             for number, place in enumerate(places)
         ]
         await life.ranks.start(self._processes, assignments)
