@@ -88,6 +88,8 @@ class LLM:
         self._requests = 0
         threads = plan.usual_threads(usable_cpus()) if threads is None else threads
         self._runner = ModelRunner(plan.folder, plan.dtype, plan.limits, quantization=quantization, threads=threads)
+        self.numerics = self._runner.numerics
+        """What tokens depend on besides request and weights: kernels, dtype, quantization."""
         self._start()
 
     def generate(
