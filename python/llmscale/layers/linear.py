@@ -15,9 +15,7 @@ from torch import Tensor
 
 from llmscale.layers.activations import ProductInput
 from llmscale.quant.method import Product
-
-TILED_FOR_ROWS = 32
-"""Rows that oneDNN is asked to tile for. From 8 on it chooses the same layout; for one row it chooses a poor one."""
+from llmscale.quant.product import TILED_FOR_ROWS
 
 
 class Linear(Protocol):
@@ -71,10 +69,3 @@ class QuantizedLinear:
     def __call__(self, x: ProductInput, out: Tensor) -> Tensor:
         """See `Linear`."""
         return self._product.apply(x.padded, out)[: x.rows.shape[0]]
-
-
-def tiles_supported(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `TiledLinear` works for this device and dtype."""
-    if device.type != "cpu" or not torch._C._has_mkldnn:
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

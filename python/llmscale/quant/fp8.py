@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmscale.quant.int8 import checked_scales, nonzero
 from llmscale.quant.layouts import Cut, Fp8Layout, Fp8Scales, Layout, Shape, StoredTensor
+from llmscale.quant.product import TILED_FOR_ROWS, tiles_supported
 from llmscale.quant.weight import QuantizedWeight, expanded, trimmed_groups
 
 MAX_CODE = 448.0
@@ -80,10 +81,8 @@ class DequantizedProduct:
     kind = "dequantized"
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._is_tiled = weight.device.type == "cpu" and (
-            weight.dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32) if self._is_tiled else weight
+        self._is_tiled = tiles_supported(weight.device, weight.dtype)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, TILED_FOR_ROWS) if self._is_tiled else weight
         self._bias = bias
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 from llmscale.errors import ConfigError, InvalidCheckpoint, UnsupportedModel
 from llmscale.quant.int8 import checked_scales, nonzero
 from llmscale.quant.layouts import MIN_GROUP, NIBBLES, Cut, Feature, Int4Layout, Layout, Shape, StoredTensor
+from llmscale.quant.product import require_cpu
 from llmscale.quant.weight import (
     QuantizedWeight,
     as_bytes,
@@ -165,6 +166,7 @@ class Int4:
 
     def prepare(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> TorchInt4:
         """See `QuantMethod`."""
+        require_cpu(weight.codes.device, "int4")
         return TorchInt4(weight, bias)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmscale.errors import InvalidCheckpoint
 from llmscale.quant.layouts import Cut, Int8Layout, Layout, Shape, StoredTensor
-from llmscale.quant.product import has_vnni
+from llmscale.quant.product import has_vnni, require_cpu
 from llmscale.quant.weight import QuantizedWeight
 
 MAX_CODE = 127
@@ -65,7 +65,8 @@ class Int8:
 
     def prepare(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> OneDnnInt8 | PortableInt8:
         """See `QuantMethod`. Without VNNI oneDNN adds pairs of products in 16 bits, which saturates."""
-        return OneDnnInt8(weight, bias) if has_vnni(weight.codes.device) else PortableInt8(self, weight, bias)
+        require_cpu(weight.codes.device, "int8")
+        return OneDnnInt8(weight, bias) if has_vnni() else PortableInt8(self, weight, bias)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

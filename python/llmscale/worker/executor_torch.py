@@ -23,7 +23,7 @@ from llmscale.layers.activations import (
 )
 from llmscale.layers.attention import Attention
 from llmscale.layers.embedding import Embedding, ShardedEmbedding
-from llmscale.layers.linear import DenseLinear, Linear, QuantizedLinear, TiledLinear, tiles_supported
+from llmscale.layers.linear import DenseLinear, Linear, QuantizedLinear, TiledLinear
 from llmscale.layers.mlp import GatedMlp
 from llmscale.layers.norm import RmsNorm
 from llmscale.layers.ops import AttentionConstants, HeadNorms, Ops, RopeTable
@@ -34,6 +34,7 @@ from llmscale.parallel.pipeline import StageLink
 from llmscale.parallel.tensor import Alone, TensorGroup, row_bounds
 from llmscale.quant.layouts import Quantization
 from llmscale.quant.method import Product, method_for
+from llmscale.quant.product import tiles_supported
 from llmscale.quant.weight import QuantizedWeight
 from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
