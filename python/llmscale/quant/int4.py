@@ -10,6 +10,8 @@ to 256 inputs; larger ones repeat their scale. It does not know where weights co
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -65,16 +67,23 @@ class Int4:
         scales, size = trimmed_groups(scales, cut.inputs, group_size)
         if zeros is not None:
             zeros, _ = trimmed_groups(zeros, cut.inputs, group_size)
-        size = min(size, cut.shape[1])
-        if size % MIN_GROUP != 0:
+        # Kernels take whole groups; a cut may end within one.
+        whole = gcd(size, cut.shape[1])
+        if whole % MIN_GROUP != 0:
             raise ConfigError(
                 f"A rank's inputs {cut.inputs[0]:,} to {cut.inputs[1]:,} of {cut.whole[1]:,} cut the groups of"
-                f" {group_size:,} that share a scale into pieces of {size}; kernels need {MIN_GROUP} or a multiple. Use"
-                " fewer tensor-parallel ranks, or pipeline stages."
+                f" {group_size:,} that share a scale into pieces of {whole}; kernels need {MIN_GROUP} or a multiple."
+                " Use fewer tensor-parallel ranks, or pipeline stages."
             )
         if order is not None:
             codes = codes[:, order]
-        return QuantizedWeight(packed_nibbles(codes), scales.contiguous(), size, zeros, order)
+        weight = with_groups(QuantizedWeight(packed_nibbles(codes), scales, size, zeros, order), whole)
+        groups = cut.shape[1] // whole
+        return replace(
+            weight,
+            scales=weight.scales[:, :groups].contiguous(),
+            zeros=None if weight.zeros is None else weight.zeros[:, :groups],
+        )
 
     def _check(self, tensors: Mapping[str, Tensor], cut: Cut) -> None:
         layout = self._layout

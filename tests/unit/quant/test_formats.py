@@ -66,6 +66,25 @@ def test_ranks_hold_their_share_of_a_quantized_weight(name: str, ranks: int, tmp
             assert torch.equal(dequantized(model.spec, weights, linear.weight), torch.cat(expected)), linear.weight.name
 
 
+@pytest.mark.parametrize("name", ["compressed_int4_symmetric", "compressed_int4_per_channel"])
+def test_a_cut_that_ends_within_a_group_has_whole_smaller_ones(name: str, tmp_path: Path) -> None:
+    """One head of 96 inputs is a group of 64 and half of the next; the product takes groups of 32 then."""
+    dense = write_quantized_model(tmp_path, name, head_dim=96)
+    model = describe_model(tmp_path)
+    for rank in range(4):
+        part = shard_model(model.spec, RankPlace(rank, 4))
+        output = part.spec.blocks[0].attention.output.weight
+        weight = load_weights(model.folder, model.spec, part=part).take(output)
+        assert isinstance(weight, QuantizedWeight)
+        assert weight.scales.shape == (128, 96 // weight.group_size)
+        assert model.spec.quantization is not None
+        method = method_for(model.spec.quantization.layout)
+        meant = dense[output.parts[0].name][:, 96 * rank : 96 * (rank + 1)]
+        assert torch.equal(method.dequantize(weight), meant)
+        result = method.prepare(weight, None, torch.float32).apply(torch.eye(96), torch.empty(96, 128))
+        assert torch.allclose(result, meant.t(), rtol=0.01, atol=1e-4)
+
+
 def test_inner_features_are_cut_at_groups(tmp_path: Path) -> None:
     """192 inner features are three groups of 64; two ranks get whole ones, not 96 each."""
     write_quantized_model(tmp_path, "compressed_int4_symmetric")
