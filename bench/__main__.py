@@ -16,6 +16,7 @@ BENCHES = (
     "layouts",
     "offline",
     "offload",
+    "quantization",
     "ranks",
     "router",
     "scheduler",
@@ -31,7 +32,7 @@ def main() -> None:
     if arguments.list or arguments.name is None:
         for name in BENCHES:
             text = importlib.import_module(f"bench.{name}").__doc__ or ""
-            print(f"{name:10} {text.splitlines()[0]}")
+            print(f"{name:12} {text.splitlines()[0]}")
         return
     if arguments.repeats < 3:
         raise SystemExit(f"--repeats is {arguments.repeats}; a median with a spread needs 3 at least")
@@ -60,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of prompts and arrivals (default: %(default)s)")
     add("--threads", type=int, help="CPU threads of the model (default: all)")
     group = parser.add_argument_group("offline").add_argument
-    group("--cases", help="comma-separated, such as prefill512,decode1,batch8,c16 (default: all that fit)")
+    group(
+        "--cases",
+        help="comma-separated, such as prefill512,decode1,batch8,c16, or of quantization int8,int4-64 (default: all)",
+    )
     group = parser.add_argument_group("failover").add_argument
     group("--kills", type=int, default=10, help="harms per case, 3 at least (default: %(default)s)")
     group = parser.add_argument_group("gpu").add_argument

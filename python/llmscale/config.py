@@ -10,6 +10,8 @@ from pathlib import Path
 from llmscale.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float32")
+# Of weights that the checkpoint has dense. int4 has groups of 32 inputs with one scale, unless the name says otherwise.
+QUANTIZATIONS = ("int8", "int4", "int4-64", "int4-128")
 MAX_STEP_SECONDS = 3_600.0
 # On one machine, of all models together.
 MAX_REPLICAS = 64
@@ -37,6 +39,8 @@ class NodeSettings:
     served_name: str | None = None
     """What clients call the model; None: as in `model`, a folder by its last part."""
     dtype: str = "auto"
+    quantization: str | None = None
+    """What dense weights become while they are loaded, one of `QUANTIZATIONS`; None: as the checkpoint has them."""
     max_sequence_tokens: int | None = None
     """None: what the model allows."""
     max_sequences: int = 256
@@ -68,6 +72,8 @@ class NodeSettings:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}, it must be one of {', '.join(DTYPES)}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ConfigError(f"quantization is {self.quantization!r}, it must be one of {', '.join(QUANTIZATIONS)}")
         for name in (
             "max_sequences",
             "max_step_tokens",

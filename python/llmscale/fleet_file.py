@@ -23,6 +23,7 @@ from llmscale.config import (
     MAX_STEP_SECONDS,
     MOST_EJECTION_SECONDS,
     MOST_NODE_SILENCE_SECONDS,
+    QUANTIZATIONS,
     USUAL_EJECTION_SECONDS,
     USUAL_NODE_SILENCE_SECONDS,
 )
@@ -53,6 +54,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     replicas: Annotated[int, Meta(ge=0, le=MAX_REPLICAS)] | None = None
     """On this host; None: 1, or 0 where there are `nodes`."""
     dtype: Annotated[str, Meta(pattern=f"^({'|'.join(DTYPES)})\\Z")] = "auto"
+    quantization: Annotated[str, Meta(pattern=f"^({'|'.join(QUANTIZATIONS)})\\Z")] | None = None
+    """What dense weights become while they are loaded."""
     max_model_len: Annotated[int, Meta(ge=2, le=2 << 20)] | None = None
     max_num_seqs: Annotated[int, Meta(ge=1, le=1 << 14)] = 256
     max_num_batched_tokens: _Count = 512

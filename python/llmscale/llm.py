@@ -41,8 +41,10 @@ class LLM:
     """A model in this process.
 
     `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "auto", "bfloat16"
-    or "float32". `seed` is the base of the seeds of requests that name none: every prompt gets another one, and a
-    script gives the same text twice.
+    or "float32". `quantization` makes dense weights "int8", or "int4" with a scale per 32 inputs ("int4-64" and
+    "int4-128": per so many), while they are loaded; checkpoints that are quantized are served as they are. `seed` is
+    the base of the seeds of requests that name none: every prompt gets another one, and a script gives the same text
+    twice.
     Raises ModelError for a model that cannot be served and ConfigError for settings that do not fit.
     """
 
@@ -64,8 +66,6 @@ class LLM:
         env.prepare_for_torch()
         from llmscale.worker.model_runner import ModelRunner
 
-        if quantization is not None:
-            raise ConfigError(f"quantization is {quantization!r}; only unquantized models are served yet, leave it out")
         if deterministic not in ("auto", False):
             raise ConfigError(
                 "deterministic mode needs batch-invariant linear layers, which are not there yet; use auto"
@@ -74,6 +74,7 @@ class LLM:
             model=str(model),
             listen="",
             dtype=dtype,
+            quantization=quantization,
             max_sequence_tokens=max_model_len,
             max_sequences=max_num_seqs,
             max_step_tokens=max_num_batched_tokens,
@@ -88,7 +89,9 @@ class LLM:
         self._seed = seed
         self._requests = 0
         threads = plan.usual_threads(usable_cpus()) if threads is None else threads
-        self._runner = ModelRunner(plan.folder, plan.dtype, plan.limits, threads=threads)
+        self._runner = ModelRunner(plan.folder, plan.dtype, plan.limits, quantization=quantization, threads=threads)
+        self.numerics = self._runner.numerics
+        """What tokens depend on besides request and weights: kernels, dtype, quantization."""
         self._start()
 
     def generate(

@@ -73,7 +73,7 @@ PARTS = {
     "chat_template": {"errors", "template_budget", "template_sandbox"},
     "tokenizer": {"errors", "chat_template", "detokenizer", "template_budget"},
     "choice": {"errors", "stop_strings", "types"},
-    "models": {"errors", "env", "embedded"},
+    "models": {"errors", "env", "embedded", "quant"},
     "cuda": {"errors", "env"},
     "layers": {"models", "quant", "_core"},
     "quant": {"errors", "types"},
@@ -113,7 +113,14 @@ PARTS = {
 }
 # Only these may reach torch when they are imported.
 TORCH_PARTS = {"cuda", "layers", "worker", "quant", "llm", "cli"}
-TORCH_FILES = {"models.loader", "parallel.groups", "parallel.pipeline", "parallel.tensor"}
+TORCH_FILES = {
+    "models.loader",
+    "models.open_files",
+    "models.quantizer",
+    "parallel.groups",
+    "parallel.pipeline",
+    "parallel.tensor",
+}
 
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 RUNS_CODE_CALLS = {"eval", "exec", "compile", "__import__"}

@@ -36,6 +36,10 @@ def serve(
     api_key_file: Annotated[str | None, typer.Option(help="File of API keys with their tenants.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="Quantize dense weights while loading: int8, int4 (groups of 32), int4-64, int4-128."),
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens per step.")] = 512,
@@ -78,6 +82,7 @@ def serve(
             api_key_file=api_key_file,
             served_model_name=served_model_name,
             dtype=dtype,
+            quantization=quantization,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
@@ -125,6 +130,24 @@ def generate(
     from llmscale.cli.generate import run
 
     run(prompt, model, max_tokens, temperature)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A dense model: folder, hub id in the local cache, or tiny-chat.")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    method: Annotated[str, typer.Option(help="int8, int4 or fp8.")] = "int4",
+    group_size: Annotated[
+        int | None, typer.Option(help="Inputs that share a scale in int4: 32, 64 or 128 (the default).")
+    ] = None,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="int4 without zero points: a little smaller, a little worse.")
+    ] = False,
+) -> None:
+    """Write a quantized copy of MODEL as a compressed-tensors checkpoint, which vLLM reads too."""
+    from llmscale.cli.quantize import run
+
+    run(model, target, method, group_size, symmetric=symmetric)
 
 
 @app.command()

@@ -27,6 +27,7 @@ def run(model: str) -> None:
         ("vocabulary", f"{spec.vocabulary:,}"),
         ("longest sequence", f"{plan.limits.max_sequence_tokens:,} tokens ({spec.max_sequence_reason})"),
         ("number format", plan.dtype),
+        ("quantization", "none" if spec.quantization is None else spec.quantization.label),
         ("KV cache", f"{plan.limits.total_blocks:,} blocks of {plan.limits.block_tokens} tokens, {cache_mib:,} MiB"),
         ("revision", plan.revision),
     )

@@ -37,6 +37,7 @@ class ServeOptions:
     api_key_file: str | None = None
     served_model_name: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
@@ -60,6 +61,7 @@ class ServeOptions:
             model=self.model,
             replicas=self.replicas,
             dtype=self.dtype,
+            quantization=self.quantization,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -107,6 +109,7 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         listen="",
         served_name=name,
         dtype=entry.dtype,
+        quantization=entry.quantization,
         max_sequence_tokens=entry.max_model_len,
         max_sequences=entry.max_num_seqs,
         max_step_tokens=entry.max_num_batched_tokens,

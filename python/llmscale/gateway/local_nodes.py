@@ -62,6 +62,7 @@ def _command(fleet: FleetFile, model: str, address: str) -> tuple[str, ...]:
         "--listen": address,
         "--served-name": model,
         "--dtype": entry.dtype,
+        "--quantization": entry.quantization,
         "--max-model-len": entry.max_model_len,
         "--max-num-seqs": entry.max_num_seqs,
         "--max-num-batched-tokens": entry.max_num_batched_tokens,

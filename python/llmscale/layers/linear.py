@@ -2,8 +2,8 @@
 
 On a CPU the tiled layout makes steps of 2 to 8 rows up to three times faster (measured: 896 x 9728 in bfloat16, four
 rows, 0.42 ms instead of 1.08 ms) and costs nothing for one row, so it is used wherever torch was built with oneDNN. The
-original is then not kept. Results depend on the number of rows in the last bits. It does not know what is projected; a
-quantized projection is another class with the same call.
+original is then not kept. Results depend on the number of rows in the last bits. Quantized weights are multiplied by
+`quant/`. It does not know what is projected.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from llmscale.layers.activations import ProductInput
-
-TILED_FOR_ROWS = 32
-"""Rows that oneDNN is asked to tile for. From 8 on it chooses the same layout; for one row it chooses a poor one."""
+from llmscale.quant.method import Product
+from llmscale.quant.product import TILED_FOR_ROWS
 
 
 class Linear(Protocol):
@@ -59,8 +58,14 @@ class TiledLinear:
         return result[: x.rows.shape[0]]
 
 
-def tiles_supported(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `TiledLinear` works for this device and dtype."""
-    if device.type != "cpu" or not torch._C._has_mkldnn:
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+class QuantizedLinear:
+    """A quantized weight, as its method has laid it out."""
+
+    __slots__ = ("_product",)
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+
+    def __call__(self, x: ProductInput, out: Tensor) -> Tensor:
+        """See `Linear`."""
+        return self._product.apply(x.padded, out)[: x.rows.shape[0]]

@@ -8,18 +8,21 @@ headers only, O(n log n) in the number of tensors. It does not know torch and re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
-from llmscale.errors import InvalidCheckpoint, UnsupportedModel
+from llmscale.errors import ConfigError, InvalidCheckpoint, UnsupportedModel
 from llmscale.models.folder import ModelFolder
 from llmscale.models.safetensors_header import TensorEntry, read_header
 from llmscale.models.spec import ModelSpec, TensorSpec
+from llmscale.models.stored import StoredPart, stored_weights
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 MAX_SHARDS = 4_096
 MAX_NAMED_PROBLEMS = 20
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
+COMPUTE_DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,19 @@ def open_checkpoint(folder: ModelFolder) -> Checkpoint:
 def match_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     """Proves that the checkpoint holds the spec's tensors in their shapes and loadable dtypes, and nothing else.
 
-    A tied table may be stored under the embedding's name, the head's, or both. Raises InvalidCheckpoint that names up
-    to twenty problems.
+    A tied table may be stored under the embedding's name, the head's, or both. Quantized weights are proved by their
+    layout. Raises InvalidCheckpoint that names up to twenty problems; UnsupportedModel for mixtures within a product.
     """
     problems: list[str] = []
     expected: set[str] = set(spec.ignored_tensors)
+    stored = stored_weights(spec, checkpoint.tensors)
+    for parts in stored.values():
+        for stored_part in parts:
+            expected.update(stored_part.names)
+            problems.extend(_stored_problems(stored_part, checkpoint))
     for weight in spec.weights():
+        if weight.name in stored:
+            continue
         for part in weight.parts:
             expected.add(part.name)
             if part.name in checkpoint.tensors:
@@ -90,6 +100,23 @@ def match_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
         f"{name!r} is not part of {spec.architecture}" for name in sorted(checkpoint.tensors.keys() - expected)
     )
     raise_problems(f"The checkpoint does not fit {spec.architecture} as its config describes it", problems)
+
+
+def compute_dtype(requested: str, spec: ModelSpec, checkpoint: Checkpoint) -> str:
+    """The dtype of activations and dense weights: "bfloat16" or "float32". "auto" follows the checkpoint's floats.
+
+    bfloat16 stays bfloat16, float32 stays float32. float16 becomes float32: CPUs have no fast float16 arithmetic, and
+    bfloat16 would drop three of its ten mantissa bits unasked. Beside quantized weights it becomes bfloat16, because
+    their codes have fewer bits than that. Of several dtypes the one with the most bytes counts. Raises ConfigError.
+    """
+    if requested in COMPUTE_DTYPES:
+        return requested
+    if requested != "auto":
+        raise ConfigError(f"dtype is {requested!r}, expected auto, {' or '.join(COMPUTE_DTYPES)}.")
+    totals = {name: count for name, count in checkpoint.dtype_bytes.items() if name in WEIGHT_DTYPES}
+    largest = max(sorted(totals), key=lambda name: totals[name], default="BF16")
+    halves = {"BF16", "F16"} if spec.quantization is not None else {"BF16"}
+    return "bfloat16" if largest in halves else "float32"
 
 
 def raise_problems(subject: str, problems: list[str]) -> None:
@@ -108,6 +135,23 @@ def _mismatch(part: TensorSpec, entry: TensorEntry) -> list[str]:
         problems.append(f"{part.name!r} has shape {list(entry.shape)}, expected {list(part.shape)}")
     if entry.dtype not in WEIGHT_DTYPES:
         problems.append(f"{part.name!r} has dtype {entry.dtype}, expected one of {', '.join(WEIGHT_DTYPES)}")
+    return problems
+
+
+def _stored_problems(part: StoredPart, checkpoint: Checkpoint) -> list[str]:
+    problems = [] if part.refusal is None else [part.refusal]
+    for name, tensor in part.named_tensors():
+        entry = checkpoint.tensors.get(name)
+        shape = tensor.shape(part.shape)
+        if entry is None:
+            if tensor.is_required:
+                problems.append(f"{name!r} is missing (shape {list(shape)})")
+            continue
+        # A single number is stored as [], [1] or [1, 1].
+        if entry.shape != shape and (shape != () or prod(entry.shape) != 1):
+            problems.append(f"{name!r} has shape {list(entry.shape)}, expected {list(shape)}")
+        if entry.dtype not in tensor.dtypes:
+            problems.append(f"{name!r} has dtype {entry.dtype}, expected one of {', '.join(tensor.dtypes)}")
     return problems
 
 

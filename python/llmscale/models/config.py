@@ -98,12 +98,36 @@ class ConfigFields:
             raise self._out_of_bounds(name, value, "an object")
         return ConfigFields(value, f"{self.source}: {name}") if value else None
 
+    def objects(self, name: str, maximum: int) -> dict[str, ConfigFields]:
+        """A JSON object whose values are objects, at most so many; absent is empty."""
+        value = self._values.get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict) or not all(isinstance(item, dict) for item in value.values()):
+            raise self._out_of_bounds(name, value, "an object of objects")
+        if len(value) > maximum:
+            raise self._out_of_bounds(name, f"{len(value)} objects", f"at most {maximum}")
+        return {key: ConfigFields(item, f"{self.source}: {name}: {key[:80]}") for key, item in value.items()}
+
+    def integers(self, name: str, length: int, minimum: int, maximum: int) -> tuple[int, ...] | None:
+        """A list of exactly so many integers within `[minimum, maximum]`; None where it is absent."""
+        value = self._values.get(name)
+        if value is None:
+            return None
+        expected = f"{length} integers from {minimum:,} to {maximum:,}"
+        if not isinstance(value, list) or len(value) != length:
+            raise self._out_of_bounds(name, value, expected)
+        for item in value:
+            if isinstance(item, bool) or not isinstance(item, int) or not minimum <= item <= maximum:
+                raise self._out_of_bounds(name, value, expected)
+        return tuple(value)
+
     def _value(self, name: str, default: object) -> object:
         value = self._values.get(name)
         if value is not None:
             return value
         if default is None:
-            raise InvalidCheckpoint(f"{self.source} has no field {name!r}, which this architecture needs.")
+            raise InvalidCheckpoint(f"{self.source} has no field {name!r}, which is needed here.")
         return default
 
     def _out_of_bounds(self, name: str, value: object, expected: str) -> InvalidCheckpoint:
@@ -129,7 +153,7 @@ class GenerationDefaults:
 def read_config(folder: ModelFolder) -> ConfigFields:
     """The fields of config.json, with what no architecture can serve already refused.
 
-    Raises InvalidCheckpoint if it is missing or malformed, UnsupportedModel if it asks for remote code or is quantized.
+    Raises InvalidCheckpoint if it is missing or malformed, UnsupportedModel if it asks for remote code.
     """
     fields = ConfigFields(folder.json_object(CONFIG_NAME), CONFIG_NAME)
     if fields.present("auto_map"):
@@ -137,14 +161,6 @@ def read_config(folder: ModelFolder) -> ConfigFields:
             f"{CONFIG_NAME} has an auto_map: the model wants to run Python code of its own, which is never done. "
             "If the weights fit a supported architecture as it is, remove auto_map from a copy of the folder."
         )
-    for name in ("quantization_config", "compression_config"):
-        nested = fields.nested(name)
-        if nested is not None:
-            method = nested.text("quant_method", "unknown")
-            raise UnsupportedModel(
-                f"{CONFIG_NAME}: {name} says that the checkpoint is quantized ({method!r}); only bfloat16, float16 and "
-                "float32 checkpoints are loaded. Use the original checkpoint."
-            )
     return fields
 
 

@@ -6,13 +6,14 @@ a folder asks for them. It does not know what an architecture consists of.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
 from llmscale.errors import UnsupportedModel
 from llmscale.models.config import ConfigFields, GenerationDefaults, read_config, read_generation_defaults
 from llmscale.models.folder import ModelFolder
+from llmscale.models.quantization import read_quantization, requested_quantization
 from llmscale.models.spec import ModelSpec
 
 ARCHITECTURES: dict[str, str] = {
@@ -32,14 +33,17 @@ class ModelDescription:
     defaults: GenerationDefaults
 
 
-def describe_model(path: str | Path) -> ModelDescription:
-    """Reads config.json and generation_config.json of a model folder.
+def describe_model(path: str | Path, quantization: str | None = None) -> ModelDescription:
+    """Reads config.json and generation_config.json of a model folder. `quantization` asks for dense weights to be
+    quantized while they are loaded, by a name of `models/quantization.py`.
 
-    Raises InvalidCheckpoint for malformed files and UnsupportedModel for what is not implemented.
+    Raises InvalidCheckpoint for malformed files, UnsupportedModel for what is not implemented, and ConfigError for a
+    quantization that contradicts the checkpoint.
     """
     folder = ModelFolder(path)
     fields = read_config(folder)
-    spec = spec_for(fields)
+    found = requested_quantization(quantization, read_quantization(fields))
+    spec = replace(spec_for(fields), quantization=found)
     return ModelDescription(folder, spec, read_generation_defaults(folder, fields, spec.vocabulary))
 
 

@@ -22,6 +22,7 @@ from llmscale.models.spec import (
     WeightSpec,
 )
 from llmscale.models.stages import stage_layers
+from llmscale.quant.layouts import MIN_GROUP
 
 MAX_RANKS = 1_024
 
@@ -107,7 +108,8 @@ def shard_model(spec: ModelSpec, place: RankPlace) -> RankModel:
     bounds = stage_layers(spec, place.stages)
     first, last = bounds[place.stage : place.stage + 2]
     ranks = range(place.tensor_size)
-    cut = _Cutter(place)
+    group = None if spec.quantization is None else spec.quantization.layout.input_group
+    cut = _Cutter(place, group)
     shares = [_even_share(spec.vocabulary, rank, place.tensor_size, "vocabulary entries") for rank in ranks]
     own_start, own_stop = shares[place.tensor_rank]
     embedding = cut.weight(spec.embedding)
@@ -157,14 +159,29 @@ def _block(block: BlockSpec, cut: _Cutter) -> BlockSpec:
 
 
 def _mlp(mlp: MlpSpec, cut: _Cutter) -> MlpSpec:
-    start, stop = _even_share(mlp.inner_size, cut.rank, cut.size, "inner features")
-    return replace(mlp, gate_up=cut.linear(mlp.gate_up), down=cut.linear(mlp.down), inner_size=stop - start)
+    unit = cut.inner_unit(mlp.inner_size)
+    start, stop = _even_share(mlp.inner_size // unit, cut.rank, cut.size, "inner features")
+    gate_up, down = (_in_units(linear, unit) for linear in (mlp.gate_up, mlp.down))
+    return replace(mlp, gate_up=cut.linear(gate_up), down=cut.linear(down), inner_size=(stop - start) * unit)
+
+
+def _in_units(linear: LinearSpec, unit: int) -> LinearSpec:
+    """The same projection, whose parts are cut at multiples of a unit."""
+
+    def cut_in_units(weight: WeightSpec) -> WeightSpec:
+        return replace(weight, parts=tuple(replace(part, shard_multiple=unit) for part in weight.parts))
+
+    bias = linear.bias
+    if bias is not None and bias.shard_axis is not ShardAxis.NONE:
+        bias = cut_in_units(bias)
+    return LinearSpec(cut_in_units(linear.weight), bias)
 
 
 class _Cutter:
-    """Cuts weights for one place and keeps the slices."""
+    """Cuts weights for one place and keeps the slices. `group`: input features that share a scale."""
 
-    def __init__(self, place: RankPlace) -> None:
+    def __init__(self, place: RankPlace, group: int | None = None) -> None:
+        self._group = group
         self.rank = place.tensor_rank
         self.size = place.tensor_size
         self.slices: dict[str, TensorSlice] = {}
@@ -179,6 +196,14 @@ class _Cutter:
                 f" cut into {', '.join(map(str, fitting))}"
             )
         return queries // size, max(1, kv // size)
+
+    def inner_unit(self, inner_size: int) -> int:
+        """What inner features are cut into: whole groups of quantized weights where there are enough of them, else
+        halves and quarters of groups that kernels can compute, else single features."""
+        unit = 1 if self._group is None else self._group
+        while unit >= MIN_GROUP and unit % 2 == 0 and (inner_size % unit != 0 or inner_size // unit < self.size):
+            unit //= 2
+        return unit if unit >= MIN_GROUP and inner_size % unit == 0 else 1
 
     def linear(self, linear: LinearSpec) -> LinearSpec:
         bias = linear.bias

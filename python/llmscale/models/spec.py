@@ -14,6 +14,7 @@ from enum import Enum
 from math import prod
 
 from llmscale.errors import ConfigError
+from llmscale.quant.layouts import Quantization
 
 
 class ShardAxis(Enum):
@@ -200,6 +201,8 @@ class ModelSpec:
     ignored_tensors: frozenset[str] = field(default_factory=frozenset)
     is_first_stage: bool = True
     is_last_stage: bool = True
+    quantization: Quantization | None = None
+    """Of the linear weights of the blocks, and of a head where the checkpoint stores it so; None: all are dense."""
 
     def weights(self) -> Iterator[WeightSpec]:
         """Every weight once, in the order of computation."""
@@ -220,6 +223,13 @@ class ModelSpec:
             yield self.norm.weight
             if not self.head.tied:
                 yield self.head.weight
+
+    def linears(self) -> Iterator[LinearSpec]:
+        """The projections that may be quantized: those of the blocks and a head of its own."""
+        for block in self.blocks:
+            yield from (block.attention.qkv, block.attention.output, block.mlp.gate_up, block.mlp.down)
+        if self.is_last_stage and not self.head.tied:
+            yield LinearSpec(self.head.weight)
 
     @property
     def parameters(self) -> int:

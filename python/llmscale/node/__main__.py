@@ -21,7 +21,7 @@ import structlog
 
 from llmscale import env, logs
 from llmscale._core import Engine, end_with_parent
-from llmscale.config import DTYPES, NodeSettings
+from llmscale.config import DTYPES, QUANTIZATIONS, NodeSettings
 from llmscale.errors import LlmscaleError
 from llmscale.node.follower import Follower
 from llmscale.node.membership import Membership
@@ -148,6 +148,7 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         listen=arguments.listen,
         served_name=arguments.served_name,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         max_sequence_tokens=arguments.max_model_len,
         max_sequences=arguments.max_num_seqs,
         max_step_tokens=arguments.max_num_batched_tokens,
@@ -181,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--listen", default="tcp://127.0.0.1:7000", help="tcp://HOST:PORT or ipc://PATH (default: %(default)s)")
     add("--served-name", help="what clients call the model (default: as in --model)")
     add("--dtype", choices=DTYPES, default="auto", help="number format (default: as the checkpoint)")
+    add("--quantization", choices=QUANTIZATIONS, help="make dense weights this while loading (default: leave them)")
     add("--max-model-len", type=int, help="longest sequence in tokens (default: what the model allows)")
     add("--max-num-seqs", type=int, default=256, help="most sequences that run at once (default: %(default)s)")
     add("--max-num-batched-tokens", type=int, default=512, help="most tokens per step (default: %(default)s)")

@@ -199,6 +199,7 @@ class Follower:
                 place,
                 meeting.of(place),
                 model_folder=str(self._plan.folder),
+                quantization=self._plan.quantization,
                 key_file=None if key_file is None else str(key_file.absolute()),
                 host_memory=self._host_memory.path_of(place),
                 share=(number, len(places)),

@@ -23,6 +23,8 @@ class HostFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pipeline_parallel_size: int
     weights: str
     """Digest of the checkpoint's tensors."""
+    quantization: str
+    """What weights become while they are loaded, "none" for nothing."""
     configuration: str
     """Digest of the model's description."""
     tokenizer: str

@@ -15,7 +15,7 @@ import msgspec
 from llmscale._core import EngineLimits
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError
-from llmscale.models.checkpoint import Checkpoint, match_tensors, open_checkpoint
+from llmscale.models.checkpoint import compute_dtype, match_tensors, open_checkpoint
 from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
 from llmscale.models.locate import locate_model, model_name
 from llmscale.models.registry import ModelDescription, describe_model
@@ -45,6 +45,8 @@ class ReplicaPlan:
     name: str
     dtype: str
     """bfloat16 or float32: "auto" is decided."""
+    quantization: str | None
+    """What dense weights become while they are loaded."""
     limits: EngineLimits
     weights_digest: bytes
     tokenizer_digest: bytes
@@ -73,14 +75,14 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     Raises ModelError for a folder that cannot be served, ConfigError for misfit sizes.
     """
     folder = locate_model(settings.model)
-    description = describe_model(folder)
+    description = describe_model(folder, settings.quantization)
     spec = description.spec
     # Refuses what cannot be cut before anything is started.
     layout = HostLayout(settings.tensor_parallel_size, settings.pipeline_parallel_size, hosts)
     shard_model(spec, layout.place(0))
     checkpoint = open_checkpoint(description.folder)
     match_tensors(spec, checkpoint)
-    dtype = _dtype(settings.dtype, checkpoint)
+    dtype = compute_dtype(settings.dtype, spec, checkpoint)
     max_sequence_tokens = spec.sequence_limit(settings.max_sequence_tokens)
     block_bytes = _block_bytes(spec, dtype)
     fingerprint = weights_fingerprint(checkpoint)
@@ -102,6 +104,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         folder=folder,
         name=settings.served_name or model_name(settings.model, folder),
         dtype=dtype,
+        quantization=settings.quantization,
         limits=limits,
         weights_digest=hashlib.sha256(fingerprint.encode()).digest(),
         tokenizer_digest=tokenizer_digest(folder),
@@ -116,14 +119,6 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
 def _configuration_digest(description: ModelDescription) -> bytes:
     said = (description.spec, description.defaults.eos_token_ids)
     return hashlib.sha256(msgspec.json.encode(said, order="deterministic")).digest()
-
-
-def _dtype(requested: str, checkpoint: Checkpoint) -> str:
-    if requested != "auto":
-        return requested
-    totals = checkpoint.dtype_bytes
-    largest = max(sorted(totals), key=lambda name: totals[name])
-    return "bfloat16" if largest == "BF16" else "float32"
 
 
 def _block_bytes(spec: ModelSpec, dtype: str) -> int:

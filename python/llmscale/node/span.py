@@ -71,6 +71,7 @@ def host_facts(settings: NodeSettings, hosts: Hosts, plan: ReplicaPlan) -> HostF
         configuration=plan.configuration_digest.hex()[:DIGEST_CHARACTERS],
         tokenizer=plan.tokenizer_digest.hex()[:DIGEST_CHARACTERS],
         dtype=plan.dtype,
+        quantization=plan.quantization or "none",
         max_model_len=plan.limits.max_sequence_tokens,
         max_num_seqs=plan.limits.max_sequences,
         max_num_batched_tokens=plan.limits.max_step_tokens,

@@ -153,6 +153,7 @@ class WorkerSupervisor:
                 place,
                 meeting.of(place),
                 host_memory=self._host_memory.path_of(place),
+                quantization=plan.quantization,
                 share=(number, len(places)),
             )
             for number, place in enumerate(places)

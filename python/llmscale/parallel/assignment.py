@@ -47,6 +47,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     meeting: Meeting = Meeting()
     model_folder: str | None = None
     """Where the model lies on this host, if not where the engine's host has it."""
+    quantization: str | None = None
+    """What dense weights become while they are loaded."""
     key_file: str | None = None
     """The fleet's node key, for an engine on another host."""
     host_memory: str | None = None

@@ -23,7 +23,7 @@ from llmscale.layers.activations import (
 )
 from llmscale.layers.attention import Attention
 from llmscale.layers.embedding import Embedding, ShardedEmbedding
-from llmscale.layers.linear import DenseLinear, Linear, TiledLinear, tiles_supported
+from llmscale.layers.linear import DenseLinear, Linear, QuantizedLinear, TiledLinear
 from llmscale.layers.mlp import GatedMlp
 from llmscale.layers.norm import RmsNorm
 from llmscale.layers.ops import AttentionConstants, HeadNorms, Ops, RopeTable
@@ -32,6 +32,10 @@ from llmscale.models.loader import Weights
 from llmscale.models.spec import AttentionSpec, BlockSpec, HeadSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
 from llmscale.parallel.pipeline import StageLink
 from llmscale.parallel.tensor import Alone, TensorGroup, row_bounds
+from llmscale.quant.layouts import Quantization
+from llmscale.quant.method import Product, method_for
+from llmscale.quant.product import tiles_supported
+from llmscale.quant.weight import QuantizedWeight
 from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
 
@@ -64,7 +68,8 @@ class Ranks:
 class TorchExecutor:
     """A model, or a rank's part of it, on the device that holds its weights and KV region.
 
-    `linear_kind` names how products are computed, "tiled" or "dense"; it is part of what makes tokens repeatable.
+    `linear_kind` names how products are computed, "tiled" or "dense", and with what quantized weights; it is part of
+    what makes tokens repeatable.
     """
 
     def __init__(
@@ -84,12 +89,12 @@ class TorchExecutor:
         self._limits = limits
         self._ranks = ranks or Ranks()
         self._kv_layers = [kv_region.layer(layer) for layer in range(len(spec.blocks))]
-        build = _Builder(weights, limits.max_sequence_tokens, device)
+        build = _Builder(weights, spec.quantization, limits.max_sequence_tokens, device)
         self._embedding = build.embedding(spec, self._ranks) if spec.is_first_stage else None
         self._blocks = [build.block(block) for block in spec.blocks]
         self._buffers = ActivationBuffers(_widths(spec), limits.max_step_tokens, weights.dtype, device)
         self._output = _Output(spec, build, limits, self._ranks) if spec.is_last_stage else None
-        self.linear_kind = "tiled" if build.tiled else "dense"
+        self.linear_kind = build.linear_kind
 
     def forward(self, step: StepInputs) -> Tensor:
         """Logits [own rows, vocabulary] in the weights' dtype, valid until the next call, of the sampling rows that are
@@ -170,11 +175,15 @@ class _Output:
 class _Builder:
     """Makes layers from their specs; layers with equal rope share one table."""
 
-    def __init__(self, weights: Weights, max_sequence_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, weights: Weights, quantization: Quantization | None, max_sequence_tokens: int, device: torch.device
+    ) -> None:
         self._weights = weights
+        self._quantization = quantization
+        self._kinds: set[str] = set()
         self._max_sequence_tokens = max_sequence_tokens
         self._device = device
-        self.tiled = tiles_supported(device, weights.dtype)
+        self._tiled = tiles_supported(device, weights.dtype)
         self._tables: dict[tuple[RopeSpec, int], RopeTable] = {}
 
     def zeros(self, rows: int, columns: int) -> Tensor:
@@ -213,15 +222,29 @@ class _Builder:
     def head(self, spec: HeadSpec) -> Linear:
         """A tied head has tiles of its own, at the price of one more table: a lookup needs rows, a product tiles."""
         if spec.tied:
-            return self._product(self._weights[spec.weight], None)
+            return self._dense(self._weights[spec.weight], None)
         return self._product(self._weights.take(spec.weight), None)
+
+    @property
+    def linear_kind(self) -> str:
+        """Of what has been built."""
+        return "+".join(["tiled" if self._tiled else "dense", *sorted(self._kinds)])
 
     def _linear(self, spec: LinearSpec) -> Linear:
         bias = None if spec.bias is None else self._weights[spec.bias]
         return self._product(self._weights.take(spec.weight), bias)
 
-    def _product(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return TiledLinear(weight, bias) if self.tiled else DenseLinear(weight, bias)
+    def _product(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Linear:
+        if not isinstance(weight, QuantizedWeight):
+            return self._dense(weight, bias)
+        quantization = self._quantization
+        assert quantization is not None, "a quantized weight in a model that is not"
+        product: Product = method_for(quantization.layout).prepare(weight, bias, self._weights.dtype)
+        self._kinds.add(f"{quantization.label}-{product.kind}")
+        return QuantizedLinear(product)
+
+    def _dense(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return TiledLinear(weight, bias) if self._tiled else DenseLinear(weight, bias)
 
 
 def _widths(spec: ModelSpec) -> ActivationSizes:

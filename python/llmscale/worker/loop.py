@@ -58,6 +58,7 @@ class WorkerLoop:
             Path(self._assignment.model_folder or order.model_folder),
             order.dtype,
             order.limits,
+            quantization=self._assignment.quantization,
             threads=self._threads,
             progress=_LoadingProgress(),
             place=self._assignment.place,

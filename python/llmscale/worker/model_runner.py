@@ -15,7 +15,8 @@ from torch import Tensor
 from llmscale import env
 from llmscale._core import CpuKernels, EngineLimits, Int32Buffer, StepCounts
 from llmscale.layers.native import NativeOps
-from llmscale.models.loader import LoadOptions, Progress, load_weights
+from llmscale.models.loader import LoadOptions, load_weights
+from llmscale.models.open_files import Progress
 from llmscale.models.registry import describe_model
 from llmscale.models.shard import RankPlace, shard_model
 from llmscale.parallel.assignment import Meeting
@@ -77,6 +78,7 @@ class ModelRunner:
         dtype: str,
         limits: EngineLimits,
         *,
+        quantization: str | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
         place: RankPlace | None = None,
@@ -89,7 +91,7 @@ class ModelRunner:
         if meeting.rendezvous is not None:
             env.prepare_for_torch_distributed(interface_towards(meeting.rendezvous))
         world = join_world(place, meeting, env.GLOO_INTERFACE.read() or "lo")
-        description = describe_model(folder)
+        description = describe_model(folder, quantization)
         part = shard_model(description.spec, place)
         options = LoadOptions(dtype=dtype, progress=progress)
         weights = load_weights(description.folder, description.spec, options, part)

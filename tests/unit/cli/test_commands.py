@@ -18,7 +18,7 @@ def llmscale(*words: str) -> subprocess.CompletedProcess[str]:
 def test_the_help_names_every_command() -> None:
     done = llmscale("--help")
     assert done.returncode == 0
-    for command in ("serve", "info", "generate", "keys"):
+    for command in ("serve", "info", "generate", "quantize", "keys"):
         assert command in done.stdout
 
 

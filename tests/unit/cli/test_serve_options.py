@@ -25,6 +25,7 @@ def test_every_option_has_its_name_in_the_file() -> None:
         api_key_file="/keys",
         served_model_name="a",
         dtype="float32",
+        quantization="int8",
         max_model_len=99,
         max_num_seqs=3,
         max_num_batched_tokens=44,
@@ -44,6 +45,7 @@ def test_every_option_has_its_name_in_the_file() -> None:
         [models.a]
         model = "tiny-chat"
         dtype = "float32"
+        quantization = "int8"
         max_model_len = 99
         max_num_seqs = 3
         max_num_batched_tokens = 44

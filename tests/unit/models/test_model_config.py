@@ -149,8 +149,12 @@ def test_mistral_windows_every_layer(tmp_path: Path) -> None:
         ({"architectures": None}, UnsupportedModel, "architectures is none"),
         ({"architectures": "LlamaForCausalLM"}, InvalidCheckpoint, "a list of strings"),
         ({"auto_map": {"AutoModel": "modeling.Model"}}, UnsupportedModel, "run Python code"),
-        ({"quantization_config": {"quant_method": "awq"}}, UnsupportedModel, "quantized \\('awq'\\)"),
-        ({"compression_config": {"x": 1}}, UnsupportedModel, "quantized"),
+        (
+            {"quantization_config": {"quant_method": "hqq"}},
+            UnsupportedModel,
+            "quant_method is 'hqq'; implemented are awq",
+        ),
+        ({"compression_config": {"x": 1}}, UnsupportedModel, "quant_method is 'unknown'"),
     ],
 )
 def test_a_config_outside_its_bounds_is_refused_by_field(

@@ -28,7 +28,7 @@ from llmscale.node.group_messages import (
 from llmscale.node.membership import Membership
 from llmscale.node.roster import BEAT_SECONDS, MAX_SILENCE_SECONDS, Outgoing, Roster
 
-FACTS = HostFacts("1.0", "fleet", 3, 1, 3, "weights", "config", "tokens", "float32", 2_048, 64, 512)
+FACTS = HostFacts("1.0", "fleet", 3, 1, 3, "weights", "none", "config", "tokens", "float32", 2_048, 64, 512)
 STEP_SECONDS = BEAT_SECONDS / 2
 BLOCKS = 100
 
@@ -236,6 +236,7 @@ def test_a_second_process_with_the_index_of_a_living_one_is_sent_away(group: Gro
         ("hosts", 2, "its hosts is 2, the leader's is 3"),
         ("pipeline_parallel_size", 6, "its pipeline parallel size is 6, the leader's is 3"),
         ("weights", "other", "its weights is other, the leader's is weights"),
+        ("quantization", "int8", "its quantization is int8, the leader's is none"),
         ("dtype", "bfloat16", "its dtype is bfloat16, the leader's is float32"),
         ("max_model_len", 1_024, "its max model len is 1024, the leader's is 2048"),
     ],
