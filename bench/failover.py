@@ -232,17 +232,29 @@ def saturate(running: Fleet, arguments: argparse.Namespace) -> list[Row]:
     ]
 
 
+def _chosen(names: str | None) -> list[Case]:
+    """All of them by default; "none" leaves saturation alone."""
+    if names is None or names == "none":
+        return [] if names else list(CASES)
+    known = {case.name: case for case in CASES}
+    unknown = [name for name in names.split(",") if name not in known]
+    if unknown:
+        raise SystemExit(f"there is no case {unknown[0]!r}; there are {', '.join(known)}, or none for saturation alone")
+    return [known[name] for name in names.split(",")]
+
+
 def main(arguments: argparse.Namespace) -> Report:
-    """All cases on one fleet, then saturation."""
+    """The cases that `--cases` names, or all, on one fleet, then saturation."""
     if arguments.kills < 3:
         raise SystemExit(f"--kills is {arguments.kills}; a median with a spread needs 3 at least")
+    cases = _chosen(arguments.cases)
     options = ["--threads", str(arguments.threads or 1), "--max-step-seconds", str(MAX_STEP_SECONDS)]
     began = time.perf_counter()
     rows = []
     with fleet(arguments.model or "tiny-chat", 2, *options) as running:
         ready = time.perf_counter() - began
         rows.append(Row("start/both-ready", ready, "s", ready, ready, 1))
-        for case in CASES:
+        for case in cases:
             rows += measure(running, case, arguments)
         rows += saturate(running, arguments)
     return Report("failover", arguments.seed, rows)

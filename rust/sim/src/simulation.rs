@@ -355,6 +355,10 @@ impl Simulation {
 
     fn check(&self) {
         let now = self.around.now();
+        let coverage = &self.around.coverage;
+        // The headers would hide it from every stream if a replica believed in copies that were never made.
+        let (bad, flipped) = (coverage.count("worker_found_bad_host_blocks"), coverage.count("host_bit_flipped"));
+        assert!(bad == 0 || flipped > 0, "{bad} steps wanted host blocks back that nobody had put there");
         let causes = ["frame_late_to_front", "node_lost_a_row"];
         let tokens_were_lost = causes.iter().any(|cause| self.around.coverage.count(cause) > 0);
         self.fronts.iter().for_each(|front| front.check(now, tokens_were_lost));
