@@ -66,7 +66,11 @@ def main(arguments: argparse.Namespace) -> Report:
     dense: list[list[str]] = []
     with tempfile.TemporaryDirectory(prefix="llmscale-bench-") as room:
         for variant in _chosen(arguments.cases):
-            rows += _measure(variant, folder, Path(room), sets, dense, arguments, name)
+            found = _measure(variant, folder, Path(room), sets, dense, arguments, name)
+            # Told at once: a run takes minutes, and one that is cut off has still said something.
+            for row in found:
+                print(f"{row.case} {row.value:.5g} {row.unit} ({row.low:.5g}-{row.high:.5g})", file=sys.stderr)
+            rows += found
     return Report("quantization", arguments.seed, rows)
 
 
