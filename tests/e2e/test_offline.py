@@ -206,7 +206,7 @@ def test_an_interruption_in_the_middle_leaves_the_llm_usable(llm: LLM, monkeypat
 @pytest.mark.parametrize(
     "options",
     [
-        {"quantization": "int4"},
+        {"quantization": "int3"},
         {"deterministic": True},
         {"dtype": "float17"},
         {"max_num_seqs": 0},

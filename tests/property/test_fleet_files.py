@@ -60,6 +60,7 @@ def fleets() -> st.SearchStrategy[FleetFile]:
         ModelEntry,
         model=paths,
         dtype=st.sampled_from(["auto", "float32"]),
+        quantization=st.sampled_from(["int8", "int4-64"]),
         replicas=st.integers(1, 4),
         nodes=st.just(()),
     )

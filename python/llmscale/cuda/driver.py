@@ -19,6 +19,8 @@ Function = NewType("Function", object)
 class ImageRefused(CudaError):
     """The driver has no use for an image: another architecture, or a toolkit newer than the driver."""
 
+    code = "cuda_image_refused"
+
 
 class Driver(Protocol):
     """What `device.py` asks for. Streams are torch's handles."""
