@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import time
 
-from bench.limits import measure_limits
 from bench.offline_cases import Prompts
 from bench.result import Report, Row
 from bench.shapes import SHAPES, model_folder
@@ -35,7 +34,6 @@ def main(arguments: argparse.Namespace) -> Report:
     folder = model_folder(name) if name in SHAPES else locate_model(name)
     settings = NodeSettings(model=str(folder), listen="", max_sequence_tokens=MAX_TOKENS)
     block_bytes = plan_replica(settings).block_bytes
-    limits = measure_limits(arguments.threads)
     engines = {way: _Engine(str(folder), way, block_bytes, arguments.threads) for way in WAYS}
     prompts = Prompts(engines["copy"].vocabulary, arguments.seed)
     rows: list[Row] = []
@@ -53,19 +51,14 @@ def main(arguments: argparse.Namespace) -> Report:
                     seconds[way].append(took)
             if len(set(ids)) > 1:
                 raise AssertionError(f"the second turn begins with {ids}: copying has changed it")
-        rows += _rows(f"{name}/{prefix}", seconds, block_bytes * (prefix // BLOCK_TOKENS), limits)
-    return Report("offload", arguments.seed, rows, limits)
+        rows += _rows(f"{name}/{prefix}", seconds)
+    return Report("offload", arguments.seed, rows)
 
 
-def _rows(case: str, seconds: dict[str, list[float]], prefix_bytes: int, limits: dict[str, float]) -> list[Row]:
+def _rows(case: str, seconds: dict[str, list[float]]) -> list[Row]:
     rows = [Row.of(f"{case}/{way}", "ms", _scaled(values, 1e3)) for way, values in seconds.items()]
     ratios = [slow / quick for slow, quick in zip(seconds["recompute"], seconds["copy"], strict=True)]
     rows.append(Row.of(f"{case}/recompute-over-copy", "x", spread(ratios)))
-    # What the copy adds to a turn whose prefix never left, as a rate; memory is read, hashed and written.
-    added = [max(copy - kept, 1e-6) for copy, kept in zip(seconds["copy"], seconds["neither"], strict=True)]
-    rates = [prefix_bytes / value for value in added]
-    limit = limits["read_bytes_per_second"] / 1e9
-    rows.append(Row.of(f"{case}/copy-rate", "GB/s", _scaled(rates, 1e-9), limit=limit))
     return rows
 
 
