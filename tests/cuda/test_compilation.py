@@ -119,6 +119,13 @@ def test_nvrtc_compiles_the_same_files_with_torchs_wheels_alone(
     assert all(name.encode() in cubin for name in names)
 
 
+def test_an_empty_log_of_nvrtc_is_not_written_into_the_processs_own_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings")
+    compile_cubin(cuda_build.CUDA, "kv_pack", "sm_80", tmp_path)
+    # Made anew: a constant of this file would be the object that was written to, and equal to itself.
+    assert chr(32).encode()[0] == 32
+
+
 @pytest.mark.parametrize("source", ["w4_panel", "w4a16_matmul"])
 def test_what_nvrtc_compiled_is_kept_by_the_hash_of_its_sources(source: str, tmp_path: Path) -> None:
     pytest.importorskip("cuda.bindings")

@@ -49,13 +49,15 @@ def _compile(nvrtc: Any, folder: Path, name: str, architecture: str) -> bytes:
     options = [f"--gpu-architecture={architecture}", *OPTIONS, f"-I{folder / 'include'}"]
     status = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])[0]
     (size,) = _checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
-    log = b" " * size
+    # NVRTC writes into these. Bytes of length 1, the size of an empty log, are one object for the whole process: a NUL
+    # written there turned every b" " of it into b"\0".
+    log = bytearray(size)
     _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
     if int(status) != 0:
         words = log.rstrip(bytes(1)).decode(errors="replace")
         raise CudaError(f"NVRTC cannot compile {name}.cu for {architecture}:\n{words}")
     (size,) = _checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
-    cubin = b" " * size
+    cubin = bytearray(size)
     _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
     _checked(nvrtc, nvrtc.nvrtcDestroyProgram(program))
     return bytes(cubin)
