@@ -220,6 +220,7 @@ class EngineLimits:
         groups: int = 1,
         host_blocks: int = 0,
     ) -> EngineLimits: ...
+    MAX_HOST_BLOCKS: ClassVar[int]
     @property
     def vocabulary(self) -> int: ...
     @property

@@ -31,7 +31,6 @@ MAX_MEMORY_SHARE = 4
 # What is evicted goes to memory that is taken page by page as it is written.
 HOST_BLOCKS_PER_BLOCK = 4
 MAX_HOST_MEMORY_SHARE = 8
-MAX_HOST_BLOCKS = 1 << 24
 # Threads meet after every product, so a small model is no faster with more: tiny-chat (9 MB) gives one stream 880
 # tokens/s with one thread and 830 with two, alone on two cores; beside a gateway and its clients the loss is larger.
 BYTES_PER_THREAD = 16 << 20
@@ -142,9 +141,9 @@ def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens:
 
 def _host_blocks(settings: NodeSettings, block_bytes: int, total_blocks: int) -> int:
     if settings.kv_host_bytes is not None:
-        return min(settings.kv_host_bytes // block_bytes, MAX_HOST_BLOCKS)
+        return min(settings.kv_host_bytes // block_bytes, EngineLimits.MAX_HOST_BLOCKS)
     share = _memory_bytes() // MAX_HOST_MEMORY_SHARE // block_bytes
-    return min(HOST_BLOCKS_PER_BLOCK * total_blocks, share, MAX_HOST_BLOCKS)
+    return min(HOST_BLOCKS_PER_BLOCK * total_blocks, share, EngineLimits.MAX_HOST_BLOCKS)
 
 
 def _memory_bytes() -> int:

@@ -4,7 +4,7 @@
 //! bytes; one writer at a time. Knows no tokens, and not which block belongs to whom.
 #![expect(unsafe_code, reason = "memory that outlives the process is reached by address")]
 
-use crate::rank_mapping::{LINE_BYTES, Mapping, RankError};
+use crate::mapping::{LINE_BYTES, Mapping, MappingError};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use xxhash_rust::xxh3::Xxh3;
@@ -39,21 +39,20 @@ enum Preface {
 }
 
 impl HostRegion {
-    /// Size of the file. `None` if no address space has room for it.
+    /// Size of the file. `None` for empty blocks, and if no address space has room for it.
     pub fn bytes_for(blocks: u32, block_bytes: usize) -> Option<usize> {
-        let data = stride(block_bytes)?.checked_mul(blocks as usize)?;
-        data.checked_add(data_start(blocks))
+        let data = stride(block_bytes).filter(|&bytes| bytes > 0)?.checked_mul(blocks as usize)?;
+        data.checked_add(data_start(blocks)).filter(|&bytes| isize::try_from(bytes).is_ok())
     }
 
     /// Maps `path`, a file of `bytes_for` bytes. If it holds blocks of this layout, they are kept, and the incarnation
     /// with them; else it is empty, and `fresh`, which is not 0, is its incarnation. `layout` stands for everything that
     /// gives the bytes their meaning.
-    pub fn open(path: &Path, blocks: u32, block_bytes: usize, layout: u64, fresh: u64) -> Result<Self, RankError> {
-        let limit = usize::try_from(isize::MAX).unwrap_or(usize::MAX);
-        let Some(needed) = Self::bytes_for(blocks, block_bytes).filter(|&bytes| bytes <= limit && block_bytes > 0)
-        else {
-            return Err(RankError::Shape { what: "block_bytes of the host tier", given: block_bytes, limit });
-        };
+    ///
+    /// # Panics
+    /// If `bytes_for` has no answer.
+    pub fn open(path: &Path, blocks: u32, block_bytes: usize, layout: u64, fresh: u64) -> Result<Self, MappingError> {
+        let needed = Self::bytes_for(blocks, block_bytes).expect("the file was made by the same sizes");
         let mapping = Mapping::open(path, needed)?;
         let mut region = Self { mapping, blocks, block_bytes, layout, incarnation: fresh };
         let expected = [MAGIC, layout, u64::from(blocks), block_bytes as u64];
@@ -244,7 +243,7 @@ mod tests {
         let memory = Memory::new("size", 64);
         File::options().append(true).open(&memory.path).unwrap().write_all(&[0]).unwrap();
         let error = HostRegion::open(&memory.path, BLOCKS, 64, 1, 1).unwrap_err().to_string();
-        assert!(error.contains("has 20481 bytes, this group needs 20480"), "{error}");
+        assert!(error.contains("has 20481 bytes, 20480 are needed"), "{error}");
     }
 
     proptest! {

@@ -6,6 +6,7 @@
 //! - [`host_region`]: the host tier's blocks, with checksums
 //! - [`huge_pages`]: memory for arrays read at random places
 //! - [`kv_region`]: geometry of the paged KV region, validated slots
+//! - [`mapping`]: files that processes map together
 //! - [`paged_attention`]: causal attention over paged KV for mixed batches
 //! - [`rope_cache`]: query/key norms, rotary embedding and KV write in one pass
 //! - [`rank_channel`]: messages from one rank of a host to another
@@ -28,13 +29,14 @@ pub mod error;
 pub mod host_region;
 pub mod huge_pages;
 pub mod kv_region;
+pub mod mapping;
 pub mod norm;
 pub mod paged_attention;
 pub mod pool;
 pub mod rank_channel;
-mod rank_mapping;
 pub mod rank_memory;
 pub mod rank_parts;
+mod rank_wait;
 pub mod reference;
 pub mod rope_cache;
 mod rows;

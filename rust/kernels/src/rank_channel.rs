@@ -3,7 +3,8 @@
 //! bounded time, after which the other one is named. One copy in, one copy out. Knows nothing of what the bytes mean.
 #![expect(unsafe_code, reason = "memory that another process writes")]
 
-use crate::rank_mapping::{LINE_BYTES, Mapping, RankError, wait_until, wake_all};
+use crate::mapping::{LINE_BYTES, Mapping};
+use crate::rank_wait::{RankError, wait_until, wake_all};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -124,6 +125,7 @@ impl RankChannel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mapping::MappingError;
     use proptest::prelude::*;
     use std::fs::File;
     use std::os::fd::{AsRawFd, FromRawFd};
@@ -204,6 +206,6 @@ mod tests {
         let file = memory(4_096);
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let outcome = RankChannel::open(Path::new(&path), 1, Duration::from_secs(1));
-        assert!(matches!(outcome, Err(RankError::Size { given: 4_096, .. })), "{outcome:?}");
+        assert!(matches!(outcome, Err(RankError::Memory(MappingError::Size { given: 4_096, .. }))), "{outcome:?}");
     }
 }

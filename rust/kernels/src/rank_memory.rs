@@ -7,13 +7,14 @@
 #![expect(unsafe_code, reason = "memory that other processes write")]
 
 use crate::element::Element;
-use crate::rank_mapping::{LINE_BYTES, Mapping, wait_until, wake_all};
+use crate::mapping::{LINE_BYTES, Mapping};
 use crate::rank_parts::{add_parts, place_columns};
+use crate::rank_wait::{wait_until, wake_all};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-pub use crate::rank_mapping::RankError;
+pub use crate::rank_wait::RankError;
 
 /// Most ranks of one host.
 pub const MAX_RANKS: usize = 64;

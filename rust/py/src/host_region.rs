@@ -27,6 +27,7 @@ impl PyHostRegion {
         let mut fresh = [0; 8];
         random_bytes(&mut fresh)?;
         let fresh = u64::from_le_bytes(fresh).max(1);
+        Self::bytes_for(blocks, block_bytes)?;
         let region = HostRegion::open(Path::new(path), blocks, block_bytes, layout, fresh);
         Ok(Self { inner: Mutex::new(region.map_err(|problem| error::worker(problem.to_string()))?) })
     }

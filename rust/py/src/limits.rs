@@ -45,6 +45,10 @@ impl PyEngineLimits {
         Ok(Self(limits))
     }
 
+    /// Most blocks of a host tier.
+    #[classattr]
+    const MAX_HOST_BLOCKS: u32 = EngineLimits::MAX_HOST_BLOCKS;
+
     #[getter]
     fn vocabulary(&self) -> u32 {
         self.0.vocabulary

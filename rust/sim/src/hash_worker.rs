@@ -92,7 +92,12 @@ impl HashWorker {
         self.host
     }
 
-    /// Its host memory.
+    /// Which host memory it has found.
+    pub fn host_memory(&self) -> u64 {
+        self.host.incarnation()
+    }
+
+    /// Its host memory, for doing harm to it.
     pub fn host_mut(&mut self) -> &mut HostMemory {
         &mut self.host
     }

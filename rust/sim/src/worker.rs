@@ -159,8 +159,8 @@ impl WorkerProcess {
     }
 
     /// Which host memory it found.
-    pub(crate) fn host_memory(&mut self) -> u64 {
-        self.model.host_mut().incarnation()
+    pub(crate) fn host_memory(&self) -> u64 {
+        self.model.host_memory()
     }
 
     /// The step raised: the worker lives and waits for a snapshot.

@@ -7,7 +7,9 @@ use crate::report::NodeEvent;
 use llmscale_net::link::LinkError;
 use llmscale_net::{PeerId, ReceiveError};
 use llmscale_scheduler::Event;
-use llmscale_types::{Attempt, Class, Epoch, FrontId, RequestId, Sampling, SequenceKey, StepId, Submission, Time};
+use llmscale_types::{
+    Attempt, Class, Epoch, FrontId, HostBlockId, RequestId, Sampling, SequenceKey, StepId, Submission, Time,
+};
 use llmscale_wire::{
     Failed, FromNode, FromWorker, Hello, ModelRef, NeedSnapshot, NodeLimits, NodeState, Pong, Ready, RejectCode,
     Rejected, ToNode, ToWorker, VERSIONS, Welcome, WireError, decode, encode,
@@ -257,48 +259,42 @@ impl Node {
         match message {
             FromWorker::Ready(ready) => self.worker_ready(epoch, ready),
             FromWorker::Result(result) => self.results.push(result),
-            FromWorker::NeedSnapshot(need) if need.bad_host_blocks.is_empty() => {
-                self.reset_worker(epoch, None, format!("it lost the order of steps at step {}", need.step));
+            FromWorker::NeedSnapshot(NeedSnapshot { step, bad_host_blocks, .. }) => {
+                let why = match bad_host_blocks.len() {
+                    0 => format!("it lost the order of steps at step {step}"),
+                    bad => format!("{bad} host blocks of step {step} are bad"),
+                };
+                self.reset_worker(epoch, None, bad_host_blocks, why);
             }
-            FromWorker::NeedSnapshot(need) => self.host_blocks_are_bad(epoch, need),
             FromWorker::Failed(Failed { step: Some(step), message, .. }) => {
-                self.reset_worker(epoch, Some(step), format!("step {step} raised: {message}"));
+                self.reset_worker(epoch, Some(step), Vec::new(), format!("step {step} raised: {message}"));
             }
             FromWorker::Failed(failed) => self.fail_worker(epoch, failed.message),
         }
     }
 
     /// The worker gave up its steps in flight and lives: what runs is told anew, which costs no new process. Twice without
-    /// a step between means that it never will do one.
-    fn reset_worker(&mut self, epoch: Epoch, raised: Option<StepId>, message: String) {
+    /// a step between means that it never will do one, unless host blocks were bad: those are not asked for again.
+    fn reset_worker(
+        &mut self,
+        epoch: Epoch,
+        raised: Option<StepId>,
+        bad_host_blocks: Vec<HostBlockId>,
+        message: String,
+    ) {
         // What it finished before counts.
         self.complete();
         let Some(worker) = self.worker.as_mut().filter(|worker| !worker.failed) else { return };
         let steps = self.replica.counters().steps;
-        if worker.steps_at_reset.replace(steps) == Some(steps) {
+        if bad_host_blocks.is_empty() && worker.steps_at_reset.replace(steps) == Some(steps) {
             return self.fail_worker(epoch, format!("{message}; it did not do a step since the last time"));
         }
         self.sent.clear();
-        if self.event(Event::StepsLost { raised, bad_host_blocks: Vec::new() }) {
+        if self.event(Event::StepsLost { raised, bad_host_blocks }) {
             self.board.notify(NodeEvent::WorkerReset { epoch, message });
         } else {
             self.fail_worker(epoch, format!("{message}; that is not the step that it was at"));
         }
-    }
-
-    /// The worker gave up its steps in flight because blocks of the host tier do not hold what they should. They are not
-    /// asked for again, so it is no reason to doubt the worker.
-    fn host_blocks_are_bad(&mut self, epoch: Epoch, need: NeedSnapshot) {
-        self.complete();
-        if !self.worker.as_ref().is_some_and(|worker| worker.epoch == epoch && !worker.failed) {
-            return;
-        }
-        self.sent.clear();
-        let bad_host_blocks = need.bad_host_blocks;
-        let message = format!("{} host blocks of step {} are bad", bad_host_blocks.len(), need.step);
-        let taken = self.event(Event::StepsLost { raised: None, bad_host_blocks });
-        assert!(taken, "steps that nobody raised are always taken back");
-        self.board.notify(NodeEvent::WorkerReset { epoch, message });
     }
 
     fn worker_ready(&mut self, epoch: Epoch, ready: Ready) {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::element::Bf16;
+use crate::mapping::MappingError;
 use proptest::prelude::*;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
@@ -214,11 +215,11 @@ fn a_rank_that_does_not_come_is_named() {
 fn memory_of_another_group_is_refused() {
     let shared = Shared::new(2, 128);
     let open = |rank, ranks, room| RankMemory::open(&shared.0, rank, ranks, room, PATIENCE).expect_err("refused");
-    assert!(matches!(open(0, 3, 128), RankError::Size { .. }));
+    assert!(matches!(open(0, 3, 128), RankError::Memory(MappingError::Size { .. })));
     assert!(matches!(open(2, 2, 128), RankError::Shape { what: "the rank", .. }));
     assert!(matches!(open(0, 0, 128), RankError::Shape { .. }));
     assert!(matches!(open(0, 65, 128), RankError::Shape { .. }));
     assert!(matches!(open(0, 2, 100), RankError::Shape { .. }));
     let missing = RankMemory::open(Path::new("/nowhere/ranks"), 0, 2, 128, PATIENCE).expect_err("refused");
-    assert!(matches!(missing, RankError::Memory(_)));
+    assert!(matches!(missing, RankError::Memory(MappingError::File(_))));
 }
