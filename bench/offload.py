@@ -1,7 +1,7 @@
-"""What does a session cost that comes back after its KV was evicted? Time to the first token of its next turn.
+"""What does a conversation cost that comes back after its KV was evicted? Time to the first token of its next turn.
 
 Three engines of the same model: one with a host tier (copy), one without (recompute), one whose pool holds everything
-(neither). Each session's first turn is computed, another session takes its blocks, then the second turn, 16 tokens
+(neither). Each conversation's first turn is computed, another conversation takes its blocks, then the second turn, 16 tokens
 longer, is asked for one token. Rounds go through the three engines in turn, no prompt twice, so that a slower minute of
 the machine is one for all. Ids of the second turns are compared.
 """
@@ -67,19 +67,19 @@ def _scaled(values: list[float], factor: float) -> Spread:
 
 
 class _Engine:
-    """An `LLM` with room for one session in its pool, or for many."""
+    """An `LLM` with room for one conversation in its pool, or for many."""
 
     def __init__(self, folder: str, way: str, block_bytes: int, threads: int | None) -> None:
         from llmscale import LLM
 
-        session_blocks = MAX_TOKENS // BLOCK_TOKENS
-        roomy = 64 * session_blocks * block_bytes
+        conversation_blocks = MAX_TOKENS // BLOCK_TOKENS
+        roomy = 64 * conversation_blocks * block_bytes
         self._llm = LLM(
             folder,
             max_model_len=MAX_TOKENS,
             max_num_seqs=4,
-            kv_cache_bytes=roomy if way == "neither" else (session_blocks + 2) * block_bytes,
-            kv_host_bytes=16 * session_blocks * block_bytes if way == "copy" else 0,
+            kv_cache_bytes=roomy if way == "neither" else (conversation_blocks + 2) * block_bytes,
+            kv_host_bytes=16 * conversation_blocks * block_bytes if way == "copy" else 0,
             threads=threads,
         )
         self._evicts = way != "neither"
@@ -88,7 +88,7 @@ class _Engine:
     def come_back(self, first: list[int], filler: list[int], more: list[int]) -> tuple[float, int]:
         """Seconds until the first token of the second turn, and that token."""
         self._token(first)
-        # Enough to take every block of the session before.
+        # Enough to take every block of the conversation before.
         while self._evicts and len(filler) < MAX_TOKENS - BLOCK_TOKENS:
             filler = [*filler, *reversed(filler)][: MAX_TOKENS - BLOCK_TOKENS]
         if self._evicts:

@@ -110,3 +110,6 @@ impl Replica {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

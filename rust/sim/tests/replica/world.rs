@@ -75,6 +75,8 @@ pub(crate) struct World {
     /// How many bits have flipped in the host's memory that it may yet find out.
     flips: u32,
     host: Option<HostMemory>,
+    /// What the workers to come take for a copied block. A token that is computed takes 40,000.
+    pub(crate) copy_ns: u64,
     pub(crate) replica: Replica,
     worker: Option<HashWorker>,
     first_stage: FirstStage,
@@ -101,6 +103,7 @@ impl World {
             losses: 0,
             flips: 0,
             host: Some(HostMemory::new(host_blocks, 1)),
+            copy_ns: 2_000,
             replica,
             worker: None,
             first_stage,
@@ -120,7 +123,6 @@ impl World {
         let Some(delta) = self.sent.pop_front() else { return false };
         let leads = self.leads();
         let worker = self.worker.as_mut().expect("steps are sent to a live worker");
-        // Copies pay: a block takes as long as a twentieth of a token.
         let tokens: u64 = delta.chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum();
         let outcome = worker.run(&delta, 1_000 + 40_000 * tokens);
         match outcome {
@@ -195,7 +197,7 @@ impl World {
         let host = self.host.take().expect("the worker before left it");
         let host_memory = host.incarnation();
         let worker = HashWorker::new(self.replica.limits(), self.epoch).killed_by(self.deadly);
-        self.worker = Some(worker.with_host(host, 2_000));
+        self.worker = Some(worker.with_host(host, self.copy_ns));
         self.first_stage = FirstStage::new(self.replica.limits(), self.epoch);
         self.event(Event::WorkerUp { epoch: self.epoch, host_memory });
     }
