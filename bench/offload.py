@@ -1,9 +1,9 @@
 """What does a conversation cost that comes back after its KV was evicted? Time to the first token of its next turn.
 
 Three engines of the same model: one with a host tier (copy), one without (recompute), one whose pool holds everything
-(neither). Each conversation's first turn is computed, another conversation takes its blocks, then the second turn, 16 tokens
-longer, is asked for one token. Rounds go through the three engines in turn, no prompt twice, so that a slower minute of
-the machine is one for all. Ids of the second turns are compared.
+(neither). Each conversation's first turn is computed, another conversation takes its blocks, then the second turn, 16
+tokens longer, is asked for one token. Rounds go through the three engines in turn, no prompt twice, so that a slower
+minute of the machine is one for all. Ids of the second turns are compared.
 """
 
 from __future__ import annotations
