@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_attention, gpu_copies, gpu_matmul, gpu_sampling
+from bench import gpu, gpu_attention, gpu_copies, gpu_matmul, gpu_sampling, gpu_serving
 from bench.gpu_timing import Budget
 from bench.result import Row
 from bench.statistics import Spread
@@ -162,3 +162,17 @@ def test_attention_is_held_against_float64(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gpu_attention, "gathered", lambda *given: right(*given).flip(1))
     with pytest.raises(AssertionError, match="relative error"):
         next(gpu_attention.correctness(Budget(60)))
+
+
+def test_serving_stands_beside_vllm_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLMSCALE_BENCH_CACHE", str(tmp_path))
+    for name, value in {"SHAPE": "tiny", "STREAMS": (1, 2), "PROMPT_TOKENS": 8, "OUTPUT_TOKENS": 4}.items():
+        monkeypatch.setattr(gpu_serving, name, value)
+    monkeypatch.setattr(gpu_serving.shutil, "which", lambda program: None)
+    alone = list(gpu_serving.serving_rates(Budget(600), {}))
+    assert [found.case for found in alone] == ["serving/tiny/1-streams", "serving/tiny/2-streams"]
+    assert all(found.value > 0 and found.peers == {"vllm": "not on the PATH"} for found in alone)
+    monkeypatch.setattr(gpu_serving.shutil, "which", lambda program: program)
+    monkeypatch.setattr(gpu_serving, "_vllm", lambda program, folder: gpu_serving._own(folder))
+    beside = list(gpu_serving.serving_rates(Budget(600), {}))
+    assert all(isinstance(found.peers["vllm"], float) for found in beside)
