@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmscale import env
+from llmscale import env, machine
 from llmscale._core import LocalReplica, Sampling, StepCounts
 from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
-from llmscale.node.plan import plan_replica, usable_cpus
+from llmscale.node.plan import plan_replica
 from llmscale.tokenizer import Tokenizer
 from llmscale.types import CompletionOutput, RequestOutput, SamplingParams, Usage
 
@@ -88,7 +88,7 @@ class LLM:
         self.tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
         self._seed = seed
         self._requests = 0
-        threads = plan.usual_threads(usable_cpus()) if threads is None else threads
+        threads = plan.usual_threads(machine.cpus()) if threads is None else threads
         self._runner = ModelRunner(plan.folder, plan.dtype, plan.limits, quantization=quantization, threads=threads)
         self.numerics = self._runner.numerics
         """What tokens depend on besides request and weights: kernels, dtype, quantization."""
