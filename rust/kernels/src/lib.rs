@@ -7,6 +7,7 @@
 //! - [`huge_pages`]: memory for arrays read at random places
 //! - [`kv_region`]: geometry of the paged KV region, validated slots
 //! - [`mapping`]: files that processes map together
+//! - [`matmul`]: products of rows with packed weights, one layout for all phases
 //! - [`paged_attention`]: causal attention over paged KV for mixed batches
 //! - [`rope_cache`]: query/key norms, rotary embedding and KV write in one pass
 //! - [`rank_channel`]: messages from one rank of a host to another
@@ -30,6 +31,7 @@ pub mod host_region;
 pub mod huge_pages;
 pub mod kv_region;
 pub mod mapping;
+pub mod matmul;
 pub mod norm;
 pub mod paged_attention;
 pub mod pool;
