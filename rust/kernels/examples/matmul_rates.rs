@@ -4,44 +4,72 @@
 
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::Bf16;
-use llmscale_kernels::matmul::{PackedWeights, multiply};
+use llmscale_kernels::matmul::bytes::{PackedBytes, QuantizedRows, multiply_bytes};
+use llmscale_kernels::matmul::dense::{PackedWeights, multiply};
 use llmscale_kernels::pool::Pool;
 use std::num::NonZeroUsize;
 use std::time::Instant;
+
+const SHAPES: [(usize, usize); 6] =
+    [(960, 576), (3_072, 576), (576, 1_536), (2_048, 2_048), (16_384, 2_048), (2_048, 8_192)];
+const ROWS: [usize; 8] = [1, 2, 4, 8, 16, 32, 64, 512];
+
+/// Seconds of one product with each of `copies` weights, the median and the best of seven rounds.
+fn seconds(copies: usize, mut product: impl FnMut(usize)) -> (f64, f64) {
+    let mut rounds: Vec<f64> = (0..7)
+        .map(|_| {
+            let start = Instant::now();
+            (0..copies).for_each(&mut product);
+            start.elapsed().as_secs_f64() / copies as f64
+        })
+        .collect();
+    rounds.sort_by(f64::total_cmp);
+    (rounds[rounds.len() / 2], rounds[0])
+}
+
+fn print(name: &str, shape: (usize, usize, usize), bytes: usize, (median, best): (f64, f64)) {
+    let (rows, outputs, inputs) = shape;
+    let operations = (2 * rows * outputs * inputs) as f64;
+    println!(
+        "{name} {outputs:6} x {inputs:5}, {rows:4} rows: {:8.1} us {:6.1} GB/s {:7.1} GOP/s (best {:.1})",
+        median * 1e6,
+        bytes as f64 / median / 1e9,
+        operations / median / 1e9,
+        operations / best / 1e9,
+    );
+}
 
 fn main() {
     let mut arguments = std::env::args().skip(1);
     let threads = arguments.next().map_or(2, |text| text.parse().expect("a number of threads"));
     let level = Level::from_environment(arguments.next().as_deref()).expect("a level of this machine");
     let pool = Pool::new(NonZeroUsize::new(threads).expect("at least one thread")).expect("threads can be started");
-    let noise: Vec<Bf16> =
-        (0..1_u32 << 20).map(|i| Bf16::from_f32((i.wrapping_mul(2_654_435_761) >> 8) as f32 / 8e6 - 1.0)).collect();
-    for (outputs, inputs) in [(960, 576), (3_072, 576), (576, 1_536), (2_048, 2_048), (16_384, 2_048), (2_048, 8_192)] {
+    let noise = |at: usize| (at as u32).wrapping_mul(2_654_435_761) >> 8;
+    for (outputs, inputs) in SHAPES {
+        // More than a cache holds.
         let copies = ((256 << 20) / (2 * outputs * inputs)).max(1);
-        let source: Vec<Bf16> = (0..outputs * inputs).map(|i| noise[i & 0xf_ffff]).collect();
-        let weights: Vec<_> =
-            (0..copies).map(|_| PackedWeights::pack(&pool, &source, outputs, inputs).expect("it fits")).collect();
-        for rows in [1, 2, 4, 8, 16, 32, 64, 512] {
-            let input: Vec<Bf16> = (0..rows * inputs).map(|i| noise[(i * 7) & 0xf_ffff]).collect();
+        let floats: Vec<Bf16> = (0..outputs * inputs).map(|i| Bf16::from_f32(noise(i) as f32 / 8e6 - 1.0)).collect();
+        let codes: Vec<i8> = (0..outputs * inputs).map(|i| noise(i) as i8).collect();
+        let dense: Vec<_> =
+            (0..copies).map(|_| PackedWeights::pack(&pool, &floats, outputs, inputs).expect("it fits")).collect();
+        let scales = vec![0.01; outputs];
+        let bytes: Vec<_> =
+            (0..copies).map(|_| PackedBytes::pack(&pool, &codes, &scales, outputs, inputs).expect("it fits")).collect();
+        for rows in ROWS {
+            let input: Vec<Bf16> = (0..rows * inputs).map(|i| floats[i * 7 % floats.len()]).collect();
             let mut output = vec![Bf16::default(); rows * outputs];
-            let mut rates = Vec::new();
             let used = if rows >= 64 { (copies / rows * 8).max(1) } else { copies };
-            for _ in 0..7 {
-                let start = Instant::now();
-                for weights in &weights[..used] {
-                    multiply(&pool, level, &input, weights, None, &mut output).expect("shapes fit");
-                }
-                rates.push(start.elapsed().as_secs_f64() / used as f64);
-            }
-            rates.sort_by(f64::total_cmp);
-            let seconds = rates[rates.len() / 2];
-            println!(
-                "{outputs:6} x {inputs:5}, {rows:4} rows: {:8.1} us {:7.1} GB/s {:7.1} GFLOP/s (best {:.1})",
-                seconds * 1e6,
-                (2 * outputs * inputs) as f64 / seconds / 1e9,
-                (2 * rows * outputs * inputs) as f64 / seconds / 1e9,
-                (2 * rows * outputs * inputs) as f64 / rates[0] / 1e9,
-            );
+            let shape = (rows, outputs, inputs);
+            let took = seconds(used, |copy| {
+                multiply(&pool, level, &input, &dense[copy], None, &mut output).expect("shapes fit");
+            });
+            print("bf16", shape, dense[0].bytes(), took);
+            let mut quantized = QuantizedRows::default();
+            let took = seconds(used, |copy| {
+                quantized.quantize(&pool, level, &input, inputs).expect("shapes fit");
+                multiply_bytes(&pool, level, &quantized, &bytes[copy], None, &mut output).expect("shapes fit");
+            });
+            print("int8", shape, bytes[0].bytes(), took);
         }
     }
 }

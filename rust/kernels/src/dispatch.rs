@@ -20,7 +20,7 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// AVX-512 with bfloat16 dot products.
+    /// AVX-512 with dot products of bfloat16 (BF16) and of bytes (VNNI).
     Avx512Bf16,
 }
 
@@ -122,7 +122,7 @@ impl Level {
             // SAFETY: detection found AVX-512 F, BW, DQ and VL.
             Self::Avx512 => unsafe { entry::avx512(kernel) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: detection found AVX-512 F, BW, DQ, VL and BF16.
+            // SAFETY: detection found AVX-512 F, BW, DQ, VL, BF16 and VNNI.
             Self::Avx512Bf16 => unsafe { entry::avx512_bf16(kernel) },
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("only the portable level exists on this architecture"),
@@ -138,7 +138,8 @@ fn detect() -> Level {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl");
-    match (avx2, avx512, is_x86_feature_detected!("avx512bf16")) {
+    let dots = is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+    match (avx2, avx512, dots) {
         (_, true, true) => Level::Avx512Bf16,
         (_, true, false) => Level::Avx512,
         (true, false, _) => Level::Avx2,
@@ -173,8 +174,8 @@ mod entry {
     }
 
     /// # Safety
-    /// The machine must have AVX-512 F, BW, DQ, VL and BF16.
-    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    /// The machine must have AVX-512 F, BW, DQ, VL, BF16 and VNNI.
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
     pub(super) unsafe fn avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
         // SAFETY: the caller promises the instructions that the token stands for.
         kernel.run(unsafe { Avx512Bf16::assume() })

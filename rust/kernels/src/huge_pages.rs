@@ -4,7 +4,7 @@
 //! is a hint; elsewhere it is ordinary memory. Owns its mapping; allocation is O(1), pages are zeroed at first touch.
 #![expect(unsafe_code, reason = "maps memory and views it as a slice")]
 
-use crate::element::Element;
+use crate::element::Bf16;
 use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
@@ -12,6 +12,13 @@ use std::io;
 
 /// Size of a huge page on x86-64 and on 64-bit ARM with 4 KiB base pages.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Plain numbers, of which zero bits are one.
+pub trait Number: Copy + Send + Sync + 'static {}
+
+impl Number for f32 {}
+impl Number for Bf16 {}
+impl Number for u32 {}
 
 /// A zeroed array that starts at a huge page.
 #[derive(Debug)]
@@ -24,11 +31,11 @@ pub struct HugeArray<T> {
 }
 
 // SAFETY: the array owns its memory alone, like a boxed slice; elements are plain numbers.
-unsafe impl<T: Element> Send for HugeArray<T> {}
+unsafe impl<T: Number> Send for HugeArray<T> {}
 // SAFETY: as above.
-unsafe impl<T: Element> Sync for HugeArray<T> {}
+unsafe impl<T: Number> Sync for HugeArray<T> {}
 
-impl<T: Element> HugeArray<T> {
+impl<T: Number> HugeArray<T> {
     /// Maps room for `length` elements, all zero.
     ///
     /// # Errors
@@ -68,7 +75,7 @@ impl<T> Drop for HugeArray<T> {
 impl<T> Deref for HugeArray<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        // SAFETY: the mapping holds `length` elements, zeroed or written since; zero bits are a number of either format.
+        // SAFETY: the mapping holds `length` elements, zeroed or written since; zero bits are a number of every format.
         unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.length) }
     }
 }

@@ -111,6 +111,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 
     /// `sum + a.low * b.low + a.high * b.high` on lanes that hold two bf16. Only where `BF16_DOT`.
     fn dot_bf16(self, sum: Self::F32, a: Self::U32, b: Self::U32) -> Self::F32;
+    /// `sum + a.0 * b.0 + a.1 * b.1 + a.2 * b.2 + a.3 * b.3` on lanes that hold four bytes, unsigned ones in `a` and signed
+    /// ones in `b`. Exact: only the sum wraps.
+    fn dot_bytes(self, sum: Self::U32, unsigned: Self::U32, signed: Self::U32) -> Self::U32;
+    /// Rounds to the nearest integer, ties to even, and stores one signed byte per lane; beyond -128 to 127 the nearer of
+    /// the two.
+    unsafe fn store_signed_bytes(self, target: *mut i8, value: Self::F32);
     /// Interleaves two rows of bf16: lane `i` of the first (second) result holds `(even[i], odd[i])` for the first
     /// (second) `LANES` elements of the rows. Reads `count <= 2 * LANES` elements of each; the rest are zero.
     unsafe fn interleave_bf16(self, even: *const Bf16, odd: *const Bf16, count: usize) -> (Self::U32, Self::U32);

@@ -6,7 +6,8 @@ mod support;
 
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::{Bf16, Element};
-use llmscale_kernels::matmul::{PackError, PackedWeights, multiply};
+use llmscale_kernels::matmul::PackError;
+use llmscale_kernels::matmul::dense::{PackedWeights, multiply};
 use proptest::prelude::*;
 use support::{Random, pool};
 

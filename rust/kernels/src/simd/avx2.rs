@@ -315,6 +315,26 @@ impl Simd for Avx2 {
         unreachable!("guarded by BF16_DOT")
     }
     #[inline(always)]
+    fn dot_bytes(self, sum: Self::U32, unsigned: Self::U32, signed: Self::U32) -> Self::U32 {
+        // Bytes 0 and 2 of every lane, then 1 and 3, as 16-bit numbers: the instruction for bytes would saturate.
+        proven!({
+            let low = _mm256_madd_epi16(
+                _mm256_and_si256(unsigned, _mm256_set1_epi32(0x00ff_00ff)),
+                _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(signed)),
+            );
+            let high = _mm256_madd_epi16(_mm256_srli_epi16::<8>(unsigned), _mm256_srai_epi16::<8>(signed));
+            _mm256_add_epi32(sum, _mm256_add_epi32(low, high))
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_signed_bytes(self, target: *mut i8, value: Self::F32) {
+        proven!({
+            let words = _mm256_cvtps_epi32(value);
+            let halves = _mm_packs_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storel_epi64(target.cast(), _mm_packs_epi16(halves, halves));
+        });
+    }
+    #[inline(always)]
     unsafe fn interleave_bf16(self, _: *const Bf16, _: *const Bf16, _: usize) -> (Self::U32, Self::U32) {
         unreachable!("guarded by BF16_DOT")
     }

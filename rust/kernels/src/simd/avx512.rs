@@ -1,5 +1,6 @@
 //! The vectors of the two AVX-512 levels: sixteen lanes, with or without bfloat16 dot products.
-//! A token of these types proves AVX-512 F, BW, DQ and VL (and BF16 for [`Avx512Bf16`]).
+//! A token of these types proves AVX-512 F, BW, DQ and VL (and BF16 and VNNI for [`Avx512Bf16`]: every processor with the
+//! first has the second).
 //! VDPBF16PS rounds every product and sum to nearest even and treats denormals as zero, whatever MXCSR says; so does
 //! VCVTNEPS2BF16 with denormal inputs, which [`Simd::store_bf16`] uses where it exists.
 #![expect(unsafe_code, reason = "vendor intrinsics")]
@@ -20,7 +21,7 @@ pub(crate) type Avx512Bf16 = Vectors512<true>;
 
 impl<const BF16: bool> Vectors512<BF16> {
     /// # Safety
-    /// The machine must have AVX-512 F, BW, DQ and VL, and BF16 where the parameter says so.
+    /// The machine must have AVX-512 F, BW, DQ and VL, and BF16 and VNNI where the parameter says so.
     #[inline(always)]
     pub(crate) const unsafe fn assume() -> Self {
         Self(())
@@ -306,6 +307,25 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
             let b = core::mem::transmute::<__m512i, __m512bh>(b);
             _mm512_dpbf16_ps(sum, a, b)
         }
+    }
+    #[inline(always)]
+    fn dot_bytes(self, sum: Self::U32, unsigned: Self::U32, signed: Self::U32) -> Self::U32 {
+        if BF16 {
+            return proven!(_mm512_dpbusd_epi32(sum, unsigned, signed));
+        }
+        // Bytes 0 and 2 of every lane, then 1 and 3, as 16-bit numbers: the instruction for bytes would saturate.
+        proven!({
+            let low = _mm512_madd_epi16(
+                _mm512_and_si512(unsigned, _mm512_set1_epi32(0x00ff_00ff)),
+                _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(signed)),
+            );
+            let high = _mm512_madd_epi16(_mm512_srli_epi16::<8>(unsigned), _mm512_srai_epi16::<8>(signed));
+            _mm512_add_epi32(sum, _mm512_add_epi32(low, high))
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_signed_bytes(self, target: *mut i8, value: Self::F32) {
+        proven!(_mm_storeu_si128(target.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(value))));
     }
     #[inline(always)]
     unsafe fn interleave_bf16(self, even: *const Bf16, odd: *const Bf16, count: usize) -> (Self::U32, Self::U32) {

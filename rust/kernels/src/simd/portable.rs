@@ -257,6 +257,22 @@ impl Simd for Portable {
         unreachable!("guarded by BF16_DOT")
     }
     #[inline(always)]
+    fn dot_bytes(self, mut sum: Self::U32, unsigned: Self::U32, signed: Self::U32) -> Self::U32 {
+        for lane in 0..LANES {
+            let products = unsigned[lane].to_le_bytes().into_iter().zip(signed[lane].to_le_bytes());
+            let dot: i32 = products.map(|(a, b)| i32::from(a) * i32::from(b as i8)).sum();
+            sum[lane] = sum[lane].wrapping_add(dot as u32);
+        }
+        sum
+    }
+    #[inline(always)]
+    unsafe fn store_signed_bytes(self, target: *mut i8, value: Self::F32) {
+        for (lane, value) in value.into_iter().enumerate() {
+            // SAFETY: the caller promises `LANES` writable elements. A cast saturates, and makes 0 of NaN.
+            unsafe { target.add(lane).write(value.round_ties_even() as i8) }
+        }
+    }
+    #[inline(always)]
     unsafe fn interleave_bf16(self, _: *const Bf16, _: *const Bf16, _: usize) -> (Self::U32, Self::U32) {
         unreachable!("guarded by BF16_DOT")
     }
