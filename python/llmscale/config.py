@@ -10,6 +10,7 @@ from pathlib import Path
 from llmscale.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float32")
+DEVICES = ("auto", "cpu", "cuda")
 # Of weights that the checkpoint has dense. int4 has groups of 32 inputs with one scale, unless the name says otherwise.
 QUANTIZATIONS = ("int8", "int4", "int4-64", "int4-128")
 MAX_STEP_SECONDS = 3_600.0
@@ -50,6 +51,10 @@ class NodeSettings:
     kv_host_bytes: int | None = None
     """Memory of the host that takes what the KV cache evicts; 0 for none. None: four times the KV cache, at most an
     eighth of the machine's memory; pages that are never written take none."""
+    device: str = "auto"
+    """What workers compute on, one of `DEVICES`; auto: CUDA where torch sees a device for each, else the CPU."""
+    first_device: int = 0
+    """Of this host's devices, the one that this node's first rank takes; the others follow."""
     threads: int | None = None
     """CPU threads of a worker; None: as many as the process may use."""
     spare_worker: bool = True
@@ -74,6 +79,8 @@ class NodeSettings:
             raise ConfigError(f"dtype is {self.dtype!r}, it must be one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ConfigError(f"quantization is {self.quantization!r}, it must be one of {', '.join(QUANTIZATIONS)}")
+        if self.device not in DEVICES:
+            raise ConfigError(f"device is {self.device!r}, it must be one of {', '.join(DEVICES)}")
         for name in (
             "max_sequences",
             "max_step_tokens",
@@ -86,6 +93,8 @@ class NodeSettings:
             # Not `<= 0`, which a NaN passes.
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
+        if self.first_device < 0:
+            raise ConfigError(f"first_device is {self.first_device}, it must be 0 or more")
         if self.kv_host_bytes is not None and self.kv_host_bytes < 0:
             raise ConfigError(f"kv_host_bytes is {self.kv_host_bytes}, it must be 0, for no host tier, or more")
         if self.max_step_seconds > MAX_STEP_SECONDS:

@@ -33,6 +33,7 @@ LlmscaleError
   WorkerError             the process that owns a device failed
     CudaError             the CUDA driver or compiler refused, or kernels are missing
       NoCudaDevice        there is no device, or no driver for it
+    OutOfDeviceMemory     not even the smallest part of a step finds memory
 
 Messages state the limit, the given value and what to do. `code` is the stable label in HTTP errors and metrics.
 """
@@ -258,3 +259,9 @@ class NoCudaDevice(CudaError):
     """There is no CUDA device, or no driver for it."""
 
     code = "no_cuda_device"
+
+
+class OutOfDeviceMemory(WorkerError):
+    """Not even the smallest part of a step finds memory on the device."""
+
+    code = "out_of_device_memory"

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from llmscale.config import (
+    DEVICES,
     DTYPES,
     LEAST_EJECTION_SECONDS,
     LEAST_NODE_SILENCE_SECONDS,
@@ -62,6 +63,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     max_step_seconds: Annotated[float, Meta(gt=0, le=MAX_STEP_SECONDS)] = 120.0
     kv_cache_bytes: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
     kv_host_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] | None = None
+    device: Annotated[str, Meta(pattern=f"^({'|'.join(DEVICES)})\\Z")] = "auto"
+    """What workers compute on; auto: CUDA where torch sees a device for each, else the CPU."""
     threads: Annotated[int, Meta(ge=1, le=1_024)] | None = None
     """Of a worker; None: its share of the CPUs."""
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -165,6 +168,15 @@ class FleetFile(msgspec.Struct, frozen=True, kw_only=True):
     def local_workers(self) -> int:
         """Worker processes of this host."""
         return sum(entry.local_workers for entry in self.models.values())
+
+    def first_device(self, model: str, replica: int = 0) -> int:
+        """Of this host's devices, the one where a replica begins: workers have one each, in the file's order."""
+        before = 0
+        for name, entry in self.models.items():
+            if name == model:
+                return before + replica * entry.tensor_parallel_size * entry.pipeline_parallel_size
+            before += 0 if entry.device == "cpu" else entry.local_workers
+        raise KeyError(model)
 
 
 def read_fleet_file(path: Path) -> FleetFile:

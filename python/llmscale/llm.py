@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmscale import env, machine
-from llmscale._core import LocalReplica, Sampling, StepCounts
+from llmscale._core import LocalReplica, Sampling, StepCounts, WorkerSession
 from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
@@ -42,9 +42,9 @@ class LLM:
 
     `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "auto", "bfloat16"
     or "float32". `quantization` makes dense weights "int8", or "int4" with a scale per 32 inputs ("int4-64" and
-    "int4-128": per so many), while they are loaded; checkpoints that are quantized are served as they are. `seed` is
-    the base of the seeds of requests that name none: every prompt gets another one, and a script gives the same text
-    twice.
+    "int4-128": per so many), while they are loaded; checkpoints that are quantized are served as they are. `device` is
+    "cpu", "cuda", or "auto" for CUDA where torch sees a device. `seed` is the base of the seeds of requests that name
+    none: every prompt gets another one, and a script gives the same text twice.
     Raises ModelError for a model that cannot be served and ConfigError for settings that do not fit.
     """
 
@@ -62,8 +62,11 @@ class LLM:
         kv_cache_bytes: int | None = None,
         kv_host_bytes: int | None = None,
         threads: int | None = None,
+        device: str = "auto",
     ) -> None:
         env.prepare_for_torch()
+        import torch
+
         from llmscale.worker.model_runner import ModelRunner
 
         if deterministic not in ("auto", False):
@@ -81,15 +84,19 @@ class LLM:
             kv_cache_bytes=kv_cache_bytes,
             kv_host_bytes=kv_host_bytes,
             threads=threads,
+            device=device,
         )
         plan = plan_replica(settings)
-        self._limits = plan.limits
         self.max_model_len: int = plan.limits.max_sequence_tokens
         self.tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
         self._seed = seed
         self._requests = 0
         threads = plan.usual_threads(machine.cpus()) if threads is None else threads
-        self._runner = ModelRunner(plan.folder, plan.dtype, plan.limits, quantization=quantization, threads=threads)
+        self._runner = ModelRunner(
+            plan.folder, plan.dtype, plan.limits, quantization=quantization, threads=threads, device=plan.device
+        )
+        self._limits = self._runner.limits
+        self._words = torch.zeros(max_num_seqs * WorkerSession.MAX_ROW_WORDS, dtype=torch.int32)
         self.numerics = self._runner.numerics
         """What tokens depend on besides request and weights: kernels, dtype, quantization."""
         self._start()
@@ -156,10 +163,8 @@ class LLM:
 
     def _start(self) -> None:
         """Begins with nothing that runs and nothing cached; KV memory that no table names is free."""
-        from llmscale.worker.model_runner import StepBuffers
-
         self._replica = LocalReplica(self._limits)
-        self._buffers = StepBuffers(self._replica)
+        self._steps = self._runner.steps(self._replica)
 
     def _drive(self, sequences: Sequence[_Sequence]) -> None:
         """Submit, plan, run, sample, collect, until nothing is left."""
@@ -179,8 +184,10 @@ class LLM:
         """Copies, runs and samples a planned step, unless its copies make it void."""
         if not self._runner.copy(counts, self._replica):
             return
-        logits = self._runner.forward(self._buffers.inputs(counts))
-        self._replica.sample(self._runner.kernels, logits, self._runner.dtype)
+        self._steps.compute(counts)
+        words = (self._words.data_ptr(), self._words.numel())
+        self._steps.draw((0, counts.samples), 0, words)
+        self._replica.complete(words)
 
     def _collect(self, live: dict[int, _Sequence]) -> int:
         """Hands tokens to their sequences and drops those that have ended. Returns how many had news."""

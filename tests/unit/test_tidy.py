@@ -77,14 +77,16 @@ PARTS = {
     "models": {"errors", "env", "embedded", "quant"},
     "cuda": {"errors", "env"},
     "layers": {"models", "quant", "_core"},
+    "devices": {"_core", "cuda", "errors", "layers", "models", "quant"},
     "quant": {"errors", "types"},
     "parallel": {"_core", "errors", "models"},
-    "worker": {"_core", "errors", "env", "logs", "config", "models", "layers", "quant", "parallel"},
-    "node": {"_core", "errors", "env", "logs", "machine", "config", "models", "parallel"},
+    "worker": {"_core", "errors", "env", "logs", "config", "models", "layers", "quant", "parallel", "devices"},
+    "node": {"_core", "errors", "env", "logs", "machine", "config", "models", "parallel", "devices"},
     "client": {"errors", "types", "choice", "tokenizer", "models"},
     "gateway": {
         "_core",
         "config",
+        "devices",
         "errors",
         "fleet_file",
         "types",
@@ -114,7 +116,7 @@ PARTS = {
     "__init__": {"client", "errors", "llm", "types"},
 }
 # Only these may reach torch when they are imported.
-TORCH_PARTS = {"cuda", "layers", "worker", "quant", "llm", "cli"}
+TORCH_PARTS = {"cuda", "devices", "layers", "worker", "quant", "llm", "cli"}
 TORCH_FILES = {
     "models.loader",
     "models.open_files",

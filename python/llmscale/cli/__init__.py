@@ -26,6 +26,14 @@ ModelArgument = Annotated[
 ]
 
 
+DeviceOption = Annotated[
+    str, typer.Option(help="What workers compute on: cpu, cuda, or auto for CUDA where torch sees devices for all.")
+]
+HedgingOption = Annotated[
+    bool, typer.Option("--hedging", help="Try a request at a second replica when its first token is unusually late.")
+]
+
+
 @app.command()
 def serve(
     context: typer.Context,
@@ -45,6 +53,7 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens per step.")] = 512,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
     kv_host_bytes: Annotated[int | None, typer.Option(help="Memory for what the KV cache evicts; 0 for none.")] = None,
+    device: DeviceOption = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads of a worker.")] = None,
     tensor_parallel_size: Annotated[
         int, typer.Option("--tensor-parallel-size", "-tp", help="Workers that share every layer.")
@@ -58,10 +67,7 @@ def serve(
     kill_button: Annotated[
         bool, typer.Option("--kill-button", help="Let the chat page kill workers, to see answers survive it.")
     ] = False,
-    hedging: Annotated[
-        bool,
-        typer.Option("--hedging", help="Try a request at a second replica when its first token is unusually late."),
-    ] = False,
+    hedging: HedgingOption = False,
     fleet_file: Annotated[
         Path | None, typer.Option(help="Serve the models of this llmscale.toml; it stands for MODEL and all options.")
     ] = None,
@@ -88,6 +94,7 @@ def serve(
             max_num_batched_tokens=max_num_batched_tokens,
             kv_cache_bytes=kv_cache_bytes,
             kv_host_bytes=kv_host_bytes,
+            device=device,
             threads=threads,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,

@@ -20,7 +20,7 @@ from llmscale.config import MAX_REPLICAS, NodeSettings
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, GatewayEntry, ModelEntry, read_fleet_file
 from llmscale.gateway.fleet import gateway_config, serve_fleet
-from llmscale.gateway.local_nodes import threads_per_worker
+from llmscale.gateway.local_nodes import device_of, threads_per_worker
 from llmscale.gateway.replicas import model_states
 from llmscale.models.locate import locate_model, model_name
 from llmscale.node.plan import plan_replica
@@ -43,6 +43,7 @@ class ServeOptions:
     max_num_batched_tokens: int = 512
     kv_cache_bytes: int | None = None
     kv_host_bytes: int | None = None
+    device: str = "auto"
     threads: int | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -67,6 +68,7 @@ class ServeOptions:
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
             kv_host_bytes=self.kv_host_bytes,
+            device=self.device,
             threads=self.threads,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
@@ -115,6 +117,8 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         max_step_tokens=entry.max_num_batched_tokens,
         kv_cache_bytes=entry.kv_cache_bytes,
         kv_host_bytes=entry.kv_host_bytes,
+        device=device_of(fleet, name),
+        first_device=fleet.first_device(name),
         threads=threads_per_worker(fleet, name),
         spare_worker=entry.spare_worker,
         tensor_parallel_size=entry.tensor_parallel_size,

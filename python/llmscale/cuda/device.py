@@ -37,6 +37,10 @@ class CudaDevice:
     def limits(self) -> DeviceLimits:
         return self._limits
 
+    @property
+    def driver(self) -> Driver:
+        return self._driver
+
     def launch(self, launch: Launch) -> None:
         function = self._functions.get(launch.kernel) or self._load(launch.kernel)
         if launch.shared_bytes > self._allowed.get(launch.kernel, FREE_SHARED_BYTES):

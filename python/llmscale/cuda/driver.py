@@ -44,6 +44,12 @@ class Driver(Protocol):
         falls back to one call per copy.
         """
 
+    def register_host(self, address: int, size_bytes: int) -> None:
+        """Pins memory of this process, so that copy engines reach it; it must stay until `unregister_host`."""
+
+    def unregister_host(self, address: int) -> None:
+        """Lets registered memory go."""
+
 
 class CudaDriver:
     """Over `cuda.bindings.driver`. Raises CudaError where that is not installed or finds no driver library."""
@@ -93,6 +99,13 @@ class CudaDriver:
             1,
             stream,
         )
+
+    def register_host(self, address: int, size_bytes: int) -> None:
+        portable = 1  # CU_MEMHOSTREGISTER_PORTABLE: for all contexts
+        self._call("cuMemHostRegister", address, size_bytes, portable)
+
+    def unregister_host(self, address: int) -> None:
+        self._call("cuMemHostUnregister", address)
 
     def _call(self, name: str, *arguments: object) -> object:
         status, *results = getattr(self._cuda, name)(*arguments)

@@ -17,6 +17,7 @@ from typing import Final
 import structlog
 
 from llmscale import machine
+from llmscale.devices.registry import choose
 from llmscale.fleet_file import FleetFile
 
 _log = structlog.get_logger("llmscale.serve")
@@ -45,17 +46,24 @@ def threads_per_worker(fleet: FleetFile, model: str) -> int | None:
     return max(1, machine.cpus() // fleet.local_workers)
 
 
+def device_of(fleet: FleetFile, model: str) -> str:
+    """What was asked for; "auto" is the same for all replicas of this host, whose tokens would differ otherwise."""
+    asked = fleet.models[model].device
+    return choose(asked, fleet.local_workers) if asked == "auto" else asked
+
+
 def local_nodes(fleet: FleetFile, folder: str) -> list[LocalNode]:
     """The nodes of this host; `folder` is for their sockets."""
     found: list[LocalNode] = []
     for model, entry in fleet.models.items():
-        for _ in range(entry.local_replicas):
+        for replica in range(entry.local_replicas):
             address = f"ipc://{folder}/node-{len(found)}"
-            found.append(LocalNode(model, address, _command(fleet, model, address)))
+            first_device = fleet.first_device(model, replica)
+            found.append(LocalNode(model, address, _command(fleet, model, address, first_device)))
     return found
 
 
-def _command(fleet: FleetFile, model: str, address: str) -> tuple[str, ...]:
+def _command(fleet: FleetFile, model: str, address: str, first_device: int) -> tuple[str, ...]:
     entry = fleet.models[model]
     keys = fleet.keys
     named = {
@@ -70,6 +78,8 @@ def _command(fleet: FleetFile, model: str, address: str) -> tuple[str, ...]:
         "--max-step-seconds": entry.max_step_seconds,
         "--kv-cache-bytes": entry.kv_cache_bytes,
         "--kv-host-bytes": entry.kv_host_bytes,
+        "--device": device_of(fleet, model),
+        "--first-device": first_device,
         "--threads": threads_per_worker(fleet, model),
         "--tensor-parallel-size": entry.tensor_parallel_size,
         "--pipeline-parallel-size": entry.pipeline_parallel_size,

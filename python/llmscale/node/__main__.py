@@ -21,7 +21,7 @@ import structlog
 
 from llmscale import env, logs, machine
 from llmscale._core import Engine, end_with_parent
-from llmscale.config import DTYPES, QUANTIZATIONS, NodeSettings
+from llmscale.config import DEVICES, DTYPES, QUANTIZATIONS, NodeSettings
 from llmscale.errors import LlmscaleError
 from llmscale.node.follower import Follower
 from llmscale.node.membership import Membership
@@ -155,6 +155,8 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         max_step_seconds=arguments.max_step_seconds,
         kv_cache_bytes=arguments.kv_cache_bytes,
         kv_host_bytes=arguments.kv_host_bytes,
+        device=arguments.device,
+        first_device=arguments.first_device,
         threads=arguments.threads,
         spare_worker=arguments.spare_worker,
         tensor_parallel_size=arguments.tensor_parallel_size,
@@ -197,6 +199,15 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-host-bytes",
         type=int,
         help="memory for what the KV cache evicts; 0 for none (default: four times as much)",
+    )
+    add(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="what workers compute on (default: CUDA where torch sees a device for each, else the CPU)",
+    )
+    add(
+        "--first-device", type=int, default=0, help="the device of the first rank; others follow (default: %(default)s)"
     )
     add("--threads", type=int, help="CPU threads of a worker (default: its share of the CPUs, fewer for a small model)")
     add(

@@ -189,7 +189,9 @@ class Follower:
         ports = {link.rank: link.port for link in wanted.links}
         if set(ports) != {place.rank for place in places}:
             raise WorkerError(f"the leader wants ranks {sorted(ports)} here, host {self._hosts.index} has others")
-        meeting = RankMeeting(layout, self._hosts.index, tcp_address(leader, wanted.rendezvous_port))
+        plan = self._plan
+        rendezvous = tcp_address(leader, wanted.rendezvous_port)
+        meeting = RankMeeting(layout, self._hosts.index, rendezvous, computes_apart=plan.device != "cpu")
         ranks = RankProcesses(wanted.epoch, meeting)
         key_file = self._settings.key_file
         assignments = [
@@ -198,11 +200,13 @@ class Follower:
                 wanted.epoch,
                 place,
                 meeting.of(place),
-                model_folder=str(self._plan.folder),
-                quantization=self._plan.quantization,
+                model_folder=str(plan.folder),
+                quantization=plan.quantization,
                 key_file=None if key_file is None else str(key_file.absolute()),
                 host_memory=self._host_memory.path_of(place),
                 share=(number, len(places)),
+                device=plan.device,
+                device_index=plan.first_device + number,
             )
             for number, place in enumerate(places)
         ]

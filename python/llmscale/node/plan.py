@@ -14,6 +14,7 @@ import msgspec
 from llmscale import machine
 from llmscale._core import EngineLimits
 from llmscale.config import NodeSettings
+from llmscale.devices.registry import choose, cuda_memory_bytes
 from llmscale.errors import ConfigError
 from llmscale.models.checkpoint import compute_dtype, match_tensors, open_checkpoint
 from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
@@ -28,6 +29,8 @@ BLOCK_TOKENS = 32
 # share that leaves a laptop usable.
 DEFAULT_KV_TOKENS = 65_536
 MAX_MEMORY_SHARE = 4
+# 33 million tokens: as many as anybody's steps can name, where a device has room for more.
+MAX_DEVICE_BLOCKS = 1 << 20
 # What is evicted goes to memory that is taken page by page as it is written.
 HOST_BLOCKS_PER_BLOCK = 4
 MAX_HOST_MEMORY_SHARE = 8
@@ -56,6 +59,9 @@ class ReplicaPlan:
     configuration_digest: bytes
     """Of what the folder says about the model's layers and the ids that end a sequence."""
     layout: HostLayout
+    device: str
+    """What workers compute on: "auto" is decided."""
+    first_device: int
 
     def usual_threads(self, cpus: int) -> int:
         """Threads of a worker that nobody has set: its share of the CPUs, but no more than its weights are worth."""
@@ -74,13 +80,14 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     # Refuses what cannot be cut before anything is started.
     layout = HostLayout(settings.tensor_parallel_size, settings.pipeline_parallel_size, hosts)
     shard_model(spec, layout.place(0))
+    device = choose(settings.device, settings.first_device + layout.ranks_per_host)
     checkpoint = open_checkpoint(description.folder)
     match_tensors(spec, checkpoint)
     dtype = compute_dtype(settings.dtype, spec, checkpoint)
     max_sequence_tokens = spec.sequence_limit(settings.max_sequence_tokens)
     block_bytes = _block_bytes(spec, dtype)
     fingerprint = weights_fingerprint(checkpoint)
-    total_blocks = _total_blocks(settings, block_bytes, max_sequence_tokens)
+    total_blocks = _total_blocks(settings, block_bytes, max_sequence_tokens, _device_bytes(device, settings, layout))
     limits = EngineLimits(
         vocabulary=spec.vocabulary,
         total_blocks=total_blocks,
@@ -107,6 +114,8 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         weight_bytes=sum(checkpoint.dtype_bytes.values()),
         configuration_digest=_configuration_digest(description),
         layout=layout,
+        device=device,
+        first_device=settings.first_device,
     )
 
 
@@ -120,7 +129,16 @@ def _block_bytes(spec: ModelSpec, dtype: str) -> int:
     return sum(2 * block.attention.kv_size * BLOCK_TOKENS * size for block in spec.blocks)
 
 
-def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens: int) -> int:
+def _device_bytes(device: str, settings: NodeSettings, layout: HostLayout) -> int | None:
+    """Memory of the replica's devices if they have their own; None for CPUs."""
+    if device == "cpu":
+        return None
+    first = settings.first_device
+    return min(cuda_memory_bytes()[first : first + layout.ranks_per_host]) * layout.ranks
+
+
+def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens: int, device_bytes: int | None) -> int:
+    """Of a device apart the most that it could have: its worker measures how many there is room for."""
     needed = -(-max_sequence_tokens // BLOCK_TOKENS)
     if settings.kv_cache_bytes is not None:
         blocks = settings.kv_cache_bytes // block_bytes
@@ -131,9 +149,10 @@ def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens:
                 " max_sequence_tokens"
             )
         return blocks
-    return max(
-        needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, machine.memory_bytes() // MAX_MEMORY_SHARE // block_bytes)
-    )
+    if device_bytes is not None:
+        return max(needed, min(MAX_DEVICE_BLOCKS, device_bytes // block_bytes))
+    share = machine.memory_bytes() // MAX_MEMORY_SHARE // block_bytes
+    return max(needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, share))
 
 
 def _host_blocks(settings: NodeSettings, block_bytes: int, total_blocks: int) -> int:

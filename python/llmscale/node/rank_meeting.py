@@ -19,8 +19,11 @@ from llmscale.parallel.layout import HostLayout
 class RankMeeting:
     """Owns what the ranks of one host and epoch meet in. Closed when they are gone, or have all mapped it."""
 
-    def __init__(self, layout: HostLayout, host: int = 0, rendezvous: str | None = None) -> None:
-        """`rendezvous` is needed where the layout has several hosts."""
+    def __init__(
+        self, layout: HostLayout, host: int = 0, rendezvous: str | None = None, *, computes_apart: bool = False
+    ) -> None:
+        """`rendezvous` is needed where the layout has several hosts, and where ranks compute apart from the processor:
+        those meet there alone."""
         assert rendezvous is not None or layout.hosts == 1, "ranks of several hosts need a rendezvous"
         self._layout = layout
         self._rendezvous = rendezvous
@@ -29,6 +32,8 @@ class RankMeeting:
         self._sums: dict[int, int] = {}
         # By sending and receiving rank: from each stage to the next, and from the last one back to the first.
         self._channels: dict[tuple[int, int], int] = {}
+        if computes_apart:
+            return
         for place in layout.places(host):
             self._prepare(place)
 

@@ -36,6 +36,7 @@ MAX_FRUITLESS_DEATHS = 5
 FRUITLESS_WINDOW_SECONDS = 60.0
 FIRST_BACKOFF_SECONDS = 0.05
 MAX_BACKOFF_SECONDS = 30.0
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(slots=True)
@@ -141,7 +142,10 @@ class WorkerSupervisor:
         )
         port = None if span is None else _free_port(span.address)
         rendezvous = None if span is None or port is None else tcp_address(span.address, port)
-        meeting = RankMeeting(layout, rendezvous=rendezvous)
+        computes_apart = plan.device != "cpu"
+        if rendezvous is None and computes_apart and layout.ranks > 1:
+            rendezvous = tcp_address(LOOPBACK, _free_port(LOOPBACK))
+        meeting = RankMeeting(layout, rendezvous=rendezvous, computes_apart=computes_apart)
         life = _Life(epoch, RankProcesses(epoch, meeting), self._engine.report().steps)
         if span is not None and port is not None:
             span.group.run(epoch, _links_by_host(plan, links), port)
@@ -155,6 +159,8 @@ class WorkerSupervisor:
                 host_memory=self._host_memory.path_of(place),
                 quantization=plan.quantization,
                 share=(number, len(places)),
+                device=plan.device,
+                device_index=plan.first_device + number,
             )
             for number, place in enumerate(places)
         ]

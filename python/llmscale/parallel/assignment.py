@@ -55,6 +55,10 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """File of this rank's part of the host tier, kept from worker to worker; None for memory of its own."""
     share: tuple[int, int] = (0, 1)
     """Which part of this host's CPUs is this rank's, and of how many."""
+    device: str = "cpu"
+    """On what it computes."""
+    device_index: int = 0
+    """Which of this host's."""
 
     @property
     def who(self) -> str:

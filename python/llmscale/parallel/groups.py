@@ -44,6 +44,12 @@ class World:
     """On which they can be reached."""
     on_cpus: bool
 
+    def least(self, count: int) -> int:
+        """The smallest count of all ranks, which all call this."""
+        counts = torch.tensor([count], dtype=torch.int64)
+        torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MIN, group=self.ranks)
+        return int(counts)
+
 
 def join_world(place: RankPlace, meeting: Meeting, interface: str = "lo", device: str = "cpu") -> World | None:
     """All ranks of the replica, at a rendezvous; None where the meeting names none. Raises WorkerError.

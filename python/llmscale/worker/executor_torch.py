@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from llmscale.devices.cpu import CpuDevice
+from llmscale.devices.interface import Device
 from llmscale.layers.activations import (
     ActivationBuffers,
     Activations,
@@ -32,9 +34,7 @@ from llmscale.models.loader import Weights
 from llmscale.models.spec import AttentionSpec, BlockSpec, HeadSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
 from llmscale.parallel.pipeline import StageLink
 from llmscale.parallel.tensor import Alone, TensorGroup, row_bounds
-from llmscale.quant.dense import product_class
 from llmscale.quant.layouts import Quantization
-from llmscale.quant.method import method_for
 from llmscale.quant.weight import QuantizedWeight
 from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
@@ -80,21 +80,31 @@ class TorchExecutor:
         ops: Ops,
         limits: StepLimits,
         ranks: Ranks | None = None,
+        device: Device | None = None,
     ) -> None:
-        """Takes the projections out of `weights` one by one, so that a model is not held twice while it is tiled."""
+        """Takes the projections out of `weights` one by one, so that a model is not held twice while it is tiled.
+
+        `device` lays out quantized weights; without one they are laid out for the CPU.
+        """
         assert kv_region.layout.dtype == weights.dtype, (kv_region.layout.dtype, weights.dtype)
         assert limits.max_sequence_tokens <= spec.max_sequence_tokens, (limits, spec.max_sequence_tokens)
-        device = kv_region.tensor.device
         self._ops = ops
         self._limits = limits
         self._ranks = ranks or Ranks()
-        self._kv_layers = [kv_region.layer(layer) for layer in range(len(spec.blocks))]
-        build = _Builder(weights, spec.quantization, limits.max_sequence_tokens, device)
+        self.use_region(kv_region)
+        where = kv_region.tensor.device
+        build = _Builder(weights, spec.quantization, limits.max_sequence_tokens, where, device or CpuDevice())
         self._embedding = build.embedding(spec, self._ranks) if spec.is_first_stage else None
         self._blocks = [build.block(block) for block in spec.blocks]
-        self._buffers = ActivationBuffers(_widths(spec), limits.max_step_tokens, weights.dtype, device)
+        self._buffers = ActivationBuffers(_widths(spec), limits.max_step_tokens, weights.dtype, where)
         self._output = _Output(spec, build, limits, self._ranks) if spec.is_last_stage else None
         self.linear_kind = build.linear_kind
+        self.logits_dtype = weights.dtype
+        self.logits_width = 0 if self._output is None else self._output.width
+
+    def use_region(self, kv_region: KvRegion) -> None:
+        """Steps read and write another region from now on."""
+        self._kv_layers = [kv_region.layer(layer) for layer in range(kv_region.layout.layers)]
 
     def forward(self, step: StepInputs) -> Tensor:
         """Logits [own rows, vocabulary] in the weights' dtype, valid until the next call, of the sampling rows that are
@@ -151,6 +161,7 @@ class _Output:
         self._head = build.head(spec.head)
         self._tensor = ranks.tensor
         self._widths = ranks.vocabulary_widths or (spec.vocabulary,)
+        self.width = sum(self._widths)
         max_samples = padded_rows(limits.max_sequences)
         self._sampled = build.zeros(max_samples, spec.hidden_size)
         self._logits = build.zeros(max_samples, spec.vocabulary)
@@ -176,14 +187,20 @@ class _Builder:
     """Makes layers from their specs; layers with equal rope share one table."""
 
     def __init__(
-        self, weights: Weights, quantization: Quantization | None, max_sequence_tokens: int, device: torch.device
+        self,
+        weights: Weights,
+        quantization: Quantization | None,
+        max_sequence_tokens: int,
+        where: torch.device,
+        device: Device,
     ) -> None:
         self._weights = weights
         self._quantization = quantization
         self._kinds: set[str] = set()
         self._max_sequence_tokens = max_sequence_tokens
-        self._device = device
-        self._dense_product = product_class(device, weights.dtype)
+        self._device = where
+        self._make_product = device.product
+        self._dense_product = device.dense(weights.dtype)
         self._tables: dict[tuple[RopeSpec, int], RopeTable] = {}
 
     def zeros(self, rows: int, columns: int) -> Tensor:
@@ -239,7 +256,7 @@ class _Builder:
             return self._dense(weight, bias)
         quantization = self._quantization
         assert quantization is not None, "a quantized weight in a model that is not"
-        product = method_for(quantization.layout).prepare(weight, bias, self._weights.dtype)
+        product = self._make_product(quantization.layout, weight, bias, self._weights.dtype)
         self._kinds.add(f"{quantization.label}-{product.kind}")
         return Linear(product)
 

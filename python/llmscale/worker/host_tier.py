@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Protocol
 
 from llmscale._core import HostRegion
+from llmscale.devices.interface import Accelerator
 from llmscale.models.shard import RankPlace
+from llmscale.worker.device_tier import Copy, DeviceTier
 from llmscale.worker.kv_region import KvRegion
 
 
@@ -25,16 +28,30 @@ class CopySource(Protocol):
     def copy_blocks(self, host: HostRegion, kv: tuple[int, int]) -> bool:
         """Makes the current step's copies; False if host blocks are bad and the step was given up."""
 
+    def copies(self) -> list[Copy]:
+        """The current step's copies, for a device that makes them."""
+
+    def copies_made(self, took_ns: int, bad_host_blocks: Sequence[int]) -> bool:
+        """A device makes them; False as in `copy_blocks`."""
+
 
 class HostTier:
     """`blocks` places for blocks of a KV region in the CPU's memory."""
 
-    def __init__(self, region: KvRegion, blocks: int, numerics: str, place: RankPlace, path: str | None) -> None:
-        """`path` is an empty file or one of a worker before; None for memory that ends with this process.
+    def __init__(
+        self,
+        region: KvRegion,
+        blocks: int,
+        numerics: str,
+        place: RankPlace,
+        path: str | None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        """`path` is an empty file or one of a worker before; None for memory that ends with this process. A region
+        that is not the processor's is copied by its accelerator.
 
         Raises WorkerError if it cannot be mapped.
         """
-        assert region.tensor.device.type == "cpu", "copies to and from other devices need their streams"
         tensor = region.tensor
         self._kv = (tensor.data_ptr(), tensor.numel() * tensor.element_size())
         meaning = repr((numerics, astuple(region.layout), astuple(place)))
@@ -45,6 +62,7 @@ class HostTier:
         try:
             _give_size(path, HostRegion.bytes_for(blocks, block_bytes))
             self._host = HostRegion(path, blocks, block_bytes, layout)
+            self._apart = None if accelerator is None else DeviceTier(accelerator, region, self._host, blocks)
         finally:
             if own is not None:
                 os.close(own)
@@ -56,7 +74,14 @@ class HostTier:
 
     def copy(self, source: CopySource) -> bool:
         """Makes the copies of the current step. False: it was given up, and whoever plans knows."""
+        if self._apart is not None:
+            return self._apart.copy(source)
         return source.copy_blocks(self._host, self._kv)
+
+    def rest(self) -> None:
+        """To be called when there is nothing else to do."""
+        if self._apart is not None:
+            self._apart.seal()
 
 
 def _give_size(path: str, size_bytes: int) -> None:

@@ -14,10 +14,11 @@ import structlog
 import torch
 
 from llmscale._core import WorkerOrder, WorkerSession
-from llmscale.errors import LlmscaleError, ModelError
+from llmscale.errors import LlmscaleError, ModelError, OutOfDeviceMemory
 from llmscale.parallel.assignment import Assignment
-from llmscale.worker.model_runner import ModelRunner, StepBuffers
+from llmscale.worker.model_runner import ModelRunner
 from llmscale.worker.sampling import StepSampling
+from llmscale.worker.steps import Steps
 
 _log = structlog.get_logger("llmscale.worker")
 
@@ -32,7 +33,7 @@ class WorkerLoop:
         self._assignment = assignment
         self._threads = threads
         self._runner: ModelRunner | None = None
-        self._buffers: StepBuffers | None = None
+        self._steps: Steps | None = None
         self._sampling: StepSampling | None = None
 
     def run(self) -> None:
@@ -41,6 +42,8 @@ class WorkerLoop:
             while True:
                 order = self._session.receive(WAIT_US)
                 if order is None:
+                    if self._runner is not None:
+                        self._runner.rest()
                     continue
                 if order.kind == "stop":
                     return
@@ -64,24 +67,30 @@ class WorkerLoop:
             place=self._assignment.place,
             meeting=self._assignment.meeting,
             host_memory=self._assignment.host_memory,
+            device=self._assignment.device,
+            device_index=self._assignment.device_index,
         )
         host_memory = 0 if runner.host is None else runner.host.incarnation
-        self._session.ready(runner.layers, runner.numerics, time.perf_counter_ns() - started, host_memory)
+        took_ns = time.perf_counter_ns() - started
+        self._session.ready(runner.layers, runner.numerics, took_ns, runner.limits.total_blocks, host_memory)
         self._runner = runner
-        self._buffers = StepBuffers(self._session)
-        self._sampling = StepSampling(self._session, runner, order.limits.max_sequences)
+        self._steps = runner.steps(self._session)
+        self._sampling = StepSampling(self._session, runner, self._steps, order.limits.max_sequences)
 
     def _step(self, order: WorkerOrder) -> None:
         assert self._runner is not None, "a step before the configuration"
-        assert self._buffers is not None, "a step before the configuration"
+        assert self._steps is not None, "a step before the configuration"
         assert self._sampling is not None, "a step before the configuration"
         try:
             if not self._runner.copy(order.counts, self._session):
                 _log.warning("blocks of the host tier are bad; their tokens are computed again")
                 return
             self._sampling.begin()
-            logits = self._runner.forward(self._buffers.inputs(order.counts))
-            self._sampling.finish(order.counts, logits)
+            self._steps.compute(order.counts)
+            self._sampling.finish(order.counts)
+        except OutOfDeviceMemory:
+            # Not this step's fault: no step can run any more.
+            raise
         except Exception as error:
             if self._assignment.place.ranks > 1:
                 raise
@@ -112,7 +121,7 @@ class _LoadingProgress:
 def _failure_code(error: BaseException) -> str:
     if isinstance(error, ModelError):
         return "model"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError | OutOfDeviceMemory):
         return "memory"
     if isinstance(error, LlmscaleError):
         return "configuration"

@@ -1,76 +1,39 @@
-"""What a worker runs: a model's executor with its KV region and kernels, and the step buffers of a mirror as tensors.
+"""What a worker runs: a model's executor on a device, with its KV region, its host tier and what its steps need there.
 
-Built once per process. A step costs eight slices and one forward pass; nothing runs per token or per sequence in
-Python. It does not know where steps come from or who samples.
+Built once per process. Nothing runs per token or per sequence in Python. It does not know where steps come from or who
+samples.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llmscale import env
-from llmscale._core import CpuKernels, EngineLimits, Int32Buffer, StepCounts
-from llmscale.layers.native import NativeOps
+from llmscale._core import CpuKernels, EngineLimits, StepCounts
+from llmscale.devices.interface import OpsNeeds
+from llmscale.devices.registry import open_device
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.open_files import Progress
 from llmscale.models.registry import describe_model
 from llmscale.models.shard import RankPlace, shard_model
+from llmscale.models.spec import ModelSpec
 from llmscale.parallel.assignment import Meeting
 from llmscale.parallel.groups import join_stages, join_tensor_group, join_world
 from llmscale.parallel.interface import interface_towards
+from llmscale.worker.device_start import DeviceStart
+from llmscale.worker.device_steps import DeviceStepper, DeviceSteps
 from llmscale.worker.executor_torch import Ranks, TorchExecutor
 from llmscale.worker.host_tier import CopySource, HostTier
 from llmscale.worker.kv_region import KvRegion, kv_layout
 from llmscale.worker.step import StepInputs, StepLimits
-
-
-class StepSource(Protocol):
-    """Whoever owns a mirror: a worker's session or a local replica."""
-
-    def buffer(self, name: str) -> Int32Buffer:
-        """One of the mirror's buffers."""
-
-
-class StepBuffers:
-    """The mirror's buffers, wrapped once."""
-
-    def __init__(self, source: StepSource) -> None:
-        def wrap(name: str) -> Tensor:
-            return torch.frombuffer(source.buffer(name), dtype=torch.int32)
-
-        self._token_ids = wrap("token_ids")
-        self._positions = wrap("positions")
-        self._slot_mapping = wrap("slot_mapping")
-        self._query_start = wrap("query_start")
-        self._sequence_lengths = wrap("sequence_lengths")
-        self._table_offsets = wrap("table_offsets")
-        self._block_tables = wrap("block_tables")
-        self._sample_rows = wrap("sample_rows")
-
-    def inputs(self, counts: StepCounts) -> StepInputs:
-        """Views of what the current step uses."""
-        rows, sequences, samples = counts.rows, counts.sequences, counts.samples
-        return StepInputs(
-            rows=rows,
-            sequences=sequences,
-            samples=samples,
-            token_ids=self._token_ids[:rows],
-            positions=self._positions[:rows],
-            slot_mapping=self._slot_mapping[:rows],
-            query_start=self._query_start[: sequences + 1],
-            sequence_lengths=self._sequence_lengths[:sequences],
-            table_offsets=self._table_offsets[:sequences],
-            block_tables=self._block_tables,
-            sample_rows=self._sample_rows[:samples],
-        )
+from llmscale.worker.steps import HostSteps, Steps, StepSource
 
 
 class ModelRunner:
-    """A loaded model, or a rank's part of it, on the CPU."""
+    """A loaded model, or a rank's part of it, on a device of this process."""
 
     def __init__(
         self,
@@ -84,22 +47,27 @@ class ModelRunner:
         place: RankPlace | None = None,
         meeting: Meeting | None = None,
         host_memory: str | None = None,
+        device: str = "cpu",
+        device_index: int = 0,
     ) -> None:
-        """Meets the other ranks, loads weights, makes the KV region. Raises ModelError, ConfigError, WorkerError."""
+        """Meets the other ranks, loads weights, makes the KV region. Raises ModelError, ConfigError, WorkerError.
+
+        A device apart may have room for fewer KV blocks than `limits` allow: `limits` of the runner say how many it is.
+        """
+        self.device = open_device(device, device_index)
         self.place = place = place or RankPlace()
         meeting = meeting or Meeting()
         if meeting.rendezvous is not None:
             env.prepare_for_torch_distributed(interface_towards(meeting.rendezvous))
-        world = join_world(place, meeting, env.GLOO_INTERFACE.read() or "lo")
+        world = join_world(place, meeting, env.GLOO_INTERFACE.read() or "lo", self.device.torch_device.type)
         description = describe_model(folder, quantization)
         part = shard_model(description.spec, place)
-        options = LoadOptions(dtype=dtype, progress=progress)
+        options = LoadOptions(dtype=dtype, device=self.device.torch_device, progress=progress)
         weights = load_weights(description.folder, description.spec, options, part)
         self.dtype = "bfloat16" if weights.dtype is torch.bfloat16 else "float32"
         self.kernels = CpuKernels(self.dtype, threads=threads, level=env.CPU_LEVEL.read())
         torch.set_num_threads(self.kernels.threads)
         layout = kv_layout(part.spec, weights.dtype, limits.block_tokens)
-        self.region = KvRegion(layout, limits.total_blocks)
         step_limits = StepLimits(
             max_step_tokens=limits.max_step_tokens,
             max_sequences=limits.max_sequences,
@@ -108,15 +76,42 @@ class ModelRunner:
         self.stage = join_stages(place, meeting, world)
         self.tensor = join_tensor_group(place, meeting, self.dtype, world)
         ranks = Ranks(self.tensor, self.stage, part.vocabulary_start, part.vocabulary_widths)
-        self._executor = TorchExecutor(part.spec, weights, self.region, NativeOps(self.kernels), step_limits, ranks)
+        ops = self.device.ops(_ops_needs(part.spec, weights.dtype, step_limits, self.kernels))
+
+        def executor(region: KvRegion) -> TorchExecutor:
+            return TorchExecutor(part.spec, weights, region, ops, step_limits, ranks, self.device)
+
+        self._stepper: DeviceStepper | None = None
+        accelerator = self.device.accelerator
+        if accelerator is None:
+            self.region = KvRegion(layout, limits.total_blocks)
+            self._executor = executor(self.region)
+        else:
+            start = DeviceStart(accelerator, self.device.torch_device, step_limits, layout)
+            self.region, self._executor = start.region(executor, limits.total_blocks, world)
+            # Ranks meet within a step; that has been built for eager steps alone.
+            captures = place.ranks == 1
+            self._stepper = start.stepper(self._executor, self.tensor, samples=place.is_last_stage, captures=captures)
+        self.limits = limits.with_total_blocks(self.region.blocks)
         self._logits: Tensor | None = None
         self.layers = len(part.spec.blocks)
-        linear = self._executor.linear_kind
         sums = f"{self.tensor.kind}{place.tensor_size}"
-        self.numerics = f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/{sums}"
+        kernels = self.device.numerics(self.kernels)
+        self.numerics = f"torch-{torch.__version__}/{self._executor.linear_kind}/{kernels}/{self.dtype}/{sums}"
         self.host: HostTier | None = None
         if limits.host_blocks > 0:
-            self.host = HostTier(self.region, limits.host_blocks, self.numerics, place, host_memory)
+            self.host = HostTier(self.region, limits.host_blocks, self.numerics, place, host_memory, accelerator)
+
+    def steps(self, source: StepSource) -> Steps:
+        """The steps of whoever owns a mirror."""
+        if self._stepper is None:
+            return HostSteps(self, source)
+        return DeviceSteps(self._stepper, source, self.kernels, self.dtype)
+
+    def rest(self) -> None:
+        """To be called when there is no step to compute."""
+        if self.host is not None:
+            self.host.rest()
 
     def copy(self, counts: StepCounts, source: CopySource) -> bool:
         """Makes the step's copies between tiers, before its rows are computed. False: the step was given up."""
@@ -135,3 +130,13 @@ class ModelRunner:
         # Held until the next step: the sampler reads it by address.
         self._logits = self._executor.forward(step)
         return self._logits.data_ptr(), self._logits.numel()
+
+
+def _ops_needs(spec: ModelSpec, dtype: torch.dtype, limits: StepLimits, kernels: CpuKernels) -> OpsNeeds:
+    return OpsNeeds(
+        attention=spec.blocks[0].attention,
+        dtype=dtype,
+        max_sequences=limits.max_sequences,
+        max_sequence_tokens=limits.max_sequence_tokens,
+        kernels=kernels,
+    )

@@ -15,13 +15,15 @@ import torch
 from llmscale._core import StepCounts, WorkerSession
 from llmscale.parallel.tensor import row_bounds
 from llmscale.worker.model_runner import ModelRunner
+from llmscale.worker.steps import Steps
 
 
 class StepSampling:
     """Begins and ends the steps of one session."""
 
-    def __init__(self, session: WorkerSession, runner: ModelRunner, max_samples: int) -> None:
+    def __init__(self, session: WorkerSession, runner: ModelRunner, steps: Steps, max_samples: int) -> None:
         self._session = session
+        self._steps = steps
         self._runner = runner
         self._ids = torch.zeros(max_samples, dtype=torch.int32)
         self._words = torch.zeros(max_samples * WorkerSession.MAX_ROW_WORDS, dtype=torch.int32)
@@ -36,19 +38,19 @@ class StepSampling:
             runner.stage.receive_tokens(ids)
             self._session.record((ids.data_ptr(), ids.numel()))
 
-    def finish(self, counts: StepCounts, logits: tuple[int, int]) -> None:
-        """Draws, records and tells; `logits` is (address, elements) of the rows that are dealt to this rank."""
+    def finish(self, counts: StepCounts) -> None:
+        """Draws for the rows that are dealt to this rank, records and tells."""
         place = self._runner.place
         if place.is_last_stage:
-            self._sample(counts.samples, logits)
+            self._sample(counts.samples)
         elif not place.is_first_stage:
             self._session.pass_over_samples()
 
-    def _sample(self, samples: int, logits: tuple[int, int]) -> None:
+    def _sample(self, samples: int) -> None:
         session, runner, place = self._session, self._runner, self._runner.place
         rows = row_bounds(samples, place.tensor_size)
         words = (self._words.data_ptr(), self._words.numel())
-        parts = session.draw(runner.kernels, logits, runner.dtype, rows, place.tensor_rank, words)
+        parts = self._steps.draw(rows, place.tensor_rank, words)
         runner.tensor.gather_words(self._words[: parts[-1]], parts)
         waited_ns = 0 if runner.stage is None else runner.stage.take_waited_ns()
         ids = self._ids[:samples]

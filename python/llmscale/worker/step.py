@@ -9,14 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+from llmscale.worker.kv_region import KvRegion
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """One step of T = `rows` token rows, S = `sequences` sequences and R = `samples` rows that sample.
 
-    All tensors are int32 on the CPU and valid until the next step is expanded. A KV slot is
+    All tensors are int32 on the executor's device and valid until the next step is begun. A KV slot is
     `block * block_tokens + offset`.
     """
 
@@ -53,6 +56,13 @@ class StepLimits:
 class Executor(Protocol):
     """Computes steps in order on one device."""
 
+    logits_dtype: torch.dtype
+    logits_width: int
+    """Ids that a row of logits has, or 0 before the last stage."""
+
     def forward(self, step: StepInputs) -> Tensor:
         """Logits [own rows, vocabulary] of the sampled rows that are dealt to this rank: contiguous, float32 or
         bfloat16, valid until the next call."""
+
+    def use_region(self, kv_region: KvRegion) -> None:
+        """Steps read and write another region from now on."""

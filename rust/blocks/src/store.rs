@@ -91,6 +91,16 @@ impl BlockStore {
         self
     }
 
+    /// Makes an unused store smaller.
+    ///
+    /// # Panics
+    /// If a block is in use or has been.
+    pub fn shrink(&mut self, total: u32) {
+        assert!(self.pool.free() == self.pool.total() && self.contents == 0, "blocks are in use");
+        self.pool = BlockPool::new(total);
+        self.prefix = PrefixIndex::new(total, self.block_tokens);
+    }
+
     /// Blocks of the host tier.
     pub fn host_blocks(&self) -> u32 {
         self.host.total()

@@ -3,12 +3,14 @@
 //! frames into events and actions into frames.
 
 pub mod clock;
+pub mod columns;
 pub mod drawn;
 pub mod front;
 mod fronts;
 pub mod group_door;
 pub mod group_keys;
 pub mod node;
+pub mod packed;
 pub mod ranks;
 pub mod report;
 pub mod worker;

@@ -3,7 +3,7 @@
 
 use llmscale_net::link::{LinkError, WorkerSide};
 use llmscale_scheduler::{Mirror, StepCounts};
-use llmscale_types::{Delta, Epoch, HostBlockId, StepId, StepResult};
+use llmscale_types::{Delta, EngineLimits, Epoch, HostBlockId, StepId, StepResult};
 use llmscale_wire::{
     CodecLimits, Configure, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker, WireError, decode, encode,
 };
@@ -100,19 +100,20 @@ impl WorkerSession {
         self.send(&FromWorker::NeedSnapshot(NeedSnapshot { epoch, step, last: None, bad_host_blocks }))
     }
 
-    /// The model is loaded: makes the mirror and tells the engine. `host_memory` is the incarnation of the host tier's
-    /// memory, 0 without one.
+    /// The model is loaded: makes the mirror and tells the engine. `total_blocks` is what the device has room for, of what
+    /// the configuration allows; `host_memory` is the incarnation of the host tier's memory, 0 without one.
     pub fn ready(
         &mut self,
         pid: u32,
         layers: u32,
         numerics: String,
         loading_ns: u64,
+        total_blocks: u32,
         host_memory: u64,
     ) -> Result<(), SessionError> {
         let configure = self.configured.as_ref().ok_or(SessionError::Order("ready before a configuration"))?;
-        let total_blocks = configure.limits.total_blocks;
-        self.mirror = Some(Mirror::new(&configure.limits, self.epoch));
+        let limits = EngineLimits { total_blocks, ..configure.limits.clone() };
+        self.mirror = Some(Mirror::new(&limits, self.epoch));
         let epoch = self.epoch;
         self.send(&FromWorker::Ready(Ready { epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory }))
     }
@@ -207,7 +208,7 @@ mod tests {
         paper.order(ToWorker::Configure(configure));
         let mut session = WorkerSession::new(Box::new(paper.clone()), EPOCH);
         assert!(matches!(session.receive(0), Ok(Some(Order::Configure(_)))));
-        session.ready(1, 1, "hash".to_owned(), 1, 0).unwrap();
+        session.ready(1, 1, "hash".to_owned(), 1, 64, 0).unwrap();
         assert_eq!(paper.said().len(), 1);
         (paper, session)
     }

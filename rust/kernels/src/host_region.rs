@@ -4,6 +4,8 @@
 //! bytes; one writer at a time. Knows no tokens, and not which block belongs to whom.
 #![expect(unsafe_code, reason = "memory that outlives the process is reached by address")]
 
+mod by_device;
+
 use crate::mapping::{LINE_BYTES, Mapping, MappingError};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -169,20 +171,20 @@ mod tests {
 
     const BLOCKS: u32 = 4;
 
-    struct Memory {
+    pub(super) struct Memory {
         path: PathBuf,
         block_bytes: usize,
     }
 
     impl Memory {
-        fn new(name: &str, block_bytes: usize) -> Self {
+        pub(super) fn new(name: &str, block_bytes: usize) -> Self {
             let path = std::env::temp_dir().join(format!("llmscale-host-region-{}-{name}", std::process::id()));
             let file = File::create(&path).unwrap();
             file.set_len(HostRegion::bytes_for(BLOCKS, block_bytes).unwrap() as u64).unwrap();
             Self { path, block_bytes }
         }
 
-        fn open(&self, layout: u64, fresh: u64) -> HostRegion {
+        pub(super) fn open(&self, layout: u64, fresh: u64) -> HostRegion {
             HostRegion::open(&self.path, BLOCKS, self.block_bytes, layout, fresh).unwrap()
         }
 
@@ -200,7 +202,7 @@ mod tests {
         }
     }
 
-    fn block(bytes: usize, seed: u8) -> Vec<u8> {
+    pub(super) fn block(bytes: usize, seed: u8) -> Vec<u8> {
         (0..bytes).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed)).collect()
     }
 

@@ -94,6 +94,11 @@ impl Mapping {
         unsafe { &*word }
     }
 
+    /// Bytes of the whole file.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// The address of `bytes` bytes at an offset, aligned to lines.
     pub(crate) fn room(&self, offset: usize, bytes: usize) -> *mut u8 {
         assert!(offset.is_multiple_of(LINE_BYTES), "a room begins with a line");

@@ -3,6 +3,7 @@
 //! of the call.
 #![expect(unsafe_code, reason = "the KV region is reached by address")]
 
+use crate::detach::detached;
 use crate::error;
 use crate::kernels::{Memory, view_mut};
 use crate::sampling::random_bytes;
@@ -10,7 +11,7 @@ use llmscale_kernels::host_region::HostRegion;
 use llmscale_types::{BlockCopy, CopyDirection, HostBlockId};
 use pyo3::prelude::*;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// One rank's part of the host tier.
@@ -42,14 +43,54 @@ impl PyHostRegion {
     /// Another memory has another number.
     #[getter]
     fn incarnation(&self) -> u64 {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner).incarnation()
+        self.lock().incarnation()
+    }
+
+    /// (address, bytes) of all of it, for a device to register.
+    fn memory(&self) -> Memory {
+        self.lock().memory()
+    }
+
+    /// Address of a block.
+    fn address(&self, host: u32) -> PyResult<usize> {
+        self.known(host)?;
+        Ok(self.lock().address(host))
+    }
+
+    /// A device is about to copy to this block.
+    fn clear(&self, host: u32) -> PyResult<()> {
+        self.known(host)?;
+        self.lock().clear(host);
+        Ok(())
+    }
+
+    /// A device has copied what `tag` stands for to this block: hashes it, so that a later copy back can be checked.
+    fn seal(&self, py: Python<'_>, host: u32, tag: u64) -> PyResult<()> {
+        self.known(host)?;
+        detached(py, || self.lock().seal(host, tag));
+        Ok(())
+    }
+
+    /// Whether a block holds what was sealed under `tag`.
+    fn agrees(&self, py: Python<'_>, host: u32, tag: u64) -> PyResult<bool> {
+        self.known(host)?;
+        Ok(detached(py, || self.lock().agrees(host, tag)))
     }
 }
 
 impl PyHostRegion {
+    fn lock(&self) -> MutexGuard<'_, HostRegion> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self, host: u32) -> PyResult<()> {
+        let has = self.lock().blocks();
+        if host < has { Ok(()) } else { Err(error::worker(format!("host block {host} of {has} does not exist"))) }
+    }
+
     /// Makes copies in order, and says how long they took. Returns the host blocks that do not hold what they should.
     pub(crate) fn copy(&self, copies: &[BlockCopy], kv: Memory) -> PyResult<(Vec<HostBlockId>, Duration)> {
-        let mut region = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut region = self.lock();
         let started = Instant::now();
         // SAFETY: the caller holds the contiguous KV region, which nobody else touches during the call.
         let kv = unsafe { view_mut::<u8>(kv) };

@@ -3,6 +3,7 @@
 //! kernels before the first write. The GIL is released while they compute.
 #![expect(unsafe_code, reason = "tensors of torch are reached by address")]
 
+use crate::column_sampler;
 use crate::detach::detached;
 use crate::error;
 use llmscale_kernels::dispatch::Level;
@@ -221,6 +222,23 @@ impl CpuKernels {
     /// Causal attention of the step's rows in one layer.
     fn attend(&self, py: Python<'_>, layer: usize, query: Memory, kv_region: Memory, out: Memory) -> PyResult<()> {
         by_dtype!(self, py, run_attend(layer, query, kv_region, out))
+    }
+
+    /// Samples a row of `logits`, `[rows, vocabulary]`, for each entry of the 13 int32 `columns` of a packed step with its four
+    /// lists of `changes`, and leaves the results in `drawn`, which has entries for `max_rows` rows.
+    #[expect(clippy::too_many_arguments, reason = "what to sample, how, and where to")]
+    fn sample_columns(
+        &self,
+        py: Python<'_>,
+        logits: Memory,
+        vocabulary: usize,
+        columns: Vec<Memory>,
+        changes: Vec<Memory>,
+        drawn: Memory,
+        max_rows: usize,
+    ) -> PyResult<()> {
+        let logits = (logits, self.dtype, vocabulary);
+        detached(py, || column_sampler::sample(self, logits, &columns, &changes, (drawn, max_rows)))
     }
 
     /// Bytes per element.

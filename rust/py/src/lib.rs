@@ -4,7 +4,9 @@
 pub mod measure;
 
 mod buffer;
+mod column_sampler;
 mod detach;
+mod device_step;
 mod engine;
 mod error;
 mod front;
@@ -31,6 +33,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::buffer::Int32Buffer;
+    #[pymodule_export]
+    use crate::device_step::PyPackedStep;
     #[pymodule_export]
     use crate::engine::{Engine, PyNodeEvent, PyNodeReport};
     #[pymodule_export]

@@ -45,6 +45,13 @@ impl PyEngineLimits {
         Ok(Self(limits))
     }
 
+    /// The same with another number of KV blocks.
+    fn with_total_blocks(&self, total_blocks: u32) -> PyResult<Self> {
+        let limits = EngineLimits { total_blocks, ..self.0.clone() };
+        limits.check().map_err(|error| error::limit(&error))?;
+        Ok(Self(limits))
+    }
+
     /// Most blocks of a host tier.
     #[classattr]
     const MAX_HOST_BLOCKS: u32 = EngineLimits::MAX_HOST_BLOCKS;

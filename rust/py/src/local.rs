@@ -1,18 +1,22 @@
 //! The door for offline use: a replica and its mirror in the caller's process, driven step by step by the caller. The
 //! shortest path through the system: submit, plan, run the model, sample, take what came out.
+#![expect(unsafe_code, reason = "words of torch are reached by address")]
 
 use crate::detach::detached;
+use crate::device_step::{self, PyPackedStep};
 use crate::error;
 use crate::host_region::PyHostRegion;
-use crate::kernels::{CpuKernels, Memory};
+use crate::kernels::{CpuKernels, Memory, view};
 use crate::limits::PyEngineLimits;
 use crate::request::{Delivery, class, logprob_row, namespace};
-use crate::sample::draw;
+use crate::sample::{Share, draw, draw_words, word_parts};
 use crate::sampling::{PySampling, random_bytes};
 use crate::step::{PyStepCounts, buffer};
-use llmscale_engine::drawn::complete;
+use llmscale_engine::drawn::{DrawnRow, complete, read_rows};
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
-use llmscale_types::{Attempt, Epoch, FinishReason, FrontId, Outputs, RequestId, SequenceKey, Submission, Time};
+use llmscale_types::{
+    Attempt, Epoch, FinishReason, FrontId, HostBlockId, Outputs, RequestId, SequenceKey, Submission, Time,
+};
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -161,12 +165,74 @@ impl LocalReplica {
         if bad_host_blocks.is_empty() {
             return Ok(true);
         }
-        local.step_open = false;
-        local.mirror.lose();
-        let taken = local.event(now, Event::StepsLost { raised: None, bad_host_blocks });
-        assert!(taken, "steps that nobody raised are always taken back");
-        local.collect();
+        local.give_up_step(now, bad_host_blocks);
         Ok(false)
+    }
+
+    /// What the step copies between tiers, in order: (comes back, block, host block, tag).
+    fn copies(&self) -> Vec<device_step::Copy> {
+        device_step::copies(&self.lock().mirror)
+    }
+
+    /// A device makes the step's copies, which take `took_ns`. False if there are bad host blocks: the step is given up.
+    fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>) -> bool {
+        let now = self.now();
+        let mut local = self.lock();
+        local.copied = Duration::from_nanos(took_ns);
+        if bad_host_blocks.is_empty() {
+            return true;
+        }
+        local.give_up_step(now, bad_host_blocks.into_iter().map(HostBlockId).collect());
+        false
+    }
+
+    /// See `WorkerSession.pack_step`.
+    fn pack_step(
+        &self,
+        rows: (usize, usize),
+        room: (usize, usize),
+        out: Memory,
+        changes: Memory,
+    ) -> PyResult<PyPackedStep> {
+        device_step::pack_rows(&self.lock().mirror, rows, room, out, changes)
+    }
+
+    /// See `WorkerSession.take_drawn`.
+    fn take_drawn(&self, rows: (usize, usize), sampled: Memory, max_rows: usize, words: Memory) -> PyResult<()> {
+        device_step::take_drawn(&self.lock().mirror, rows.0..rows.1, sampled, max_rows, words)
+    }
+
+    /// See `WorkerSession.draw`.
+    #[expect(clippy::too_many_arguments, reason = "three of them are what, where to and which")]
+    fn draw(
+        &self,
+        py: Python<'_>,
+        kernels: &CpuKernels,
+        logits: Memory,
+        dtype: &str,
+        row_bounds: Vec<usize>,
+        rank: usize,
+        words: Memory,
+    ) -> PyResult<Vec<usize>> {
+        let dtype = crate::kernels::Dtype::parse(dtype)?;
+        let local = self.lock();
+        let mirror = &local.mirror;
+        detached(py, || draw_words(kernels, mirror, Share { row_bounds, rank }, logits, dtype, words))
+    }
+
+    /// See `WorkerSession.word_parts`.
+    fn word_parts(&self, row_bounds: Vec<usize>) -> PyResult<Vec<usize>> {
+        word_parts(&self.lock().mirror, &row_bounds)
+    }
+
+    /// Completes the step with what was drawn for every sampling row, as `draw` and `take_drawn` have filled `words`.
+    fn complete(&self, words: Memory) -> PyResult<()> {
+        let mut local = self.lock();
+        local.require_open()?;
+        // SAFETY: the caller holds a contiguous int32 tensor that nobody writes during the call.
+        let words = unsafe { view::<u32>(words) };
+        let rows = read_rows(&local.mirror, words).map_err(|error| error::worker(error.to_string()))?;
+        local.finish(self.now(), rows)
     }
 
     /// Draws a token for every sampling row of the step from `logits`, (address, elements) of a contiguous tensor
@@ -176,20 +242,10 @@ impl LocalReplica {
         let mut local = self.lock();
         let now = self.now();
         let local = &mut *local;
-        if !std::mem::take(&mut local.step_open) {
-            return Err(error::worker("there is no step to sample; call plan first".to_owned()));
-        }
+        local.require_open()?;
         let mirror = &mut local.mirror;
         let rows = detached(py, || draw(kernels, mirror, logits, dtype, 0..mirror.sample_slots().len()))?;
-        let mut result = complete(mirror, rows);
-        result.elapsed_ns = local.planned.elapsed().as_nanos() as u64;
-        result.copied_ns = (std::mem::take(&mut local.copied).as_nanos() as u64).min(result.elapsed_ns);
-        if !local.event(now, Event::StepDone(result)) {
-            return Err(error::worker("the samples do not fit the step".to_owned()));
-        }
-        local.replica.housekeeping(16);
-        local.collect();
-        Ok(())
+        local.finish(now, rows)
     }
 
     /// What came out since the last call, at most one delivery per request.
@@ -223,6 +279,34 @@ impl LocalReplica {
 }
 
 impl Local {
+    fn require_open(&mut self) -> PyResult<()> {
+        if std::mem::take(&mut self.step_open) {
+            return Ok(());
+        }
+        Err(error::worker("there is no step to sample; call plan first".to_owned()))
+    }
+
+    fn finish(&mut self, now: Time, rows: Vec<DrawnRow>) -> PyResult<()> {
+        let mut result = complete(&mut self.mirror, rows);
+        result.elapsed_ns = self.planned.elapsed().as_nanos() as u64;
+        result.copied_ns = (std::mem::take(&mut self.copied).as_nanos() as u64).min(result.elapsed_ns);
+        if !self.event(now, Event::StepDone(result)) {
+            return Err(error::worker("the samples do not fit the step".to_owned()));
+        }
+        self.replica.housekeeping(16);
+        self.collect();
+        Ok(())
+    }
+
+    /// Its copies found bad blocks: the next plan computes what was lost.
+    fn give_up_step(&mut self, now: Time, bad_host_blocks: Vec<HostBlockId>) {
+        self.step_open = false;
+        self.mirror.lose();
+        let taken = self.event(now, Event::StepsLost { raised: None, bad_host_blocks });
+        assert!(taken, "steps that nobody raised are always taken back");
+        self.collect();
+    }
+
     fn event(&mut self, now: Time, event: Event) -> bool {
         self.replica.on_event(now, event, &mut self.out)
     }

@@ -4,7 +4,7 @@
 
 use crate::error;
 use crate::kernels::{CpuKernels, Dtype, Memory, view, view_mut};
-use llmscale_engine::drawn::DrawnRow;
+use llmscale_engine::drawn::{self, DrawnRow};
 use llmscale_kernels::element::{Bf16, Element};
 use llmscale_kernels::sampler::{self, Logits, RowLogprobs, SampledRow, SamplerRow};
 use llmscale_scheduler::Mirror;
@@ -36,6 +36,54 @@ pub(crate) fn draw(
         Dtype::Bfloat16 => run::<Bf16>(kernels, mirror.vocabulary(), logits, &rows),
     };
     Ok(sampled.map_err(|error| error::kernel(&error))?.into_iter().map(drawn_row).collect())
+}
+
+/// Which sampling rows are whose: rank `rank` has rows `row_bounds[rank]` to `row_bounds[rank + 1]`.
+pub(crate) struct Share {
+    pub(crate) row_bounds: Vec<usize>,
+    pub(crate) rank: usize,
+}
+
+/// Draws a token for a rank's sampling rows and fills their part of the words that ranks tell each other. Returns where each
+/// rank's part begins, and where the last ends.
+pub(crate) fn draw_words(
+    kernels: &CpuKernels,
+    mirror: &Mirror,
+    Share { row_bounds, rank }: Share,
+    logits: Memory,
+    dtype: Dtype,
+    words: Memory,
+) -> PyResult<Vec<usize>> {
+    let (Some(&first), Some(&last)) = (row_bounds.get(rank), row_bounds.get(rank + 1)) else {
+        return Err(error::worker(format!("there are {} bounds and no rank {rank}", row_bounds.len())));
+    };
+    let rows = draw(kernels, mirror, logits, dtype, first..last)?;
+    let bounds = drawn::word_bounds(mirror);
+    // SAFETY: the caller holds a contiguous int32 tensor that nobody else touches during the call.
+    let words = unsafe { view_mut::<u32>(words) };
+    require_words(words.len(), &bounds)?;
+    for (row, pair) in rows.iter().zip(bounds[first..=last].windows(2)) {
+        drawn::write_row(row, &mut words[pair[0]..pair[1]]);
+    }
+    parts_of(&bounds, &row_bounds)
+}
+
+/// Where the words of each rank's rows begin, and where the last end.
+pub(crate) fn word_parts(mirror: &Mirror, row_bounds: &[usize]) -> PyResult<Vec<usize>> {
+    parts_of(&drawn::word_bounds(mirror), row_bounds)
+}
+
+fn parts_of(bounds: &[usize], row_bounds: &[usize]) -> PyResult<Vec<usize>> {
+    let parts: Option<Vec<usize>> = row_bounds.iter().map(|&row| bounds.get(row).copied()).collect();
+    parts.ok_or_else(|| error::worker("the bounds divide more rows than sample".to_owned()))
+}
+
+fn require_words(given: usize, bounds: &[usize]) -> PyResult<()> {
+    let needed = bounds.last().copied().unwrap_or(0);
+    if given >= needed {
+        return Ok(());
+    }
+    Err(error::worker(format!("what ranks tell of this step's rows takes {needed} words, the buffer has {given}")))
 }
 
 /// The ids of rows as int32 for another stage, -1 where a row failed.

@@ -3,20 +3,21 @@
 
 use crate::buffer::Int32Buffer;
 use crate::detach::detached;
+use crate::device_step::{self, PyPackedStep};
 use crate::error;
 use crate::group_door::load_keys;
 use crate::host_region::PyHostRegion;
-use crate::kernels::{CpuKernels, Dtype, Memory, view, view_mut};
+use crate::kernels::{CpuKernels, Dtype, Memory, view};
 use crate::limits::PyEngineLimits;
 use crate::request::parse_address;
-use crate::sample::{draw, read_tokens, write_tokens};
+use crate::sample::{Share, draw_words, read_tokens, word_parts, write_tokens};
 use crate::step::{PyStepCounts, buffer};
 use llmscale_engine::drawn;
 use llmscale_engine::worker::SessionError;
 use llmscale_engine::{Order, WorkerSession};
 use llmscale_net::link::socket::SocketWorker;
 use llmscale_net::{Address, EndpointOptions};
-use llmscale_types::Epoch;
+use llmscale_types::{Epoch, HostBlockId};
 use llmscale_wire::{Dtype as WireDtype, FailureCode};
 use pyo3::prelude::*;
 use std::sync::{Mutex, PoisonError};
@@ -106,10 +107,19 @@ impl PyWorkerSession {
         })
     }
 
-    /// Tells the engine that the model is loaded, and which incarnation of the host tier's memory there is; 0 for none.
-    #[pyo3(signature = (layers, numerics, loading_ns, host_memory = 0))]
-    fn ready(&self, layers: u32, numerics: String, loading_ns: u64, host_memory: u64) -> PyResult<()> {
-        let outcome = self.lock().ready(std::process::id(), layers, numerics, loading_ns, host_memory);
+    /// Tells the engine that the model is loaded, how many KV blocks there are, and which incarnation of the host tier's
+    /// memory; 0 for none.
+    #[pyo3(signature = (layers, numerics, loading_ns, total_blocks, host_memory = 0))]
+    fn ready(
+        &self,
+        layers: u32,
+        numerics: String,
+        loading_ns: u64,
+        total_blocks: u32,
+        host_memory: u64,
+    ) -> PyResult<()> {
+        let pid = std::process::id();
+        let outcome = self.lock().ready(pid, layers, numerics, loading_ns, total_blocks, host_memory);
         outcome.map_err(|error| session_error(&error))
     }
 
@@ -159,21 +169,46 @@ impl PyWorkerSession {
         detached(py, || {
             let session = self.lock();
             let mirror = session.mirror().ok_or_else(no_step)?;
-            let (Some(&first), Some(&last)) = (row_bounds.get(rank), row_bounds.get(rank + 1)) else {
-                return Err(error::worker(format!("there are {} bounds and no rank {rank}", row_bounds.len())));
-            };
-            let rows = draw(kernels, mirror, logits, dtype, first..last)?;
-            let bounds = drawn::word_bounds(mirror);
-            // SAFETY: the caller holds a contiguous int32 tensor that nobody else touches during the call.
-            let words = unsafe { view_mut::<u32>(words) };
-            require_words(words.len(), &bounds)?;
-            for (row, pair) in rows.iter().zip(bounds[first..=last].windows(2)) {
-                drawn::write_row(row, &mut words[pair[0]..pair[1]]);
-            }
-            let word = |&row: &usize| bounds.get(row).copied();
-            let parts: Option<Vec<usize>> = row_bounds.iter().map(word).collect();
-            parts.ok_or_else(|| error::worker("the bounds divide more rows than sample".to_owned()))
+            draw_words(kernels, mirror, Share { row_bounds, rank }, logits, dtype, words)
         })
+    }
+
+    /// Packs rows `rows[0]` to `rows[1]` of the step into the int32 `out`, for `room` (rows, sequences), and the logits that
+    /// change before sampling into `changes`.
+    fn pack_step(
+        &self,
+        rows: (usize, usize),
+        room: (usize, usize),
+        out: Memory,
+        changes: Memory,
+    ) -> PyResult<PyPackedStep> {
+        device_step::pack_rows(self.lock().mirror().ok_or_else(no_step)?, rows, room, out, changes)
+    }
+
+    /// Fills the words of sampling rows `rows[0]` to `rows[1]` from what a device's sampler for `max_rows` rows has left.
+    fn take_drawn(&self, rows: (usize, usize), sampled: Memory, max_rows: usize, words: Memory) -> PyResult<()> {
+        device_step::take_drawn(self.lock().mirror().ok_or_else(no_step)?, rows.0..rows.1, sampled, max_rows, words)
+    }
+
+    /// Where the words of rows `row_bounds` begin, as `draw` says it.
+    fn word_parts(&self, row_bounds: Vec<usize>) -> PyResult<Vec<usize>> {
+        word_parts(self.lock().mirror().ok_or_else(no_step)?, &row_bounds)
+    }
+
+    /// What the step copies between tiers, in order: (comes back, block, host block, tag).
+    fn copies(&self) -> PyResult<Vec<device_step::Copy>> {
+        Ok(device_step::copies(self.lock().mirror().ok_or_else(no_step)?))
+    }
+
+    /// A device makes the step's copies, which take `took_ns`. False if there are bad host blocks: the step is given up.
+    fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>) -> PyResult<bool> {
+        *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = Duration::from_nanos(took_ns);
+        if bad_host_blocks.is_empty() {
+            return Ok(true);
+        }
+        let bad = bad_host_blocks.into_iter().map(HostBlockId).collect();
+        self.lock().host_blocks_are_bad(bad).map_err(|error| session_error(&error))?;
+        Ok(false)
     }
 
     /// Takes what all ranks have drawn from `words`, and sends the step's result, unless another rank does. `tokens` takes
@@ -248,14 +283,6 @@ impl PyWorkerSession {
         };
         self.lock().fail(code, message).map_err(|error| session_error(&error))
     }
-}
-
-fn require_words(given: usize, bounds: &[usize]) -> PyResult<()> {
-    let needed = bounds.last().copied().unwrap_or(0);
-    if given >= needed {
-        return Ok(());
-    }
-    Err(error::worker(format!("what ranks tell of this step's rows takes {needed} words, the buffer has {given}")))
 }
 
 impl PyWorkerSession {

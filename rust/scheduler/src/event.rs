@@ -26,6 +26,8 @@ pub enum Event {
     FrontGone(FrontId),
     /// A worker group finished a step.
     StepDone(StepResult),
+    /// Before the first worker group is ready: its device has room for fewer KV blocks than were planned.
+    FewerBlocks(u32),
     /// A fresh worker group is ready; its device's memory holds nothing.
     WorkerUp {
         /// Its incarnation.

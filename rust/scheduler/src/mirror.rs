@@ -261,6 +261,16 @@ impl Mirror {
         eos.iter().chain(&state.sampling.stop_tokens).copied().collect()
     }
 
+    /// Sequences of the current step.
+    pub fn sequences(&self) -> usize {
+        self.counts.sequences as usize
+    }
+
+    /// Tokens of a block.
+    pub fn block_tokens(&self) -> u32 {
+        self.limits.block_tokens
+    }
+
     /// Size of the vocabulary.
     pub fn vocabulary(&self) -> usize {
         self.limits.vocabulary as usize

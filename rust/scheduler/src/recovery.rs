@@ -8,11 +8,24 @@
 use crate::event::{Actions, request_key};
 use crate::replica::{At, Flight, Replica};
 use crate::sequences::Phase;
-use llmscale_types::{Delta, Epoch, FinishReason, HostBlockId, Planted, SequenceKey, Slot, StepId};
+use llmscale_types::{Delta, EngineLimits, Epoch, FinishReason, HostBlockId, Planted, SequenceKey, Slot, StepId};
 use std::collections::BTreeSet;
 
 impl Replica {
     /// A fresh worker group takes over. Its device's memory is empty, its host memory may be the last one's.
+    /// Nothing can have been allocated yet. False if they are too few for the longest sequence: then nothing changes.
+    #[must_use]
+    pub(crate) fn fewer_blocks(&mut self, total_blocks: u32) -> bool {
+        assert!(self.last_epoch.is_none(), "a worker has had the blocks that were planned");
+        let limits = EngineLimits { total_blocks, ..self.limits.clone() };
+        if total_blocks > self.limits.total_blocks || limits.check().is_err() {
+            return false;
+        }
+        self.blocks.shrink(total_blocks);
+        self.limits = limits;
+        true
+    }
+
     pub(crate) fn worker_up(&mut self, epoch: Epoch, host_memory: u64) {
         assert!(self.epoch.is_none(), "a second worker group came up while the first was alive");
         assert!(self.last_epoch.is_none_or(|last| epoch > last), "epoch {epoch} is not newer than the last one");

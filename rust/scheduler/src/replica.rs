@@ -149,6 +149,7 @@ impl Replica {
             Event::KvAsk { front, from } => self.kv_feed.ask(front, from, &mut self.blocks),
             Event::FrontGone(front) => self.front_gone(front, out),
             Event::StepDone(result) => return self.complete(&result, out),
+            Event::FewerBlocks(total_blocks) => return self.fewer_blocks(total_blocks),
             Event::WorkerUp { epoch, host_memory } => self.worker_up(epoch, host_memory),
             Event::WorkerDown => self.worker_down(out),
             Event::StepsLost { raised, bad_host_blocks } => return self.steps_lost(raised, &bad_host_blocks, out),

@@ -10,6 +10,7 @@ requests, stop tokens or text.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from llmscale.layers.triton.sampler.rows import SamplingRows
 from llmscale.layers.triton.sampler.scores import BLOCK_TOKENS, change_kernel, copy_kernel, maxima_kernel
 
 MAX_TOP_LOGPROBS = 20
+DRAWN_COLUMNS = 4 + 2 * MAX_TOP_LOGPROBS
 TILE_BLOCKS = 64
 """4,096 ids in a program: 32 in each of 128 threads."""
 CHANGES = 256
@@ -69,26 +71,36 @@ class _Room:
         self.log_sum = room(1, torch.float64)
 
 
+def _columns(drawn: Tensor, max_rows: int) -> SampledRows:
+    """Views of one memory, so that one transfer takes ids and log probabilities away, or with the rest of it all."""
+    ends = [max_rows * column for column in (1, 2, 3, 4, 4 + MAX_TOP_LOGPROBS, DRAWN_COLUMNS)]
+    status, tokens, logprobs, counts, top_tokens, top_logprobs = (
+        drawn[start:end] for start, end in pairwise([0, *ends])
+    )
+    return SampledRows(
+        status=status,
+        tokens=tokens,
+        logprobs=logprobs.view(torch.float32),
+        top_tokens=top_tokens.view(max_rows, MAX_TOP_LOGPROBS),
+        top_logprobs=top_logprobs.view(torch.float32).view(max_rows, MAX_TOP_LOGPROBS),
+        top_counts=counts,
+    )
+
+
 class TritonSampler:
-    """Samples batches of up to `max_rows` rows of logits over `vocabulary` ids."""
+    """Samples batches of up to `max_rows` rows of logits over `vocabulary` ids; what it leaves lies in `drawn`."""
 
     def __init__(self, vocabulary: int, max_rows: int, device: torch.device) -> None:
         self._vocabulary = vocabulary
         self._blocks = blocks_of(vocabulary, BLOCK_TOKENS.value)
         self._parts = blocks_of(self._blocks, TILE_BLOCKS)
         self._room = _Room(max_rows, vocabulary, device)
+        self._rows = max_rows
 
-        def column(dtype: torch.dtype, *width: int) -> Tensor:
-            return torch.empty(max_rows, *width, dtype=dtype, device=device)
-
-        self._sampled = SampledRows(
-            status=column(torch.int32),
-            tokens=column(torch.int32),
-            logprobs=column(torch.float32),
-            top_tokens=column(torch.int32, MAX_TOP_LOGPROBS),
-            top_logprobs=column(torch.float32, MAX_TOP_LOGPROBS),
-            top_counts=column(torch.int32),
-        )
+        # Fourfold, so that every column begins at 16 bytes.
+        self.max_rows = blocks_of(max_rows, 4) * 4
+        self.drawn = torch.empty(self.max_rows * DRAWN_COLUMNS, dtype=torch.int32, device=device)
+        self._sampled = _columns(self.drawn, self.max_rows)
 
     def sample(self, logits: Tensor, rows: SamplingRows) -> SampledRows:
         """`logits` [R, vocabulary] in float32, float16 or bfloat16, one row for each of `rows`."""
@@ -97,7 +109,7 @@ class TritonSampler:
         given = rows.temperature.shape[0]
         assert logits.shape == (given, self._vocabulary), (logits.shape, given, self._vocabulary)
         sampled = self._sampled
-        assert count <= sampled.tokens.shape[0], f"{count} rows, built for {sampled.tokens.shape[0]}"
+        assert count <= self._rows, f"{count} rows, built for {self._rows}"
         self._score(logits, rows)
         self._cut(rows, count)
         self._race(logits, rows)
