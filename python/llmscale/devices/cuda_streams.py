@@ -108,7 +108,8 @@ class CudaAccelerator:
         driver = self._launcher.driver
         driver.register_host(address, size_bytes)
         tensor = torch.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), dtype=torch.uint8)
-        weakref.finalize(tensor, driver.unregister_host, address)
+        # Not at the end of the process, when the driver may be gone: the kernel takes the pins back then.
+        weakref.finalize(tensor, driver.unregister_host, address).atexit = False
         return tensor
 
     def capture(self, work: Work) -> Graph:

@@ -146,7 +146,7 @@ class Accelerator(Protocol):
         """Does work to its end, and says how much memory it needed beyond what was there before."""
 
     def empty_cache(self) -> None:
-        """Gives back what the allocator keeps for later."""
+        """Waits for all work of the device, and gives back what the allocator keeps for later."""
 
     def sampler(self, vocabulary: int, max_rows: int) -> DeviceSampler: ...
 

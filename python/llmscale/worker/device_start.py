@@ -112,6 +112,8 @@ class DeviceStart:
         memory = StepMemory(accelerator, self._device, self._limits, self._layout.block_tokens)
         sampler = accelerator.sampler(executor.logits_width, self._limits.max_sequences) if samples else None
         stepper = DeviceStepper(accelerator, executor, memory, self._limits, sampler, group)
+        # What was made so far was made on another stream than steps run on.
+        accelerator.empty_cache()
         if captures:
             _log.info("captured decode steps", graphs=stepper.capture_graphs())
         return stepper

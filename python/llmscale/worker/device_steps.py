@@ -126,7 +126,8 @@ class DeviceStepper:
         dtype, width = self._executor.logits_dtype, self._executor.logits_width
         most = self._limits.max_sequences
         device = step.inputs.token_ids.device
-        self._logits_there = torch.zeros(most, width, dtype=dtype, device=device)
+        # Not zeros, which another stream would write.
+        self._logits_there = torch.empty(most, width, dtype=dtype, device=device)
         self._logits_here = self.accelerator.pinned(most * width, dtype).view(most, width)
 
     def fetch_drawn(self, *, wants_logprobs: bool) -> Tensor:

@@ -52,12 +52,12 @@ class DeviceTier:
         self._accelerator = accelerator
         self._host = host
         self._blocks = region.tensor.view(torch.uint8).view(region.blocks, region.layout.block_bytes)
-        memory = accelerator.register(*host.memory())
+        # Kept: the memory is pinned as long as this object lives, views of it do not count.
+        self._memory = accelerator.register(*host.memory())
         first = host.address(0) - host.memory()[0]
         stride = (host.address(1) if blocks > 1 else host.address(0) + region.layout.block_bytes) - host.address(0)
         size = region.layout.block_bytes
-        self._memory = memory
-        self._rooms = torch.as_strided(memory, (blocks, size), (stride, 1), first)
+        self._rooms = torch.as_strided(self._memory, (blocks, size), (stride, 1), first)
         self._unsealed: list[_Unsealed] = []
         self._measured: tuple[Event, Event, int] | None = None
         self._block_ns = 0

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llmscale._core import CpuKernels
 from llmscale.devices.cuda_products import cuda_product
-from llmscale.devices.interface import DenseProducts, MemoryFigures, OpsNeeds
+from llmscale.devices.interface import DenseProducts, DeviceSampler, MemoryFigures, OpsNeeds
+from llmscale.layers.ops import Ops
 from llmscale.quant.dense import PlainProduct
 from llmscale.quant.layouts import Layout
 from llmscale.quant.method import Product
@@ -61,7 +62,11 @@ class FakeAccelerator:
         self.script.empties += 1
         self.machine.drain()
 
-    def sampler(self, vocabulary: int, max_rows: int) -> FakeSampler:
+    def sampler(self, vocabulary: int, max_rows: int) -> DeviceSampler:
+        if self.script.triton:
+            from llmscale.layers.triton.sampler.sampler import TritonSampler
+
+            return TritonSampler(vocabulary, max_rows, torch.device("cpu"))
         assert self.kernels is not None, "operations come first"
         return FakeSampler(self.machine, self.kernels, vocabulary, max_rows)
 
@@ -78,7 +83,12 @@ class FakeDevice:
     def numerics(self, kernels: CpuKernels) -> str:
         return f"fake-{kernels.level}"
 
-    def ops(self, needs: OpsNeeds) -> FakeOps:
+    def ops(self, needs: OpsNeeds) -> Ops:
+        if self.accelerator.script.triton:
+            from llmscale.layers.triton.ops import OpsLimits, TritonOps
+
+            limits = OpsLimits(needs.max_sequences, needs.max_sequence_tokens)
+            return TritonOps(needs.attention, needs.dtype, limits, self.torch_device)
         self.accelerator.kernels = needs.kernels
         return FakeOps(self.accelerator.machine, needs.kernels)
 

@@ -45,6 +45,8 @@ class Script:
     """Which pieces of work of the compute stream find no memory, counted from when `runs` was set to 0."""
     runs: int = 0
     max_graphs: int = 64
+    triton: bool = False
+    """Operations and sampler are those of CUDA devices, which Triton's interpreter runs."""
     strict: bool = True
     """Captured work may not allocate."""
     broken: list[str] = field(default_factory=list)

@@ -1,0 +1,1 @@
+"""Python runs `sitecustomize.py` first where this folder is on PYTHONPATH; see there."""
