@@ -37,6 +37,34 @@ impl HostTier {
         Some((HostBlockId(block.0), lost))
     }
 
+    /// Takes the place whose content gives way next, pinned and empty. `None` if every block is pinned.
+    pub(crate) fn reserve(&mut self) -> Option<(HostBlockId, Lost)> {
+        let block = self.pool.allocate()?;
+        let lost = self.prefix.reachable(block).map(|(content, _)| content.clone());
+        self.prefix.forget(block);
+        Some((HostBlockId(block.0), lost))
+    }
+
+    /// A place that is pinned holds this.
+    pub(crate) fn hold(&mut self, host: HostBlockId, content: Content, ids: &[Token]) {
+        self.prefix.insert(BlockId(host.0), content, ids);
+    }
+
+    /// What a block holds, with its ids, if it can be found.
+    pub(crate) fn held(&self, host: HostBlockId) -> Option<(&Content, &[Token])> {
+        self.prefix.reachable(BlockId(host.0))
+    }
+
+    /// Blocks in the order in which they give way, those that are pinned left out.
+    pub(crate) fn oldest(&self) -> impl Iterator<Item = HostBlockId> {
+        self.pool.oldest().map(|block| HostBlockId(block.0))
+    }
+
+    /// Blocks that are pinned.
+    pub(crate) fn pinned(&self) -> u32 {
+        self.pool.total() - self.pool.free()
+    }
+
     /// It was asked for: it gives way last.
     pub(crate) fn touch(&mut self, host: HostBlockId) {
         self.pin(host);

@@ -24,6 +24,7 @@ fn limits() -> EngineLimits {
     EngineLimits {
         block_tokens: 8,
         host_blocks: 0,
+        disk_blocks: 0,
         total_blocks: 256,
         max_sequences: 16,
         max_step_tokens: 64,

@@ -38,6 +38,7 @@ pub fn steady_decode(running: u32, steps: u32) -> Vec<SteadyStep> {
     let output = steps + 256;
     let limits = EngineLimits {
         host_blocks: 0,
+        disk_blocks: 0,
         block_tokens: 32,
         total_blocks: running * (output / 32 + 8),
         max_sequences: running,

@@ -20,12 +20,12 @@ pub(crate) struct CopyPrices<'a> {
 
 impl CopyPrices<'_> {
     /// Time that computing so many more tokens of prompts adds to a step.
-    fn prefill_ns(&self, tokens: u32) -> u64 {
+    pub(crate) fn prefill_ns(&self, tokens: u32) -> u64 {
         self.cost.predict_prefill(tokens).saturating_sub(self.cost.predict_prefill(0))
     }
 
     /// Computing one block, as a part of a full step.
-    fn block_ns(&self) -> u64 {
+    pub(crate) fn block_ns(&self) -> u64 {
         let step_tokens = u64::from(self.limits.max_step_tokens);
         self.prefill_ns(self.limits.max_step_tokens) * u64::from(self.limits.block_tokens) / step_tokens
     }

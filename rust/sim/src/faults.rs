@@ -330,6 +330,7 @@ fn draw_engine(random: &mut Random, pipelines: bool) -> EngineLimits {
     let limits = EngineLimits {
         block_tokens,
         host_blocks: 0,
+        disk_blocks: 0,
         total_blocks: if random.chance(350) { random.count(least, least + 8) } else { random.count(60, 160) },
         max_sequences,
         max_step_tokens: random.count(max_sequences, 64),

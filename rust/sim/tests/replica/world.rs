@@ -18,6 +18,7 @@ pub(crate) fn limits(total_blocks: u32, max_sequences: u32, max_step_tokens: u32
         block_tokens: 4,
         total_blocks,
         host_blocks: 0,
+        disk_blocks: 0,
         max_sequences,
         max_step_tokens: max_step_tokens.max(max_sequences),
         max_sequence_tokens: 40,
