@@ -50,6 +50,10 @@ class NodeSettings:
     kv_host_bytes: int | None = None
     """Memory of the host that takes what the KV cache evicts; 0 for none. None: four times the KV cache, at most an
     eighth of the machine's memory; pages that are never written take none."""
+    kv_disk: Path | None = None
+    """A folder for what the host tier has no room for, which outlives nodes; of one node at a time. None for none."""
+    kv_disk_bytes: int | None = None
+    """Most bytes there. None: four times the host tier."""
     threads: int | None = None
     """CPU threads of a worker; None: as many as the process may use."""
     spare_worker: bool = True
@@ -88,6 +92,16 @@ class NodeSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
         if self.kv_host_bytes is not None and self.kv_host_bytes < 0:
             raise ConfigError(f"kv_host_bytes is {self.kv_host_bytes}, it must be 0, for no host tier, or more")
+        if self.kv_disk_bytes is not None and self.kv_disk is None:
+            raise ConfigError(
+                f"kv_disk_bytes is {self.kv_disk_bytes} and kv_disk is unset; name a folder, or unset both"
+            )
+        if self.kv_disk_bytes is not None and self.kv_disk_bytes <= 0:
+            raise ConfigError(
+                f"kv_disk_bytes is {self.kv_disk_bytes}, it must be above 0; unset kv_disk for no disk tier"
+            )
+        if self.kv_disk is not None and self.kv_host_bytes == 0:
+            raise ConfigError("kv_disk is set and kv_host_bytes is 0: what comes from the disk comes by the host tier")
         if self.max_step_seconds > MAX_STEP_SECONDS:
             raise ConfigError(f"max_step_seconds is {self.max_step_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
         if self.max_join_seconds > MAX_STEP_SECONDS:

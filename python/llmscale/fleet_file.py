@@ -62,6 +62,10 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     max_step_seconds: Annotated[float, Meta(gt=0, le=MAX_STEP_SECONDS)] = 120.0
     kv_cache_bytes: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
     kv_host_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] | None = None
+    kv_disk: _Path | None = None
+    """A folder; every replica has one of its own in it."""
+    kv_disk_bytes: Annotated[int, Meta(ge=1, le=1 << 60)] | None = None
+    """Of each replica."""
     threads: Annotated[int, Meta(ge=1, le=1_024)] | None = None
     """Of a worker; None: its share of the CPUs."""
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1

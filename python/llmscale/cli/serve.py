@@ -43,6 +43,8 @@ class ServeOptions:
     max_num_batched_tokens: int = 512
     kv_cache_bytes: int | None = None
     kv_host_bytes: int | None = None
+    kv_disk: str | None = None
+    kv_disk_bytes: int | None = None
     threads: int | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -67,6 +69,8 @@ class ServeOptions:
             max_num_batched_tokens=self.max_num_batched_tokens,
             kv_cache_bytes=self.kv_cache_bytes,
             kv_host_bytes=self.kv_host_bytes,
+            kv_disk=self.kv_disk,
+            kv_disk_bytes=self.kv_disk_bytes,
             threads=self.threads,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
@@ -115,6 +119,8 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         max_step_tokens=entry.max_num_batched_tokens,
         kv_cache_bytes=entry.kv_cache_bytes,
         kv_host_bytes=entry.kv_host_bytes,
+        kv_disk=None if entry.kv_disk is None else Path(entry.kv_disk),
+        kv_disk_bytes=entry.kv_disk_bytes,
         threads=threads_per_worker(fleet, name),
         spare_worker=entry.spare_worker,
         tensor_parallel_size=entry.tensor_parallel_size,

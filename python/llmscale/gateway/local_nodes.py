@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote
 
 import structlog
 
@@ -48,13 +49,13 @@ def local_nodes(fleet: FleetFile, folder: str) -> list[LocalNode]:
     """The nodes of this host; `folder` is for their sockets."""
     found: list[LocalNode] = []
     for model, entry in fleet.models.items():
-        for _ in range(entry.local_replicas):
+        for replica in range(entry.local_replicas):
             address = f"ipc://{folder}/node-{len(found)}"
-            found.append(LocalNode(model, address, _command(fleet, model, address)))
+            found.append(LocalNode(model, address, _command(fleet, model, address, replica)))
     return found
 
 
-def _command(fleet: FleetFile, model: str, address: str) -> tuple[str, ...]:
+def _command(fleet: FleetFile, model: str, address: str, replica: int) -> tuple[str, ...]:
     entry = fleet.models[model]
     keys = fleet.keys
     named = {
@@ -69,6 +70,9 @@ def _command(fleet: FleetFile, model: str, address: str) -> tuple[str, ...]:
         "--max-step-seconds": entry.max_step_seconds,
         "--kv-cache-bytes": entry.kv_cache_bytes,
         "--kv-host-bytes": entry.kv_host_bytes,
+        # A folder is of one node at a time. A replica that is started again finds its own.
+        "--kv-disk": None if entry.kv_disk is None else f"{entry.kv_disk}/{quote(model, safe='')}-{replica}",
+        "--kv-disk-bytes": entry.kv_disk_bytes,
         "--threads": threads_per_worker(fleet, model),
         "--tensor-parallel-size": entry.tensor_parallel_size,
         "--pipeline-parallel-size": entry.pipeline_parallel_size,

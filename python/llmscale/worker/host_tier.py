@@ -14,30 +14,41 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Protocol
 
-from llmscale._core import HostRegion
+from llmscale._core import DiskRegion, HostRegion
 from llmscale.models.shard import RankPlace
+from llmscale.parallel.assignment import DiskPlace
+from llmscale.worker.disk_tier import open_disk
 from llmscale.worker.kv_region import KvRegion
 
 
 class CopySource(Protocol):
     """Whoever owns a mirror: a worker's session or a local replica."""
 
-    def copy_blocks(self, host: HostRegion, kv: tuple[int, int]) -> bool:
-        """Makes the current step's copies; False if host blocks are bad and the step was given up."""
+    def copy_blocks(self, host: HostRegion, kv: tuple[int, int], disk: DiskRegion | None = None) -> bool:
+        """Makes the current step's copies and begins its transfers; False if host blocks are bad: it was given up."""
 
 
 class HostTier:
     """`blocks` places for blocks of a KV region in the CPU's memory."""
 
-    def __init__(self, region: KvRegion, blocks: int, numerics: str, place: RankPlace, path: str | None) -> None:
+    def __init__(
+        self,
+        region: KvRegion,
+        blocks: int,
+        numerics: str,
+        place: RankPlace,
+        path: str | None,
+        disk: tuple[DiskPlace, int] | None = None,
+    ) -> None:
         """`path` is an empty file or one of a worker before; None for memory that ends with this process.
 
-        Raises WorkerError if it cannot be mapped.
+        `disk` is where what the host has no room for goes, and how many blocks. Raises WorkerError if memory cannot be
+        mapped, ConfigError if the disk cannot be used.
         """
         assert region.tensor.device.type == "cpu", "copies to and from other devices need their streams"
         tensor = region.tensor
         self._kv = (tensor.data_ptr(), tensor.numel() * tensor.element_size())
-        meaning = repr((numerics, astuple(region.layout), astuple(place)))
+        meaning = repr((numerics, astuple(region.layout), astuple(place), disk and disk[0].content))
         layout = int.from_bytes(hashlib.blake2b(meaning.encode(), digest_size=8).digest(), "little")
         block_bytes = region.layout.block_bytes
         own = None if path is not None else os.memfd_create("llmscale-host-tier", os.MFD_CLOEXEC)
@@ -45,6 +56,7 @@ class HostTier:
         try:
             _give_size(path, HostRegion.bytes_for(blocks, block_bytes))
             self._host = HostRegion(path, blocks, block_bytes, layout)
+            self.disk = None if disk is None else open_disk(*disk, (path, blocks), block_bytes, layout)
         finally:
             if own is not None:
                 os.close(own)
@@ -54,9 +66,14 @@ class HostTier:
         """Another memory has another number."""
         return self._host.incarnation
 
+    @property
+    def disk_files(self) -> int:
+        """The same of the disk tier's file; 0 without one."""
+        return 0 if self.disk is None else self.disk.incarnation
+
     def copy(self, source: CopySource) -> bool:
         """Makes the copies of the current step. False: it was given up, and whoever plans knows."""
-        return source.copy_blocks(self._host, self._kv)
+        return source.copy_blocks(self._host, self._kv, self.disk)
 
 
 def _give_size(path: str, size_bytes: int) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import structlog
 import torch
 
-from llmscale._core import WorkerOrder, WorkerSession
+from llmscale._core import DiskRegion, WorkerOrder, WorkerSession
 from llmscale.errors import LlmscaleError, ModelError
 from llmscale.parallel.assignment import Assignment
+from llmscale.worker.disk_tier import say_trouble
 from llmscale.worker.model_runner import ModelRunner, StepBuffers
 from llmscale.worker.sampling import StepSampling
 
@@ -34,12 +35,14 @@ class WorkerLoop:
         self._runner: ModelRunner | None = None
         self._buffers: StepBuffers | None = None
         self._sampling: StepSampling | None = None
+        self._disk: DiskRegion | None = None
 
     def run(self) -> None:
         """Returns when the engine says stop. An error outside a step is told to the engine and raised."""
         try:
             while True:
-                order = self._session.receive(WAIT_US)
+                order = self._session.receive(WAIT_US, self._disk)
+                say_trouble(self._disk)
                 if order is None:
                     continue
                 if order.kind == "stop":
@@ -64,9 +67,12 @@ class WorkerLoop:
             place=self._assignment.place,
             meeting=self._assignment.meeting,
             host_memory=self._assignment.host_memory,
+            disk=self._assignment.disk,
         )
-        host_memory = 0 if runner.host is None else runner.host.incarnation
-        self._session.ready(runner.layers, runner.numerics, time.perf_counter_ns() - started, host_memory)
+        host_memory, disk_files = (0, 0) if runner.host is None else (runner.host.incarnation, runner.host.disk_files)
+        loading_ns = time.perf_counter_ns() - started
+        self._session.ready(runner.layers, runner.numerics, loading_ns, host_memory, disk_files)
+        self._disk = None if runner.host is None else runner.host.disk
         self._runner = runner
         self._buffers = StepBuffers(self._session)
         self._sampling = StepSampling(self._session, runner, order.limits.max_sequences)

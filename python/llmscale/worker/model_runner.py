@@ -14,12 +14,13 @@ from torch import Tensor
 
 from llmscale import env
 from llmscale._core import CpuKernels, EngineLimits, Int32Buffer, StepCounts
+from llmscale.errors import ConfigError
 from llmscale.layers.native import NativeOps
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.open_files import Progress
 from llmscale.models.registry import describe_model
 from llmscale.models.shard import RankPlace, shard_model
-from llmscale.parallel.assignment import Meeting
+from llmscale.parallel.assignment import DiskPlace, Meeting
 from llmscale.parallel.groups import join_stages, join_tensor_group, join_world
 from llmscale.parallel.interface import interface_towards
 from llmscale.worker.executor_torch import Ranks, TorchExecutor
@@ -84,6 +85,7 @@ class ModelRunner:
         place: RankPlace | None = None,
         meeting: Meeting | None = None,
         host_memory: str | None = None,
+        disk: DiskPlace | None = None,
     ) -> None:
         """Meets the other ranks, loads weights, makes the KV region. Raises ModelError, ConfigError, WorkerError."""
         self.place = place = place or RankPlace()
@@ -114,13 +116,16 @@ class ModelRunner:
         linear = self._executor.linear_kind
         sums = f"{self.tensor.kind}{place.tensor_size}"
         self.numerics = f"torch-{torch.__version__}/{linear}/cpu-{self.kernels.level}/{self.dtype}/{sums}"
+        if limits.disk_blocks > 0 and disk is None:
+            raise ConfigError("the replica has a disk tier and this host has no folder for it; give every host kv_disk")
         self.host: HostTier | None = None
         if limits.host_blocks > 0:
-            self.host = HostTier(self.region, limits.host_blocks, self.numerics, place, host_memory)
+            below = None if disk is None else (disk, limits.disk_blocks)
+            self.host = HostTier(self.region, limits.host_blocks, self.numerics, place, host_memory, below)
 
     def copy(self, counts: StepCounts, source: CopySource) -> bool:
         """Makes the step's copies between tiers, before its rows are computed. False: the step was given up."""
-        if counts.copies == 0:
+        if counts.copies == 0 and counts.transfers == 0:
             return True
         assert self.host is not None, "copies are planned only where there is a host tier"
         return self.host.copy(source)

@@ -115,7 +115,8 @@ impl DiskTier {
         let (mut order, mut dropped) = (Vec::new(), Vec::new());
         for (disk, record) in records {
             let parent = record.parent.map(|parent| taken.get(&parent).copied());
-            let Some(link) = self.link(hasher, disk, &record, parent).filter(|_| !taken.contains_key(&record.id)) else {
+            let Some(link) = self.link(hasher, disk, &record, parent).filter(|_| !taken.contains_key(&record.id))
+            else {
                 dropped.push(disk);
                 continue;
             };

@@ -82,6 +82,11 @@ impl HostTier {
         self.pool.release(block, self.prefix.holds(block));
     }
 
+    /// The same for a block that was about to give way when it was pinned, and still is.
+    pub(crate) fn unpin_oldest(&mut self, host: HostBlockId) {
+        self.pool.release(BlockId(host.0), false);
+    }
+
     /// The tag of a pinned block's content, which may be shadowed by another of the same hash by now.
     pub(crate) fn tag(&self, host: HostBlockId) -> u64 {
         self.prefix.content(BlockId(host.0)).expect("a pinned block keeps its content").tag()

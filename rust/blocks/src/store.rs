@@ -345,9 +345,8 @@ impl BlockStore {
     }
 
     fn names_on_host_alone(&self) -> impl Iterator<Item = PrefixKey> {
-        let alone = |content: &&Content| {
-            !self.prefix.has_name(&content.hash) && !self.disk.prefix.has_name(&content.hash)
-        };
+        let alone =
+            |content: &&Content| !self.prefix.has_name(&content.hash) && !self.disk.prefix.has_name(&content.hash);
         self.host.prefix.all_reachable().filter(alone).filter_map(Content::name)
     }
 

@@ -3,17 +3,20 @@
 //! frames into events and actions into frames.
 
 pub mod clock;
+pub mod disk_index;
 pub mod drawn;
 pub mod front;
 mod fronts;
 pub mod group_door;
 pub mod group_keys;
 pub mod node;
+mod rank_transfers;
 pub mod ranks;
 pub mod report;
 pub mod worker;
 
 pub use clock::Clock;
+pub use disk_index::{DiskIndex, IndexMeaning, Recalled};
 pub use front::{Arrival, FrontConfig, FrontHandle, NodeAddress};
 pub use group_door::GroupDoor;
 pub use group_keys::GroupKeys;

@@ -5,6 +5,7 @@ pub mod measure;
 
 mod buffer;
 mod detach;
+mod disk_region;
 mod engine;
 mod error;
 mod front;
@@ -31,6 +32,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::buffer::Int32Buffer;
+    #[pymodule_export]
+    use crate::disk_region::PyDiskRegion;
     #[pymodule_export]
     use crate::engine::{Engine, PyNodeEvent, PyNodeReport};
     #[pymodule_export]

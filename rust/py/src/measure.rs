@@ -53,7 +53,7 @@ pub fn steady_decode(running: u32, steps: u32) -> Vec<SteadyStep> {
     let mut replica =
         Replica::new(limits, [1; 32], Box::new(FirstComeFirstServed)).expect("the sizes above fit together");
     let mut out = Actions::default();
-    let fits = replica.on_event(Time(0), Event::WorkerUp { epoch: Epoch(1), host_memory: 0 }, &mut out);
+    let fits = replica.on_event(Time(0), Event::WorkerUp { epoch: Epoch(1), host_memory: 0, disk_files: 0 }, &mut out);
     assert!(fits, "a fresh worker fits");
     for request in 0..running {
         // Lengths are spread so that about one sequence in 32 fills a block in each step.

@@ -1,8 +1,8 @@
 //! What happens to a replica and what it wants done. Drivers and the simulator own everything in between.
 
 use llmscale_types::{
-    Attempt, Delta, DiskReport, Epoch, FrontId, HostBlockId, KvEvent, Outputs, PrefixKey, Refusal, RequestId, SequenceKey, StepId,
-    StepResult, Submission,
+    Attempt, Delta, DiskReport, Epoch, FrontId, HostBlockId, KvEvent, Outputs, PrefixKey, Refusal, RequestId,
+    SequenceKey, StepId, StepResult, Submission,
 };
 use std::sync::Arc;
 

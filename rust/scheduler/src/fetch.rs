@@ -152,14 +152,15 @@ impl Replica {
         let ahead = self.blocks.transfers_under_way();
         let reading_ns = self.disk_cost.predict(ahead + blocks) + self.copy_cost.predict(blocks);
         let computing_ns = self.copy_prices().prefill_ns(blocks * self.limits.block_tokens);
-        if reading_ns >= computing_ns && !self.is_trial(ahead) {
+        // What was never read has no price yet; the first read tells, and nothing else waits for it.
+        let pays = if self.disk_cost.is_known() { reading_ns < computing_ns } else { self.disk.fetches.is_empty() };
+        if !pays && !self.is_trial(ahead) {
             return false;
         }
         let (hosts, last) = self.blocks.begin_reads(run);
         if hosts.is_empty() {
             return false;
         }
-        // What was never read has no price yet: then it is given a moment.
         let patience = Duration((computing_ns.max(reading_ns) / 1_000).max(1));
         self.disk.fetches.push(Fetch { place, last, hosts, gives_up: self.now + patience, over: false });
         true
@@ -178,11 +179,17 @@ impl Replica {
             return;
         }
         let back_ns = self.disk_cost.predict(1) + self.copy_cost.predict(1);
-        let pays = back_ns < self.copy_prices().block_ns() && !self.blocks.disk_refuses();
+        let pays = !self.disk_cost.is_known() || back_ns < self.copy_prices().block_ns();
+        let pays = pays && !self.blocks.disk_refuses();
         let most = if pays { u32::MAX } else { u32::from(self.is_trial(0)) };
         if most > 0 {
             self.blocks.begin_writes(most);
         }
+    }
+
+    /// Whether a record waits for the disk.
+    pub fn waits_for_disk(&self) -> bool {
+        self.disk.fetches.iter().any(|fetch| !fetch.over && self.blocks.is_under_way(fetch.last))
     }
 
     /// Which incarnation of the files the records are about; for tests.

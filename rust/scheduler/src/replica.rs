@@ -2,8 +2,8 @@
 //! terminal output. Events are O(1) or O(log n), a plan is O(changes), a completion is O(rows).
 //! Knows no clock, socket, thread or text; time comes in with the events.
 
-use crate::fetch::DiskSide;
 use crate::event::{Actions, Event, GiveBack, ReplicaCounters, RequestKey, request_key, same_attempt};
+use crate::fetch::DiskSide;
 use crate::groups::Groups;
 use crate::kv_feed::KvFeed;
 use crate::policy::{OrderKey, Policy};

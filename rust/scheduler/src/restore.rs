@@ -33,7 +33,9 @@ impl CopyPrices<'_> {
     /// Cuts what was found on the host off if computing it is cheaper than copying it.
     pub(crate) fn cut(&self, hit: &mut PrefixHit) {
         let behind = (hit.blocks.len() - hit.leading_device_blocks) as u32;
-        if behind > 0 && self.copies.predict(behind) >= self.prefill_ns(behind * self.limits.block_tokens) {
+        // What was never copied has no price yet: that it was kept or read for this says that it pays.
+        let known = behind > 0 && self.copies.is_known();
+        if known && self.copies.predict(behind) >= self.prefill_ns(behind * self.limits.block_tokens) {
             hit.blocks.truncate(hit.leading_device_blocks);
         }
     }

@@ -136,6 +136,8 @@ pub struct Delta {
 impl Delta {
     /// Most copies of one delta, so that it fits its frame whatever else it carries.
     pub const MAX_COPIES: usize = 1 << 15;
+    /// Most transfers to and from the disk that are under way, and so of one delta.
+    pub const MAX_TRANSFERS: usize = 1 << 12;
     /// The base of a snapshot; no step has this number.
     pub const NOTHING: StepId = StepId(0);
 

@@ -3,8 +3,8 @@
 
 use super::*;
 use crate::disk::{DiskRecord, IndexChange};
-use proptest::prelude::*;
 use llmscale_types::{DiskBlockId, DiskDirection, DiskReport, DiskTransfer, Epoch};
+use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 const TOKENS: u32 = 4;
@@ -348,8 +348,15 @@ fn a_write_that_failed_and_a_block_that_cannot_be_read_are_misses() {
     let hashes = world.store.hasher().clone().chain(&[1; 32], &ids, TOKENS);
     let run = world.store.disk_run(&[1; 32], &hashes, &ids);
     let (places, last) = world.store.begin_reads(&run);
-    let report =
-        DiskReport { epoch: Epoch(1), through: last, failed: vec![last], refused: false, read_blocks: 1, read_ns: 9, waits: 1 };
+    let report = DiskReport {
+        epoch: Epoch(1),
+        through: last,
+        failed: vec![last],
+        refused: false,
+        read_blocks: 1,
+        read_ns: 9,
+        waits: 1,
+    };
     world.store.end_transfers(&report);
     world.store.take_transfers();
     world.store.unpin_read(&places);
@@ -371,8 +378,15 @@ fn transfers_that_nobody_answers_for_any_more_leave_nothing_behind() {
     world.store.void_transfers();
     assert!(!world.store.is_under_way(last) && world.store.take_transfers().is_empty());
     world.check_held();
-    let report =
-        DiskReport { epoch: Epoch(1), through: last, failed: vec![], refused: false, read_blocks: 1, read_ns: 9, waits: 0 };
+    let report = DiskReport {
+        epoch: Epoch(1),
+        through: last,
+        failed: vec![],
+        refused: false,
+        read_blocks: 1,
+        read_ns: 9,
+        waits: 0,
+    };
     world.store.end_transfers(&report);
     assert_eq!((found(&mut world, &ids).0, world.read_ahead(1, &ids)), (0, 2), "the disk still has it");
 }

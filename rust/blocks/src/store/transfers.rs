@@ -8,7 +8,7 @@ use crate::chain::{BlockHash, Namespace};
 use crate::disk::{DiskRecord, DiskTier, IndexChange};
 use crate::prefix::{Content, ContentId};
 use llmscale_types::{
-    DiskBlockId, DiskDirection, DiskReport, DiskTransfer, HostBlockId, Planted, PrefixKey, Token,
+    Delta, DiskBlockId, DiskDirection, DiskReport, DiskTransfer, HostBlockId, Planted, PrefixKey, Token,
 };
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
@@ -98,7 +98,8 @@ impl BlockStore {
                 continue;
             }
             // Half of the host stays for what is evicted and restored meanwhile.
-            if self.host.pinned() >= (self.host.total() / 2).max(1) {
+            let full = self.transfers.pending.len() >= Delta::MAX_TRANSFERS;
+            if full || self.host.pinned() >= (self.host.total() / 2).max(1) {
                 break;
             }
             let Some((content, ids)) = self.disk.held(disk) else { break };
@@ -146,6 +147,7 @@ impl BlockStore {
     /// be under way.
     pub fn begin_writes(&mut self, most: u32) {
         let part = (self.host.total() / WRITTEN_PART).clamp(1, MAX_WRITTEN_PART);
+        let most = most.min(Delta::MAX_TRANSFERS.saturating_sub(self.transfers.pending.len()) as u32);
         let room = MAX_WRITES.min(part).saturating_sub(self.transfers.writes);
         let due: Vec<HostBlockId> = self
             .host
@@ -217,7 +219,8 @@ impl BlockStore {
         let Pending { transfer, content, ids } = pending;
         self.transfers.writes -= 1;
         self.transfers.writes_due = true;
-        self.host.unpin(transfer.host);
+        // It was written because it gives way next; younger ones would give way unwritten if it were young now.
+        self.host.unpin_oldest(transfer.host);
         if done {
             self.counters.disk_written_blocks += 1;
             self.transfers.refused = false;
@@ -264,7 +267,7 @@ impl BlockStore {
         self.transfers.writes_due = true;
         while let Some(pending) = self.transfers.pending.pop_back() {
             let DiskTransfer { host, disk, .. } = pending.transfer;
-            self.host.unpin(host);
+            self.host.unpin_oldest(host);
             self.disk.unpin(disk);
         }
     }
@@ -287,9 +290,8 @@ impl BlockStore {
     }
 
     pub(super) fn names_on_disk_alone(&self) -> impl Iterator<Item = PrefixKey> {
-        let alone = |content: &&Content| {
-            !self.prefix.has_name(&content.hash) && !self.host.prefix.has_name(&content.hash)
-        };
+        let alone =
+            |content: &&Content| !self.prefix.has_name(&content.hash) && !self.host.prefix.has_name(&content.hash);
         self.disk.prefix.all_reachable().filter(alone).filter_map(Content::name)
     }
 
