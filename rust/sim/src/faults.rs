@@ -169,7 +169,9 @@ impl Mix {
         let disk_blocks = if host_blocks > 0 && added.chance(500) { added.count(1, 80) } else { 0 };
         let disk_us = *added.pick(&[20, 500, 20_000]);
         if disk_blocks > 0 {
-            faults.extend(draw_faults(&Fault::OF_DISKS, &mut added));
+            // Often: of what is written to a disk, little is ever read back.
+            let often = |&fault: &Fault| added.chance(600).then(|| (fault, added.span(50_000, 400_000)));
+            faults.extend(Fault::OF_DISKS.iter().filter_map(often));
         }
         Self {
             fronts: 1 + usize::from(random.chance(400)),
