@@ -55,6 +55,10 @@ class NodeSettings:
     """What workers compute on, one of `DEVICES`; auto: CUDA where torch sees a device for each, else the CPU."""
     first_device: int = 0
     """Of this host's devices, the one that this node's first rank takes; the others follow."""
+    kv_disk: Path | None = None
+    """A folder for what the host tier has no room for, which outlives nodes; of one node at a time. None for none."""
+    kv_disk_bytes: int | None = None
+    """Most bytes there. None: four times the host tier."""
     threads: int | None = None
     """CPU threads of a worker; None: as many as the process may use."""
     spare_worker: bool = True
@@ -95,11 +99,24 @@ class NodeSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
         if self.first_device < 0:
             raise ConfigError(f"first_device is {self.first_device}, it must be 0 or more")
-        if self.kv_host_bytes is not None and self.kv_host_bytes < 0:
-            raise ConfigError(f"kv_host_bytes is {self.kv_host_bytes}, it must be 0, for no host tier, or more")
+        self._check_tiers()
         if self.max_step_seconds > MAX_STEP_SECONDS:
             raise ConfigError(f"max_step_seconds is {self.max_step_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
         if self.max_join_seconds > MAX_STEP_SECONDS:
             raise ConfigError(f"max_join_seconds is {self.max_join_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
         if (self.key_file is None) != (self.allow_list is None):
             raise ConfigError("key_file and allow_list belong together: set both, or neither to stay on loopback")
+
+    def _check_tiers(self) -> None:
+        if self.kv_host_bytes is not None and self.kv_host_bytes < 0:
+            raise ConfigError(f"kv_host_bytes is {self.kv_host_bytes}, it must be 0, for no host tier, or more")
+        if self.kv_disk_bytes is not None and self.kv_disk is None:
+            raise ConfigError(
+                f"kv_disk_bytes is {self.kv_disk_bytes} and kv_disk is unset; name a folder, or unset both"
+            )
+        if self.kv_disk_bytes is not None and self.kv_disk_bytes <= 0:
+            raise ConfigError(
+                f"kv_disk_bytes is {self.kv_disk_bytes}, it must be above 0; unset kv_disk for no disk tier"
+            )
+        if self.kv_disk is not None and self.kv_host_bytes == 0:
+            raise ConfigError("kv_disk is set and kv_host_bytes is 0: what comes from the disk comes by the host tier")

@@ -65,6 +65,10 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     kv_host_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] | None = None
     device: Annotated[str, Meta(pattern=f"^({'|'.join(DEVICES)})\\Z")] = "auto"
     """What workers compute on; auto: CUDA where torch sees a device for each, else the CPU."""
+    kv_disk: _Path | None = None
+    """A folder; every replica has one of its own in it."""
+    kv_disk_bytes: Annotated[int, Meta(ge=1, le=1 << 60)] | None = None
+    """Of each replica."""
     threads: Annotated[int, Meta(ge=1, le=1_024)] | None = None
     """Of a worker; None: its share of the CPUs."""
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1

@@ -17,6 +17,8 @@ from llmscale._core import LocalReplica, Sampling, StepCounts, WorkerSession
 from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
+from llmscale.models.shard import RankPlace
+from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.plan import plan_replica
 from llmscale.tokenizer import Tokenizer
 from llmscale.types import CompletionOutput, RequestOutput, SamplingParams, Usage
@@ -44,7 +46,9 @@ class LLM:
     or "float32". `quantization` makes dense weights "int8", or "int4" with a scale per 32 inputs ("int4-64" and
     "int4-128": per so many), while they are loaded; checkpoints that are quantized are served as they are. `device` is
     "cpu", "cuda", or "auto" for CUDA where torch sees a device. `seed` is the base of the seeds of requests that name
-    none: every prompt gets another one, and a script gives the same text twice.
+    none: every prompt gets another one, and a script gives the same text twice. `kv_disk` is a folder that keeps
+    computed prefixes from one process to the next, for one process at a time; it holds what prompts and answers were
+    made of.
     Raises ModelError for a model that cannot be served and ConfigError for settings that do not fit.
     """
 
@@ -61,6 +65,8 @@ class LLM:
         max_num_batched_tokens: int = 2_048,
         kv_cache_bytes: int | None = None,
         kv_host_bytes: int | None = None,
+        kv_disk: str | Path | None = None,
+        kv_disk_bytes: int | None = None,
         threads: int | None = None,
         device: str = "auto",
     ) -> None:
@@ -83,6 +89,8 @@ class LLM:
             max_step_tokens=max_num_batched_tokens,
             kv_cache_bytes=kv_cache_bytes,
             kv_host_bytes=kv_host_bytes,
+            kv_disk=None if kv_disk is None else Path(kv_disk),
+            kv_disk_bytes=kv_disk_bytes,
             threads=threads,
             device=device,
         )
@@ -92,8 +100,17 @@ class LLM:
         self._seed = seed
         self._requests = 0
         threads = plan.usual_threads(machine.cpus()) if threads is None else threads
+        self._weights_digest = plan.weights_digest
+        self._folder = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
+        disk = None if self._folder is None else self._folder.place_of(RankPlace(), plan.content)
         self._runner = ModelRunner(
-            plan.folder, plan.dtype, plan.limits, quantization=quantization, threads=threads, device=plan.device
+            plan.folder,
+            plan.dtype,
+            plan.limits,
+            quantization=quantization,
+            threads=threads,
+            device=plan.device,
+            disk=disk,
         )
         self._limits = self._runner.limits
         self._words = torch.zeros(max_num_seqs * WorkerSession.MAX_ROW_WORDS, dtype=torch.int32)
@@ -128,6 +145,15 @@ class LLM:
         ids = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
         return self._run([None] * len(ids), ids, params)
 
+    def close(self) -> None:
+        """Lets go of `kv_disk`, so that another process can have it; nothing can be generated any more."""
+        self._replica.close()
+        if self._runner.host is not None and self._runner.host.disk is not None:
+            self._runner.host.disk.close()
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+
     def _run(
         self, texts: Sequence[str | None], prompts: Sequence[list[int]], params: Sequence[SamplingParams]
     ) -> list[RequestOutput]:
@@ -143,6 +169,7 @@ class LLM:
             self._drive(sequences)
         except BaseException:
             # It may have come between a plan and its samples, or when some requests were there and some were not.
+            self._replica.close()
             self._start()
             raise
         by_prompt: list[list[_Sequence]] = [[] for _ in prompts]
@@ -163,7 +190,12 @@ class LLM:
 
     def _start(self) -> None:
         """Begins with nothing that runs and nothing cached; KV memory that no table names is free."""
-        self._replica = LocalReplica(self._limits)
+        disk = None if self._runner.host is None else self._runner.host.disk
+        if disk is None or self._folder is None:
+            self._replica = LocalReplica(self._limits)
+        else:
+            index, secret = self._folder.index, self._folder.secret()
+            self._replica = LocalReplica(self._limits, disk, index, secret, self._weights_digest)
         self._steps = self._runner.steps(self._replica)
 
     def _drive(self, sequences: Sequence[_Sequence]) -> None:

@@ -151,6 +151,16 @@ class _Replica(Protocol):
     @property
     def bad_host_blocks(self) -> int: ...
     @property
+    def disk_written_blocks(self) -> int: ...
+    @property
+    def disk_read_blocks(self) -> int: ...
+    @property
+    def bad_disk_blocks(self) -> int: ...
+    @property
+    def failed_disk_writes(self) -> int: ...
+    @property
+    def disk_waits(self) -> int: ...
+    @property
     def preemptions(self) -> int: ...
     @property
     def steps(self) -> int: ...
@@ -230,6 +240,11 @@ _OF_REPLICA: Final[tuple[tuple[_Kind, str, str, Callable[[_Replica], float]], ..
     (CounterMetricFamily, "kv_offloaded_blocks", "KV blocks copied to the host", lambda one: one.offloaded_blocks),
     (CounterMetricFamily, "kv_restored_blocks", "KV blocks copied back from the host", lambda one: one.restored_blocks),
     (CounterMetricFamily, "kv_bad_host_blocks", "Host blocks that were found corrupt", lambda one: one.bad_host_blocks),
+    (CounterMetricFamily, "kv_disk_written_blocks", "KV blocks written to disk", lambda one: one.disk_written_blocks),
+    (CounterMetricFamily, "kv_disk_read_blocks", "KV blocks read from disk", lambda one: one.disk_read_blocks),
+    (CounterMetricFamily, "kv_disk_bad_blocks", "Disk blocks that were found corrupt", lambda one: one.bad_disk_blocks),
+    (CounterMetricFamily, "kv_disk_failed_writes", "Writes that the disk refused", lambda one: one.failed_disk_writes),
+    (CounterMetricFamily, "kv_disk_waits", "Times a step waited for the disk", lambda one: one.disk_waits),
     (CounterMetricFamily, "worker_restarts", "Times a worker process was replaced", lambda one: one.worker_restarts),
     (CounterMetricFamily, "steps", "Steps of the model", lambda one: one.steps),
     (CounterMetricFamily, "step_seconds", "Time that steps took", lambda one: one.step_ns / 1e9),

@@ -54,6 +54,10 @@ def serve(
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
     kv_host_bytes: Annotated[int | None, typer.Option(help="Memory for what the KV cache evicts; 0 for none.")] = None,
     device: DeviceOption = "auto",
+    kv_disk: Annotated[
+        str | None, typer.Option(help="Folder for what the host has no room for; it outlives the process.")
+    ] = None,
+    kv_disk_bytes: Annotated[int | None, typer.Option(help="Most bytes there, of each replica.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a worker.")] = None,
     tensor_parallel_size: Annotated[
         int, typer.Option("--tensor-parallel-size", "-tp", help="Workers that share every layer.")
@@ -95,6 +99,8 @@ def serve(
             kv_cache_bytes=kv_cache_bytes,
             kv_host_bytes=kv_host_bytes,
             device=device,
+            kv_disk=kv_disk,
+            kv_disk_bytes=kv_disk_bytes,
             threads=threads,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,

@@ -44,6 +44,8 @@ class ServeOptions:
     kv_cache_bytes: int | None = None
     kv_host_bytes: int | None = None
     device: str = "auto"
+    kv_disk: str | None = None
+    kv_disk_bytes: int | None = None
     threads: int | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -69,6 +71,8 @@ class ServeOptions:
             kv_cache_bytes=self.kv_cache_bytes,
             kv_host_bytes=self.kv_host_bytes,
             device=self.device,
+            kv_disk=self.kv_disk,
+            kv_disk_bytes=self.kv_disk_bytes,
             threads=self.threads,
             tensor_parallel_size=self.tensor_parallel_size,
             pipeline_parallel_size=self.pipeline_parallel_size,
@@ -119,6 +123,8 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         kv_host_bytes=entry.kv_host_bytes,
         device=device_of(fleet, name),
         first_device=fleet.first_device(name),
+        kv_disk=None if entry.kv_disk is None else Path(entry.kv_disk),
+        kv_disk_bytes=entry.kv_disk_bytes,
         threads=threads_per_worker(fleet, name),
         spare_worker=entry.spare_worker,
         tensor_parallel_size=entry.tensor_parallel_size,

@@ -174,6 +174,11 @@ class Status(Record, frozen=True):
     step_ns: U64
     stage_wait_ns: U64
     kv_changes: U64
+    disk_written_blocks: U64
+    disk_read_blocks: U64
+    bad_disk_blocks: U64
+    failed_disk_writes: U64
+    disk_waits: U64
 
 
 class Pong(Record, frozen=True):

@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote
 
 import structlog
 
@@ -59,11 +60,11 @@ def local_nodes(fleet: FleetFile, folder: str) -> list[LocalNode]:
         for replica in range(entry.local_replicas):
             address = f"ipc://{folder}/node-{len(found)}"
             first_device = fleet.first_device(model, replica)
-            found.append(LocalNode(model, address, _command(fleet, model, address, first_device)))
+            found.append(LocalNode(model, address, _command(fleet, model, address, replica, first_device)))
     return found
 
 
-def _command(fleet: FleetFile, model: str, address: str, first_device: int) -> tuple[str, ...]:
+def _command(fleet: FleetFile, model: str, address: str, replica: int, first_device: int) -> tuple[str, ...]:
     entry = fleet.models[model]
     keys = fleet.keys
     named = {
@@ -80,6 +81,9 @@ def _command(fleet: FleetFile, model: str, address: str, first_device: int) -> t
         "--kv-host-bytes": entry.kv_host_bytes,
         "--device": device_of(fleet, model),
         "--first-device": first_device,
+        # A folder is of one node at a time. A replica that is started again finds its own.
+        "--kv-disk": None if entry.kv_disk is None else f"{entry.kv_disk}/{quote(model, safe='')}-{replica}",
+        "--kv-disk-bytes": entry.kv_disk_bytes,
         "--threads": threads_per_worker(fleet, model),
         "--tensor-parallel-size": entry.tensor_parallel_size,
         "--pipeline-parallel-size": entry.pipeline_parallel_size,

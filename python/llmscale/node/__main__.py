@@ -23,6 +23,7 @@ from llmscale import env, logs, machine
 from llmscale._core import Engine, end_with_parent
 from llmscale.config import DEVICES, DTYPES, QUANTIZATIONS, NodeSettings
 from llmscale.errors import LlmscaleError
+from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.follower import Follower
 from llmscale.node.membership import Membership
 from llmscale.node.plan import ReplicaPlan, plan_replica
@@ -58,21 +59,37 @@ async def _serve(settings: NodeSettings, hosts: Hosts) -> None:
     plan = plan_replica(settings, hosts.count)
     threads = plan.usual_threads(machine.cpus()) if settings.threads is None else settings.threads
     processes = WorkerProcesses(threads, keep_spare=settings.spare_worker)
+    disk = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
+    try:
+        await _act(settings, hosts, plan, processes, disk)
+    finally:
+        if disk is not None:
+            disk.close()
+
+
+async def _act(
+    settings: NodeSettings, hosts: Hosts, plan: ReplicaPlan, processes: WorkerProcesses, disk: DiskFolder | None
+) -> None:
     if not hosts.is_leader:
-        await _follow(settings, hosts, plan, processes)
+        await _follow(settings, hosts, plan, processes, disk)
         return
     # Only this user may enter: worker links are not authenticated beyond the folder's permissions.
     with tempfile.TemporaryDirectory(prefix="llmscale-node-") as folder:
         span = None if hosts.count == 1 else Span.open(settings, hosts, plan)
         try:
-            await _lead(settings, plan, processes, span, folder)
+            await _lead(settings, plan, processes, span, folder, disk)
         finally:
             if span is not None:
                 span.close()
 
 
 async def _lead(
-    settings: NodeSettings, plan: ReplicaPlan, processes: WorkerProcesses, span: Span | None, folder: str
+    settings: NodeSettings,
+    plan: ReplicaPlan,
+    processes: WorkerProcesses,
+    span: Span | None,
+    folder: str,
+    disk: DiskFolder | None,
 ) -> None:
     engine = Engine(
         limits=plan.limits,
@@ -87,10 +104,11 @@ async def _lead(
         max_step_us=int(settings.max_step_seconds * 1e6),
         key_file=None if settings.key_file is None else str(settings.key_file),
         allow_list=None if settings.allow_list is None else str(settings.allow_list),
+        disk_index=None if disk is None else disk.index,
     )
     cache_mb = plan.limits.total_blocks * plan.block_bytes // (1 << 20)
     _log.info("node listens", address=engine.address, model=plan.name, dtype=plan.dtype, kv_cache_mb=cache_mb)
-    supervisor = WorkerSupervisor(engine, plan, processes, span)
+    supervisor = WorkerSupervisor(engine, plan, processes, span, disk)
     stop = _stop_signal()
     supervising = asyncio.create_task(supervisor.run())
     announcing = asyncio.create_task(_announce(supervisor))
@@ -107,12 +125,14 @@ async def _lead(
     await supervising
 
 
-async def _follow(settings: NodeSettings, hosts: Hosts, plan: ReplicaPlan, processes: WorkerProcesses) -> None:
+async def _follow(
+    settings: NodeSettings, hosts: Hosts, plan: ReplicaPlan, processes: WorkerProcesses, disk: DiskFolder | None
+) -> None:
     facts = host_facts(settings, hosts, plan)
     membership = Membership(hosts.index, secrets.token_hex(8), facts, plan.limits.total_blocks, time.monotonic())
     door = connect_to_leader(settings, hosts)
     try:
-        follower = Follower(hosts, settings, plan, door, membership, processes)
+        follower = Follower(hosts, settings, plan, door, membership, processes, disk)
         stop = _stop_signal()
         following = asyncio.create_task(follower.run())
         stopping = asyncio.create_task(stop.wait())
@@ -157,6 +177,8 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         kv_host_bytes=arguments.kv_host_bytes,
         device=arguments.device,
         first_device=arguments.first_device,
+        kv_disk=arguments.kv_disk,
+        kv_disk_bytes=arguments.kv_disk_bytes,
         threads=arguments.threads,
         spare_worker=arguments.spare_worker,
         tensor_parallel_size=arguments.tensor_parallel_size,
@@ -209,6 +231,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--first-device", type=int, default=0, help="the device of the first rank; others follow (default: %(default)s)"
     )
+    add("--kv-disk", type=Path, help="folder for what the host has no room for; outlives nodes (default: none)")
+    add("--kv-disk-bytes", type=int, help="most bytes there (default: four times the host tier)")
     add("--threads", type=int, help="CPU threads of a worker (default: its share of the CPUs, fewer for a small model)")
     add(
         "-tp", "--tensor-parallel-size", type=int, default=1, help="ranks that share every layer (default: %(default)s)"

@@ -16,6 +16,7 @@ import structlog
 from llmscale._core import GroupDoor
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, TransportError, WorkerError
+from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.group_messages import Wanted, decode_leader, encode
 from llmscale.node.host_memory import HostMemory
 from llmscale.node.membership import Membership
@@ -43,6 +44,7 @@ class Follower:
         door: GroupDoor,
         membership: Membership,
         processes: WorkerProcesses,
+        disk: DiskFolder | None = None,
     ) -> None:
         self._hosts = hosts
         self._settings = settings
@@ -50,6 +52,7 @@ class Follower:
         self._door = door
         self._membership = membership
         self._processes = processes
+        self._disk = disk
         self._host_memory = HostMemory(plan.layout.places(hosts.index))
         self._stopping = asyncio.Event()
         # Set when what is wanted or what runs may have changed.
@@ -204,6 +207,7 @@ class Follower:
                 quantization=plan.quantization,
                 key_file=None if key_file is None else str(key_file.absolute()),
                 host_memory=self._host_memory.path_of(place),
+                disk=None if self._disk is None else self._disk.place_of(place, self._plan.content),
                 share=(number, len(places)),
                 device=plan.device,
                 device_index=plan.first_device + number,

@@ -34,6 +34,12 @@ MAX_DEVICE_BLOCKS = 1 << 20
 # What is evicted goes to memory that is taken page by page as it is written.
 HOST_BLOCKS_PER_BLOCK = 4
 MAX_HOST_MEMORY_SHARE = 8
+# A file of the size of the host tier's memory would only hold what that holds.
+DISK_BLOCKS_PER_HOST_BLOCK = 4
+# What a part of a block takes beside its bytes, at most: its header and the rest of a page.
+DISK_PAGE_BYTES = 4_096 + 32
+# What the index keeps of a block: its name, its parent's, two hashes, ids and a checksum.
+DISK_RECORD_BYTES = 88 + 4 * BLOCK_TOKENS
 # Threads meet after every product, so a small model is no faster with more: tiny-chat (9 MB) gives one stream 880
 # tokens/s with one thread and 830 with two, alone on two cores; beside a gateway and its clients the loss is larger.
 BYTES_PER_THREAD = 16 << 20
@@ -63,6 +69,11 @@ class ReplicaPlan:
     """What workers compute on: "auto" is decided."""
     first_device: int
 
+    @property
+    def content(self) -> str:
+        """What KV blocks are computed from, for those that outlive this process."""
+        return f"{self.weights_digest.hex()}/{self.configuration_digest.hex()}/{self.quantization}"
+
     def usual_threads(self, cpus: int) -> int:
         """Threads of a worker that nobody has set: its share of the CPUs, but no more than its weights are worth."""
         share = cpus // self.layout.ranks_per_host
@@ -88,10 +99,12 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     block_bytes = _block_bytes(spec, dtype)
     fingerprint = weights_fingerprint(checkpoint)
     total_blocks = _total_blocks(settings, block_bytes, max_sequence_tokens, _device_bytes(device, settings, layout))
+    host_blocks = _host_blocks(settings, block_bytes, total_blocks)
     limits = EngineLimits(
         vocabulary=spec.vocabulary,
         total_blocks=total_blocks,
-        host_blocks=_host_blocks(settings, block_bytes, total_blocks),
+        host_blocks=host_blocks,
+        disk_blocks=_disk_blocks(settings, block_bytes, host_blocks, layout.ranks),
         block_tokens=BLOCK_TOKENS,
         max_sequence_tokens=max_sequence_tokens,
         max_sequences=settings.max_sequences,
@@ -160,3 +173,19 @@ def _host_blocks(settings: NodeSettings, block_bytes: int, total_blocks: int) ->
         return min(settings.kv_host_bytes // block_bytes, EngineLimits.MAX_HOST_BLOCKS)
     share = machine.memory_bytes() // MAX_HOST_MEMORY_SHARE // block_bytes
     return min(HOST_BLOCKS_PER_BLOCK * total_blocks, share, EngineLimits.MAX_HOST_BLOCKS)
+
+
+def _disk_blocks(settings: NodeSettings, block_bytes: int, host_blocks: int, ranks: int) -> int:
+    """Never of what is free at the moment: another size is another tier, and what the last node left would be lost."""
+    if settings.kv_disk is None:
+        return 0
+    if host_blocks == 0:
+        raise ConfigError("kv_disk is set and the host tier has no room for a block; raise kv_host_bytes")
+    if settings.kv_disk_bytes is None:
+        return min(DISK_BLOCKS_PER_HOST_BLOCK * host_blocks, EngineLimits.MAX_DISK_BLOCKS)
+    # Each rank's part of a block begins with a page.
+    needed = block_bytes + ranks * DISK_PAGE_BYTES + DISK_RECORD_BYTES
+    blocks = (settings.kv_disk_bytes - (ranks + 1) * DISK_PAGE_BYTES) // needed
+    if blocks < 1:
+        raise ConfigError(f"kv_disk_bytes is {settings.kv_disk_bytes:,}; one block takes {needed:,} bytes; raise it")
+    return min(blocks, EngineLimits.MAX_DISK_BLOCKS)

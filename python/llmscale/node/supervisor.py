@@ -19,6 +19,7 @@ import structlog
 
 from llmscale._core import Engine, NodeEvent
 from llmscale.errors import ConfigError, WorkerError
+from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.group_messages import RankLink
 from llmscale.node.host_memory import HostMemory
 from llmscale.node.leader_group import LeaderGroup
@@ -81,11 +82,19 @@ class _Deaths:
 class WorkerSupervisor:
     """Decides when a node's worker processes start and end."""
 
-    def __init__(self, engine: Engine, plan: ReplicaPlan, processes: WorkerProcesses, span: Span | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        plan: ReplicaPlan,
+        processes: WorkerProcesses,
+        span: Span | None = None,
+        disk: DiskFolder | None = None,
+    ) -> None:
         self._engine = engine
         self._plan = plan
         self._processes = processes
         self._span = span
+        self._disk = disk
         self._host_memory = HostMemory(plan.layout.places(0))
         self._preparing: asyncio.Task[None] | None = None
         self._deaths = _Deaths()
@@ -157,6 +166,7 @@ class WorkerSupervisor:
                 place,
                 meeting.of(place),
                 host_memory=self._host_memory.path_of(place),
+                disk=None if self._disk is None else self._disk.place_of(place, plan.content),
                 quantization=plan.quantization,
                 share=(number, len(places)),
                 device=plan.device,

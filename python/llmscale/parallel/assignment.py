@@ -38,6 +38,16 @@ class Meeting:
     max_wait_seconds: float = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class DiskPlace:
+    """One rank's part of the disk tier."""
+
+    path: str
+    """Its file."""
+    content: str
+    """What its blocks are of, beside numerics and layout: weights and what became of them."""
+
+
 class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which engine to serve, as which incarnation and rank."""
 
@@ -53,6 +63,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The fleet's node key, for an engine on another host."""
     host_memory: str | None = None
     """File of this rank's part of the host tier, kept from worker to worker; None for memory of its own."""
+    disk: DiskPlace | None = None
+    """This rank's file of the disk tier; None without one."""
     share: tuple[int, int] = (0, 1)
     """Which part of this host's CPUs is this rank's, and of how many."""
     device: str = "cpu"

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmscale._core import HostRegion
+from llmscale._core import DiskRegion, HostRegion
 from llmscale.devices.interface import Accelerator, Event, Stream
 from llmscale.worker.kv_region import KvRegion
 
@@ -29,11 +29,12 @@ Copy = tuple[bool, int, int, int]
 class CopyList(Protocol):
     """Whoever owns a mirror."""
 
-    def copies(self) -> list[Copy]:
-        """Of the current step, in order."""
+    def copies(self, disk: DiskRegion | None = None) -> list[Copy]:
+        """Of the current step, in order, once transfers that they touch have ended."""
 
-    def copies_made(self, took_ns: int, bad_host_blocks: Sequence[int]) -> bool:
-        """The copies are under way, and take as long; False if blocks are bad and the step was given up."""
+    def copies_made(self, took_ns: int, bad_host_blocks: Sequence[int], disk: DiskRegion | None = None) -> bool:
+        """The copies are under way, and take as long; transfers begin. False if blocks are bad and the step was given
+        up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,17 @@ class DeviceTier:
         self._measured: tuple[Event, Event, int] | None = None
         self._block_ns = 0
 
-    def copy(self, source: CopyList) -> bool:
-        """Begins the copies of the current step. False: it was given up, and whoever plans knows."""
+    def copy(self, source: CopyList, disk: DiskRegion | None = None, *, has_transfers: bool = False) -> bool:
+        """Begins the copies of the current step. False: it was given up, and whoever plans knows.
+
+        `has_transfers` says whether it also moves blocks between host and disk.
+        """
         self.seal()
         self._measure()
         accelerator = self._accelerator
         last = accelerator.compute.record()
         began = last
-        runs = [(back, list(run)) for back, run in groupby(source.copies(), key=lambda copy: copy[0])]
+        runs = [(back, list(run)) for back, run in groupby(source.copies(disk), key=lambda copy: copy[0])]
         bad: list[int] = []
         count = 0
         for back, run in runs:
@@ -81,7 +85,11 @@ class DeviceTier:
             count += len(run)
         accelerator.compute.wait_for(last)
         self._measured = (began, last, count) if count > 0 else None
-        return source.copies_made(self._block_ns * count, bad)
+        if has_transfers:
+            # A transfer writes a block that is sealed, or reads one into a place that nobody seals afterwards.
+            while self._unsealed:
+                self._seal_oldest()
+        return source.copies_made(self._block_ns * count, bad, disk)
 
     def seal(self) -> None:
         """Writes the headers of blocks that have arrived."""

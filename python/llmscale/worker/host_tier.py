@@ -15,24 +15,26 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Protocol
 
-from llmscale._core import HostRegion
+from llmscale._core import DiskRegion, HostRegion
 from llmscale.devices.interface import Accelerator
 from llmscale.models.shard import RankPlace
+from llmscale.parallel.assignment import DiskPlace
 from llmscale.worker.device_tier import Copy, DeviceTier
+from llmscale.worker.disk_tier import open_disk
 from llmscale.worker.kv_region import KvRegion
 
 
 class CopySource(Protocol):
     """Whoever owns a mirror: a worker's session or a local replica."""
 
-    def copy_blocks(self, host: HostRegion, kv: tuple[int, int]) -> bool:
-        """Makes the current step's copies; False if host blocks are bad and the step was given up."""
+    def copy_blocks(self, host: HostRegion, kv: tuple[int, int], disk: DiskRegion | None = None) -> bool:
+        """Makes the current step's copies and begins its transfers; False if host blocks are bad: it was given up."""
 
-    def copies(self) -> list[Copy]:
-        """The current step's copies, for a device that makes them."""
+    def copies(self, disk: DiskRegion | None = None) -> list[Copy]:
+        """The current step's copies, for a device that makes them, once transfers that they touch have ended."""
 
-    def copies_made(self, took_ns: int, bad_host_blocks: Sequence[int]) -> bool:
-        """A device makes them; False as in `copy_blocks`."""
+    def copies_made(self, took_ns: int, bad_host_blocks: Sequence[int], disk: DiskRegion | None = None) -> bool:
+        """A device makes them; begins transfers. False as in `copy_blocks`."""
 
 
 class HostTier:
@@ -46,15 +48,17 @@ class HostTier:
         place: RankPlace,
         path: str | None,
         accelerator: Accelerator | None = None,
+        disk: tuple[DiskPlace, int] | None = None,
     ) -> None:
         """`path` is an empty file or one of a worker before; None for memory that ends with this process. A region
         that is not the processor's is copied by its accelerator.
 
-        Raises WorkerError if it cannot be mapped.
+        `disk` is where what the host has no room for goes, and how many blocks. Raises WorkerError if memory cannot be
+        mapped, ConfigError if the disk cannot be used.
         """
         tensor = region.tensor
         self._kv = (tensor.data_ptr(), tensor.numel() * tensor.element_size())
-        meaning = repr((numerics, astuple(region.layout), astuple(place)))
+        meaning = repr((numerics, astuple(region.layout), astuple(place), disk and disk[0].content))
         layout = int.from_bytes(hashlib.blake2b(meaning.encode(), digest_size=8).digest(), "little")
         block_bytes = region.layout.block_bytes
         own = None if path is not None else os.memfd_create("llmscale-host-tier", os.MFD_CLOEXEC)
@@ -62,6 +66,7 @@ class HostTier:
         try:
             _give_size(path, HostRegion.bytes_for(blocks, block_bytes))
             self._host = HostRegion(path, blocks, block_bytes, layout)
+            self.disk = None if disk is None else open_disk(*disk, (path, blocks), block_bytes, layout)
             self._apart = None if accelerator is None else DeviceTier(accelerator, region, self._host, blocks)
         finally:
             if own is not None:
@@ -72,11 +77,17 @@ class HostTier:
         """Another memory has another number."""
         return self._host.incarnation
 
-    def copy(self, source: CopySource) -> bool:
-        """Makes the copies of the current step. False: it was given up, and whoever plans knows."""
+    @property
+    def disk_files(self) -> int:
+        """The same of the disk tier's file; 0 without one."""
+        return 0 if self.disk is None else self.disk.incarnation
+
+    def copy(self, source: CopySource, *, has_transfers: bool) -> bool:
+        """Makes the copies of the current step and begins its transfers to and from the disk, if it has any. False: it
+        was given up, and whoever plans knows."""
         if self._apart is not None:
-            return self._apart.copy(source)
-        return source.copy_blocks(self._host, self._kv)
+            return self._apart.copy(source, self.disk, has_transfers=has_transfers)
+        return source.copy_blocks(self._host, self._kv, self.disk)
 
     def rest(self) -> None:
         """To be called when there is nothing else to do."""

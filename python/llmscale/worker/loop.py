@@ -13,9 +13,10 @@ from pathlib import Path
 import structlog
 import torch
 
-from llmscale._core import WorkerOrder, WorkerSession
+from llmscale._core import DiskRegion, WorkerOrder, WorkerSession
 from llmscale.errors import LlmscaleError, ModelError, OutOfDeviceMemory
 from llmscale.parallel.assignment import Assignment
+from llmscale.worker.disk_tier import say_trouble
 from llmscale.worker.model_runner import ModelRunner
 from llmscale.worker.sampling import StepSampling
 from llmscale.worker.steps import Steps
@@ -35,12 +36,14 @@ class WorkerLoop:
         self._runner: ModelRunner | None = None
         self._steps: Steps | None = None
         self._sampling: StepSampling | None = None
+        self._disk: DiskRegion | None = None
 
     def run(self) -> None:
         """Returns when the engine says stop. An error outside a step is told to the engine and raised."""
         try:
             while True:
-                order = self._session.receive(WAIT_US)
+                order = self._session.receive(WAIT_US, self._disk)
+                say_trouble(self._disk)
                 if order is None:
                     if self._runner is not None:
                         self._runner.rest()
@@ -69,10 +72,13 @@ class WorkerLoop:
             host_memory=self._assignment.host_memory,
             device=self._assignment.device,
             device_index=self._assignment.device_index,
+            disk=self._assignment.disk,
         )
-        host_memory = 0 if runner.host is None else runner.host.incarnation
+        host_memory, disk_files = (0, 0) if runner.host is None else (runner.host.incarnation, runner.host.disk_files)
         took_ns = time.perf_counter_ns() - started
-        self._session.ready(runner.layers, runner.numerics, took_ns, runner.limits.total_blocks, host_memory)
+        blocks = runner.limits.total_blocks
+        self._session.ready(runner.layers, runner.numerics, took_ns, blocks, host_memory, disk_files)
+        self._disk = None if runner.host is None else runner.host.disk
         self._runner = runner
         self._steps = runner.steps(self._session)
         self._sampling = StepSampling(self._session, runner, self._steps, order.limits.max_sequences)

@@ -15,12 +15,13 @@ from llmscale import env
 from llmscale._core import CpuKernels, EngineLimits, StepCounts
 from llmscale.devices.interface import OpsNeeds
 from llmscale.devices.registry import open_device
+from llmscale.errors import ConfigError
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.open_files import Progress
 from llmscale.models.registry import describe_model
 from llmscale.models.shard import RankPlace, shard_model
 from llmscale.models.spec import ModelSpec
-from llmscale.parallel.assignment import Meeting
+from llmscale.parallel.assignment import DiskPlace, Meeting
 from llmscale.parallel.groups import join_stages, join_tensor_group, join_world
 from llmscale.parallel.interface import interface_towards
 from llmscale.worker.device_start import DeviceStart
@@ -49,6 +50,7 @@ class ModelRunner:
         host_memory: str | None = None,
         device: str = "cpu",
         device_index: int = 0,
+        disk: DiskPlace | None = None,
     ) -> None:
         """Meets the other ranks, loads weights, makes the KV region. Raises ModelError, ConfigError, WorkerError.
 
@@ -98,9 +100,12 @@ class ModelRunner:
         sums = f"{self.tensor.kind}{place.tensor_size}"
         kernels = self.device.numerics(self.kernels)
         self.numerics = f"torch-{torch.__version__}/{self._executor.linear_kind}/{kernels}/{self.dtype}/{sums}"
+        if limits.disk_blocks > 0 and disk is None:
+            raise ConfigError("the replica has a disk tier and this host has no folder for it; give every host kv_disk")
         self.host: HostTier | None = None
         if limits.host_blocks > 0:
-            self.host = HostTier(self.region, limits.host_blocks, self.numerics, place, host_memory, accelerator)
+            below = None if disk is None else (disk, limits.disk_blocks)
+            self.host = HostTier(self.region, limits.host_blocks, self.numerics, place, host_memory, accelerator, below)
 
     def steps(self, source: StepSource) -> Steps:
         """The steps of whoever owns a mirror."""
@@ -115,10 +120,10 @@ class ModelRunner:
 
     def copy(self, counts: StepCounts, source: CopySource) -> bool:
         """Makes the step's copies between tiers, before its rows are computed. False: the step was given up."""
-        if counts.copies == 0:
+        if counts.copies == 0 and counts.transfers == 0:
             return True
         assert self.host is not None, "copies are planned only where there is a host tier"
-        return self.host.copy(source)
+        return self.host.copy(source, has_transfers=counts.transfers > 0)
 
     def forward(self, step: StepInputs) -> tuple[int, int]:
         """Runs one step. Returns address and number of elements of the logits, valid until the next call.

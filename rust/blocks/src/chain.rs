@@ -35,6 +35,12 @@ impl ChainHasher {
         Self { key, kept_bits }
     }
 
+    /// How much of a hash it keeps.
+    #[cfg(test)]
+    pub(crate) fn kept_bits(&self) -> u32 {
+        self.kept_bits
+    }
+
     /// Hash of one full block after `parent` (none for the first block of a namespace).
     pub fn block(&self, namespace: &Namespace, parent: Option<&BlockHash>, ids: &[Token]) -> BlockHash {
         let mut hasher = blake3::Hasher::new_keyed(&self.key);

@@ -37,6 +37,34 @@ impl HostTier {
         Some((HostBlockId(block.0), lost))
     }
 
+    /// Takes the place whose content gives way next, pinned and empty. `None` if every block is pinned.
+    pub(crate) fn reserve(&mut self) -> Option<(HostBlockId, Lost)> {
+        let block = self.pool.allocate()?;
+        let lost = self.prefix.reachable(block).map(|(content, _)| content.clone());
+        self.prefix.forget(block);
+        Some((HostBlockId(block.0), lost))
+    }
+
+    /// A place that is pinned holds this.
+    pub(crate) fn hold(&mut self, host: HostBlockId, content: Content, ids: &[Token]) {
+        self.prefix.insert(BlockId(host.0), content, ids);
+    }
+
+    /// What a block holds, with its ids, if it can be found.
+    pub(crate) fn held(&self, host: HostBlockId) -> Option<(&Content, &[Token])> {
+        self.prefix.reachable(BlockId(host.0))
+    }
+
+    /// Blocks in the order in which they give way, those that are pinned left out.
+    pub(crate) fn oldest(&self) -> impl Iterator<Item = HostBlockId> {
+        self.pool.oldest().map(|block| HostBlockId(block.0))
+    }
+
+    /// Blocks that are pinned.
+    pub(crate) fn pinned(&self) -> u32 {
+        self.pool.total() - self.pool.free()
+    }
+
     /// It was asked for: it gives way last.
     pub(crate) fn touch(&mut self, host: HostBlockId) {
         self.pin(host);
@@ -52,6 +80,11 @@ impl HostTier {
     pub(crate) fn unpin(&mut self, host: HostBlockId) {
         let block = BlockId(host.0);
         self.pool.release(block, self.prefix.holds(block));
+    }
+
+    /// The same for a block that was about to give way when it was pinned, and still is.
+    pub(crate) fn unpin_oldest(&mut self, host: HostBlockId) {
+        self.pool.release(BlockId(host.0), false);
     }
 
     /// The tag of a pinned block's content, which may be shadowed by another of the same hash by now.

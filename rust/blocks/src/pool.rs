@@ -63,6 +63,13 @@ impl BlockPool {
         Some(BlockId(block))
     }
 
+    /// The blocks that nobody references, in the order in which they are handed out.
+    pub fn oldest(&self) -> impl Iterator<Item = BlockId> {
+        let anchor = self.anchor() as u32;
+        let behind = move |&block: &u32| Some(self.next[block as usize]).filter(|&next| next != anchor);
+        std::iter::successors(behind(&anchor), behind).map(BlockId)
+    }
+
     /// Adds a reference; a free block comes back to life with its content.
     pub fn share(&mut self, block: BlockId) {
         if self.references[block.index()] == 0 {

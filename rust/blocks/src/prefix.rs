@@ -57,6 +57,11 @@ impl PrefixIndex {
         }
     }
 
+    /// Tokens per block.
+    pub fn block_tokens(&self) -> usize {
+        self.block_tokens
+    }
+
     /// The block that holds `ids` after `parent`, if any.
     pub fn find(
         &self,

@@ -1,9 +1,13 @@
 //! The block store: the tiers' pools and prefix indexes as one thing. Hands out blocks, finds shared prefixes, takes
-//! blocks back, and says what has to be copied when a content goes from one tier to the other. Every operation is
-//! O(blocks named in it). Sequences own their tables; the store owns counts and contents.
+//! blocks back, and says what has to be copied when a content goes from the device to the host or back; what goes between
+//! the host and the disk is `transfers`. Every operation is O(blocks named in it). Sequences own their tables; the store
+//! owns counts and contents.
+
+mod transfers;
 
 use crate::chain::{BlockHash, ChainHasher, Namespace};
 use crate::changes::Changes;
+use crate::disk::DiskTier;
 use crate::host::{HostTier, Lost};
 use crate::pool::BlockPool;
 use crate::prefix::{Content, ContentId, PrefixIndex};
@@ -24,6 +28,16 @@ pub struct CacheCounters {
     pub restored_blocks: u64,
     /// Host blocks that did not hold what they should.
     pub bad_host_blocks: u64,
+    /// Blocks that were written from the host to the disk.
+    pub disk_written_blocks: u64,
+    /// Blocks that were read from the disk to the host.
+    pub disk_read_blocks: u64,
+    /// Disk blocks that did not hold what they should, or could not be read.
+    pub bad_disk_blocks: u64,
+    /// Writes to the disk that failed.
+    pub failed_disk_writes: u64,
+    /// How often copies of a step waited for a transfer.
+    pub disk_waits: u64,
 }
 
 /// Pool and prefix index of one replica.
@@ -32,6 +46,8 @@ pub struct BlockStore {
     pool: BlockPool,
     prefix: PrefixIndex,
     host: HostTier,
+    disk: DiskTier,
+    transfers: transfers::Transfers,
     /// Contents that were named so far, on any tier.
     contents: u64,
     /// What the next step has to copy, in order.
@@ -73,6 +89,8 @@ impl BlockStore {
             pool: BlockPool::new(total),
             prefix: PrefixIndex::new(total, block_tokens),
             host: HostTier::new(0, block_tokens),
+            disk: DiskTier::new(0, block_tokens),
+            transfers: transfers::Transfers::default(),
             contents: 0,
             copies: Vec::new(),
             offloads_allowed: 0,
@@ -215,12 +233,7 @@ impl BlockStore {
             self.offload(block);
             let evicted = self.prefix.reachable(block).map(|(content, _)| content.clone());
             self.prefix.forget(block);
-            if let Some(content) = evicted
-                && !self.host.prefix.has_name(&content.hash)
-                && let Some(key) = content.name()
-            {
-                self.changes.removed(key);
-            }
+            self.say_lost(evicted);
         }
         Some(block)
     }
@@ -237,6 +250,7 @@ impl BlockStore {
         }
         let tag = content.tag();
         let Some((host, lost)) = self.host.take_in(content.clone(), ids) else { return };
+        self.transfers.look_again();
         self.offloads_allowed -= 1;
         self.counters.offloaded_blocks += 1;
         let block = if Planted::OffloadsAnotherBlock.is_here() { BlockId(block.0 ^ 1) } else { block };
@@ -244,12 +258,11 @@ impl BlockStore {
         self.say_lost(lost);
     }
 
-    /// A content left the host: its name is gone unless the device holds it too.
+    /// A content left a tier: its name is gone unless another holds it too.
     fn say_lost(&mut self, lost: Lost) {
         if let Some(content) = lost
             && let Some(key) = content.name()
-            && !self.prefix.has_name(&content.hash)
-            && !self.host.prefix.has_name(&content.hash)
+            && !self.has_name_anywhere(&content.hash)
         {
             self.changes.removed(key);
         }
@@ -297,9 +310,9 @@ impl BlockStore {
         }
         // 0 divides nothing.
         let named = (index + 1).is_multiple_of(self.blocks_per_key);
-        let on_host = self.host.prefix.find(namespace, parent, hash, ids).map(|(_, content)| content);
-        let id = on_host.unwrap_or_else(|| self.next_content());
-        let known = self.prefix.has_name(hash) || self.host.prefix.has_name(hash);
+        let below = self.content_below(namespace, parent, hash, ids);
+        let id = below.unwrap_or_else(|| self.next_content());
+        let known = self.has_name_anywhere(hash);
         let content = Content { id, parent, namespace: *namespace, hash: *hash, named };
         self.prefix.insert(block, content, ids);
         if named && !known {
@@ -331,11 +344,19 @@ impl BlockStore {
 
     /// All named prefixes that can be found. O(blocks).
     pub fn named(&self) -> impl Iterator<Item = PrefixKey> {
-        self.prefix.all_reachable().filter_map(Content::name).chain(self.names_on_host_alone())
+        self.prefix.all_reachable().filter_map(Content::name).chain(self.names_below())
+    }
+
+    /// Names of what the device does not hold.
+    fn names_below(&self) -> impl Iterator<Item = PrefixKey> {
+        let above = |content: &&Content| !self.prefix.has_name(&content.hash);
+        let on_host = self.host.prefix.all_reachable().filter(above).filter_map(Content::name);
+        on_host.chain(self.names_on_disk_alone())
     }
 
     fn names_on_host_alone(&self) -> impl Iterator<Item = PrefixKey> {
-        let alone = |content: &&Content| !self.prefix.has_name(&content.hash);
+        let alone =
+            |content: &&Content| !self.prefix.has_name(&content.hash) && !self.disk.prefix.has_name(&content.hash);
         self.host.prefix.all_reachable().filter(alone).filter_map(Content::name)
     }
 
@@ -347,12 +368,12 @@ impl BlockStore {
         }
     }
 
-    /// The device's memory is gone: all blocks are free, nothing is cached but on the host. Tables held by anybody are void.
+    /// The device's memory is gone: all blocks are free, nothing is cached but below it. Tables held by anybody are void.
     pub fn reset(&mut self) {
         self.pool.reset();
         self.prefix.clear();
         self.changes.cleared();
-        let left: Vec<PrefixKey> = self.names_on_host_alone().collect();
+        let left: Vec<PrefixKey> = self.names_below().collect();
         for key in left {
             self.changes.stored(key);
         }
@@ -361,7 +382,9 @@ impl BlockStore {
     /// Walks everything, given how often sequences reference each block. O(blocks), for tests and idle checks.
     pub fn check(&self, expected_references: impl Fn(BlockId) -> u32, expected_pins: impl Fn(HostBlockId) -> u32) {
         self.pool.check();
-        self.host.check(expected_pins);
+        let (hosts, disks) = self.pins_of_transfers();
+        self.host.check(|host| expected_pins(host) + hosts.get(&host).copied().unwrap_or(0));
+        self.disk.check(|disk| disks.get(&disk).copied().unwrap_or(0));
         for block in (0..self.total()).map(BlockId) {
             let (held, expected) = (self.pool.references(block), expected_references(block));
             assert_eq!(held, expected, "block {block} has {held} references, the tables have {expected}");

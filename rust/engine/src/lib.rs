@@ -4,6 +4,7 @@
 
 pub mod clock;
 pub mod columns;
+pub mod disk_index;
 pub mod drawn;
 pub mod front;
 mod fronts;
@@ -11,11 +12,13 @@ pub mod group_door;
 pub mod group_keys;
 pub mod node;
 pub mod packed;
+mod rank_transfers;
 pub mod ranks;
 pub mod report;
 pub mod worker;
 
 pub use clock::Clock;
+pub use disk_index::{DiskIndex, IndexMeaning, Recalled};
 pub use front::{Arrival, FrontConfig, FrontHandle, NodeAddress};
 pub use group_door::GroupDoor;
 pub use group_keys::GroupKeys;

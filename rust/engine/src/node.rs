@@ -7,6 +7,7 @@ mod receive;
 mod step;
 
 use crate::clock::Clock;
+use crate::disk_index::{DiskIndex, IndexMeaning};
 use crate::fronts::Fronts;
 use crate::report::{FIRST_STATE, NodeEvent, NodeReport, Noticeboard};
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -16,6 +17,7 @@ use llmscale_scheduler::{Actions, FirstComeFirstServed, Replica};
 use llmscale_types::{Duration, EngineLimits, Epoch, LimitError, NodeId, StepId, StepResult, Time};
 use llmscale_wire::{CodecLimits, Configure, ModelIdentity, NodeState};
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::thread::JoinHandle;
 
 /// What a node is.
@@ -31,6 +33,8 @@ pub struct NodeConfig {
     pub node: NodeId,
     /// Keys the prefix hashes.
     pub secret: [u8; 32],
+    /// Where what the disk tier holds is kept, if there is one; of this process alone.
+    pub disk_index: Option<PathBuf>,
     /// Most fronts that are served at once.
     pub max_fronts: u32,
     /// A front that is silent for this long is gone.
@@ -50,6 +54,14 @@ pub enum NodeError {
     /// The sockets cannot be had.
     #[error(transparent)]
     Net(#[from] NetError),
+    /// The index of the disk tier cannot be had.
+    #[error("the disk tier's index {path}: {error}")]
+    DiskIndex {
+        /// Where it should be.
+        path: PathBuf,
+        /// What the system says.
+        error: std::io::Error,
+    },
     /// The thread cannot be had.
     #[error("starting the engine's thread: {0}")]
     Thread(std::io::Error),
@@ -103,14 +115,23 @@ impl NodeHandle {
         keys: Option<&ServerKeys>,
         options: &EndpointOptions,
     ) -> Result<Self, NodeError> {
-        let replica = Replica::new(config.limits.clone(), config.secret, Box::new(FirstComeFirstServed))?;
+        let mut replica = Replica::new(config.limits.clone(), config.secret, Box::new(FirstComeFirstServed))?;
+        let mut disk_index = None;
+        if let Some(path) = &config.disk_index {
+            let failed = |error| NodeError::DiskIndex { path: path.clone(), error };
+            let (blocks, tokens) = (config.limits.disk_blocks, config.limits.block_tokens);
+            let meaning = IndexMeaning::new(&config.secret, &config.model.weights_digest, blocks, tokens);
+            let (index, recalled) = DiskIndex::open(path, meaning).map_err(failed)?;
+            replica = replica.with_disk(recalled.incarnation, recalled.records);
+            disk_index = Some(index);
+        }
         let server = ServerEndpoint::bind(context, address, keys, &endpoint_options(&config.limits, options))?;
         let address = server.address().clone();
         let poller = Poller::new()?;
         let waker = poller.waker();
         let board = Noticeboard::new(Waker::new().map_err(NodeError::Thread)?);
         let (commands, orders) = bounded(MAX_COMMANDS);
-        let node = Node::new(config, replica, server, poller, orders, board.clone());
+        let node = Node::new(config, replica, disk_index, server, poller, orders, board.clone());
         let thread = std::thread::Builder::new().name("llmscale-engine".into()).spawn(move || node.run());
         Ok(Self { address, commands, waker, board, thread: Some(thread.map_err(NodeError::Thread)?) })
     }
@@ -189,6 +210,7 @@ struct Node {
     clock: Clock,
     codec: CodecLimits,
     replica: Replica,
+    disk_index: Option<DiskIndex>,
     out: Actions,
     server: ServerEndpoint,
     poller: Poller,
@@ -216,6 +238,7 @@ impl Node {
     fn new(
         config: NodeConfig,
         replica: Replica,
+        disk_index: Option<DiskIndex>,
         server: ServerEndpoint,
         poller: Poller,
         commands: Receiver<Command>,
@@ -242,6 +265,7 @@ impl Node {
             dropped_frames: 0,
             config,
             replica,
+            disk_index,
             server,
             poller,
             commands,

@@ -2,6 +2,7 @@
 //! The group is ready when all are, and what goes wrong at any rank goes wrong for the group. O(ranks) per frame.
 //! Knows who leads and nothing of steps; a group of one needs none of this.
 
+use crate::rank_transfers::RankTransfers;
 use llmscale_net::PollHandle;
 use llmscale_net::link::{LinkError, WorkerLink};
 use llmscale_types::Epoch;
@@ -21,6 +22,10 @@ pub struct RankLinks {
     held: Option<Ready>,
     /// Which host memories the ranks have found, together.
     host_memory: u64,
+    /// And which files of the disk tier.
+    disk_files: u64,
+    /// How far the ranks are with the disk.
+    transfers: RankTransfers,
     /// What the group says next, and last.
     last_word: Option<Vec<u8>>,
 }
@@ -29,7 +34,8 @@ impl RankLinks {
     /// Joins the links of ranks 0, 1, ... of which one speaks for all.
     pub fn new(links: Vec<Box<dyn WorkerLink>>, leader: usize, epoch: Epoch) -> Self {
         assert!(leader < links.len(), "the leader is one of the ranks");
-        let ready = vec![false; links.len()];
+        let ranks = links.len();
+        let ready = vec![false; ranks];
         Self {
             links,
             leader,
@@ -39,6 +45,8 @@ impl RankLinks {
             ready,
             held: None,
             host_memory: 0,
+            disk_files: 0,
+            transfers: RankTransfers::new(ranks),
             last_word: None,
         }
     }
@@ -50,6 +58,7 @@ impl RankLinks {
                 self.ready[rank] = true;
                 // Another memory at any rank is another memory of the group.
                 self.host_memory ^= ready.host_memory.rotate_left(rank as u32);
+                self.disk_files ^= ready.disk_files.rotate_left(rank as u32);
                 if rank == self.leader {
                     self.held = Some(ready);
                 }
@@ -70,6 +79,11 @@ impl RankLinks {
             }
             Ok(FromWorker::Failed(Failed { epoch, step: Some(step), message, .. })) => {
                 Some(self.end_of_group(epoch, &format!("step {step} raised on rank {rank}: {message}")))
+            }
+            // A content is where all ranks have it.
+            Ok(FromWorker::Disk(report)) => {
+                let report = self.transfers.join(rank, rank == self.leader, report)?;
+                Some(encode(&FromWorker::Disk(report), &self.codec).expect("it is as small as those of the ranks"))
             }
             Ok(_) | Err(_) => Some(frame),
         }
@@ -122,8 +136,8 @@ impl WorkerLink for RankLinks {
         if !self.ready.iter().all(|&ready| ready) {
             return Ok(None);
         }
-        let host_memory = self.host_memory;
-        let ready = self.held.take().map(|ready| FromWorker::Ready(Ready { host_memory, ..ready }));
+        let (host_memory, disk_files) = (self.host_memory, self.disk_files);
+        let ready = self.held.take().map(|ready| FromWorker::Ready(Ready { host_memory, disk_files, ..ready }));
         Ok(ready.map(|ready| encode(&ready, &self.codec).expect("it came in a frame")))
     }
 
@@ -208,7 +222,16 @@ mod tests {
     fn ready(pid: u32) -> FromWorker {
         let numerics = "a".to_owned();
         let (epoch, total_blocks, layers) = (Epoch(1), 9, 1);
-        FromWorker::Ready(Ready { epoch, pid, total_blocks, layers, numerics, loading_ns: 1, host_memory: 7 })
+        FromWorker::Ready(Ready {
+            epoch,
+            pid,
+            total_blocks,
+            layers,
+            numerics,
+            loading_ns: 1,
+            host_memory: 7,
+            disk_files: 5,
+        })
     }
 
     fn result(step: u64) -> FromWorker {
@@ -243,7 +266,7 @@ mod tests {
         assert_eq!(heard(&mut links), None, "rank 1 still loads");
         fakes[1].say(&ready(21));
         let FromWorker::Ready(of_leader) = ready(22) else { unreachable!() };
-        let group = Ready { host_memory: 7 ^ (7 << 1) ^ (7 << 2), ..of_leader };
+        let group = Ready { host_memory: 7 ^ (7 << 1) ^ (7 << 2), disk_files: 5 ^ (5 << 1) ^ (5 << 2), ..of_leader };
         assert_eq!(heard(&mut links), Some(FromWorker::Ready(group)), "the leader speaks for all");
         assert_eq!(heard(&mut links), None);
     }

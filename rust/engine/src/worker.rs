@@ -3,7 +3,7 @@
 
 use llmscale_net::link::{LinkError, WorkerSide};
 use llmscale_scheduler::{Mirror, StepCounts};
-use llmscale_types::{Delta, EngineLimits, Epoch, HostBlockId, StepId, StepResult};
+use llmscale_types::{Delta, DiskReport, EngineLimits, Epoch, HostBlockId, StepId, StepResult};
 use llmscale_wire::{
     CodecLimits, Configure, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker, WireError, decode, encode,
 };
@@ -101,7 +101,8 @@ impl WorkerSession {
     }
 
     /// The model is loaded: makes the mirror and tells the engine. `total_blocks` is what the device has room for, of what
-    /// the configuration allows; `host_memory` is the incarnation of the host tier's memory, 0 without one.
+    /// the configuration allows; `host_memory` is the incarnation of the host tier's memory, `disk_files` the one of the
+    /// disk tier's file; 0 without one.
     pub fn ready(
         &mut self,
         pid: u32,
@@ -110,12 +111,19 @@ impl WorkerSession {
         loading_ns: u64,
         total_blocks: u32,
         host_memory: u64,
+        disk_files: u64,
     ) -> Result<(), SessionError> {
         let configure = self.configured.as_ref().ok_or(SessionError::Order("ready before a configuration"))?;
         let limits = EngineLimits { total_blocks, ..configure.limits.clone() };
         self.mirror = Some(Mirror::new(&limits, self.epoch));
         let epoch = self.epoch;
-        self.send(&FromWorker::Ready(Ready { epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory }))
+        let ready = Ready { epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory, disk_files };
+        self.send(&FromWorker::Ready(ready))
+    }
+
+    /// Transfers between the host tier and the disk have ended.
+    pub fn tell_transfers(&mut self, report: DiskReport) -> Result<(), SessionError> {
+        self.send(&FromWorker::Disk(DiskReport { epoch: self.epoch, ..report }))
     }
 
     /// The result of the step that was received last.
@@ -195,6 +203,7 @@ mod tests {
             block_tokens: 4,
             total_blocks: 64,
             host_blocks: 4,
+            disk_blocks: 0,
             max_sequences: 4,
             max_step_tokens: 16,
             max_sequence_tokens: 64,
@@ -208,7 +217,7 @@ mod tests {
         paper.order(ToWorker::Configure(configure));
         let mut session = WorkerSession::new(Box::new(paper.clone()), EPOCH);
         assert!(matches!(session.receive(0), Ok(Some(Order::Configure(_)))));
-        session.ready(1, 1, "hash".to_owned(), 1, 64, 0).unwrap();
+        session.ready(1, 1, "hash".to_owned(), 1, 64, 0, 0).unwrap();
         assert_eq!(paper.said().len(), 1);
         (paper, session)
     }

@@ -24,6 +24,7 @@ fn limits() -> EngineLimits {
     EngineLimits {
         block_tokens: 8,
         host_blocks: 0,
+        disk_blocks: 0,
         total_blocks: 256,
         max_sequences: 16,
         max_step_tokens: 64,
@@ -97,6 +98,7 @@ fn work(address: &Address, epoch: Epoch, max_steps: u64, lapses: Lapses, told: &
                     numerics,
                     loading_ns: 1,
                     host_memory: 0,
+                    disk_files: 0,
                 })
             }
             ToWorker::Step(delta) => {
@@ -174,6 +176,7 @@ impl Node {
             fleet: "test".to_owned(),
             node: NodeId(node),
             secret: [3; 32],
+            disk_index: None,
             max_fronts: 4,
             max_front_silence: Duration::from_millis(10_000),
             status_interval: Duration::from_millis(50),

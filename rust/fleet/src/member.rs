@@ -133,6 +133,16 @@ pub struct Report {
     pub stage_wait_ns: u64,
     /// Number of the last change of the prefix cache that fronts were told.
     pub kv_changes: u64,
+    /// KV blocks written from the host to the disk, since the start.
+    pub disk_written_blocks: u64,
+    /// KV blocks read from the disk to the host, since the start.
+    pub disk_read_blocks: u64,
+    /// Disk blocks that did not hold what they should, or could not be read, since the start.
+    pub bad_disk_blocks: u64,
+    /// Writes to the disk that failed, since the start.
+    pub failed_disk_writes: u64,
+    /// How often a step's copies waited for the disk, since the start.
+    pub disk_waits: u64,
 }
 
 /// What one front has on one replica.

@@ -123,6 +123,11 @@ fn a_reported_backlog_counts_and_wears_off_with_time() {
         step_ns: 0,
         stage_wait_ns: 0,
         kv_changes: 0,
+        disk_written_blocks: 0,
+        disk_read_blocks: 0,
+        bad_disk_blocks: 0,
+        failed_disk_writes: 0,
+        disk_waits: 0,
     };
     set(&mut fleet, 0, |member| member.report = Some((Time(1_000), report)));
     assert_eq!(choose(&fleet, &need(pool)), None);

@@ -124,6 +124,37 @@ impl HostRegion {
         copy_and_hash(source, target, self.layout ^ tag) == sum
     }
 
+    /// The bytes of a block and their checksum, if it holds something under this tag. Whether they agree is not looked at.
+    pub(crate) fn held(&self, host: u32, tag: u64) -> Option<(&[u8], u64)> {
+        let [header_tag, header_sum] = self.header(host);
+        let sum = header_sum.load(Ordering::SeqCst);
+        // SAFETY: a block inside the mapping, which nobody writes while a transfer is about it.
+        let bytes = unsafe { std::slice::from_raw_parts(self.room(host).cast_const(), self.block_bytes) };
+        (sum != 0 && header_tag.load(Ordering::SeqCst) == tag).then_some((bytes, sum))
+    }
+
+    /// Has `read` write a block's bytes, which it holds under this tag from then on if they have this checksum. Returns
+    /// whether they have.
+    pub(crate) fn fill<E>(
+        &mut self,
+        host: u32,
+        tag: u64,
+        sum: u64,
+        read: impl FnOnce(&mut [u8]) -> Result<(), E>,
+    ) -> Result<bool, E> {
+        let [header_tag, header_sum] = self.header(host);
+        header_sum.store(0, Ordering::SeqCst);
+        header_tag.store(tag, Ordering::SeqCst);
+        // SAFETY: a block inside the mapping, which nobody else touches while a transfer is about it.
+        let room = unsafe { std::slice::from_raw_parts_mut(self.room(host), self.block_bytes) };
+        read(room)?;
+        let found = xxhash_rust::xxh3::xxh3_64_with_seed(room, self.layout ^ tag).max(1);
+        if found == sum {
+            header_sum.store(sum, Ordering::SeqCst);
+        }
+        Ok(found == sum)
+    }
+
     fn header(&self, host: u32) -> [&AtomicU64; 2] {
         assert!(host < self.blocks, "host block {host} is one of {}", self.blocks);
         let word = PREFACE_WORDS + HEADER_WORDS * host as usize;

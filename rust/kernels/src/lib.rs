@@ -2,6 +2,7 @@
 //!
 //! - [`dispatch`]: instruction level, detected once, forceable downward
 //! - [`pool`]: persistent threads that share one loop at a time
+//! - [`disk_region`], [`disk_thread`]: the disk tier's file, and who moves blocks to and from it
 //! - [`element`]: f32 and bf16
 //! - [`host_region`]: the host tier's blocks, with checksums
 //! - [`huge_pages`]: memory for arrays read at random places
@@ -23,6 +24,8 @@
 )]
 
 pub mod activation;
+pub mod disk_region;
+pub mod disk_thread;
 pub mod dispatch;
 pub mod element;
 pub mod embedding;

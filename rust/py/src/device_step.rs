@@ -3,6 +3,7 @@
 //! caller owns for the length of the call. Works on a mirror; whose it is, the session and the local replica say.
 #![expect(unsafe_code, reason = "memory of torch is reached by address")]
 
+use crate::disk_region::PyDiskRegion;
 use crate::error;
 use crate::kernels::{Memory, view, view_mut};
 use llmscale_engine::columns::{Changes, drawn_entries, read_drawn};
@@ -47,11 +48,12 @@ impl PyPackedStep {
 pub(crate) type Copy = (bool, u32, u32, u64);
 
 /// What the mirror's step copies.
-pub(crate) fn copies(mirror: &Mirror) -> Vec<Copy> {
+pub(crate) fn copies(mirror: &Mirror, disk: Option<&PyDiskRegion>) -> PyResult<Vec<Copy>> {
+    disk.map_or(Ok(()), |disk| disk.settle(mirror))?;
     let copy = |copy: &llmscale_types::BlockCopy| {
         (copy.direction == CopyDirection::Restore, copy.block.0, copy.host.0, copy.tag)
     };
-    mirror.copies().iter().map(copy).collect()
+    Ok(mirror.copies().iter().map(copy).collect())
 }
 
 /// Packs rows of the mirror's step.

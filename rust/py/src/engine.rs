@@ -11,7 +11,7 @@ use llmscale_net::{Address, AllowList, Context, EndpointOptions, KeyPair, Role, 
 use llmscale_types::{Duration, EngineLimits, Epoch, NodeId};
 use llmscale_wire::{Configure, Dtype, ModelIdentity};
 use pyo3::prelude::*;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The engine of one replica, on a thread of its own.
@@ -60,10 +60,11 @@ pub(crate) struct PyNodeReport {
 
 #[pymethods]
 impl Engine {
-    /// Binds and starts. `link_folder` is a folder that only this user can enter; worker links are made in it.
+    /// Binds and starts. `link_folder` is a folder that only this user can enter; worker links are made in it. `disk_index`
+    /// is where what the disk tier holds is kept, a file of this process alone.
     #[new]
     #[pyo3(signature = (*, limits, name, revision, weights_digest, tokenizer_digest, fleet, listen, link_folder,
-        max_fronts = 64, max_step_us = 120_000_000, key_file = None, allow_list = None))]
+        max_fronts = 64, max_step_us = 120_000_000, key_file = None, allow_list = None, disk_index = None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
     fn new(
         limits: &PyEngineLimits,
@@ -78,6 +79,7 @@ impl Engine {
         max_step_us: u64,
         key_file: Option<&str>,
         allow_list: Option<&str>,
+        disk_index: Option<&str>,
     ) -> PyResult<Self> {
         let text = |error: &dyn std::fmt::Display| error::config(error.to_string());
         let address: Address = parse_address(listen)?;
@@ -100,6 +102,7 @@ impl Engine {
             fleet,
             node: NodeId(random_seed()?),
             secret,
+            disk_index: disk_index.map(PathBuf::from),
             max_fronts,
             max_front_silence: Duration::from_millis(10_000),
             status_interval: Duration::from_millis(250),

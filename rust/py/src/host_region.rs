@@ -35,7 +35,7 @@ impl PyHostRegion {
 
     /// Size of the file.
     #[staticmethod]
-    fn bytes_for(blocks: u32, block_bytes: usize) -> PyResult<usize> {
+    pub(crate) fn bytes_for(blocks: u32, block_bytes: usize) -> PyResult<usize> {
         let too_many = || error::config(format!("{blocks} blocks of {block_bytes} bytes have no room in memory"));
         HostRegion::bytes_for(blocks, block_bytes).ok_or_else(too_many)
     }

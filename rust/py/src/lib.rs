@@ -7,6 +7,7 @@ mod buffer;
 mod column_sampler;
 mod detach;
 mod device_step;
+mod disk_region;
 mod engine;
 mod error;
 mod front;
@@ -35,6 +36,7 @@ mod _core {
     use crate::buffer::Int32Buffer;
     #[pymodule_export]
     use crate::device_step::PyPackedStep;
+    use crate::disk_region::PyDiskRegion;
     #[pymodule_export]
     use crate::engine::{Engine, PyNodeEvent, PyNodeReport};
     #[pymodule_export]

@@ -13,7 +13,7 @@ impl PyEngineLimits {
     #[new]
     #[pyo3(signature = (*, vocabulary, total_blocks, max_sequence_tokens, eos_tokens, block_tokens = 32,
         max_sequences = 256, max_step_tokens = 512, max_waiting_sequences = 1024, max_steps_in_flight = 2,
-        groups = 1, host_blocks = 0))]
+        groups = 1, host_blocks = 0, disk_blocks = 0))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
     fn new(
         vocabulary: u32,
@@ -27,11 +27,13 @@ impl PyEngineLimits {
         max_steps_in_flight: u32,
         groups: u32,
         host_blocks: u32,
+        disk_blocks: u32,
     ) -> PyResult<Self> {
         let limits = EngineLimits {
             block_tokens,
             total_blocks,
             host_blocks,
+            disk_blocks,
             max_sequences,
             max_step_tokens,
             max_sequence_tokens,
@@ -56,6 +58,10 @@ impl PyEngineLimits {
     #[classattr]
     const MAX_HOST_BLOCKS: u32 = EngineLimits::MAX_HOST_BLOCKS;
 
+    /// Most blocks of a disk tier.
+    #[classattr]
+    const MAX_DISK_BLOCKS: u32 = EngineLimits::MAX_DISK_BLOCKS;
+
     #[getter]
     fn vocabulary(&self) -> u32 {
         self.0.vocabulary
@@ -69,6 +75,11 @@ impl PyEngineLimits {
     #[getter]
     fn host_blocks(&self) -> u32 {
         self.0.host_blocks
+    }
+
+    #[getter]
+    fn disk_blocks(&self) -> u32 {
+        self.0.disk_blocks
     }
 
     #[getter]

@@ -4,6 +4,7 @@
 
 use crate::detach::detached;
 use crate::device_step::{self, PyPackedStep};
+use crate::disk_region::PyDiskRegion;
 use crate::error;
 use crate::host_region::PyHostRegion;
 use crate::kernels::{CpuKernels, Memory, view};
@@ -12,18 +13,23 @@ use crate::request::{Delivery, class, logprob_row, namespace};
 use crate::sample::{Share, draw, draw_words, word_parts};
 use crate::sampling::{PySampling, random_bytes};
 use crate::step::{PyStepCounts, buffer};
+use crate::worker::copy_step;
 use llmscale_engine::drawn::{DrawnRow, complete, read_rows};
+use llmscale_engine::{DiskIndex, IndexMeaning};
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
 use llmscale_types::{
     Attempt, Epoch, FinishReason, FrontId, HostBlockId, Outputs, RequestId, SequenceKey, Submission, Time,
 };
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 const EPOCH: Epoch = Epoch(1);
 const FRONT: FrontId = FrontId(0);
+/// How long a wait for the disk lasts at most before time is looked at: reads are given up when computing is as fast.
+const DISK_POLL: Duration = Duration::from_millis(1);
 
 /// A replica in this process. One thread drives it; others may submit and cancel.
 #[pyclass(frozen, name = "LocalReplica", module = "llmscale._core")]
@@ -31,6 +37,7 @@ pub(crate) struct LocalReplica {
     inner: Mutex<Local>,
     secret: [u8; 32],
     started: Instant,
+    disk: Option<Py<PyDiskRegion>>,
 }
 
 struct Local {
@@ -45,6 +52,8 @@ struct Local {
     /// What its copies between tiers took.
     copied: Duration,
     deliveries: BTreeMap<RequestId, Delivery>,
+    /// What the disk tier holds, kept for the next process.
+    disk_index: Option<DiskIndex>,
 }
 
 impl LocalReplica {
@@ -55,21 +64,69 @@ impl LocalReplica {
     fn now(&self) -> Time {
         Time(self.started.elapsed().as_micros() as u64)
     }
+
+    fn plan_once(&self) -> PyResult<Option<PyStepCounts>> {
+        let mut local = self.lock();
+        let now = self.now();
+        if let Some(report) = self.disk.as_ref().and_then(|disk| disk.get().report(EPOCH)) {
+            let _ = local.event(now, Event::DiskDone(report));
+        }
+        let _ = local.event(now, Event::Tick);
+        let Local { replica, mirror, out, step_open, planned: planned_at, .. } = &mut *local;
+        if *step_open {
+            return Err(error::worker("the step before has not been sampled; call sample first".to_owned()));
+        }
+        let planned = replica.plan(out);
+        let delta = out.execute.take();
+        let counts = delta.map(|delta| mirror.expand(&delta)).transpose();
+        let counts = counts.map_err(|gap| error::worker(gap.to_string()))?;
+        *step_open = planned;
+        *planned_at = Instant::now();
+        local.collect();
+        Ok(counts.map(PyStepCounts::from))
+    }
 }
 
 #[pymethods]
 impl LocalReplica {
+    /// With `disk`, the file at `disk_index` keeps what that holds, and `secret`, which outlives processes, keys its names:
+    /// another process that gives the same finds it again. `weights_digest` tells models apart there.
     #[new]
-    fn new(limits: &PyEngineLimits) -> PyResult<Self> {
-        let mut secret = [0; 32];
-        random_bytes(&mut secret)?;
+    #[pyo3(signature = (limits, disk = None, disk_index = None, secret = None, weights_digest = None))]
+    fn new(
+        py: Python<'_>,
+        limits: &PyEngineLimits,
+        disk: Option<Py<PyDiskRegion>>,
+        disk_index: Option<&str>,
+        secret: Option<[u8; 32]>,
+        weights_digest: Option<[u8; 32]>,
+    ) -> PyResult<Self> {
+        let mut drawn = [0; 32];
+        random_bytes(&mut drawn)?;
+        let secret = secret.unwrap_or(drawn);
         let mut limits = limits.0.clone();
         // The caller runs the model between plan and sample, so a second step could not start earlier anyway.
         limits.max_steps_in_flight = 1;
         let mut replica = Replica::new(limits.clone(), secret, Box::new(FirstComeFirstServed))
             .map_err(|error| error::limit(&error))?;
+        let mut index = None;
+        if let Some(path) = disk_index {
+            let digest = weights_digest.unwrap_or_default();
+            let meaning = IndexMeaning::new(&secret, &digest, limits.disk_blocks, limits.block_tokens);
+            let opened = DiskIndex::open(Path::new(path), meaning);
+            let (opened, recalled) =
+                opened.map_err(|problem| error::config(format!("the disk tier's index {path}: {problem}")))?;
+            replica = replica.with_disk(recalled.incarnation, recalled.records);
+            index = Some(opened);
+        }
+        let mut disk_files = 0;
+        if let Some(disk) = &disk {
+            let disk = disk.get();
+            detached(py, || disk.begin())?;
+            disk_files = disk.incarnation();
+        }
         let mut out = Actions::default();
-        let up = Event::WorkerUp { epoch: EPOCH, host_memory: 0 };
+        let up = Event::WorkerUp { epoch: EPOCH, host_memory: 0, disk_files };
         let _ = replica.on_event(Time(0), up, &mut out);
         let inner = Local {
             replica,
@@ -80,8 +137,9 @@ impl LocalReplica {
             planned: Instant::now(),
             copied: Duration::ZERO,
             deliveries: BTreeMap::new(),
+            disk_index: index,
         };
-        Ok(Self { inner: Mutex::new(inner), secret, started: Instant::now() })
+        Ok(Self { inner: Mutex::new(inner), secret, started: Instant::now(), disk })
     }
 
     /// Queues a request and returns its number. Raises the refusal if it cannot run here.
@@ -125,23 +183,20 @@ impl LocalReplica {
         local.collect();
     }
 
-    /// Plans the next step and fills the buffers; `None` if there is nothing to compute.
-    fn plan(&self) -> PyResult<Option<PyStepCounts>> {
-        let mut local = self.lock();
-        let now = self.now();
-        let _ = local.event(now, Event::Tick);
-        let Local { replica, mirror, out, step_open, planned: planned_at, .. } = &mut *local;
-        if *step_open {
-            return Err(error::worker("the step before has not been sampled; call sample first".to_owned()));
+    /// Plans the next step and fills the buffers; `None` if there is nothing to compute. Waits for the disk where nothing
+    /// else is left to do.
+    fn plan(&self, py: Python<'_>) -> PyResult<Option<PyStepCounts>> {
+        loop {
+            let planned = self.plan_once()?;
+            let waits = planned.is_none() && self.lock().replica.waits_for_disk();
+            match &self.disk {
+                Some(disk) if waits => {
+                    let disk = disk.get();
+                    detached(py, || disk.wait_for_news(DISK_POLL));
+                }
+                _ => return Ok(planned),
+            }
         }
-        let planned = replica.plan(out);
-        let delta = out.execute.take();
-        let counts = delta.map(|delta| mirror.expand(&delta)).transpose();
-        let counts = counts.map_err(|gap| error::worker(gap.to_string()))?;
-        *step_open = planned;
-        *planned_at = Instant::now();
-        local.collect();
-        Ok(counts.map(PyStepCounts::from))
     }
 
     /// One of the step's buffers, valid as long as this object lives.
@@ -151,16 +206,23 @@ impl LocalReplica {
         buffer(&local.mirror, owner, name)
     }
 
-    /// Makes the copies of the planned step between the host tier and `kv`, (address, bytes) of the KV region. False if host
-    /// blocks do not hold what they should: then the step is given up, and the next plan computes what was lost.
-    fn copy_blocks(&self, py: Python<'_>, host: &PyHostRegion, kv: Memory) -> PyResult<bool> {
+    /// Makes the copies of the planned step between the host tier and `kv`, (address, bytes) of the KV region, and begins its
+    /// transfers between that and `disk`. False if host blocks do not hold what they should: then the step is given up, and the next plan computes what was lost.
+    #[pyo3(signature = (host, kv, disk = None))]
+    fn copy_blocks(
+        &self,
+        py: Python<'_>,
+        host: &PyHostRegion,
+        kv: Memory,
+        disk: Option<&PyDiskRegion>,
+    ) -> PyResult<bool> {
         let mut local = self.lock();
         let now = self.now();
         let local = &mut *local;
         if !local.step_open {
             return Err(error::worker("there is no step to copy for; call plan first".to_owned()));
         }
-        let (bad_host_blocks, took) = detached(py, || host.copy(local.mirror.copies(), kv))?;
+        let (bad_host_blocks, took) = detached(py, || copy_step(&local.mirror, host, kv, disk))?;
         local.copied = took;
         if bad_host_blocks.is_empty() {
             return Ok(true);
@@ -169,21 +231,26 @@ impl LocalReplica {
         Ok(false)
     }
 
-    /// What the step copies between tiers, in order: (comes back, block, host block, tag).
-    fn copies(&self) -> Vec<device_step::Copy> {
-        device_step::copies(&self.lock().mirror)
+    /// What the step copies between tiers, in order: (comes back, block, host block, tag). Waits for what moves between
+    /// these host blocks and the disk.
+    #[pyo3(signature = (disk = None))]
+    fn copies(&self, py: Python<'_>, disk: Option<&PyDiskRegion>) -> PyResult<Vec<device_step::Copy>> {
+        detached(py, || device_step::copies(&self.lock().mirror, disk))
     }
 
-    /// A device makes the step's copies, which take `took_ns`. False if there are bad host blocks: the step is given up.
-    fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>) -> bool {
+    /// A device makes the step's copies, which take `took_ns`; begins its transfers. False if there are bad host blocks: the
+    /// step is given up.
+    #[pyo3(signature = (took_ns, bad_host_blocks, disk = None))]
+    fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>, disk: Option<&PyDiskRegion>) -> PyResult<bool> {
         let now = self.now();
         let mut local = self.lock();
         local.copied = Duration::from_nanos(took_ns);
         if bad_host_blocks.is_empty() {
-            return true;
+            disk.map_or(Ok(()), |disk| disk.start(&local.mirror))?;
+            return Ok(true);
         }
         local.give_up_step(now, bad_host_blocks.into_iter().map(HostBlockId).collect());
-        false
+        Ok(false)
     }
 
     /// See `WorkerSession.pack_step`.
@@ -269,6 +336,19 @@ impl LocalReplica {
         (cache.evicted_blocks, cache.offloaded_blocks, cache.restored_blocks, cache.bad_host_blocks)
     }
 
+    /// (written, read, bad, failed writes, waits) of the disk tier since the start.
+    fn disk_blocks(&self) -> (u64, u64, u64, u64, u64) {
+        let cache = self.lock().replica.cache_counters();
+        let (written, read) = (cache.disk_written_blocks, cache.disk_read_blocks);
+        (written, read, cache.bad_disk_blocks, cache.failed_disk_writes, cache.disk_waits)
+    }
+
+    /// Lets go of the index of the disk tier, written to its end; nothing may be asked of this replica any more.
+    fn close(&self, py: Python<'_>) {
+        let index = self.lock().disk_index.take();
+        detached(py, || drop(index));
+    }
+
     /// (running, waiting, free blocks, total blocks, preemptions, cached prompt tokens).
     fn load(&self) -> (u32, u32, u32, u32, u64, u64) {
         let local = self.lock();
@@ -317,6 +397,10 @@ impl Local {
             deliver(outputs, &mut self.deliveries);
         }
         self.out.clear();
+        let changes = self.replica.take_index_changes();
+        if let Some(index) = &self.disk_index {
+            changes.into_iter().for_each(|change| index.note(change));
+        }
     }
 }
 

@@ -38,6 +38,7 @@ pub fn steady_decode(running: u32, steps: u32) -> Vec<SteadyStep> {
     let output = steps + 256;
     let limits = EngineLimits {
         host_blocks: 0,
+        disk_blocks: 0,
         block_tokens: 32,
         total_blocks: running * (output / 32 + 8),
         max_sequences: running,
@@ -52,7 +53,7 @@ pub fn steady_decode(running: u32, steps: u32) -> Vec<SteadyStep> {
     let mut replica =
         Replica::new(limits, [1; 32], Box::new(FirstComeFirstServed)).expect("the sizes above fit together");
     let mut out = Actions::default();
-    let fits = replica.on_event(Time(0), Event::WorkerUp { epoch: Epoch(1), host_memory: 0 }, &mut out);
+    let fits = replica.on_event(Time(0), Event::WorkerUp { epoch: Epoch(1), host_memory: 0, disk_files: 0 }, &mut out);
     assert!(fits, "a fresh worker fits");
     for request in 0..running {
         // Lengths are spread so that about one sequence in 32 fills a block in each step.

@@ -18,12 +18,14 @@ pub(crate) struct PyStepCounts {
     pub(crate) samples: u32,
     /// Blocks to copy between tiers before the rows are computed.
     pub(crate) copies: u32,
+    /// Blocks to move between the host tier and the disk.
+    pub(crate) transfers: u32,
 }
 
 impl From<StepCounts> for PyStepCounts {
     fn from(counts: StepCounts) -> Self {
-        let StepCounts { rows, sequences, decodes, samples, copies } = counts;
-        Self { rows, sequences, decodes, samples, copies }
+        let StepCounts { rows, sequences, decodes, samples, copies, transfers } = counts;
+        Self { rows, sequences, decodes, samples, copies, transfers }
     }
 }
 

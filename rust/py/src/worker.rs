@@ -4,6 +4,7 @@
 use crate::buffer::Int32Buffer;
 use crate::detach::detached;
 use crate::device_step::{self, PyPackedStep};
+use crate::disk_region::PyDiskRegion;
 use crate::error;
 use crate::group_door::load_keys;
 use crate::host_region::PyHostRegion;
@@ -17,11 +18,15 @@ use llmscale_engine::worker::SessionError;
 use llmscale_engine::{Order, WorkerSession};
 use llmscale_net::link::socket::SocketWorker;
 use llmscale_net::{Address, EndpointOptions};
+use llmscale_scheduler::Mirror;
 use llmscale_types::{Epoch, HostBlockId};
 use llmscale_wire::{Dtype as WireDtype, FailureCode};
 use pyo3::prelude::*;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// How long a worker that waits for an order lets a transfer go unnoticed: less than reading a block takes.
+const TRANSFER_POLL_US: u64 = 500;
 
 /// The worker's session with the engine that started it. One thread drives it.
 #[pyclass(frozen, name = "WorkerSession", module = "llmscale._core")]
@@ -86,9 +91,11 @@ impl PyWorkerSession {
         Ok(Self { inner: Mutex::new(session), started: Mutex::new(Instant::now()), copied: Mutex::default() })
     }
 
-    /// Waits for the next order, at most `timeout_us`; `None` if none came.
-    fn receive(&self, py: Python<'_>, timeout_us: u64) -> PyResult<Option<WorkerOrder>> {
-        let order = detached(py, || self.lock().receive(timeout_us)).map_err(|error| session_error(&error))?;
+    /// Waits for the next order, at most `timeout_us`; `None` if none came. Tells the engine what becomes of the transfers
+    /// of `disk` meanwhile.
+    #[pyo3(signature = (timeout_us, disk = None))]
+    fn receive(&self, py: Python<'_>, timeout_us: u64, disk: Option<&PyDiskRegion>) -> PyResult<Option<WorkerOrder>> {
+        let order = detached(py, || self.receive_beside(timeout_us, disk)).map_err(|error| session_error(&error))?;
         *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = Duration::ZERO;
         let empty = |kind| WorkerOrder { kind, model_folder: String::new(), dtype: "auto", limits: None, counts: None };
@@ -107,9 +114,9 @@ impl PyWorkerSession {
         })
     }
 
-    /// Tells the engine that the model is loaded, how many KV blocks there are, and which incarnation of the host tier's
-    /// memory; 0 for none.
-    #[pyo3(signature = (layers, numerics, loading_ns, total_blocks, host_memory = 0))]
+    /// Tells the engine that the model is loaded, how many KV blocks there are, and which incarnations of the host tier's
+    /// memory and the disk tier's file; 0 for none.
+    #[pyo3(signature = (layers, numerics, loading_ns, total_blocks, host_memory = 0, disk_files = 0))]
     fn ready(
         &self,
         layers: u32,
@@ -117,19 +124,28 @@ impl PyWorkerSession {
         loading_ns: u64,
         total_blocks: u32,
         host_memory: u64,
+        disk_files: u64,
     ) -> PyResult<()> {
         let pid = std::process::id();
-        let outcome = self.lock().ready(pid, layers, numerics, loading_ns, total_blocks, host_memory);
+        let outcome = self.lock().ready(pid, layers, numerics, loading_ns, total_blocks, host_memory, disk_files);
         outcome.map_err(|error| session_error(&error))
     }
 
     /// Makes the copies of the step that was received last between the host tier and `kv`, (address, bytes) of the KV
-    /// region. False if host blocks do not hold what they should: then the step is given up and the engine knows.
-    fn copy_blocks(&self, py: Python<'_>, host: &PyHostRegion, kv: Memory) -> PyResult<bool> {
+    /// region, and begins its transfers between that and `disk`. False if host blocks do not hold what they should: then the
+    /// step is given up and the engine knows.
+    #[pyo3(signature = (host, kv, disk = None))]
+    fn copy_blocks(
+        &self,
+        py: Python<'_>,
+        host: &PyHostRegion,
+        kv: Memory,
+        disk: Option<&PyDiskRegion>,
+    ) -> PyResult<bool> {
         detached(py, || {
             let mut session = self.lock();
             let mirror = session.mirror().ok_or_else(no_step)?;
-            let (bad, took) = host.copy(mirror.copies(), kv)?;
+            let (bad, took) = copy_step(mirror, host, kv, disk)?;
             *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = took;
             if bad.is_empty() {
                 return Ok(true);
@@ -195,15 +211,20 @@ impl PyWorkerSession {
         word_parts(self.lock().mirror().ok_or_else(no_step)?, &row_bounds)
     }
 
-    /// What the step copies between tiers, in order: (comes back, block, host block, tag).
-    fn copies(&self) -> PyResult<Vec<device_step::Copy>> {
-        Ok(device_step::copies(self.lock().mirror().ok_or_else(no_step)?))
+    /// What the step copies between tiers, in order: (comes back, block, host block, tag). Waits for what moves between
+    /// these host blocks and the disk.
+    #[pyo3(signature = (disk = None))]
+    fn copies(&self, py: Python<'_>, disk: Option<&PyDiskRegion>) -> PyResult<Vec<device_step::Copy>> {
+        detached(py, || device_step::copies(self.lock().mirror().ok_or_else(no_step)?, disk))
     }
 
-    /// A device makes the step's copies, which take `took_ns`. False if there are bad host blocks: the step is given up.
-    fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>) -> PyResult<bool> {
+    /// A device makes the step's copies, which take `took_ns`; begins its transfers. False if there are bad host blocks: the
+    /// step is given up.
+    #[pyo3(signature = (took_ns, bad_host_blocks, disk = None))]
+    fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>, disk: Option<&PyDiskRegion>) -> PyResult<bool> {
         *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = Duration::from_nanos(took_ns);
         if bad_host_blocks.is_empty() {
+            disk.map_or(Ok(()), |disk| disk.start(self.lock().mirror().ok_or_else(no_step)?))?;
             return Ok(true);
         }
         let bad = bad_host_blocks.into_iter().map(HostBlockId).collect();
@@ -285,7 +306,42 @@ impl PyWorkerSession {
     }
 }
 
+/// Makes a step's copies, and begins its transfers where there is a disk.
+pub(crate) fn copy_step(
+    mirror: &Mirror,
+    host: &PyHostRegion,
+    kv: Memory,
+    disk: Option<&PyDiskRegion>,
+) -> PyResult<(Vec<HostBlockId>, Duration)> {
+    match disk {
+        Some(disk) => disk.copy_beside(mirror, host, kv),
+        None => host.copy(mirror.copies(), kv),
+    }
+}
+
 impl PyWorkerSession {
+    /// Waits for an order, and says what becomes of transfers while any are under way.
+    fn receive_beside(&self, timeout_us: u64, disk: Option<&PyDiskRegion>) -> Result<Option<Order>, SessionError> {
+        let deadline = Instant::now() + Duration::from_micros(timeout_us);
+        loop {
+            let mut session = self.lock();
+            let mut wait_us = deadline.saturating_duration_since(Instant::now()).as_micros() as u64;
+            if let Some(disk) = disk {
+                // The session knows the epoch.
+                if let Some(report) = disk.report(Epoch(0)) {
+                    session.tell_transfers(report)?;
+                }
+                if disk.is_busy() {
+                    wait_us = wait_us.min(TRANSFER_POLL_US);
+                }
+            }
+            let order = session.receive(wait_us)?;
+            if order.is_some() || Instant::now() >= deadline {
+                return Ok(order);
+            }
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, WorkerSession> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }

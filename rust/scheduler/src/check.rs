@@ -15,6 +15,9 @@ impl Replica {
             *references.entry(*block).or_default() += 1;
         }
         let mut pins: BTreeMap<HostBlockId, u32> = BTreeMap::new();
+        for host in self.disk.fetches.iter().flat_map(|fetch| &fetch.hosts) {
+            *pins.entry(*host).or_default() += 1;
+        }
         for (_, host) in slots.iter().flat_map(|slot| &self.sequences.cold[slot.index()].restores) {
             *pins.entry(*host).or_default() += 1;
         }

@@ -1,8 +1,8 @@
 //! What happens to a replica and what it wants done. Drivers and the simulator own everything in between.
 
 use llmscale_types::{
-    Attempt, Delta, Epoch, FrontId, HostBlockId, KvEvent, Outputs, PrefixKey, Refusal, RequestId, SequenceKey, StepId,
-    StepResult, Submission,
+    Attempt, Delta, DiskReport, Epoch, FrontId, HostBlockId, KvEvent, Outputs, PrefixKey, Refusal, RequestId,
+    SequenceKey, StepId, StepResult, Submission,
 };
 use std::sync::Arc;
 
@@ -34,7 +34,11 @@ pub enum Event {
         epoch: Epoch,
         /// Which incarnation of the host tier's memory it has found.
         host_memory: u64,
+        /// Which incarnation of the disk tier's files it has found.
+        disk_files: u64,
     },
+    /// Transfers between the host tier and the disk have ended.
+    DiskDone(DiskReport),
     /// The worker group died: KV memory is gone, sequences are not.
     WorkerDown,
     /// The worker group lives and its memory is whole, but it has given up all steps in flight: it lost their order, or one
@@ -158,6 +162,8 @@ pub struct ReplicaCounters {
     pub discarded_rows: u64,
     /// Orders for attempts that are not here, ignored.
     pub unknown_orders: u64,
+    /// Records that waited for the disk as long as computing would have taken, and were computed then.
+    pub late_fetches: u64,
 }
 
 /// How full the replica is.

@@ -1,7 +1,7 @@
 //! One replica as a deterministic state machine: events in, actions out, no clock, socket, thread or randomness.
 //! `replica` composes; `queue` orders what waits, `planner` makes the next step, `complete` takes a step's result in one
 //! pass, `kv_feed` tells fronts what is cached, `groups` splits what runs among the stages of a pipeline, `restore` brings
-//! back what went to the host, `recovery` turns a dead worker, or one that gave up its steps, into a preemption,
+//! back what went to the host, `fetch` what went to the disk, `recovery` turns a dead worker, or one that gave up its steps, into a preemption,
 //! `sequences` holds the rows of what runs, `view` shows how full it is. `mirror` is the workers' half of the plan contract: it expands deltas into the buffers that an executor reads.
 
 pub mod event;
@@ -11,6 +11,7 @@ pub mod replica;
 
 mod check;
 mod complete;
+mod fetch;
 mod groups;
 mod kv_feed;
 mod planner;

@@ -9,7 +9,7 @@ mod sampling;
 pub use buffers::{Buffers, StepCounts};
 pub use sampling::SlotSampling;
 
-use llmscale_types::{Admission, BlockCopy, Delta, EngineLimits, Epoch, GroupId, Slot, StepId, Token};
+use llmscale_types::{Admission, BlockCopy, Delta, DiskTransfer, EngineLimits, Epoch, GroupId, Slot, StepId, Token};
 use std::collections::VecDeque;
 
 /// A delta that does not follow from what the mirror holds. Until a snapshot comes, nothing does.
@@ -69,6 +69,8 @@ pub struct Mirror {
     counts: StepCounts,
     /// What this step copies between tiers.
     copies: Vec<BlockCopy>,
+    /// What it moves between the host tier and the disk.
+    transfers: Vec<DiskTransfer>,
     sample_slots: Vec<Slot>,
     /// Steps whose samples are not recorded yet, this one included; the oldest first.
     unrecorded: VecDeque<Samples>,
@@ -92,6 +94,7 @@ impl Mirror {
             group: GroupId(0),
             counts: StepCounts::default(),
             copies: Vec::new(),
+            transfers: Vec::new(),
             sample_slots: Vec::with_capacity(sequences),
             unrecorded: VecDeque::new(),
             buffers: Buffers::new(limits, max_blocks),
@@ -151,6 +154,12 @@ impl Mirror {
             return Err("a block is copied that does not exist");
         }
         self.copies.clone_from(&delta.copies);
+        let exists =
+            |moved: &DiskTransfer| moved.host.0 < self.limits.host_blocks && moved.disk.0 < self.limits.disk_blocks;
+        if !delta.transfers.iter().all(exists) {
+            return Err("a block is moved to or from the disk that does not exist");
+        }
+        self.transfers.clone_from(&delta.transfers);
         for &slot in &delta.leave {
             self.leave(slot).ok_or("a slot leaves that is empty")?;
         }
@@ -163,7 +172,8 @@ impl Mirror {
         for (&slot, &block) in delta.append_slots.iter().zip(&delta.append_blocks) {
             self.append(slot, block.0)?;
         }
-        self.counts = StepCounts { copies: delta.copies.len() as u32, ..StepCounts::default() };
+        let (copies, transfers) = (delta.copies.len() as u32, delta.transfers.len() as u32);
+        self.counts = StepCounts { copies, transfers, ..StepCounts::default() };
         self.sample_slots.clear();
         if delta.decodes {
             self.write_decodes()?;
@@ -185,6 +195,11 @@ impl Mirror {
     /// What this step copies between tiers, in order, before its rows are computed.
     pub fn copies(&self) -> &[BlockCopy] {
         &self.copies
+    }
+
+    /// What this step moves between the host tier and the disk, in order, after its copies.
+    pub fn transfers(&self) -> &[DiskTransfer] {
+        &self.transfers
     }
 
     /// How many rows sampled in the oldest step that is not recorded.

@@ -4,6 +4,7 @@
 
 use crate::event::Actions;
 use crate::groups::Group;
+use crate::queue::Place;
 use crate::record::Record;
 use crate::replica::{At, Flight, Location, Replica};
 use crate::restore::CopyPrices;
@@ -34,7 +35,9 @@ impl Replica {
         self.groups.pass_turn(draft.group);
         draft.leave = std::mem::take(&mut self.pending_leave);
         self.pending_leave.append(&mut self.leave_after_step);
+        self.plan_writes();
         draft.copies = self.blocks.take_copies();
+        draft.transfers = self.blocks.take_transfers();
         self.take_off(&draft);
         self.step = draft.step;
         self.base = draft.step;
@@ -60,9 +63,9 @@ impl Replica {
         }
     }
 
-    /// Whether the step has rows, or blocks to copy back for rows to come.
+    /// Whether the step has rows, or blocks to bring back for rows to come.
     fn has_work(&self, draft: &Delta) -> bool {
-        has_rows(draft) || self.blocks.copies() > 0
+        has_rows(draft) || self.blocks.copies() > 0 || self.blocks.asked_transfers() > 0
     }
 
     /// Notes what a planned step will answer.
@@ -237,7 +240,8 @@ impl Replica {
         let mut frame_bytes = 0;
         let mut budget_of_others = self.limits.max_step_tokens;
         while budget > 0 && budget_of_others > 0 && self.sequences.has_free_slot() {
-            let Some(record) = self.queue.first() else { break };
+            let Some(place) = self.next_to_admit() else { break };
+            let record = self.queue.get(place).expect("it was just found there");
             // A long context may be found in the prefix cache whole: then it costs the step's budget next to nothing and
             // the frame all its ids. One admission alone always fits, by the bounds of `EngineLimits`.
             frame_bytes += self.admission_bytes(record);
@@ -251,7 +255,7 @@ impl Replica {
             }
             // A step that would have no rows otherwise is not spent on telling of others.
             let group = if has_rows(draft) { self.groups.smallest(draft.group) } else { draft.group };
-            let slot = self.admit_first(draft, group, false);
+            let slot = self.admit(draft, group, place);
             if group == draft.group {
                 budget -= self.plan_chunk(draft, slot, budget);
             } else {
@@ -287,13 +291,13 @@ impl Replica {
     }
 
     /// How many leading blocks may be shared: at least one token is left to compute, or there would be no logits.
-    fn shareable_blocks(&self, record: &Record, context_tokens: usize) -> usize {
+    pub(crate) fn shareable_blocks(&self, record: &Record, context_tokens: usize) -> usize {
         record.hashes.len().min((context_tokens - 1) / self.limits.block_tokens as usize)
     }
 
-    /// Moves the queue's first record into a slot with all blocks of its context, as a member of a group.
-    fn admit_first(&mut self, draft: &mut Delta, group: GroupId, suspect: bool) -> Slot {
-        let record = self.queue.pop_first(suspect).expect("the planner has seen it");
+    /// Moves a waiting record into a slot with all blocks of its context, as a member of a group.
+    fn admit(&mut self, draft: &mut Delta, group: GroupId, place: Place) -> Slot {
+        let record = self.queue.remove(place).expect("the planner has seen it");
         let ends = Ends { eos_tokens: &self.limits.eos_tokens, max_sequence_tokens: self.limits.max_sequence_tokens };
         let slot = self.sequences.occupy(record, draft.step.0, &ends);
         let index = slot.index();
@@ -306,6 +310,10 @@ impl Replica {
         let mut hit = self.blocks.find_prefix(&record.submission.namespace, &record.hashes[..shareable], context);
         prices.cut(&mut hit);
         self.blocks.take_prefix(&hit.blocks);
+        self.end_fetch(place);
+        let cold = &mut self.sequences.cold[index];
+        let context = &self.sequences.contexts[index];
+        let record = cold.record.as_mut().expect("just put there");
         cold.registered_blocks = hit.leading_device_blocks as u32;
         cold.content = hit.content;
         cold.found_blocks = hit.blocks.len() as u32;
@@ -370,7 +378,8 @@ impl Replica {
                 };
                 self.preempt(victim.2);
             }
-            let slot = self.admit_first(draft, draft.group, true);
+            let place = self.queue.first_suspect().map(Record::place).expect("it was just looked at");
+            let slot = self.admit(draft, draft.group, place);
             // Ahead of whatever was partly computed before the crash's suspects were told apart.
             self.groups.get_mut(draft.group).prefilling.rotate_right(1);
             slot

@@ -31,7 +31,7 @@ impl WaitingQueue {
     }
 
     pub(crate) fn push(&mut self, record: Box<Record>) -> Place {
-        let place = (record.order, record.arrival);
+        let place = record.place();
         self.tokens += record.submission.context.len() as u64;
         let queue = if record.suspect { &mut self.suspects } else { &mut self.ordinary };
         let replaced = queue.insert(place, record);
@@ -44,16 +44,19 @@ impl WaitingQueue {
         self.ordinary.first_key_value().map(|(_, record)| &**record)
     }
 
+    /// What waits and is no suspect, in order.
+    pub(crate) fn ordinary(&self) -> impl Iterator<Item = &Record> {
+        self.ordinary.values().map(|record| &**record)
+    }
+
+    /// What waits at a place.
+    pub(crate) fn get(&self, place: Place) -> Option<&Record> {
+        self.ordinary.get(&place).or_else(|| self.suspects.get(&place)).map(|record| &**record)
+    }
+
     /// The next suspect.
     pub(crate) fn first_suspect(&self) -> Option<&Record> {
         self.suspects.first_key_value().map(|(_, record)| &**record)
-    }
-
-    pub(crate) fn pop_first(&mut self, suspect: bool) -> Option<Box<Record>> {
-        let queue = if suspect { &mut self.suspects } else { &mut self.ordinary };
-        let (_, record) = queue.pop_first()?;
-        self.tokens -= record.submission.context.len() as u64;
-        Some(record)
     }
 
     pub(crate) fn remove(&mut self, place: Place) -> Option<Box<Record>> {

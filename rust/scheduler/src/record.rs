@@ -2,6 +2,7 @@
 //! waiting queue and a slot and is never copied. Knows nothing of blocks or steps.
 
 use crate::policy::{Facts, OrderKey, Policy};
+use crate::queue::Place;
 use llmscale_blocks::BlockHash;
 use llmscale_types::{SequenceKey, Submission};
 
@@ -33,6 +34,11 @@ impl Record {
         let order = policy.key(&facts);
         let suspect = submission.suspect;
         Self { submission, arrival, order, hashes, cached_tokens: None, suspect }
+    }
+
+    /// Where it waits, whenever it does.
+    pub(crate) fn place(&self) -> Place {
+        (self.order, self.arrival)
     }
 
     pub(crate) fn key(&self) -> SequenceKey {

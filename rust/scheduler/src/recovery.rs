@@ -12,7 +12,7 @@ use llmscale_types::{Delta, EngineLimits, Epoch, FinishReason, HostBlockId, Plan
 use std::collections::BTreeSet;
 
 impl Replica {
-    /// A fresh worker group takes over. Its device's memory is empty, its host memory may be the last one's.
+    /// The first worker has room for fewer blocks than were planned.
     /// Nothing can have been allocated yet. False if they are too few for the longest sequence: then nothing changes.
     #[must_use]
     pub(crate) fn fewer_blocks(&mut self, total_blocks: u32) -> bool {
@@ -26,12 +26,14 @@ impl Replica {
         true
     }
 
-    pub(crate) fn worker_up(&mut self, epoch: Epoch, host_memory: u64) {
+    /// A fresh worker group takes over. Its device's memory is empty, its host memory may be the last one's.
+    pub(crate) fn worker_up(&mut self, epoch: Epoch, host_memory: u64, disk_files: u64) {
         assert!(self.epoch.is_none(), "a second worker group came up while the first was alive");
         assert!(self.last_epoch.is_none_or(|last| epoch > last), "epoch {epoch} is not newer than the last one");
         if self.host_memory.replace(host_memory) != Some(host_memory) {
             self.blocks.clear_host();
         }
+        self.disk_up(disk_files);
         self.epoch = Some(epoch);
         self.last_epoch = Some(epoch);
     }
@@ -44,6 +46,7 @@ impl Replica {
         self.counters.worker_losses += 1;
         let (suspects, preempted) = (self.rows_at_work(), self.preempted_at_work());
         let occupied: Vec<Slot> = self.sequences.occupied().collect();
+        self.void_disk();
         if Planted::KeepsCacheOfDeadWorker.is_here() {
             for &slot in &occupied {
                 self.release_blocks(slot);
@@ -83,6 +86,7 @@ impl Replica {
             // Rows of the lost steps lie behind what counts as computed, so full blocks hold what completed steps wrote.
             self.release_blocks(slot);
         }
+        self.void_disk();
         self.take_back(&occupied, &suspects, out);
         self.accuse(&preempted);
         self.blocks.host_blocks_are_bad(bad_host_blocks);

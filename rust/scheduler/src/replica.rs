@@ -3,6 +3,7 @@
 //! Knows no clock, socket, thread or text; time comes in with the events.
 
 use crate::event::{Actions, Event, GiveBack, ReplicaCounters, RequestKey, request_key, same_attempt};
+use crate::fetch::DiskSide;
 use crate::groups::Groups;
 use crate::kv_feed::KvFeed;
 use crate::policy::{OrderKey, Policy};
@@ -84,6 +85,11 @@ pub struct Replica {
     pub(crate) restored: Vec<Chunk>,
     pub(crate) cost: CostModel,
     pub(crate) copy_cost: CopyCost,
+    /// What reading a block from the disk takes.
+    pub(crate) disk_cost: CopyCost,
+    pub(crate) disk: DiskSide,
+    /// When the last event was.
+    pub(crate) now: Time,
     /// Which incarnation of the host tier's memory the last worker had.
     pub(crate) host_memory: Option<u64>,
     pub(crate) epoch: Option<Epoch>,
@@ -106,7 +112,7 @@ impl Replica {
         limits.check()?;
         let blocks = BlockStore::new(limits.total_blocks, limits.block_tokens, ChainHasher::new(secret));
         Ok(Self {
-            blocks: blocks.with_host_blocks(limits.host_blocks),
+            blocks: blocks.with_host_blocks(limits.host_blocks).with_disk_blocks(limits.disk_blocks),
             queue: WaitingQueue::default(),
             sequences: Sequences::new(limits.max_sequences),
             places: FxHashMap::default(),
@@ -121,6 +127,9 @@ impl Replica {
             restored: Vec::new(),
             cost: CostModel::new(),
             copy_cost: CopyCost::default(),
+            disk_cost: CopyCost::default(),
+            disk: DiskSide::default(),
+            now: Time(0),
             host_memory: None,
             epoch: None,
             last_epoch: None,
@@ -142,6 +151,7 @@ impl Replica {
     /// that cannot have: the driver then replaces the worker.
     #[must_use]
     pub fn on_event(&mut self, now: Time, event: Event, out: &mut Actions) -> bool {
+        self.now = now;
         match event {
             Event::Submit(submission) => self.submit(*submission, out),
             Event::Abort(key) => self.abort(key, out),
@@ -150,11 +160,15 @@ impl Replica {
             Event::FrontGone(front) => self.front_gone(front, out),
             Event::StepDone(result) => return self.complete(&result, out),
             Event::FewerBlocks(total_blocks) => return self.fewer_blocks(total_blocks),
-            Event::WorkerUp { epoch, host_memory } => self.worker_up(epoch, host_memory),
+            Event::WorkerUp { epoch, host_memory, disk_files } => self.worker_up(epoch, host_memory, disk_files),
+            Event::DiskDone(report) => self.disk_done(&report),
             Event::WorkerDown => self.worker_down(out),
             Event::StepsLost { raised, bad_host_blocks } => return self.steps_lost(raised, &bad_host_blocks, out),
             Event::Drain => self.drain(out),
-            Event::Tick => self.expire(now, out),
+            Event::Tick => {
+                self.expire_fetches(now);
+                self.expire(now, out);
+            }
         }
         true
     }

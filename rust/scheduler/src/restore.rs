@@ -20,12 +20,12 @@ pub(crate) struct CopyPrices<'a> {
 
 impl CopyPrices<'_> {
     /// Time that computing so many more tokens of prompts adds to a step.
-    fn prefill_ns(&self, tokens: u32) -> u64 {
+    pub(crate) fn prefill_ns(&self, tokens: u32) -> u64 {
         self.cost.predict_prefill(tokens).saturating_sub(self.cost.predict_prefill(0))
     }
 
     /// Computing one block, as a part of a full step.
-    fn block_ns(&self) -> u64 {
+    pub(crate) fn block_ns(&self) -> u64 {
         let step_tokens = u64::from(self.limits.max_step_tokens);
         self.prefill_ns(self.limits.max_step_tokens) * u64::from(self.limits.block_tokens) / step_tokens
     }
@@ -33,7 +33,9 @@ impl CopyPrices<'_> {
     /// Cuts what was found on the host off if computing it is cheaper than copying it.
     pub(crate) fn cut(&self, hit: &mut PrefixHit) {
         let behind = (hit.blocks.len() - hit.leading_device_blocks) as u32;
-        if behind > 0 && self.copies.predict(behind) >= self.prefill_ns(behind * self.limits.block_tokens) {
+        // What was never copied has no price yet: that it was kept or read for this says that it pays.
+        let known = behind > 0 && self.copies.is_known();
+        if known && self.copies.predict(behind) >= self.prefill_ns(behind * self.limits.block_tokens) {
             hit.blocks.truncate(hit.leading_device_blocks);
         }
     }

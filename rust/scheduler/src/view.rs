@@ -4,7 +4,7 @@
 use crate::event::{ReplicaCounters, ReplicaLoad};
 use crate::record::Record;
 use crate::replica::Replica;
-use llmscale_blocks::CacheCounters;
+use llmscale_blocks::{CacheCounters, IndexChange};
 use llmscale_cost::CostModel;
 use llmscale_types::{EngineLimits, FrontId, GroupId, Time};
 
@@ -42,6 +42,11 @@ impl Replica {
         &self.cost
     }
 
+    /// What has to be changed in the records of the disk tier, in order.
+    pub fn take_index_changes(&mut self) -> Vec<IndexChange> {
+        self.blocks.take_index_changes()
+    }
+
     /// The bounds it runs under.
     pub fn limits(&self) -> &EngineLimits {
         &self.limits
@@ -49,7 +54,8 @@ impl Replica {
 
     /// When the next deadline passes, for whoever sleeps.
     pub fn next_deadline(&self) -> Option<Time> {
-        self.deadlines.first().map(|entry| entry.0)
+        let deadline = self.deadlines.first().map(|entry| entry.0);
+        [deadline, self.next_fetch_deadline()].into_iter().flatten().min()
     }
 
     /// Nothing waits, runs or is in flight.

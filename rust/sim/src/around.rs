@@ -3,6 +3,7 @@
 
 use crate::agenda::Agenda;
 use crate::coverage::Coverage;
+use crate::disk_memory::{DiskBook, DiskMemory};
 use crate::faults::Mix;
 use crate::happening::Happening;
 use crate::network::{Network, Peer};
@@ -23,6 +24,12 @@ pub(crate) struct Around {
     pub(crate) codec: CodecLimits,
     /// Workers that died: where, and whether by an ordinary fault. Collected here until the clients' books know.
     pub(crate) deaths: Vec<(usize, bool)>,
+    /// The disks of places where no node process runs, with what is kept beside them.
+    pub(crate) disks: Vec<Option<(DiskMemory, DiskBook)>>,
+    /// Disks that were new.
+    new_disks: u64,
+    /// For what was added later: earlier worlds keep their draws.
+    added: Random,
 }
 
 impl Around {
@@ -34,9 +41,23 @@ impl Around {
             coverage: Coverage::default(),
             codec: CodecLimits::default(),
             deaths: Vec::new(),
+            disks: (0..mix.nodes).map(|_| None).collect(),
+            new_disks: 0,
+            added: Random::new(0x6469_736b),
             mix,
             random,
         }
+    }
+
+    /// An empty disk.
+    pub(crate) fn new_disk(&mut self) -> DiskMemory {
+        self.new_disks += 1;
+        DiskMemory::new(self.mix.engine.disk_blocks, self.new_disks)
+    }
+
+    /// A draw that earlier worlds do not have.
+    pub(crate) fn added_below(&mut self, most: u64) -> u64 {
+        self.added.below(most)
     }
 
     pub(crate) fn now(&self) -> Time {

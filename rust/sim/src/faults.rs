@@ -41,6 +41,12 @@ pub enum Fault {
     HostBitFlips,
     /// A worker finds another host memory than the one before it.
     HostMemoryLost,
+    /// A bit flips on a node's disk.
+    DiskBitFlips,
+    /// A node's disk takes nothing in for a while.
+    DiskFull,
+    /// A node finds another disk than the one before it.
+    DiskLost,
 }
 
 impl Fault {
@@ -61,6 +67,8 @@ impl Fault {
     pub const ADDED: [Self; 2] = [Self::WorkerLosesSteps, Self::StepRaises];
     /// Drawn from there too, after everything that was there before them.
     pub const ADDED_LAST: [Self; 3] = [Self::NodeErrs, Self::HostBitFlips, Self::HostMemoryLost];
+    /// And after those.
+    pub const OF_DISKS: [Self; 3] = [Self::DiskBitFlips, Self::DiskFull, Self::DiskLost];
 }
 
 /// End a sequence in every simulated model: six of two hundred, so that answers of 24 tokens often end by themselves.
@@ -106,6 +114,8 @@ pub struct Mix {
     pub upgrade: Option<Upgrade>,
     /// What copying one block between tiers takes.
     pub copy_ns: u64,
+    /// What moving one block to or from the disk takes at least.
+    pub disk_us: u64,
     /// Bounds of every front.
     pub front: FrontLimits,
     /// How long a ready replica may be silent about an attempt.
@@ -156,12 +166,20 @@ impl Mix {
         faults.extend(draw_faults(&Fault::ADDED_LAST, &mut added));
         let host_blocks = if added.chance(500) { added.count(1, 60) } else { 0 };
         let copy_ns = *added.pick(&[2_000, 100_000, 400_000]);
+        let disk_blocks = if host_blocks > 0 && added.chance(500) { added.count(1, 80) } else { 0 };
+        let disk_us = *added.pick(&[20, 500, 20_000]);
+        if disk_blocks > 0 {
+            // Often: of what is written to a disk, little is ever read back.
+            let often = |&fault: &Fault| added.chance(600).then(|| (fault, added.span(50_000, 400_000)));
+            faults.extend(Fault::OF_DISKS.iter().filter_map(often));
+        }
         Self {
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
             faults,
-            engine: EngineLimits { host_blocks, ..draw_engine(random, pipelines) },
+            engine: EngineLimits { host_blocks, disk_blocks, ..draw_engine(random, pipelines) },
             copy_ns,
+            disk_us,
             max_admission_bytes,
             caches,
             health,
@@ -197,8 +215,8 @@ impl Mix {
 
     /// The same without upgrades, host tiers and the faults that were added last.
     pub(crate) fn kept(mut self) -> Self {
-        self.faults.retain(|(fault, _)| !Fault::ADDED_LAST.contains(fault));
-        self.engine.host_blocks = 0;
+        self.faults.retain(|(fault, _)| !Fault::ADDED_LAST.contains(fault) && !Fault::OF_DISKS.contains(fault));
+        (self.engine.host_blocks, self.engine.disk_blocks) = (0, 0);
         Self { upgrade: None, ..self }
     }
 
@@ -330,6 +348,7 @@ fn draw_engine(random: &mut Random, pipelines: bool) -> EngineLimits {
     let limits = EngineLimits {
         block_tokens,
         host_blocks: 0,
+        disk_blocks: 0,
         total_blocks: if random.chance(350) { random.count(least, least + 8) } else { random.count(60, 160) },
         max_sequences,
         max_step_tokens: random.count(max_sequences, 64),

@@ -48,6 +48,8 @@ pub(crate) enum WorkerTurn {
     Ready,
     /// It has computed the step that it is at.
     StepDone,
+    /// A transfer between its host tier and its disk has ended.
+    TransferDone,
 }
 
 /// See the file's header.

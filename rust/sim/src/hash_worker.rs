@@ -2,6 +2,7 @@
 //! positions, the seed and the position, read through the block table as attention would. A wrong block, a reused block,
 //! a missing or foreign id changes the token. Costs O(context) per row; knows nothing of time or transport.
 
+use crate::disk_memory::DiskMemory;
 use crate::host_memory::HostMemory;
 use llmscale_scheduler::{Gap, Mirror};
 use llmscale_types::{Delta, EngineLimits, Epoch, HostBlockId, StepResult, Token};
@@ -55,6 +56,7 @@ pub struct HashWorker {
     rows: usize,
     kv: Vec<Option<u64>>,
     host: HostMemory,
+    disk: DiskMemory,
     /// What copying one block takes.
     copy_ns: u64,
     block_tokens: usize,
@@ -70,6 +72,7 @@ impl HashWorker {
             rows: 0,
             kv: vec![None; limits.total_blocks as usize * limits.block_tokens as usize],
             host: HostMemory::new(limits.host_blocks, 0),
+            disk: DiskMemory::new(limits.disk_blocks, 0),
             copy_ns: 2_000,
             block_tokens: limits.block_tokens as usize,
             vocabulary: limits.vocabulary,
@@ -84,12 +87,40 @@ impl HashWorker {
         self
     }
 
-    /// Its host memory, which outlives it. With the step that it was at, whose copies are cut off.
-    pub fn leave_host(mut self, at_work: Option<&Delta>) -> HostMemory {
+    /// A worker that finds this file.
+    #[must_use]
+    pub fn with_disk(mut self, disk: DiskMemory) -> Self {
+        self.disk = disk;
+        self
+    }
+
+    /// What outlives it: its host memory and its disk, with what its death cut off there. With the step that it was at,
+    /// whose copies are cut off. Says whether a place of the disk is torn.
+    pub fn leave(mut self, at_work: Option<&Delta>) -> (HostMemory, DiskMemory, bool) {
+        if let Some(delta) = at_work {
+            // Copies wait for the transfers that stand in their way.
+            self.disk.settle(&delta.copies, &mut self.host);
+        }
+        let torn = self.disk.tear(&mut self.host);
         if let Some(delta) = at_work {
             self.host.tear(&delta.copies);
         }
-        self.host
+        (self.host, self.disk, torn)
+    }
+
+    /// The oldest transfer to or from its disk ends.
+    pub fn end_transfer(&mut self) {
+        self.disk.end_one(&mut self.host);
+    }
+
+    /// Its disk.
+    pub fn disk(&self) -> &DiskMemory {
+        &self.disk
+    }
+
+    /// Its disk, for doing harm to it, and for its reports.
+    pub fn disk_mut(&mut self) -> &mut DiskMemory {
+        &mut self.disk
     }
 
     /// Which host memory it has found.
@@ -127,11 +158,13 @@ impl HashWorker {
     /// Runs one step. `elapsed_ns` is what the simulation says that it took.
     pub fn run(&mut self, delta: &Delta, elapsed_ns: u64) -> Result<StepResult, StepFailure> {
         let counts = self.mirror.expand(delta).map_err(StepFailure::Gap)?;
+        self.disk.settle(&delta.copies, &mut self.host);
         let bad = self.host.copy(&delta.copies, &mut self.kv, self.block_tokens);
         if !bad.is_empty() {
             self.mirror.lose();
             return Err(StepFailure::BadHostBlocks(bad));
         }
+        self.disk.ask(&delta.transfers);
         self.rows = counts.rows as usize;
         let buffers = self.mirror.buffers();
         let mut ids = buffers.token_ids[..counts.rows as usize].iter();

@@ -8,11 +8,21 @@ use llmscale_types::{BlockCopy, CopyDirection, HostBlockId, Planted};
 type Values = Vec<Option<u64>>;
 
 #[derive(Clone, PartialEq, Eq, Debug)]
-struct HostBlock {
-    tag: u64,
-    values: Values,
+pub(crate) struct HostBlock {
+    pub(crate) tag: u64,
+    pub(crate) values: Values,
     /// The bytes are those that the checksum was made of.
-    intact: bool,
+    pub(crate) intact: bool,
+}
+
+impl HostBlock {
+    /// One bit of it flips.
+    pub(crate) fn flip(&mut self) {
+        self.intact = false;
+        if let Some(value) = self.values.first_mut() {
+            *value = value.map(|value| value ^ 1);
+        }
+    }
 }
 
 /// See the file's header.
@@ -37,6 +47,11 @@ impl HostMemory {
     /// Its number.
     pub fn incarnation(&self) -> u64 {
         self.incarnation
+    }
+
+    /// What one of its blocks holds.
+    pub(crate) fn block(&mut self, host: HostBlockId) -> &mut Option<HostBlock> {
+        &mut self.blocks[host.index()]
     }
 
     /// Makes copies in order. Returns the blocks that do not hold what they should; these are not copied.
@@ -79,10 +94,7 @@ impl HostMemory {
         let middle = place.min(self.blocks.len());
         let (before, behind) = self.blocks.split_at_mut(middle);
         let Some(block) = behind.iter_mut().chain(before).flatten().find(|block| block.intact) else { return false };
-        block.intact = false;
-        if let Some(value) = block.values.first_mut() {
-            *value = value.map(|value| value ^ 1);
-        }
+        block.flip();
         true
     }
 }

@@ -9,6 +9,7 @@ mod agenda;
 mod around;
 mod clients;
 pub mod coverage;
+pub mod disk_memory;
 pub mod faults;
 mod front_host;
 mod happening;
@@ -27,6 +28,7 @@ mod versions;
 mod worker;
 
 pub use coverage::Coverage;
+pub use disk_memory::{DiskBook, DiskMemory};
 pub use faults::{Care, Fault, Mix};
 pub use hash_worker::{HashWorker, StepFailure, hash_token};
 pub use host_memory::HostMemory;

@@ -6,6 +6,7 @@ mod answer;
 mod deliver;
 
 use crate::around::Around;
+use crate::disk_memory::{DiskBook, DiskMemory};
 use crate::faults::Fault;
 use crate::happening::{Happening, WorkerTurn};
 use crate::host_memory::HostMemory;
@@ -82,6 +83,9 @@ pub(crate) struct NodeProcess {
     next_round: Option<Time>,
     /// The host tier's memory while no worker has it.
     host: Option<HostMemory>,
+    /// And its disk, with what is kept beside it.
+    disk: Option<DiskMemory>,
+    book: DiskBook,
     out: Actions,
 }
 
@@ -95,8 +99,12 @@ impl NodeProcess {
         let mut replica = replica
             .expect("a mix draws sizes that fit together")
             .with_max_admission_bytes(around.mix.max_admission_bytes);
+        let (disk, book) = around.disks[place].take().unwrap_or_else(|| (around.new_disk(), DiskBook::default()));
         // Prompts are short here, so every block has a name.
         replica.name_prefixes_every(around.mix.engine.block_tokens);
+        let records = book.records();
+        around.coverage.add("disk_recalled", records.len() as u64);
+        let replica = replica.with_disk(book.incarnation, records);
         let mut process = Self {
             place,
             node,
@@ -121,6 +129,8 @@ impl NodeProcess {
             next_caches: around.now(),
             next_round: None,
             host: Some(HostMemory::new(around.mix.engine.host_blocks, 1)),
+            disk: Some(disk),
+            book,
             out: Actions::default(),
         };
         process.plan_worker(around, Epoch(1), WorkerTurn::Started, Duration(1_000));
@@ -152,6 +162,7 @@ impl NodeProcess {
     pub(crate) fn worker_turn(&mut self, epoch: Epoch, turn: WorkerTurn, around: &mut Around) {
         match turn {
             WorkerTurn::StepDone => self.step_done(epoch, around),
+            WorkerTurn::TransferDone => self.transfer_done(epoch, around),
             WorkerTurn::Buried => {
                 self.commands.push_back(Command::Worker(epoch, turn));
                 let wait = around.random.span(5_000, 100_000);
@@ -193,6 +204,9 @@ impl NodeProcess {
             return;
         }
         let (ending, next) = worker.finish(around);
+        if matches!(ending, Ending::Said(_)) {
+            self.begin_transfer(epoch, around);
+        }
         match ending {
             Ending::Said(frame) => {
                 let message = open(&frame, &around.codec);
@@ -217,6 +231,36 @@ impl NodeProcess {
                 self.kill_worker(around, false);
             }
         }
+    }
+
+    fn transfer_done(&mut self, epoch: Epoch, around: &mut Around) {
+        let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
+        if let Some(frame) = worker.end_transfer(around) {
+            self.heard.push(open(&frame, &around.codec));
+        }
+        self.begin_transfer(epoch, around);
+    }
+
+    fn begin_transfer(&mut self, epoch: Epoch, around: &mut Around) {
+        if let Some(span) = self.worker.as_mut().and_then(|worker| worker.begin_transfer(around)) {
+            self.plan_worker(around, epoch, WorkerTurn::TransferDone, span);
+        }
+    }
+
+    /// What outlives the process: its disk, and what of the last changes was written beside it.
+    pub(crate) fn leave_disk(mut self, around: &mut Around) {
+        let mut disk = self.disk.take();
+        if let Some(worker) = self.worker.take() {
+            let (_, left, torn) = worker.leave();
+            around.coverage.add("disk_torn", u64::from(torn));
+            disk = Some(left);
+        }
+        let written = around.added_below(4) as usize;
+        let lost = self.book.cut(written);
+        around.coverage.add("disk_records_lost", lost as u64);
+        let mut disk = disk.expect("the worker has it, or the node");
+        disk.full = false;
+        around.disks[self.place] = Some((disk, self.book));
     }
 
     fn plan_worker(&self, around: &mut Around, epoch: Epoch, turn: WorkerTurn, wait: Duration) {
@@ -245,6 +289,7 @@ impl NodeProcess {
         self.complete(around.now());
         self.execute(around);
         self.deliver(around);
+        self.book.note(self.replica.take_index_changes());
         let busy = self.replica.housekeeping(8);
         let deadline = self.replica.next_deadline().unwrap_or(self.next_status).min(self.next_status);
         let wait = if busy { Duration(10) } else { deadline.since(around.now()).max(Duration(1)) };
@@ -285,7 +330,9 @@ impl NodeProcess {
                 Command::Worker(epoch, WorkerTurn::Started) => self.take_worker(epoch, around),
                 Command::Worker(epoch, WorkerTurn::Ready) => self.worker_ready(epoch, now),
                 Command::Worker(epoch, WorkerTurn::Buried) => self.bury_worker(epoch, around),
-                Command::Worker(_, WorkerTurn::StepDone) => unreachable!("a worker says so itself"),
+                Command::Worker(_, WorkerTurn::StepDone | WorkerTurn::TransferDone) => {
+                    unreachable!("a worker says so itself")
+                }
             }
         }
     }
@@ -298,7 +345,8 @@ impl NodeProcess {
             around.reach("host_memory_lost", [self.place as u64, self.node.0, epoch.0, 0]);
             host = HostMemory::new(around.mix.engine.host_blocks, host.incarnation() + 1);
         }
-        self.worker = Some(WorkerProcess::new(epoch, host, around));
+        let disk = self.disk.take().expect("the worker before left it");
+        self.worker = Some(WorkerProcess::new(epoch, host, disk, around));
         let loading = around.random.span(5_000, 200_000);
         self.plan_worker(around, epoch, WorkerTurn::Ready, loading);
     }
@@ -306,10 +354,10 @@ impl NodeProcess {
     fn worker_ready(&mut self, epoch: Epoch, now: Time) {
         let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
         worker.be_ready();
-        let host_memory = worker.host_memory();
+        let (host_memory, disk_files) = (worker.host_memory(), worker.disk_files());
         self.last_reset = None;
         self.grown = self.grown.max(Grown::HadWorker);
-        self.event(now, Event::WorkerUp { epoch, host_memory });
+        self.event(now, Event::WorkerUp { epoch, host_memory, disk_files });
         if self.grown < Grown::HasRun {
             self.event(now, Event::Submit(Box::new(probe(epoch))));
         } else if self.state == NodeState::Recovering {
@@ -326,7 +374,9 @@ impl NodeProcess {
         // Steps that it had finished are no reason to suspect anybody.
         self.read_worker(around);
         self.complete(now);
-        self.host = self.worker.take().map(WorkerProcess::leave_host);
+        let (host, disk, torn) = self.worker.take().expect("it was just looked at").leave();
+        around.coverage.add("disk_torn", u64::from(torn));
+        (self.host, self.disk) = (Some(host), Some(disk));
         self.sent.clear();
         self.worker_restarts += 1;
         if self.state == NodeState::Ready {
@@ -361,6 +411,7 @@ impl NodeProcess {
         for message in std::mem::take(&mut self.heard) {
             match message {
                 FromWorker::Result(result) => self.results.push(result),
+                FromWorker::Disk(report) => self.event(around.now(), Event::DiskDone(report)),
                 FromWorker::NeedSnapshot(need) => self.reset_worker(None, need.bad_host_blocks, around),
                 FromWorker::Failed(Failed { step: Some(step), .. }) => {
                     self.reset_worker(Some(step), Vec::new(), around);

@@ -359,6 +359,15 @@ impl Simulation {
         // The headers would hide it from every stream if a replica believed in copies that were never made.
         let (bad, flipped) = (coverage.count("worker_found_bad_host_blocks"), coverage.count("host_bit_flipped"));
         assert!(bad == 0 || flipped > 0, "{bad} steps wanted host blocks back that nobody had put there");
+        // A record is written behind the engine, so a node's death may leave one of a place that is overwritten by now.
+        let of = |causes: &[&str]| causes.iter().map(|cause| coverage.count(cause)).sum::<u64>();
+        let harmed = of(&["disk_bit_flipped", "host_bit_flipped", "disk_torn", "disk_records_lost"]);
+        let bad: u64 = self.nodes.iter().flatten().map(|one| one.replica.cache_counters().bad_disk_blocks).sum();
+        assert!(bad == 0 || harmed > 0, "{bad} blocks were to be read from a disk that nobody had written there");
+        let resets = of(&["worker_needs_snapshot", "worker_raised", "worker_found_bad_host_blocks"]);
+        let waits = coverage.count("disk_waits");
+        let resets = resets + coverage.count("worker_deadly_token_raised");
+        assert!(waits == 0 || resets > 0, "{waits} copies waited for the disk though nothing was given up");
         let causes = ["frame_late_to_front", "node_lost_a_row"];
         let tokens_were_lost = causes.iter().any(|cause| self.around.coverage.count(cause) > 0);
         self.fronts.iter().for_each(|front| front.check(now, tokens_were_lost));

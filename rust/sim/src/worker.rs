@@ -2,6 +2,7 @@
 //! order in which they were sent. Its results go through the real codec. Knows nothing of nodes or fronts.
 
 use crate::around::Around;
+use crate::disk_memory::DiskMemory;
 use crate::hash_worker::{HashWorker, StepFailure};
 use crate::host_memory::HostMemory;
 use llmscale_types::{Delta, Duration, Epoch, HostBlockId, StepId, Time};
@@ -56,11 +57,13 @@ pub(crate) struct WorkerProcess {
     pub(crate) slow_until: Time,
     pub(crate) lapse: Option<Lapse>,
     model: HashWorker,
+    /// The end of a transfer is planned.
+    moves: bool,
     steps: VecDeque<Delta>,
 }
 
 impl WorkerProcess {
-    pub(crate) fn new(epoch: Epoch, host: HostMemory, around: &Around) -> Self {
+    pub(crate) fn new(epoch: Epoch, host: HostMemory, disk: DiskMemory, around: &Around) -> Self {
         let (limits, deadly) = (&around.mix.engine, around.mix.deadly_token());
         Self {
             epoch,
@@ -70,7 +73,8 @@ impl WorkerProcess {
             failed: false,
             slow_until: Time(0),
             lapse: None,
-            model: HashWorker::new(limits, epoch).killed_by(deadly).with_host(host, around.mix.copy_ns),
+            model: HashWorker::new(limits, epoch).killed_by(deadly).with_host(host, around.mix.copy_ns).with_disk(disk),
+            moves: false,
             steps: VecDeque::new(),
         }
     }
@@ -148,9 +152,49 @@ impl WorkerProcess {
         FromWorker::NeedSnapshot(NeedSnapshot { epoch: self.epoch, step, last: None, bad_host_blocks })
     }
 
-    /// What outlives it: the host tier's memory, with what its death cut off.
-    pub(crate) fn leave_host(self) -> HostMemory {
-        self.model.leave_host(self.steps.front())
+    /// What outlives it: the host tier's memory and the disk, with what its death cut off, and whether a place of the disk
+    /// is torn.
+    pub(crate) fn leave(self) -> (HostMemory, DiskMemory, bool) {
+        let at_work = self.steps.front().filter(|delta| !self.model.passes_over(delta)).cloned();
+        self.model.leave(at_work.as_ref())
+    }
+
+    /// How long the next transfer takes, if one begins now.
+    pub(crate) fn begin_transfer(&mut self, around: &mut Around) -> Option<Duration> {
+        if self.moves || self.model.disk().under_way() == 0 {
+            return None;
+        }
+        self.moves = true;
+        let slow = if around.now() < self.slow_until { 20 } else { 1 };
+        Some(Duration((around.mix.disk_us + around.random.span(0, around.mix.disk_us).0) * slow))
+    }
+
+    /// The oldest transfer has ended. Returns what the worker says of it.
+    pub(crate) fn end_transfer(&mut self, around: &mut Around) -> Option<Vec<u8>> {
+        self.moves = false;
+        self.model.end_transfer();
+        self.say_transfers(around)
+    }
+
+    fn say_transfers(&mut self, around: &mut Around) -> Option<Vec<u8>> {
+        let report = self.model.disk_mut().report(self.epoch, around.mix.disk_us * 1_000)?;
+        around.coverage.add("disk_waits", u64::from(report.waits));
+        Some(encode(&FromWorker::Disk(report), &around.codec).expect("a report is within the codec's limits"))
+    }
+
+    /// The disk takes nothing in any more, or takes in again.
+    pub(crate) fn fill_disk(&mut self, full: bool) {
+        self.model.disk_mut().full = full;
+    }
+
+    /// A bit flips on the disk.
+    pub(crate) fn flip_disk_bit(&mut self, place: usize) -> bool {
+        self.model.disk_mut().flip(place)
+    }
+
+    /// Which file of the disk tier it found.
+    pub(crate) fn disk_files(&self) -> u64 {
+        self.model.disk().incarnation()
     }
 
     /// A bit flips in the host tier's memory.

@@ -84,6 +84,10 @@ id!(
     /// One block of a replica's host tier: memory of the host that holds what the device had no room for.
     HostBlockId(u32)
 );
+id!(
+    /// One block of a replica's disk tier: a place in every rank's file, below the host tier.
+    DiskBlockId(u32)
+);
 
 /// Names one try at one request of one front: what every output frame carries, so that stale ones can be dropped.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]

@@ -14,12 +14,14 @@ pub mod time;
 
 pub use error::{LimitError, Refusal};
 pub use ids::{
-    Attempt, BlockId, Epoch, FrontId, GroupId, HostBlockId, NodeId, ReplicaId, RequestId, SequenceKey, Slot, StepId,
-    TenantId, Token,
+    Attempt, BlockId, DiskBlockId, Epoch, FrontId, GroupId, HostBlockId, NodeId, ReplicaId, RequestId, SequenceKey,
+    Slot, StepId, TenantId, Token,
 };
 pub use limits::{EngineLimits, FrontLimits};
 pub use output::{FinishReason, Finished, Outputs, TokenLogprobs};
-pub use plan::{Admission, BlockCopy, Chunk, CopyDirection, Delta, RowError, StepResult};
+pub use plan::{
+    Admission, BlockCopy, Chunk, CopyDirection, Delta, DiskDirection, DiskReport, DiskTransfer, RowError, StepResult,
+};
 pub use planted::Planted;
 pub use prefix::{KvEvent, PrefixKey};
 pub use request::{Class, Sampling, Submission};

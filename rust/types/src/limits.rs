@@ -14,6 +14,8 @@ pub struct EngineLimits {
     pub total_blocks: u32,
     /// Blocks of its host tier, which holds what the device has no room for; 0 for none.
     pub host_blocks: u32,
+    /// Blocks of its disk tier, which holds what the host tier has no room for; 0 for none.
+    pub disk_blocks: u32,
     /// Most sequences that run at once.
     pub max_sequences: u32,
     /// Most tokens computed in one step, decodes and prefill chunks together.
@@ -40,6 +42,8 @@ impl EngineLimits {
     pub const MAX_SEQUENCE_BLOCKS: u32 = 1 << 19;
     /// Most blocks of a host tier: their index takes about 230 bytes each.
     pub const MAX_HOST_BLOCKS: u32 = 1 << 24;
+    /// Most blocks of a disk tier: their index takes about 230 bytes each.
+    pub const MAX_DISK_BLOCKS: u32 = 1 << 24;
     /// Most rows that can be in flight, so that what they give fits one frame though all results arrive at once.
     pub const MAX_ROWS_IN_FLIGHT: u32 = 1 << 15;
     /// Most sequences that any node may keep waiting.
@@ -67,6 +71,11 @@ impl EngineLimits {
         LimitError::at_least("max_steps_in_flight", u64::from(self.max_steps_in_flight), 1)?;
         LimitError::at_most("max_steps_in_flight", u64::from(self.max_steps_in_flight), 64)?;
         LimitError::at_most("host_blocks", u64::from(self.host_blocks), u64::from(Self::MAX_HOST_BLOCKS))?;
+        LimitError::at_most("disk_blocks", u64::from(self.disk_blocks), u64::from(Self::MAX_DISK_BLOCKS))?;
+        if self.disk_blocks > 0 {
+            // What comes from the disk comes by the host.
+            LimitError::at_least("host_blocks", u64::from(self.host_blocks), 1)?;
+        }
         let rows = u64::from(self.max_sequences) * u64::from(self.max_steps_in_flight);
         LimitError::at_least("groups", u64::from(self.groups), 1)?;
         LimitError::at_most("groups", u64::from(self.groups), u64::from(self.max_steps_in_flight))?;
@@ -136,6 +145,7 @@ mod tests {
             block_tokens: 32,
             total_blocks: 1 << 16,
             host_blocks: 0,
+            disk_blocks: 0,
             max_sequences: 256,
             max_step_tokens: 1 << 16,
             max_sequence_tokens: 1 << 20,

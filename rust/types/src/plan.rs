@@ -2,7 +2,7 @@
 //! expands it into the buffers that the executor reads. Sequences in decode take one row in every decoding step of their
 //! group without being named, so a steady step costs a few hundred bytes whatever the number of running sequences.
 
-use crate::ids::{BlockId, Epoch, GroupId, HostBlockId, Slot, StepId, Token};
+use crate::ids::{BlockId, DiskBlockId, Epoch, GroupId, HostBlockId, Slot, StepId, Token};
 use crate::output::TokenLogprobs;
 use crate::request::Sampling;
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,49 @@ pub struct BlockCopy {
     pub tag: u64,
 }
 
+/// Which way a block's bytes go between the host tier and the disk tier.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum DiskDirection {
+    /// From the host tier to the disk.
+    Write,
+    /// From the disk to the host tier.
+    Read,
+}
+
+/// One block to move between the host tier and the disk tier, beside the steps.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskTransfer {
+    /// Numbers rise from transfer to transfer; every rank makes them in this order.
+    pub number: u64,
+    /// Which way.
+    pub direction: DiskDirection,
+    /// The block on the host.
+    pub host: HostBlockId,
+    /// The block on the disk.
+    pub disk: DiskBlockId,
+    /// Names the content.
+    pub tag: u64,
+}
+
+/// What has become of transfers.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// Incarnation that made them.
+    pub epoch: Epoch,
+    /// Every transfer that was asked for up to this number has ended.
+    pub through: u64,
+    /// Those of them that failed and were not named before.
+    pub failed: Vec<u64>,
+    /// Whether the disk took no more, or could not be written.
+    pub refused: bool,
+    /// Blocks that were read since the last report.
+    pub read_blocks: u32,
+    /// Time that reading them took.
+    pub read_ns: u64,
+    /// How often a step's copies waited for a transfer since the last report.
+    pub waits: u32,
+}
+
 /// One step, as the change from its base step.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Delta {
@@ -85,11 +128,16 @@ pub struct Delta {
     /// Blocks to copy between tiers, in this order, after the steps before and before this step's rows. A step may have
     /// copies and no rows.
     pub copies: Vec<BlockCopy>,
+    /// Blocks to move between the host tier and the disk, in this order, from the moment on at which the copies are made.
+    /// Nobody waits for them.
+    pub transfers: Vec<DiskTransfer>,
 }
 
 impl Delta {
     /// Most copies of one delta, so that it fits its frame whatever else it carries.
     pub const MAX_COPIES: usize = 1 << 15;
+    /// Most transfers to and from the disk that are under way, and so of one delta.
+    pub const MAX_TRANSFERS: usize = 1 << 12;
     /// The base of a snapshot; no step has this number.
     pub const NOTHING: StepId = StepId(0);
 
@@ -112,6 +160,7 @@ impl Delta {
             append_blocks: Vec::new(),
             chunks: Vec::new(),
             copies: Vec::new(),
+            transfers: Vec::new(),
         }
     }
 }

@@ -57,11 +57,17 @@ pub enum Planted {
     SharesBeforeItIsRestored,
     /// A worker restores blocks whose headers it does not look at.
     LooksAtNoHeader,
+    /// A replica takes writes to the disk for done that failed.
+    BelievesInFailedWrites,
+    /// A replica lets a sequence start with what is still being read from the disk.
+    RestoresBeforeItIsRead,
+    /// A worker takes what it reads from the disk without looking at its header.
+    LooksAtNoDiskHeader,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 29] = [
         Self::KeepsCacheOfDeadWorker,
         Self::ConvictsAtOnce,
         Self::GivesRowsToTheNextInSlot,
@@ -88,6 +94,9 @@ impl Planted {
         Self::BelievesInLostCopies,
         Self::SharesBeforeItIsRestored,
         Self::LooksAtNoHeader,
+        Self::BelievesInFailedWrites,
+        Self::RestoresBeforeItIsRead,
+        Self::LooksAtNoDiskHeader,
     ];
 
     /// Whether this thread has the bug.

@@ -56,6 +56,7 @@ impl Bounds for FromWorker {
             Self::Ready(Ready { numerics, .. }) => name("numerics", numerics, limits),
             Self::Result(result) => check_result(result, limits),
             Self::Failed(Failed { message, .. }) => text("message", message, limits),
+            Self::Disk(report) => at_most("failed", report.failed.len(), limits.max_rows),
             Self::NeedSnapshot(_) => Ok(()),
         }
     }
@@ -125,6 +126,7 @@ fn check_delta(delta: &Delta, limits: &CodecLimits) -> Result<(), WireError> {
     at_most("admit", delta.admit.len(), limits.max_rows)?;
     at_most("append_slots", delta.append_slots.len(), limits.max_rows)?;
     parallel("append_blocks", delta.append_blocks.len(), delta.append_slots.len())?;
+    at_most("transfers", delta.transfers.len(), Delta::MAX_TRANSFERS)?;
     at_most("chunks", delta.chunks.len(), limits.max_rows)?;
     for chunk in &delta.chunks {
         let end = u64::from(chunk.start_tokens) + u64::from(chunk.tokens);

@@ -6,7 +6,7 @@ use crate::error::WireError;
 use crate::reader::Reader;
 use crate::writer::Writer;
 use llmscale_types::{
-    Attempt, BlockId, Duration, Epoch, GroupId, HostBlockId, NodeId, PrefixKey, RequestId, Slot, StepId,
+    Attempt, BlockId, DiskBlockId, Duration, Epoch, GroupId, HostBlockId, NodeId, PrefixKey, RequestId, Slot, StepId,
 };
 
 /// A value with one place in a message.
@@ -53,7 +53,20 @@ macro_rules! newtype {
     };
 }
 
-newtype!(Attempt, BlockId, Duration, Epoch, GroupId, HostBlockId, NodeId, PrefixKey, RequestId, Slot, StepId);
+newtype!(
+    Attempt,
+    BlockId,
+    DiskBlockId,
+    Duration,
+    Epoch,
+    GroupId,
+    HostBlockId,
+    NodeId,
+    PrefixKey,
+    RequestId,
+    Slot,
+    StepId
+);
 
 impl Field for bool {
     const LEAST_BYTES: usize = 1;

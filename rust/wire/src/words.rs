@@ -7,9 +7,9 @@ use crate::reader::Reader;
 use crate::writer::Writer;
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
-    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, Duration, EngineLimits, Epoch,
-    FinishReason, Finished, GroupId, HostBlockId, Outputs, Refusal, RequestId, RowError, Sampling, Slot, StepId,
-    StepResult, Token, TokenLogprobs,
+    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, DiskBlockId, DiskDirection, DiskReport,
+    DiskTransfer, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId, HostBlockId, Outputs, Refusal,
+    RequestId, RowError, Sampling, Slot, StepId, StepResult, Token, TokenLogprobs,
 };
 
 codes!(Class { Interactive = 0, Standard = 1, Batch = 2, Background = 3 });
@@ -77,6 +77,18 @@ record!(Admission {
 codes!(CopyDirection { Offload = 0, Restore = 1 });
 record!(BlockCopy { direction: CopyDirection, block: BlockId, host: HostBlockId, tag: u64 });
 
+codes!(DiskDirection { Write = 0, Read = 1 });
+record!(DiskTransfer { number: u64, direction: DiskDirection, host: HostBlockId, disk: DiskBlockId, tag: u64 });
+record!(DiskReport {
+    epoch: Epoch,
+    through: u64,
+    failed: Vec<u64>,
+    refused: bool,
+    read_blocks: u32,
+    read_ns: u64,
+    waits: u32,
+});
+
 record!(Delta {
     epoch: Epoch,
     step: StepId,
@@ -89,6 +101,7 @@ record!(Delta {
     append_blocks: Vec<BlockId>,
     chunks: Vec<Chunk>,
     copies: Vec<BlockCopy>,
+    transfers: Vec<DiskTransfer>,
 });
 
 record!(StepResult {
@@ -115,6 +128,7 @@ record!(EngineLimits {
     groups: u32,
     eos_tokens: Vec<Token>,
     vocabulary: u32,
+    disk_blocks: u32,
 });
 
 /// A refusal is an array: its code, then the numbers of that code.

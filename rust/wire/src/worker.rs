@@ -5,7 +5,7 @@
 
 use crate::field::{codes, record};
 use crate::frame::messages;
-use llmscale_types::{Delta, EngineLimits, Epoch, HostBlockId, StepId, StepResult};
+use llmscale_types::{Delta, DiskReport, EngineLimits, Epoch, HostBlockId, StepId, StepResult};
 
 /// From an engine to a worker.
 #[derive(Clone, PartialEq, Debug)]
@@ -29,6 +29,8 @@ pub enum FromWorker {
     NeedSnapshot(NeedSnapshot),
     /// A step raised, or the worker cannot go on.
     Failed(Failed),
+    /// What has become of transfers between the host tier and the disk.
+    Disk(DiskReport),
 }
 
 messages!(ToWorker { Configure = 0 (Configure), Step = 1 (Delta), Stop = 2 });
@@ -37,6 +39,7 @@ messages!(FromWorker {
     Result = 1 (StepResult),
     NeedSnapshot = 2 (NeedSnapshot),
     Failed = 3 (Failed),
+    Disk = 4 (DiskReport),
 });
 
 /// Number format of weights and KV.
@@ -83,6 +86,8 @@ pub struct Ready {
     /// Which incarnation of the host tier's memory it has found: what an earlier worker has put there is there still if it
     /// is the same.
     pub host_memory: u64,
+    /// The same of the disk tier's files, which outlive nodes.
+    pub disk_files: u64,
 }
 
 /// A gap in the steps, or a step whose copies cannot be made.
@@ -138,7 +143,8 @@ record!(Ready {
     layers: u32,
     numerics: String,
     loading_ns: u64,
-    host_memory: u64
+    host_memory: u64,
+    disk_files: u64,
 });
 record!(NeedSnapshot { epoch: Epoch, step: StepId, last: Option<StepId>, bad_host_blocks: Vec<HostBlockId> });
 codes!(FailureCode { Configuration = 0, Model = 1, Memory = 2, Step = 3, Protocol = 4, Internal = 5 });

@@ -6,9 +6,9 @@
 
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
-    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, Duration, EngineLimits, Epoch,
-    FinishReason, Finished, GroupId, HostBlockId, NodeId, Outputs, PrefixKey, Refusal, RequestId, RowError, Sampling,
-    Slot, StepId, StepResult, TokenLogprobs,
+    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, DiskBlockId, DiskDirection, DiskReport,
+    DiskTransfer, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId, HostBlockId, NodeId, Outputs,
+    PrefixKey, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs,
 };
 use llmscale_wire::{
     Abort, CodecLimits, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, KvAsk, KvChanges,
@@ -159,6 +159,11 @@ fn from_node() -> Vec<(&'static str, FromNode)> {
         step_ns: 161_000_000_000,
         stage_wait_ns: 3_000_000_000,
         kv_changes: 12,
+        disk_written_blocks: 800,
+        disk_read_blocks: 70_002,
+        bad_disk_blocks: 2,
+        failed_disk_writes: 3,
+        disk_waits: 4,
     };
     let starting = Status { state: NodeState::Starting, worker_pid: None, ..status };
     let rejected = Rejected {
@@ -206,6 +211,7 @@ fn to_worker() -> Vec<(&'static str, ToWorker)> {
         groups: 1,
         eos_tokens: vec![2],
         vocabulary: 4_096,
+        disk_blocks: 70_000,
     };
     let configure =
         Configure { epoch: EPOCH, model_folder: "/models/tiny-chat".into(), dtype: Dtype::Bfloat16, limits };
@@ -229,6 +235,14 @@ fn to_worker() -> Vec<(&'static str, ToWorker)> {
         BlockCopy { direction: CopyDirection::Offload, block: BlockId(6), host: HostBlockId(70_003), tag: u64::MAX },
         BlockCopy { direction: CopyDirection::Restore, block: BlockId(7), host: HostBlockId(1), tag: 5 },
     ];
+    let moved = |number, direction, host, disk, tag| {
+        let (host, disk) = (HostBlockId(host), DiskBlockId(disk));
+        DiskTransfer { number, direction, host, disk, tag }
+    };
+    admission.transfers = vec![
+        moved(70_004, DiskDirection::Write, 70_003, 9, u64::MAX),
+        moved(70_005, DiskDirection::Read, 2, 70_006, 5),
+    ];
     vec![
         ("configure", ToWorker::Configure(configure)),
         ("step_steady", ToWorker::Step(steady)),
@@ -246,6 +260,7 @@ fn from_worker() -> Vec<(&'static str, FromWorker)> {
         numerics: "native-avx2-float32-tp1".into(),
         loading_ns: 812_000_000,
         host_memory: 0x0123_4567_89ab_cdef,
+        disk_files: 0xfedc_ba98_7654_3210,
     };
     let result = StepResult {
         epoch: EPOCH,
@@ -270,7 +285,17 @@ fn from_worker() -> Vec<(&'static str, FromWorker)> {
     let need = NeedSnapshot { epoch, step, last: Some(StepId(69_999)), bad_host_blocks: Vec::new() };
     let bad_host_blocks = vec![HostBlockId(3), HostBlockId(70_000)];
     let need_from_the_start = NeedSnapshot { epoch, step, last: None, bad_host_blocks };
+    let disk = DiskReport {
+        epoch,
+        through: 70_005,
+        failed: vec![70_004],
+        refused: true,
+        read_blocks: 1,
+        read_ns: 812_000,
+        waits: 2,
+    };
     vec![
+        ("disk", FromWorker::Disk(disk)),
         ("ready", FromWorker::Ready(ready)),
         ("result", FromWorker::Result(result)),
         ("need_snapshot", FromWorker::NeedSnapshot(need)),

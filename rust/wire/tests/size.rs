@@ -5,8 +5,9 @@ mod common;
 use common::admission;
 use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
 use llmscale_types::{
-    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, EngineLimits, Epoch, FinishReason,
-    Finished, HostBlockId, NodeId, Outputs, RequestId, Sampling, Slot, StepId, StepResult, Token, TokenLogprobs,
+    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, DiskBlockId, DiskDirection,
+    DiskTransfer, EngineLimits, Epoch, FinishReason, Finished, HostBlockId, NodeId, Outputs, RequestId, Sampling, Slot,
+    StepId, StepResult, Token, TokenLogprobs,
 };
 use llmscale_wire::{CodecLimits, FromNode, FromWorker, NodeOutputs, Submit, ToNode, ToWorker, encode};
 use proptest::prelude::*;
@@ -29,7 +30,7 @@ fn a_steady_decoding_step_of_1024_sequences_takes_less_than_300_bytes() {
     let limits = CodecLimits::default();
     let small_pool = encode(&ToWorker::Step(steady_delta(1_000)), &limits).expect("within bounds").len();
     let large_pool = encode(&ToWorker::Step(steady_delta(100_000)), &limits).expect("within bounds").len();
-    assert_eq!((small_pool, large_pool), (207, 271));
+    assert_eq!((small_pool, large_pool), (208, 272));
 }
 
 #[test]
@@ -86,6 +87,8 @@ fn busy_delta(admit: Vec<Admission>) -> Delta {
     delta.chunks = vec![Chunk { slot: Slot(ID), start_tokens: 1 << 20, tokens: 1 << 20 }; ROWS];
     let (direction, block, host) = (CopyDirection::Restore, BlockId(ID), HostBlockId(ID));
     delta.copies = vec![BlockCopy { direction, block, host, tag: u64::MAX }; Delta::MAX_COPIES];
+    let (number, direction, disk) = (u64::MAX, DiskDirection::Read, DiskBlockId(ID));
+    delta.transfers = vec![DiskTransfer { number, direction, host, disk, tag: u64::MAX }; Delta::MAX_TRANSFERS];
     delta.admit = admit;
     delta
 }

@@ -2,8 +2,10 @@
 //! up to its end, copies move them, and whatever is found must be what was asked for.
 
 use super::*;
+use crate::disk::{DiskRecord, IndexChange};
+use llmscale_types::{DiskBlockId, DiskDirection, DiskReport, DiskTransfer, Epoch};
 use proptest::prelude::*;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 const TOKENS: u32 = 4;
 
@@ -15,25 +17,113 @@ struct World {
     store: BlockStore,
     device: Vec<Truth>,
     host: Vec<Truth>,
+    disk: Vec<Truth>,
+    /// What the rank's disk thread has not done.
+    queue: VecDeque<DiskTransfer>,
+    /// What is written beside the files.
+    index: BTreeMap<DiskBlockId, DiskRecord>,
+    incarnation: u64,
     live: Vec<Vec<BlockId>>,
 }
 
 impl World {
     fn new(blocks: u32, host_blocks: u32, bits: u32) -> Self {
-        let mut store =
-            BlockStore::new(blocks, TOKENS, ChainHasher::truncated([7; 32], bits)).with_host_blocks(host_blocks);
+        Self::with_disk(blocks, host_blocks, 0, bits)
+    }
+
+    fn with_disk(blocks: u32, host_blocks: u32, disk_blocks: u32, bits: u32) -> Self {
+        let store = BlockStore::new(blocks, TOKENS, ChainHasher::truncated([7; 32], bits));
+        let mut store = store.with_host_blocks(host_blocks).with_disk_blocks(disk_blocks);
         store.allow_offloads(u32::MAX);
-        Self { store, device: vec![None; blocks as usize], host: vec![None; host_blocks as usize], live: Vec::new() }
+        Self {
+            store,
+            device: vec![None; blocks as usize],
+            host: vec![None; host_blocks as usize],
+            disk: vec![None; disk_blocks as usize],
+            queue: VecDeque::new(),
+            index: BTreeMap::new(),
+            incarnation: 0,
+            live: Vec::new(),
+        }
+    }
+
+    /// The process is another one: it finds the disk, the records beside it, and nothing else.
+    fn restart(&mut self) {
+        self.note();
+        let records = self.index.iter().map(|(&disk, record)| (disk, record.clone())).collect();
+        let bits = self.store.hasher.kept_bits();
+        let (blocks, hosts) = (self.store.total(), self.store.host_blocks());
+        let next = Self::with_disk(blocks, hosts, self.disk.len() as u32, bits);
+        let (disk, index, incarnation) =
+            (std::mem::take(&mut self.disk), std::mem::take(&mut self.index), self.incarnation);
+        *self = Self { disk, index, incarnation, ..next };
+        self.store.recall_disk(records);
+        self.note();
+    }
+
+    fn note(&mut self) {
+        for change in self.store.take_index_changes() {
+            match change {
+                IndexChange::Put(disk, record) => drop(self.index.insert(disk, *record)),
+                IndexChange::Drop(disk) => drop(self.index.remove(&disk)),
+                IndexChange::Restart(incarnation) => {
+                    self.index.clear();
+                    self.incarnation = incarnation;
+                }
+            }
+        }
+    }
+
+    /// The disk thread makes this many transfers and says so. `works` says whether writes do.
+    fn transfer(&mut self, most: usize, works: bool) {
+        let mut failed = Vec::new();
+        let mut through = 0;
+        for transfer in self.queue.drain(..most.min(self.queue.len())) {
+            through = transfer.number;
+            let (host, disk) = (&mut self.host[transfer.host.index()], &mut self.disk[transfer.disk.index()]);
+            match transfer.direction {
+                DiskDirection::Write if !works => failed.push(transfer.number),
+                DiskDirection::Write => disk.clone_from(host),
+                DiskDirection::Read => host.clone_from(disk),
+            }
+        }
+        let epoch = Epoch(1);
+        let report = DiskReport { epoch, through, failed, refused: !works, read_blocks: 0, read_ns: 0, waits: 0 };
+        self.store.end_transfers(&report);
+        self.note();
+    }
+
+    /// Has what continues the chain on the disk read, and waits for it.
+    fn read_ahead(&mut self, space: u8, ids: &[Token]) -> usize {
+        let hashes = self.store.hasher().clone().chain(&[space; 32], ids, TOKENS);
+        let run = self.store.disk_run(&[space; 32], &hashes, ids);
+        let (places, last) = self.store.begin_reads(&run);
+        self.copy();
+        while self.store.is_under_way(last) {
+            self.transfer(1, true);
+        }
+        self.store.unpin_read(&places);
+        places.len()
     }
 
     fn copy(&mut self) -> Vec<BlockCopy> {
         let copies = self.store.take_copies();
         for copy in &copies {
+            // A rank waits for its disk thread before it touches a place that a transfer is about.
+            while self.queue.iter().any(|transfer| transfer.host == copy.host) {
+                let transfer = self.queue.pop_front().expect("there is one");
+                let (host, disk) = (&mut self.host[transfer.host.index()], &mut self.disk[transfer.disk.index()]);
+                match transfer.direction {
+                    DiskDirection::Write => disk.clone_from(host),
+                    DiskDirection::Read => host.clone_from(disk),
+                }
+            }
             match copy.direction {
                 CopyDirection::Offload => self.host[copy.host.index()] = self.device[copy.block.index()].clone(),
                 CopyDirection::Restore => self.device[copy.block.index()] = self.host[copy.host.index()].clone(),
             }
         }
+        self.queue.extend(self.store.take_transfers());
         copies
     }
 
@@ -190,6 +280,143 @@ fn a_pinned_block_cannot_be_lost() {
     world.store.host_blocks_are_bad(&[host]);
 }
 
+/// Fills conversations of two blocks one after the other, and writes what the host will give up next.
+fn fill_and_write(world: &mut World, first: Token, conversations: u32) {
+    for conversation in 0..conversations {
+        let (table, _) = world.fill(1, &eight(first + conversation)).unwrap();
+        world.store.release(&table);
+        world.store.begin_writes(u32::MAX);
+        world.copy();
+        world.transfer(usize::MAX, true);
+        world.check();
+    }
+}
+
+fn eight(conversation: Token) -> Vec<Token> {
+    (0..8).map(|at| conversation * 10 + at).collect()
+}
+
+#[test]
+fn what_the_host_has_no_room_for_was_written_before_and_is_read_into_the_host_again() {
+    let mut world = World::with_disk(2, 4, 16, 256);
+    fill_and_write(&mut world, 1, 6);
+    assert!(world.store.counters().disk_written_blocks >= 4, "{:?}", world.store.counters());
+    assert_eq!(found(&mut world, &eight(1)).0, 0, "neither the device nor the host has it any more");
+    assert_eq!(world.read_ahead(1, &eight(1)), 2);
+    assert_eq!(found(&mut world, &eight(1)), (2, 0));
+    assert_eq!(world.fill(1, &eight(1)).unwrap().1, 2);
+    assert_eq!(world.store.counters().disk_read_blocks, 2);
+    world.check_held();
+}
+
+#[test]
+fn a_block_can_be_found_when_its_transfer_has_ended_and_not_before() {
+    let mut world = World::with_disk(2, 4, 16, 256);
+    fill_and_write(&mut world, 1, 6);
+    let ids = eight(1);
+    let hashes = world.store.hasher().clone().chain(&[1; 32], &ids, TOKENS);
+    let run = world.store.disk_run(&[1; 32], &hashes, &ids);
+    let (places, last) = world.store.begin_reads(&run);
+    world.copy();
+    world.transfer(1, true);
+    assert!(world.store.is_under_way(last));
+    assert_eq!(found(&mut world, &ids).0, 1);
+    // Somebody else who wants the same waits for the same reads.
+    let (others, same) = world.store.begin_reads(&run[1..]);
+    assert_eq!((others, same), (places[1..].to_vec(), last));
+    world.transfer(1, true);
+    assert_eq!((world.store.is_under_way(last), found(&mut world, &ids).0), (false, 2));
+    world.store.unpin_read(&places);
+    world.store.unpin_read(&places[1..]);
+    world.check_held();
+}
+
+#[test]
+fn a_write_that_failed_and_a_block_that_cannot_be_read_are_misses() {
+    let mut world = World::with_disk(2, 4, 16, 256);
+    fill_and_write(&mut world, 1, 6);
+    let written = world.store.counters().disk_written_blocks;
+    let (table, _) = world.fill(1, &eight(8)).unwrap();
+    world.store.release(&table);
+    world.store.begin_writes(u32::MAX);
+    world.copy();
+    world.transfer(usize::MAX, false);
+    let counters = world.store.counters();
+    assert!(world.store.disk_refuses() && counters.failed_disk_writes > 0);
+    assert_eq!(counters.disk_written_blocks, written);
+    let ids = eight(1);
+    let hashes = world.store.hasher().clone().chain(&[1; 32], &ids, TOKENS);
+    let run = world.store.disk_run(&[1; 32], &hashes, &ids);
+    let (places, last) = world.store.begin_reads(&run);
+    let report = DiskReport {
+        epoch: Epoch(1),
+        through: last,
+        failed: vec![last],
+        refused: false,
+        read_blocks: 1,
+        read_ns: 9,
+        waits: 1,
+    };
+    world.store.end_transfers(&report);
+    world.store.take_transfers();
+    world.store.unpin_read(&places);
+    assert_eq!((world.store.counters().bad_disk_blocks, found(&mut world, &ids).0), (1, 1));
+    assert_eq!(world.store.disk_run(&[1; 32], &hashes, &ids), [], "it is asked for no more");
+    world.check_held();
+}
+
+#[test]
+fn transfers_that_nobody_answers_for_any_more_leave_nothing_behind() {
+    let mut world = World::with_disk(2, 4, 16, 256);
+    fill_and_write(&mut world, 1, 6);
+    let ids = eight(1);
+    let hashes = world.store.hasher().clone().chain(&[1; 32], &ids, TOKENS);
+    let run = world.store.disk_run(&[1; 32], &hashes, &ids);
+    let (places, last) = world.store.begin_reads(&run);
+    world.store.begin_writes(1);
+    world.store.unpin_read(&places);
+    world.store.void_transfers();
+    assert!(!world.store.is_under_way(last) && world.store.take_transfers().is_empty());
+    world.check_held();
+    let report = DiskReport {
+        epoch: Epoch(1),
+        through: last,
+        failed: vec![],
+        refused: false,
+        read_blocks: 1,
+        read_ns: 9,
+        waits: 0,
+    };
+    world.store.end_transfers(&report);
+    assert_eq!((found(&mut world, &ids).0, world.read_ahead(1, &ids)), (0, 2), "the disk still has it");
+}
+
+#[test]
+fn another_process_finds_what_the_disk_holds_and_believes_no_record_that_its_key_does_not_vouch_for() {
+    let mut world = World::with_disk(2, 4, 16, 256);
+    fill_and_write(&mut world, 1, 6);
+    world.restart();
+    assert_eq!((world.read_ahead(1, &eight(1)), world.fill(1, &eight(1)).unwrap().1), (2, 2));
+    // Another's ids under a hash that was right for its own, and a child whose parent is not there.
+    let forged = world.index.iter_mut().find(|(_, record)| record.parent.is_none()).unwrap().1;
+    forged.ids = [3, 3, 3, 3].into();
+    let (orphan, id) = (forged.id, forged.ids.to_vec());
+    world.restart();
+    assert_eq!(world.read_ahead(1, &id), 0);
+    assert!(world.index.values().all(|record| record.parent != Some(orphan) && record.id != orphan), "they are gone");
+    world.check_held();
+}
+
+#[test]
+fn names_of_contents_are_never_used_again_though_a_process_forgot_them() {
+    let mut world = World::with_disk(2, 4, 16, 256);
+    fill_and_write(&mut world, 1, 6);
+    let last = world.index.values().map(|record| record.id).max().unwrap();
+    world.restart();
+    let (table, _) = world.fill(1, &eight(20)).unwrap();
+    assert!(world.store.prefix.content(table[0]).unwrap().id > last);
+}
+
 /// Keys that fronts believe in, by the changes that they were told.
 fn told(store: &mut BlockStore, known: &mut BTreeSet<PrefixKey>) {
     for event in store.take_changes() {
@@ -210,6 +437,12 @@ enum Turn {
     DeviceLost,
     HostLost,
     Bad(u32),
+    ReadAhead { space: u8, ids: Vec<Token> },
+    Write(u32),
+    Transfer { most: usize, works: bool },
+    BadOnDisk(u32),
+    DiskLost,
+    Restart,
 }
 
 fn turn() -> impl Strategy<Value = Turn> {
@@ -220,11 +453,92 @@ fn turn() -> impl Strategy<Value = Turn> {
         1 => Just(Turn::DeviceLost),
         1 => Just(Turn::HostLost),
         2 => (0_u32..8).prop_map(Turn::Bad),
+        4 => (0_u8..3, prop::collection::vec(0_u32..3, 0..17)).prop_map(|(space, ids)| Turn::ReadAhead { space, ids }),
+        8 => (0_u32..4).prop_map(Turn::Write),
+        6 => (0_usize..6, prop::bool::weighted(0.8)).prop_map(|(most, works)| Turn::Transfer { most, works }),
+        1 => (0_u32..8).prop_map(Turn::BadOnDisk),
+        1 => Just(Turn::DiskLost),
+        1 => Just(Turn::Restart),
     ]
 }
 
+impl World {
+    fn check_held(&self) {
+        let held = |block| self.live.iter().flatten().filter(|&&held| held == block).count() as u32;
+        let taken = |block| if self.store.pool.references(block) > 0 { held(block).max(1) } else { 0 };
+        self.store.check(taken, |_| 0);
+    }
+
+    /// The worker gave its steps up, or it is dead: what was on its way is void.
+    fn void(&mut self) {
+        self.store.void_transfers();
+    }
+
+    fn take_turn(&mut self, turn: Turn) {
+        match turn {
+            Turn::Fill { space, ids, release } => {
+                if let Some((table, _)) = self.fill(space, &ids) {
+                    if release { self.store.release(&table) } else { self.live.push(table) }
+                }
+            }
+            Turn::ReleaseOldest => {
+                if !self.live.is_empty() {
+                    let table = self.live.remove(0);
+                    self.store.release(&table);
+                }
+            }
+            Turn::DeviceLost => {
+                self.live.clear();
+                self.void();
+                self.queue.clear();
+                self.store.reset();
+                self.device.fill(None);
+            }
+            Turn::HostLost => {
+                self.void();
+                self.queue.clear();
+                self.store.clear_host();
+                self.host.fill(None);
+            }
+            Turn::Bad(host) => {
+                self.void();
+                self.store.host_blocks_are_bad(&[HostBlockId(host)]);
+                if let Some(truth) = self.host.get_mut(host as usize) {
+                    *truth = None;
+                }
+            }
+            Turn::ReadAhead { space, ids } => drop(self.read_ahead(space, &ids)),
+            Turn::Write(most) => {
+                self.store.begin_writes(most);
+                self.copy();
+            }
+            Turn::Transfer { most, works } => self.transfer(most, works),
+            Turn::BadOnDisk(disk) => {
+                // The rank sees it by the block's header when it is read.
+                if let Some(truth) = self.disk.get_mut(disk as usize) {
+                    *truth = None;
+                    let lost = self.store.disk.held(DiskBlockId(disk)).is_some();
+                    if lost && !self.queue.iter().any(|transfer| transfer.disk.0 == disk) {
+                        let lost = self.store.disk.forget(DiskBlockId(disk));
+                        self.store.say_lost(lost);
+                        self.index.remove(&DiskBlockId(disk));
+                    }
+                }
+            }
+            Turn::DiskLost => {
+                self.void();
+                self.queue.clear();
+                self.disk.fill(None);
+                self.store.restart_disk(self.incarnation + 1);
+                self.note();
+            }
+            Turn::Restart => self.restart(),
+        }
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(400))]
     /// With two bits of hash nearly every lookup collides; a hit must still hold exactly the asker's ids and namespace, on
     /// whatever tier it was found and however often it was copied.
     #[test]
@@ -232,34 +546,14 @@ proptest! {
         bits in 1_u32..9,
         blocks in 4_u32..24,
         host_blocks in 0_u32..8,
+        disk_blocks in 0_u32..12,
         turns in prop::collection::vec(turn(), 1..60),
     ) {
-        let mut world = World::new(blocks, host_blocks, bits);
+        let disk_blocks = if host_blocks == 0 { 0 } else { disk_blocks };
+        let mut world = World::with_disk(blocks, host_blocks, disk_blocks, bits);
         for turn in turns {
-            match turn {
-                Turn::Fill { space, ids, release } => {
-                    if let Some((table, _)) = world.fill(space, &ids) {
-                        if release { world.store.release(&table) } else { world.live.push(table) }
-                    }
-                }
-                Turn::ReleaseOldest => if !world.live.is_empty() {
-                    let table = world.live.remove(0);
-                    world.store.release(&table);
-                },
-                Turn::DeviceLost => {
-                    world.live.clear();
-                    world.store.reset();
-                    world.device.fill(None);
-                }
-                Turn::HostLost => {
-                    world.store.clear_host();
-                    world.host.fill(None);
-                }
-                Turn::Bad(host) => {
-                    world.store.host_blocks_are_bad(&[HostBlockId(host)]);
-                    if let Some(truth) = world.host.get_mut(host as usize) { *truth = None }
-                }
-            }
+            world.take_turn(turn);
+            world.note();
             world.check();
         }
     }
@@ -269,21 +563,19 @@ proptest! {
     fn changes_tell_what_can_be_found_on_any_tier(
         blocks in 4_u32..24,
         host_blocks in 0_u32..8,
+        disk_blocks in 0_u32..12,
         turns in prop::collection::vec(turn(), 1..60),
     ) {
-        let mut world = World::new(blocks, host_blocks, 256);
+        let disk_blocks = if host_blocks == 0 { 0 } else { disk_blocks };
+        let mut world = World::with_disk(blocks, host_blocks, disk_blocks, 256);
         world.store.name_prefixes_every(TOKENS);
         world.store.want_changes(true);
         let mut known = BTreeSet::new();
         for turn in turns {
             match turn {
-                Turn::Fill { space, ids, .. } => if let Some((table, _)) = world.fill(space, &ids) {
-                    world.store.release(&table);
-                },
-                Turn::DeviceLost => { world.store.reset(); world.device.fill(None); }
-                Turn::HostLost => { world.store.clear_host(); world.host.fill(None); }
-                Turn::Bad(host) => world.store.host_blocks_are_bad(&[HostBlockId(host)]),
-                Turn::ReleaseOldest => {}
+                // Another process tells its own changes.
+                Turn::Restart => continue,
+                turn => world.take_turn(turn),
             }
             told(&mut world.store, &mut known);
             let names: BTreeSet<PrefixKey> = world.store.named().collect();

@@ -56,6 +56,11 @@ pub(super) fn report(status: &Status) -> Report {
         step_ns: status.step_ns,
         stage_wait_ns: status.stage_wait_ns,
         kv_changes: status.kv_changes,
+        disk_written_blocks: status.disk_written_blocks,
+        disk_read_blocks: status.disk_read_blocks,
+        bad_disk_blocks: status.bad_disk_blocks,
+        failed_disk_writes: status.failed_disk_writes,
+        disk_waits: status.disk_waits,
     }
 }
 

@@ -16,7 +16,16 @@ impl Node {
         self.deliver_returns();
         self.deliver_caches();
         self.deliver_status();
+        self.note_disk();
         self.out.clear();
+    }
+
+    /// What the disk holds from now on is written beside it.
+    fn note_disk(&mut self) {
+        let changes = self.replica.take_index_changes();
+        if let Some(index) = &self.disk_index {
+            changes.into_iter().for_each(|change| index.note(change));
+        }
     }
 
     fn deliver_outputs(&mut self) {
@@ -145,6 +154,11 @@ impl Node {
             step_ns: self.step_ns,
             stage_wait_ns: self.stage_wait_ns,
             kv_changes: self.replica.kv_changes(),
+            disk_written_blocks: cache.disk_written_blocks,
+            disk_read_blocks: cache.disk_read_blocks,
+            bad_disk_blocks: cache.bad_disk_blocks,
+            failed_disk_writes: cache.failed_disk_writes,
+            disk_waits: cache.disk_waits,
         }
     }
 }

@@ -259,6 +259,9 @@ impl Node {
         match message {
             FromWorker::Ready(ready) => self.worker_ready(epoch, ready),
             FromWorker::Result(result) => self.results.push(result),
+            FromWorker::Disk(report) => {
+                self.event(Event::DiskDone(report));
+            }
             FromWorker::NeedSnapshot(NeedSnapshot { step, bad_host_blocks, .. }) => {
                 let why = match bad_host_blocks.len() {
                     0 => format!("it lost the order of steps at step {step}"),
@@ -298,7 +301,7 @@ impl Node {
     }
 
     fn worker_ready(&mut self, epoch: Epoch, ready: Ready) {
-        let Ready { pid, loading_ns, total_blocks, numerics, host_memory, .. } = ready;
+        let Ready { pid, loading_ns, total_blocks, numerics, host_memory, disk_files, .. } = ready;
         if self.knows_numerics && numerics != self.config.model.numerics {
             let before = &self.config.model.numerics;
             return self.fail_worker(epoch, format!("it computes as {numerics}, the ones before as {before}"));
@@ -316,7 +319,7 @@ impl Node {
         if let Some(worker) = &mut self.worker {
             worker.pid = Some(pid);
         }
-        self.event(Event::WorkerUp { epoch, host_memory });
+        self.event(Event::WorkerUp { epoch, host_memory, disk_files });
         self.board.notify(NodeEvent::WorkerReady { epoch, pid, loading_ns });
         if !self.has_run {
             self.event(Event::Submit(Box::new(probe(epoch))));

@@ -64,6 +64,11 @@ pub(crate) fn report(state: ReplicaState) -> Report {
         step_ns: 0,
         stage_wait_ns: 0,
         kv_changes: 0,
+        disk_written_blocks: 0,
+        disk_read_blocks: 0,
+        bad_disk_blocks: 0,
+        failed_disk_writes: 0,
+        disk_waits: 0,
     }
 }
 

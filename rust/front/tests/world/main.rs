@@ -170,6 +170,11 @@ impl World {
             step_ns: 0,
             stage_wait_ns: 0,
             kv_changes: 0,
+            disk_written_blocks: 0,
+            disk_read_blocks: 0,
+            bad_disk_blocks: 0,
+            failed_disk_writes: 0,
+            disk_waits: 0,
         };
         let (node, epoch) = (self.replicas[replica].node, self.replicas[replica].epoch);
         self.mail(replica, Mail { node, epoch, frame: ReplicaFrame::Status(report) });

@@ -16,6 +16,8 @@ pub struct StepCounts {
     pub samples: u32,
     /// Blocks to copy between tiers.
     pub copies: u32,
+    /// Blocks to move between the host tier and the disk.
+    pub transfers: u32,
 }
 
 /// See the file's header.

@@ -163,6 +163,11 @@ impl NodeProcess {
             step_ns: 0,
             stage_wait_ns: 0,
             kv_changes: self.replica.kv_changes(),
+            disk_written_blocks: cache.disk_written_blocks,
+            disk_read_blocks: cache.disk_read_blocks,
+            bad_disk_blocks: cache.bad_disk_blocks,
+            failed_disk_writes: cache.failed_disk_writes,
+            disk_waits: cache.disk_waits,
         }
     }
 }

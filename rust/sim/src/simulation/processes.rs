@@ -6,9 +6,12 @@ use crate::faults::Fault;
 use crate::front_host::{FrontHost, Presence};
 use crate::happening::Happening;
 use crate::node::NodeProcess;
-use crate::worker::{Condition, Lapse};
+use crate::worker::{Condition, Lapse, WorkerProcess};
 use llmscale_types::{Duration, NodeId};
 use llmscale_wire::NodeState;
+
+/// Blocks that a bit flips in at a time: of one alone, nobody asks for in hundreds of worlds.
+const FLIPS: usize = 16;
 
 impl Simulation {
     pub(super) fn link_up(&mut self, front: usize, place: usize) {
@@ -53,7 +56,14 @@ impl Simulation {
 
     pub(super) fn stop_node(&mut self, place: usize) {
         self.count_replica(place);
-        self.nodes[place] = None;
+        if let Some(process) = self.nodes[place].take() {
+            process.leave_disk(&mut self.around);
+            if self.around.mix.has(Fault::DiskLost) && self.around.random.chance(300) {
+                self.around.reach("disk_lost", [place as u64, 0, 0, 0]);
+                let book = self.around.disks[place].take().map(|(_, book)| book).unwrap_or_default();
+                self.around.disks[place] = Some((self.around.new_disk(), book));
+            }
+        }
         for front in 0..self.fronts.len() {
             self.break_link(front, place);
         }
@@ -212,11 +222,27 @@ impl Simulation {
             }
             Fault::HostBitFlips => {
                 let block = around.random.below(64) as usize;
-                if process.worker.as_mut().is_some_and(|worker| worker.flip_host_bit(block)) {
+                let flips = |worker: &mut WorkerProcess| (0..FLIPS).filter(|_| worker.flip_host_bit(block)).count() > 0;
+                if process.worker.as_mut().is_some_and(flips) {
                     around.reach("host_bit_flipped", numbers);
                 }
             }
-            Fault::HostMemoryLost
+            Fault::DiskBitFlips => {
+                let block = around.random.below(80) as usize;
+                let flips = |worker: &mut WorkerProcess| (0..FLIPS).filter(|_| worker.flip_disk_bit(block)).count() > 0;
+                if process.worker.as_mut().is_some_and(flips) {
+                    around.reach("disk_bit_flipped", numbers);
+                }
+            }
+            Fault::DiskFull => {
+                let full = around.random.chance(500);
+                if let Some(worker) = process.worker.as_mut() {
+                    worker.fill_disk(full);
+                    around.coverage.add("disk_full", u64::from(full));
+                }
+            }
+            Fault::DiskLost
+            | Fault::HostMemoryLost
             | Fault::LateResult
             | Fault::ConnectionLoss
             | Fault::FrontPause
@@ -239,6 +265,11 @@ impl Simulation {
             ("replica_offloaded", cache.offloaded_blocks),
             ("replica_restored", cache.restored_blocks),
             ("replica_bad_host_blocks", cache.bad_host_blocks),
+            ("replica_disk_written", cache.disk_written_blocks),
+            ("replica_disk_read", cache.disk_read_blocks),
+            ("replica_bad_disk_blocks", cache.bad_disk_blocks),
+            ("replica_failed_disk_writes", cache.failed_disk_writes),
+            ("replica_late_fetches", counters.late_fetches),
         ] {
             self.around.coverage.add(name, count);
         }

@@ -27,6 +27,9 @@ enum Operation {
     Raise,
     Flip(usize),
     LoseHost,
+    Transfer(usize),
+    FlipDisk(usize),
+    RestartNode,
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -48,6 +51,9 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => Just(Operation::Raise),
         1 => (0_usize..16).prop_map(Operation::Flip),
         1 => Just(Operation::LoseHost),
+        8 => (1_usize..4).prop_map(Operation::Transfer),
+        1 => (0_usize..16).prop_map(Operation::FlipDisk),
+        1 => Just(Operation::RestartNode),
     ]
 }
 
@@ -57,6 +63,7 @@ proptest! {
     fn every_attempt_gets_the_models_tokens_and_one_end(
         total_blocks in 10_u32..40,
         host_blocks in prop::sample::select(vec![0, 1, 8, 64]),
+        disk_blocks in prop::sample::select(vec![0, 1, 12, 64]),
         max_sequences in 1_u32..8,
         max_step_tokens in 1_u32..24,
         steps in 1_u32..5,
@@ -65,8 +72,9 @@ proptest! {
         max_admission_bytes in prop::sample::select(vec![1, 400, 700, MAX_ADMISSION_BYTES]),
         operations in prop::collection::vec(operation(), 0..150),
     ) {
+        let disk_blocks = if host_blocks == 0 { 0 } else { disk_blocks };
         let groups = if pipeline { steps } else { 1 };
-        let limits = EngineLimits { groups, host_blocks, ..limits(total_blocks, max_sequences, max_step_tokens, steps) };
+        let limits = EngineLimits { groups, host_blocks, disk_blocks, ..limits(total_blocks, max_sequences, max_step_tokens, steps) };
         let mut world = World::with_deadly_token(limits, deadly)
             .with_max_admission_bytes(max_admission_bytes);
         for operation in operations {
@@ -95,6 +103,9 @@ proptest! {
                 Operation::Raise => { world.answer(true); }
                 Operation::Flip(place) => world.flip(place),
                 Operation::LoseHost => world.lose_host(),
+                Operation::Transfer(most) => { world.transfer(most); }
+                Operation::FlipDisk(place) => world.flip_disk(place),
+                Operation::RestartNode => world.restart_node(),
                 _ => {}
             }
         }
@@ -141,6 +152,69 @@ fn a_prefix_of_an_earlier_request_is_not_computed_again() {
     world.finish_all();
     assert_eq!(world.replica.cache_counters().hit_tokens, 16);
     assert_eq!(world.replica.counters().prefill_tokens - before, 21 - 16);
+}
+
+/// A replica with a pool of one conversation, a host tier of two and a disk of many.
+fn three_tiers() -> World {
+    World::new(EngineLimits { host_blocks: 16, disk_blocks: 128, ..limits(10, 1, 40, 1) })
+}
+
+fn prompt_of(conversation: u32) -> Vec<Token> {
+    (0..33).map(|at| 4 + (conversation * 7 + at * (conversation + 1)) % 46).collect()
+}
+
+/// Conversations of eight full blocks each, one after the other.
+fn talk(world: &mut World, conversations: std::ops::Range<u32>) {
+    for conversation in conversations {
+        world.submit(0, prompt_of(conversation), 2, Class::Standard);
+        world.finish_all();
+    }
+}
+
+#[test]
+fn a_conversation_comes_back_from_the_disk_in_the_next_process_too() {
+    let mut world = three_tiers();
+    talk(&mut world, 0..8);
+    let before = world.replica.cache_counters();
+    assert!(before.disk_written_blocks >= 24, "{before:?}");
+    talk(&mut world, 2..3);
+    let after = world.replica.cache_counters();
+    assert!(after.disk_read_blocks >= 6, "{after:?}");
+    assert!(after.hit_tokens - before.hit_tokens >= 24, "{after:?}");
+    world.restart_node();
+    talk(&mut world, 3..4);
+    let again = world.replica.cache_counters();
+    assert!(again.disk_read_blocks >= 6 && again.hit_tokens >= 24, "{again:?}");
+    assert_eq!((again.bad_disk_blocks, again.disk_waits), (0, 0));
+}
+
+#[test]
+fn others_go_by_while_a_conversation_waits_for_the_disk() {
+    let mut world = three_tiers();
+    talk(&mut world, 0..8);
+    let first = prompt_of(2);
+    world.submit(0, first, 2, Class::Standard);
+    world.submit(0, vec![7, 8, 9], 2, Class::Standard);
+    world.plan();
+    let admitted: Vec<usize> = world.sent[0].admit.iter().map(|admission| admission.context.len()).collect();
+    assert_eq!(admitted, [3], "the first one waits for its reads");
+    assert!(!world.sent[0].transfers.is_empty());
+    world.finish_all();
+}
+
+#[test]
+fn a_disk_that_is_slower_than_computing_is_not_waited_for() {
+    let mut world = three_tiers();
+    talk(&mut world, 0..8);
+    world.submit(0, prompt_of(2), 2, Class::Standard);
+    world.plan();
+    world.complete();
+    assert_eq!((world.plan(), world.replica.waits_for_disk()), (false, true));
+    let gives_up = world.replica.next_deadline().expect("it does not wait for ever");
+    assert!(world.replica.on_event(gives_up, Event::Tick, &mut world.out));
+    assert!(world.plan(), "it is computed");
+    assert_eq!(world.replica.counters().late_fetches, 1);
+    world.finish_all();
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! against the model as it comes.
 
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
-use llmscale_sim::{HashWorker, HostMemory, StepFailure, hash_token};
+use llmscale_sim::{DiskBook, DiskMemory, HashWorker, HostMemory, StepFailure, hash_token};
 use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
 use llmscale_types::{
     Admission, Attempt, Class, Delta, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling, SequenceKey,
@@ -18,6 +18,7 @@ pub(crate) fn limits(total_blocks: u32, max_sequences: u32, max_step_tokens: u32
         block_tokens: 4,
         total_blocks,
         host_blocks: 0,
+        disk_blocks: 0,
         max_sequences,
         max_step_tokens: max_step_tokens.max(max_sequences),
         max_sequence_tokens: 40,
@@ -77,6 +78,11 @@ pub(crate) struct World {
     host: Option<HostMemory>,
     /// What the workers to come take for a copied block. A token that is computed takes 40,000.
     pub(crate) copy_ns: u64,
+    disk: Option<DiskMemory>,
+    /// What is kept beside the disk.
+    book: DiskBook,
+    /// How often something was done to the disk, or to what goes there, that may be found out yet.
+    pub(crate) disk_harms: u32,
     pub(crate) replica: Replica,
     worker: Option<HashWorker>,
     first_stage: FirstStage,
@@ -85,6 +91,8 @@ pub(crate) struct World {
     pub(crate) wanted: BTreeMap<SequenceKey, Wanted>,
     pub(crate) given_back: Vec<(Submission, GiveBack)>,
     requests: u64,
+    /// Steps were given up, and transfers with them that may be made all the same.
+    gave_up: bool,
     pub(crate) out: Actions,
 }
 
@@ -95,7 +103,7 @@ impl World {
 
     pub(crate) fn with_deadly_token(limits: EngineLimits, deadly: Option<Token>) -> Self {
         let first_stage = FirstStage::new(&limits, Epoch(0));
-        let host_blocks = limits.host_blocks;
+        let (host_blocks, disk_blocks) = (limits.host_blocks, limits.disk_blocks);
         let replica = Replica::new(limits, [9; 32], Box::new(FirstComeFirstServed)).unwrap();
         let mut world = Self {
             deadly,
@@ -104,6 +112,9 @@ impl World {
             flips: 0,
             host: Some(HostMemory::new(host_blocks, 1)),
             copy_ns: 2_000,
+            disk: Some(DiskMemory::new(disk_blocks, 1)),
+            book: DiskBook::default(),
+            disk_harms: 0,
             replica,
             worker: None,
             first_stage,
@@ -112,6 +123,7 @@ impl World {
             wanted: BTreeMap::new(),
             given_back: Vec::new(),
             requests: 0,
+            gave_up: false,
             out: Actions::default(),
         };
         world.restart();
@@ -177,7 +189,47 @@ impl World {
 
     /// A bit flips in the host's memory.
     pub(crate) fn flip(&mut self, place: usize) {
-        self.flips += u32::from(self.worker.as_mut().expect("it lives").host_mut().flip(place));
+        let flipped = u32::from(self.worker.as_mut().expect("it lives").host_mut().flip(place));
+        self.flips += flipped;
+        self.disk_harms += flipped;
+    }
+
+    /// A bit flips on the disk.
+    pub(crate) fn flip_disk(&mut self, place: usize) {
+        self.disk_harms += u32::from(self.worker.as_mut().expect("it lives").disk_mut().flip(place));
+    }
+
+    /// Transfers to and from the disk end, and the replica hears of it.
+    pub(crate) fn transfer(&mut self, most: usize) -> bool {
+        let worker = self.worker.as_mut().expect("it lives");
+        for _ in 0..most {
+            worker.end_transfer();
+        }
+        let report = worker.disk_mut().report(self.epoch, 1_000);
+        let ended = report.is_some();
+        if let Some(report) = report {
+            assert!(report.waits == 0 || self.gave_up, "copies waited for the disk though nothing was given up");
+            self.event(Event::DiskDone(report));
+            let bad = self.replica.cache_counters().bad_disk_blocks;
+            assert!(bad == 0 || self.disk_harms > 0, "{bad} blocks were read that nobody had written");
+        }
+        ended
+    }
+
+    /// The node is another process, when nothing runs: it finds the disk and what is kept beside it.
+    pub(crate) fn restart_node(&mut self) {
+        self.finish_all();
+        let limits = self.replica.limits().clone();
+        let worker = self.worker.take().expect("there is always one");
+        let (_, disk, torn) = worker.leave(None);
+        self.disk_harms += u32::from(torn);
+        self.book.cut(usize::MAX);
+        let replica = Replica::new(limits.clone(), [9; 32], Box::new(FirstComeFirstServed)).unwrap();
+        let replica = replica.with_max_admission_bytes(self.max_admission_bytes);
+        self.replica = replica.with_disk(self.book.incarnation, self.book.records());
+        (self.host, self.disk) = (Some(HostMemory::new(limits.host_blocks, 1)), Some(disk));
+        self.sent.clear();
+        self.restart();
     }
 
     /// The host's memory is another one from the next worker on.
@@ -196,13 +248,16 @@ impl World {
         self.epoch = self.epoch.next();
         let host = self.host.take().expect("the worker before left it");
         let host_memory = host.incarnation();
+        let disk = self.disk.take().expect("the worker before left it");
+        let disk_files = disk.incarnation();
         let worker = HashWorker::new(self.replica.limits(), self.epoch).killed_by(self.deadly);
-        self.worker = Some(worker.with_host(host, self.copy_ns));
+        self.worker = Some(worker.with_host(host, self.copy_ns).with_disk(disk));
         self.first_stage = FirstStage::new(self.replica.limits(), self.epoch);
-        self.event(Event::WorkerUp { epoch: self.epoch, host_memory });
+        self.event(Event::WorkerUp { epoch: self.epoch, host_memory, disk_files });
     }
 
     pub(crate) fn event(&mut self, event: Event) {
+        self.gave_up |= matches!(event, Event::StepsLost { .. });
         assert!(self.replica.on_event(Time(0), event, &mut self.out), "a result fits its step");
         self.collect();
     }
@@ -247,6 +302,7 @@ impl World {
             self.given_back.push((wanted.submission, reason));
         }
         self.out.clear();
+        self.book.note(self.replica.take_index_changes());
         self.replica.check();
     }
 
@@ -309,7 +365,9 @@ impl World {
         let at_work = self.sent.front().cloned();
         self.sent.clear();
         let worker = self.worker.take().expect("there is always one");
-        self.host = Some(between(worker.leave_host(at_work.as_ref())));
+        let (host, disk, torn) = worker.leave(at_work.as_ref());
+        self.disk_harms += u32::from(torn);
+        (self.host, self.disk) = (Some(between(host)), Some(disk));
         self.event(Event::WorkerDown);
         self.restart();
     }
@@ -318,8 +376,9 @@ impl World {
         for _ in 0..20_000 {
             let planned = self.plan();
             let completed = self.complete();
+            let ended = self.transfer(1);
             self.replica.housekeeping(4);
-            if !planned && !completed {
+            if !planned && !completed && !ended {
                 break;
             }
         }

@@ -3,9 +3,9 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 use llmscale_types::{
-    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, Duration, EngineLimits, Epoch,
-    FinishReason, Finished, GroupId, HostBlockId, NodeId, Outputs, PrefixKey, Refusal, RequestId, RowError, Sampling,
-    Slot, StepId, StepResult, TokenLogprobs, error::QueueUnit,
+    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, DiskBlockId, DiskDirection, DiskReport,
+    DiskTransfer, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId, HostBlockId, NodeId, Outputs,
+    PrefixKey, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs, error::QueueUnit,
 };
 use llmscale_wire::{
     Abort, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, KvAsk, KvChanges, KvSnapshot,
@@ -217,7 +217,7 @@ fn status() -> impl Strategy<Value = Status> {
         incarnation(),
         select(states),
         [number(), number(), number(), number()],
-        [(); 12].map(|()| long_number()),
+        [(); 17].map(|()| long_number()),
         option::of(number()),
     )
         .prop_map(|((node, epoch), state, counts, totals, worker_pid)| Status {
@@ -241,6 +241,11 @@ fn status() -> impl Strategy<Value = Status> {
             step_ns: totals[9],
             stage_wait_ns: totals[10],
             kv_changes: totals[11],
+            disk_written_blocks: totals[12],
+            disk_read_blocks: totals[13],
+            bad_disk_blocks: totals[14],
+            failed_disk_writes: totals[15],
+            disk_waits: totals[16],
         })
 }
 
@@ -342,6 +347,7 @@ fn delta() -> impl Strategy<Value = Delta> {
             append_slots: append.iter().map(|(slot, _)| Slot(*slot)).collect(),
             append_blocks: append.iter().map(|(_, block)| BlockId(*block)).collect(),
             chunks,
+            transfers: copies_to_transfers(&copies),
             copies,
         })
 }
@@ -361,6 +367,7 @@ fn engine_limits() -> impl Strategy<Value = EngineLimits> {
             groups: 1,
             eos_tokens,
             vocabulary: more.max(1),
+            disk_blocks: if more == 0 { 0 } else { more.min(EngineLimits::MAX_DISK_BLOCKS) },
         },
     )
 }
@@ -395,6 +402,27 @@ fn step_result() -> impl Strategy<Value = StepResult> {
     )
 }
 
+fn disk_report() -> impl Strategy<Value = DiskReport> {
+    let failed = vec(long_number(), 0..5);
+    (long_number(), long_number(), failed, any::<bool>(), number(), long_number(), number()).prop_map(
+        |(epoch, through, failed, refused, read_blocks, read_ns, waits)| {
+            let epoch = Epoch(epoch);
+            DiskReport { epoch, through, failed, refused, read_blocks, read_ns, waits }
+        },
+    )
+}
+
+/// As many transfers as copies, of blocks with the same numbers.
+fn copies_to_transfers(copies: &[BlockCopy]) -> Vec<DiskTransfer> {
+    let transfer = |copy: &BlockCopy| {
+        let out = copy.direction == CopyDirection::Offload;
+        let direction = if out { DiskDirection::Write } else { DiskDirection::Read };
+        let (host, disk) = (copy.host, DiskBlockId(copy.block.0));
+        DiskTransfer { number: copy.tag / 2, direction, host, disk, tag: copy.tag }
+    };
+    copies.iter().map(transfer).collect()
+}
+
 /// Any message of a worker.
 pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
     let codes = vec![
@@ -406,13 +434,23 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
         FailureCode::Internal,
     ];
     prop_oneof![
-        (long_number(), number(), number(), number(), name(), long_number(), long_number()).prop_map(
-            |(epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory)| {
+        (long_number(), number(), number(), number(), name(), long_number(), long_number(), long_number()).prop_map(
+            |(epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory, disk_files)| {
                 let epoch = Epoch(epoch);
-                FromWorker::Ready(Ready { epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory })
+                FromWorker::Ready(Ready {
+                    epoch,
+                    pid,
+                    total_blocks,
+                    layers,
+                    numerics,
+                    loading_ns,
+                    host_memory,
+                    disk_files,
+                })
             }
         ),
         step_result().prop_map(FromWorker::Result),
+        disk_report().prop_map(FromWorker::Disk),
         (long_number(), long_number(), option::of(long_number()), vec(number(), 0..5)).prop_map(
             |(epoch, step, last, bad)| {
                 let bad_host_blocks = bad.into_iter().map(HostBlockId).collect();
