@@ -36,6 +36,7 @@ mod _core {
     use crate::buffer::Int32Buffer;
     #[pymodule_export]
     use crate::device_step::PyPackedStep;
+    #[pymodule_export]
     use crate::disk_region::PyDiskRegion;
     #[pymodule_export]
     use crate::engine::{Engine, PyNodeEvent, PyNodeReport};
