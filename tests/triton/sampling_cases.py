@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llmscale._core import CpuKernels, EngineLimits, LocalReplica, Sampling
+from llmscale._core import CpuKernels, EngineLimits, LocalReplica, Sampling, WorkerSession
 from llmscale.layers.triton.sampler.rows import RowSampling, pack_rows
 from llmscale.layers.triton.sampler.sampler import SampledRows, TritonSampler
 from tests.triton.outcome import Case
@@ -73,12 +73,14 @@ def drawn_on_cpu(request: Request) -> Iterator[Drawn]:
     dtype = type_names[request.logits.dtype]
     kernels = CpuKernels(dtype, threads=1)
     output: list[int] = []
+    words = torch.zeros(WorkerSession.MAX_ROW_WORDS, dtype=torch.int32)
     for logits in request.logits:
         counts = replica.plan()
         assert counts is not None
         assert counts.samples == 1
         row = logits.contiguous()
-        replica.sample(kernels, (row.data_ptr(), row.numel()), dtype)
+        replica.draw(kernels, (row.data_ptr(), row.numel()), dtype, (0, 1), 0, (words.data_ptr(), words.numel()))
+        replica.complete((words.data_ptr(), words.numel()))
         [delivery] = replica.take()
         asked = RowSampling(
             **shared,

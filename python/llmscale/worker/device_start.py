@@ -21,7 +21,7 @@ from llmscale.parallel.tensor import TensorGroup
 from llmscale.worker.device_steps import DeviceStepper
 from llmscale.worker.executor_torch import TorchExecutor
 from llmscale.worker.kv_region import KvLayout, KvRegion
-from llmscale.worker.step import Executor, StepInputs, StepLimits
+from llmscale.worker.step import StepInputs, StepLimits
 from llmscale.worker.step_memory import StepMemory
 
 _log = structlog.get_logger("llmscale.worker")
@@ -91,29 +91,28 @@ class DeviceStart:
         self._limits = limits
         self._layout = layout
 
-    def region(
-        self, make: Callable[[KvRegion], TorchExecutor], most: int, world: World | None
-    ) -> tuple[KvRegion, TorchExecutor]:
-        """Makes the executor, measures its largest step and gives it as large a region as there is room for, of `most`
-        blocks at most; the ranks of a world agree on what the smallest has. Raises ConfigError."""
+    def begin(
+        self, make: Callable[[KvRegion], TorchExecutor], most: int, group: TensorGroup, world: World | None
+    ) -> tuple[KvRegion, TorchExecutor, DeviceStepper]:
+        """Makes all that steps need, measures the largest step and makes as large a region as there is room for then,
+        of `most` blocks at most; the ranks of a world agree on what the smallest has. Raises ConfigError."""
+        accelerator = self._accelerator
         step, blocks = profiled_step(self._limits, self._layout.block_tokens, self._device)
         executor = make(KvRegion(self._layout, blocks, self._device))
-        step_bytes = 0 if world is not None else self._accelerator.peak_bytes(lambda: executor.forward(step))
-        found = blocks_within(self._accelerator.memory(), step_bytes, self._layout, self._limits, most)
+        memory = StepMemory(accelerator, self._device, self._limits, self._layout.block_tokens)
+        # 16 bytes per row and id: half a gigabyte for 256 rows of 128,256.
+        width = executor.logits_width
+        sampler = accelerator.sampler(width, self._limits.max_sequences) if width > 0 else None
+        stepper = DeviceStepper(accelerator, executor, memory, self._limits, sampler, group)
+        step_bytes = accelerator.peak_bytes(lambda: executor.forward(step)) if world is None else 0
+        found = blocks_within(accelerator.memory(), step_bytes, self._layout, self._limits, most)
         found = found if world is None else world.least(found)
         _log.info("KV cache", blocks=found, megabytes=found * self._layout.block_bytes >> 20, step_mb=step_bytes >> 20)
         region = KvRegion(self._layout, found, self._device)
         executor.use_region(region)
-        return region, executor
-
-    def stepper(self, executor: Executor, group: TensorGroup, *, samples: bool, captures: bool) -> DeviceStepper:
-        """Makes what steps need besides, and captures graphs."""
-        accelerator = self._accelerator
-        memory = StepMemory(accelerator, self._device, self._limits, self._layout.block_tokens)
-        sampler = accelerator.sampler(executor.logits_width, self._limits.max_sequences) if samples else None
-        stepper = DeviceStepper(accelerator, executor, memory, self._limits, sampler, group)
         # What was made so far was made on another stream than steps run on.
         accelerator.empty_cache()
-        if captures:
+        if world is None:
+            # Ranks meet within a step; that has been built for eager steps alone.
             _log.info("captured decode steps", graphs=stepper.capture_graphs())
-        return stepper
+        return region, executor, stepper

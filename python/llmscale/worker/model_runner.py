@@ -90,10 +90,8 @@ class ModelRunner:
             self._executor = executor(self.region)
         else:
             start = DeviceStart(accelerator, self.device.torch_device, step_limits, layout)
-            self.region, self._executor = start.region(executor, limits.total_blocks, world)
-            # Ranks meet within a step; that has been built for eager steps alone.
-            captures = place.ranks == 1
-            self._stepper = start.stepper(self._executor, self.tensor, samples=place.is_last_stage, captures=captures)
+            begun = start.begin(executor, limits.total_blocks, self.tensor, world)
+            self.region, self._executor, self._stepper = begun
         self.limits = limits.with_total_blocks(self.region.blocks)
         self._logits: Tensor | None = None
         self.layers = len(part.spec.blocks)

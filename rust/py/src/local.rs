@@ -10,7 +10,7 @@ use crate::host_region::PyHostRegion;
 use crate::kernels::{CpuKernels, Memory, view};
 use crate::limits::PyEngineLimits;
 use crate::request::{Delivery, class, logprob_row, namespace};
-use crate::sample::{Share, draw, draw_words, word_parts};
+use crate::sample::{Share, draw_words, word_parts};
 use crate::sampling::{PySampling, random_bytes};
 use crate::step::{PyStepCounts, buffer};
 use crate::worker::copy_step;
@@ -300,19 +300,6 @@ impl LocalReplica {
         let words = unsafe { view::<u32>(words) };
         let rows = read_rows(&local.mirror, words).map_err(|error| error::worker(error.to_string()))?;
         local.finish(self.now(), rows)
-    }
-
-    /// Draws a token for every sampling row of the step from `logits`, (address, elements) of a contiguous tensor
-    /// `[samples, vocabulary]` of `dtype`, and completes the step.
-    fn sample(&self, py: Python<'_>, kernels: &CpuKernels, logits: Memory, dtype: &str) -> PyResult<()> {
-        let dtype = crate::kernels::Dtype::parse(dtype)?;
-        let mut local = self.lock();
-        let now = self.now();
-        let local = &mut *local;
-        local.require_open()?;
-        let mirror = &mut local.mirror;
-        let rows = detached(py, || draw(kernels, mirror, logits, dtype, 0..mirror.sample_slots().len()))?;
-        local.finish(now, rows)
     }
 
     /// What came out since the last call, at most one delivery per request.

@@ -13,7 +13,7 @@ use pyo3::PyResult;
 use std::ops::Range;
 
 /// Draws a token for some of the sampling rows of the mirror's step; `logits` are `[rows, vocabulary]` in their order.
-pub(crate) fn draw(
+fn draw(
     kernels: &CpuKernels,
     mirror: &Mirror,
     logits: Memory,

@@ -4,10 +4,10 @@
 
 mod world;
 
-use llmscale_scheduler::{Event, GiveBack};
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Replica};
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Class, CopyDirection, EngineLimits, FinishReason, FrontId, GroupId, RequestId, Sampling, SequenceKey,
+    Attempt, Class, CopyDirection, EngineLimits, Epoch, FinishReason, FrontId, GroupId, RequestId, Sampling, SequenceKey,
     StepId, Submission, Time, Token,
 };
 use proptest::prelude::*;
@@ -468,4 +468,25 @@ fn a_full_queue_refuses_with_its_limit() {
     assert!(world.replica.on_event(Time(0), Event::Submit(Box::new(submission)), &mut world.out));
     let [(refused, GiveBack::Refused(refusal))] = world.out.give_back[..] else { panic!("{:?}", world.out.give_back) };
     assert_eq!((refused, refusal.label()), (key, "queue_full"));
+}
+
+#[test]
+fn blocks_that_the_first_worker_has_no_room_for_are_never_planned() {
+    let mut replica = Replica::new(limits(64, 4, 16, 2), [9; 32], Box::new(FirstComeFirstServed)).unwrap();
+    let mut out = Actions::default();
+    let mut has = |total: u32| replica.on_event(Time(0), Event::FewerBlocks(total), &mut out);
+    assert!(!has(9), "the longest sequence needs ten");
+    assert!(!has(65), "no more than were planned");
+    assert!(has(10));
+    assert_eq!((replica.load().total_blocks, replica.load().free_blocks), (10, 10));
+    replica.check();
+}
+
+#[test]
+#[should_panic(expected = "a worker has had the blocks that were planned")]
+fn a_later_worker_cannot_have_fewer_blocks() {
+    let mut replica = Replica::new(limits(64, 4, 16, 2), [9; 32], Box::new(FirstComeFirstServed)).unwrap();
+    let mut out = Actions::default();
+    let _ = replica.on_event(Time(0), Event::WorkerUp { epoch: Epoch(1), host_memory: 0 }, &mut out);
+    let _ = replica.on_event(Time(0), Event::FewerBlocks(10), &mut out);
 }
