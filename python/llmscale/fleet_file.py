@@ -173,6 +173,11 @@ class FleetFile(msgspec.Struct, frozen=True, kw_only=True):
         """Worker processes of this host."""
         return sum(entry.local_workers for entry in self.models.values())
 
+    @property
+    def device_workers(self) -> int:
+        """Of them, those that may have a device of this host's."""
+        return sum(entry.local_workers for entry in self.models.values() if entry.device != "cpu")
+
     def first_device(self, model: str, replica: int = 0) -> int:
         """Of this host's devices, the one where a replica begins: workers have one each, in the file's order."""
         before = 0

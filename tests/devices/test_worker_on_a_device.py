@@ -56,9 +56,7 @@ def test_log_probabilities_are_those_of_the_cpu(make_fake: MakeFake, cpu: LLM) -
 
 
 @pytest.mark.parametrize("batch", range(1, 13))
-def test_a_batch_of_any_size_is_decoded_by_the_next_larger_graph(
-    make_fake: MakeFake, cpu: LLM, batch: int, script: Script, shared_fake: LLM
-) -> None:
+def test_a_batch_of_any_size_is_decoded_by_the_next_larger_graph(cpu: LLM, batch: int, shared_fake: LLM) -> None:
     prompts = [f"{number} and {number}" for number in range(batch)]
     asked = [SamplingParams(max_tokens=6, seed=number, ignore_eos=True) for number in range(batch)]
     assert ids(shared_fake, prompts, asked) == ids(cpu, prompts, asked)

@@ -50,7 +50,7 @@ def threads_per_worker(fleet: FleetFile, model: str) -> int | None:
 def device_of(fleet: FleetFile, model: str) -> str:
     """What was asked for; "auto" is the same for all replicas of this host, whose tokens would differ otherwise."""
     asked = fleet.models[model].device
-    return choose(asked, fleet.local_workers) if asked == "auto" else asked
+    return choose(asked, fleet.device_workers) if asked == "auto" else asked
 
 
 def local_nodes(fleet: FleetFile, folder: str) -> list[LocalNode]:

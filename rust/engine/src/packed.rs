@@ -185,7 +185,7 @@ mod tests {
             context: (0..tokens).map(|token| FIRST + token).collect(),
             prompt_tokens: tokens,
             computed_tokens: 0,
-            blocks: (0..tokens.div_ceil(4) + 1).map(|block| BlockId(first_block + block)).collect(),
+            blocks: (0..=tokens.div_ceil(4)).map(|block| BlockId(first_block + block)).collect(),
             sampling,
         }
     }

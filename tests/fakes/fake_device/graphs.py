@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,8 +106,3 @@ def kernel(machine: Machine, *tensors: Tensor) -> contextlib.AbstractContextMana
     if isinstance(machine.recording, Watch):
         return machine.recording.kernel(*tensors)
     return contextlib.nullcontext()
-
-
-def ended(machine: Machine, torch_device: torch.device) -> None:
-    """All work is done."""
-    machine.drain()

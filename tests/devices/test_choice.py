@@ -1,0 +1,71 @@
+"""Which device a process uses: what was asked for if it is there, and for "auto" the one that all workers can have."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmscale.config import DEVICES as ALLOWED
+from llmscale.config import NodeSettings
+from llmscale.devices import registry
+from llmscale.errors import ConfigError, NoCudaDevice
+from llmscale.fleet_file import FleetFile, ModelEntry
+from llmscale.gateway import local_nodes
+from llmscale.node import plan
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (registry, plan):
+        monkeypatch.setattr(module, "cuda_memory_bytes", lambda: (80 * GIB, 40 * GIB))
+
+
+def test_every_device_of_the_registry_can_be_asked_for() -> None:
+    assert set(ALLOWED) == {"auto", *registry.DEVICES}
+
+
+def test_auto_is_cuda_where_every_worker_has_a_device(two_devices: None) -> None:
+    assert [registry.choose("auto", workers) for workers in (1, 2, 3)] == ["cuda", "cuda", "cpu"]
+    assert registry.choose("cpu", 3) == "cpu"
+
+
+def test_what_is_not_there_is_refused_with_what_is(two_devices: None) -> None:
+    with pytest.raises(NoCudaDevice, match=r"cuda for 3 workers on this host, but torch sees 2.*--device cpu"):
+        registry.choose("cuda", 3)
+    with pytest.raises(ConfigError, match="device is 'tpu', it must be auto or one of cpu, cuda"):
+        registry.choose("tpu")
+    with pytest.raises(ConfigError, match="device is 'tpu'"):
+        registry.open_device("tpu")
+    with pytest.raises(ConfigError, match="device is 'tpu'"):
+        NodeSettings(model="tiny-chat", listen="", device="tpu")
+
+
+def test_a_replica_on_cuda_is_planned_with_all_memory_of_the_smallest_of_its_devices(two_devices: None) -> None:
+    settings = NodeSettings(model="tiny-chat", listen="", dtype="float32")
+    planned = plan.plan_replica(settings)
+    assert planned.device == "cuda"
+    assert planned.limits.total_blocks == min(plan.MAX_DEVICE_BLOCKS, 80 * GIB // planned.block_bytes)
+    second = plan.plan_replica(NodeSettings(model="tiny-chat", listen="", dtype="float32", first_device=1))
+    assert (second.device, second.first_device) == ("cuda", 1)
+    assert second.limits.total_blocks == 40 * GIB // second.block_bytes
+    third = plan.plan_replica(NodeSettings(model="tiny-chat", listen="", dtype="float32", first_device=2))
+    assert third.device == "cpu"
+
+
+def test_replicas_of_a_host_have_devices_of_their_own_or_none_has(
+    two_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_nodes, "choose", registry.choose)
+
+    def told(replicas: int, device: str = "auto") -> list[list[str]]:
+        first = ModelEntry(model="tiny-chat", replicas=1, device="cpu")
+        fleet = FleetFile(
+            models={"a": first, "b": ModelEntry(model="tiny-chat-mini", replicas=replicas, device=device)}
+        )
+        nodes = local_nodes.local_nodes(fleet, "/folder")
+        return [[word for word in node.command if "device=" in word] for node in nodes]
+
+    assert told(1) == [["--device=cpu", "--first-device=0"], ["--device=cuda", "--first-device=0"]]
+    assert told(2)[1:] == [["--device=cuda", "--first-device=0"], ["--device=cuda", "--first-device=1"]]
+    assert [words[0] for words in told(3)] == ["--device=cpu"] * 4, "tokens of a mixture would differ"
