@@ -313,9 +313,11 @@ class HostRegion:
 
 @final
 class DiskRegion:
-    def __init__(
-        self, path: str, blocks: int, host_path: str, host_blocks: int, block_bytes: int, layout: int
-    ) -> None: ...
+    """One rank's part of the disk tier: a file, and the thread that moves blocks between it and the host tier."""
+
+    def __new__(
+        cls, path: str, blocks: int, host_path: str, host_blocks: int, block_bytes: int, layout: int
+    ) -> DiskRegion: ...
     @staticmethod
     def place_bytes(block_bytes: int) -> int: ...
     @property
@@ -323,6 +325,7 @@ class DiskRegion:
     def take_trouble(self) -> str | None: ...
     def close(self) -> None: ...
 
+@final
 class CpuKernels:
     """The CPU kernels of one worker. Memory is (address, elements) of contiguous tensors."""
 

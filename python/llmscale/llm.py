@@ -17,7 +17,6 @@ from llmscale._core import LocalReplica, Sampling, StepCounts, WorkerSession
 from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
-from llmscale.models.shard import RankPlace
 from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.plan import plan_replica
 from llmscale.tokenizer import Tokenizer
@@ -102,7 +101,7 @@ class LLM:
         threads = plan.usual_threads(machine.cpus()) if threads is None else threads
         self._weights_digest = plan.weights_digest
         self._folder = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
-        disk = None if self._folder is None else self._folder.place_of(RankPlace(), plan.content)
+        disk = None if self._folder is None else self._folder.place_of(0, plan.content)
         self._runner = ModelRunner(
             plan.folder,
             plan.dtype,

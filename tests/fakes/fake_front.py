@@ -87,6 +87,11 @@ class FakeReplica:
     offloaded_blocks: int = 0
     restored_blocks: int = 0
     bad_host_blocks: int = 0
+    disk_written_blocks: int = 0
+    disk_read_blocks: int = 0
+    bad_disk_blocks: int = 0
+    failed_disk_writes: int = 0
+    disk_waits: int = 0
     preemptions: int = 0
     model: str = "tiny"
     weights_digest: str = "aa" * 32

@@ -32,6 +32,13 @@ DeviceOption = Annotated[
 HedgingOption = Annotated[
     bool, typer.Option("--hedging", help="Try a request at a second replica when its first token is unusually late.")
 ]
+DiskOption = Annotated[
+    str | None, typer.Option(help="Folder for what the host has no room for; it outlives the process.")
+]
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option(help="Quantize dense weights while loading: int8, int4 (groups of 32), int4-64, int4-128."),
+]
 
 
 @app.command()
@@ -44,19 +51,14 @@ def serve(
     api_key_file: Annotated[str | None, typer.Option(help="File of API keys with their tenants.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
-    quantization: Annotated[
-        str | None,
-        typer.Option(help="Quantize dense weights while loading: int8, int4 (groups of 32), int4-64, int4-128."),
-    ] = None,
+    quantization: QuantizationOption = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens per step.")] = 512,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
     kv_host_bytes: Annotated[int | None, typer.Option(help="Memory for what the KV cache evicts; 0 for none.")] = None,
     device: DeviceOption = "auto",
-    kv_disk: Annotated[
-        str | None, typer.Option(help="Folder for what the host has no room for; it outlives the process.")
-    ] = None,
+    kv_disk: DiskOption = None,
     kv_disk_bytes: Annotated[int | None, typer.Option(help="Most bytes there, of each replica.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a worker.")] = None,
     tensor_parallel_size: Annotated[

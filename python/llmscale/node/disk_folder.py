@@ -13,7 +13,6 @@ import secrets
 from pathlib import Path
 
 from llmscale.errors import ConfigError
-from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import DiskPlace
 
 KEY_BYTES = 32
@@ -43,9 +42,9 @@ class DiskFolder:
         """Where what the files hold is kept."""
         return str(self.path / "index")
 
-    def place_of(self, place: RankPlace, content: str) -> DiskPlace:
+    def place_of(self, rank: int, content: str) -> DiskPlace:
         """One rank's file, for blocks of what `content` names."""
-        return DiskPlace(str(self.path / f"rank-{place.rank}.kv"), content)
+        return DiskPlace(str(self.path / f"rank-{rank}.kv"), content)
 
     def secret(self) -> bytes:
         """Keys the names of contents for whoever has no fleet; drawn once. Raises ConfigError."""

@@ -207,7 +207,7 @@ class Follower:
                 quantization=plan.quantization,
                 key_file=None if key_file is None else str(key_file.absolute()),
                 host_memory=self._host_memory.path_of(place),
-                disk=None if self._disk is None else self._disk.place_of(place, self._plan.content),
+                disk=None if self._disk is None else self._disk.place_of(place.rank, self._plan.content),
                 share=(number, len(places)),
                 device=plan.device,
                 device_index=plan.first_device + number,

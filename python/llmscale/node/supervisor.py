@@ -166,7 +166,7 @@ class WorkerSupervisor:
                 place,
                 meeting.of(place),
                 host_memory=self._host_memory.path_of(place),
-                disk=None if self._disk is None else self._disk.place_of(place, plan.content),
+                disk=None if self._disk is None else self._disk.place_of(place.rank, plan.content),
                 quantization=plan.quantization,
                 share=(number, len(places)),
                 device=plan.device,

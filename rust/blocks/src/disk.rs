@@ -114,9 +114,10 @@ impl DiskTier {
         let mut taken: FxHashMap<ContentId, Link> = FxHashMap::default();
         let (mut order, mut dropped) = (Vec::new(), Vec::new());
         for (disk, record) in records {
-            let parent = record.parent.map(|parent| taken.get(&parent).copied());
-            let Some(link) = self.link(hasher, disk, &record, parent).filter(|_| !taken.contains_key(&record.id))
-            else {
+            let before = record.parent.and_then(|parent| taken.get(&parent).copied());
+            let orphan = record.parent.is_some() && before.is_none();
+            let link = self.link(hasher, disk, &record, before);
+            let Some(link) = link.filter(|_| !orphan && !taken.contains_key(&record.id)) else {
                 dropped.push(disk);
                 continue;
             };
@@ -130,18 +131,8 @@ impl DiskTier {
         (last, dropped)
     }
 
-    /// The record's link of its chain, if it is one. `parent` is the link before it, or says that it is not there.
-    fn link(
-        &self,
-        hasher: &ChainHasher,
-        disk: DiskBlockId,
-        record: &DiskRecord,
-        parent: Option<Option<Link>>,
-    ) -> Option<Link> {
-        let before = match parent {
-            None => None,
-            Some(link) => Some(link?),
-        };
+    /// The record's link of its chain, behind the one before it, if it is one.
+    fn link(&self, hasher: &ChainHasher, disk: DiskBlockId, record: &DiskRecord, before: Option<Link>) -> Option<Link> {
         let fits = disk.0 < self.total()
             && record.ids.len() == self.prefix.block_tokens()
             && !self.prefix.holds(BlockId(disk.0))

@@ -192,7 +192,7 @@ fn take(file: &File, path: &Path) -> Result<(), DiskError> {
                 return Err(DiskError::File { path: path.to_path_buf(), error });
             }
             Err(_) if Instant::now() >= deadline => return Err(DiskError::Taken { path: path.to_path_buf() }),
-            Err(_) => std::thread::sleep(Duration::from_millis(10)),
+            Err(_) => std::thread::park_timeout(Duration::from_millis(10)),
         }
     }
 }

@@ -8,6 +8,7 @@ mod by_device;
 
 use crate::mapping::{LINE_BYTES, Mapping, MappingError};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use xxhash_rust::xxh3::Xxh3;
 
@@ -24,11 +25,26 @@ const MAGIC: u64 = u64::from_be_bytes(*b"llmscale") ^ 1;
 /// See the file's header.
 #[derive(Debug)]
 pub struct HostRegion {
-    mapping: Mapping,
+    mapping: Arc<Mapping>,
     blocks: u32,
     block_bytes: usize,
     layout: u64,
     incarnation: u64,
+}
+
+/// The pages of a region, which stay mapped as long as this value lives.
+#[derive(Debug)]
+pub(crate) struct HostPages {
+    mapping: Arc<Mapping>,
+    start: usize,
+    stride: usize,
+}
+
+impl HostPages {
+    /// Has the pages of a block made. False if the system cannot.
+    pub(crate) fn touch(&self, block: u32) -> bool {
+        self.mapping.populate(self.start + self.stride * block as usize, self.stride)
+    }
 }
 
 /// Words of the preface.
@@ -55,7 +71,7 @@ impl HostRegion {
     /// If `bytes_for` has no answer.
     pub fn open(path: &Path, blocks: u32, block_bytes: usize, layout: u64, fresh: u64) -> Result<Self, MappingError> {
         let needed = Self::bytes_for(blocks, block_bytes).expect("the file was made by the same sizes");
-        let mapping = Mapping::open(path, needed)?;
+        let mapping = Arc::new(Mapping::open(path, needed)?);
         let mut region = Self { mapping, blocks, block_bytes, layout, incarnation: fresh };
         let expected = [MAGIC, layout, u64::from(blocks), block_bytes as u64];
         let found = region.word(Preface::Incarnation as usize).load(Ordering::Acquire);
@@ -89,6 +105,12 @@ impl HostRegion {
     /// Another memory has another number.
     pub fn incarnation(&self) -> u64 {
         self.incarnation
+    }
+
+    /// Its pages, for whoever makes them ahead.
+    pub(crate) fn pages(&self) -> HostPages {
+        let stride = stride(self.block_bytes).expect("it was checked when the file was opened");
+        HostPages { mapping: Arc::clone(&self.mapping), start: data_start(self.blocks), stride }
     }
 
     /// Copies a block here, under a tag.

@@ -5,6 +5,7 @@
 //! - [`disk_region`], [`disk_thread`]: the disk tier's file, and who moves blocks to and from it
 //! - [`element`]: f32 and bf16
 //! - [`host_region`]: the host tier's blocks, with checksums
+//! - [`host_touch`]: makes the pages of those ahead of copies
 //! - [`huge_pages`]: memory for arrays read at random places
 //! - [`kv_region`]: geometry of the paged KV region, validated slots
 //! - [`mapping`]: files that processes map together
@@ -31,6 +32,7 @@ pub mod element;
 pub mod embedding;
 pub mod error;
 pub mod host_region;
+pub mod host_touch;
 pub mod huge_pages;
 pub mod kv_region;
 pub mod mapping;

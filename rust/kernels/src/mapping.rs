@@ -46,6 +46,8 @@ pub(crate) struct Mapping {
 
 // SAFETY: the mapping belongs to this value and is unmapped by it alone; whoever writes through it holds it mutably.
 unsafe impl Send for Mapping {}
+// SAFETY: through a shared reference only atomics are used, addresses are computed, and pages are made.
+unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps a file of exactly `needed` bytes.
@@ -97,6 +99,13 @@ impl Mapping {
     /// Bytes of the whole file.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Has the pages of `bytes` bytes at an offset made, which changes nothing that they hold. False if the system cannot.
+    pub(crate) fn populate(&self, offset: usize, bytes: usize) -> bool {
+        let room = self.room(offset, bytes);
+        // SAFETY: inside the mapping; pages that are there stay as they are.
+        unsafe { libc::madvise(room.cast(), bytes, libc::MADV_POPULATE_WRITE) == 0 }
     }
 
     /// The address of `bytes` bytes at an offset, aligned to lines.

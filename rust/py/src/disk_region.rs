@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::Duration;
 
 /// A disk that does not finish one transfer in this time hangs, and a step that needs its place cannot be computed.
-const MAX_WAIT: Duration = Duration::from_secs(60);
+const MAX_WAIT: Duration = Duration::from_mins(1);
 
 /// One rank's part of the disk tier.
 #[pyclass(frozen, name = "DiskRegion", module = "llmscale._core")]

@@ -8,6 +8,7 @@ use crate::error;
 use crate::kernels::{Memory, view_mut};
 use crate::sampling::random_bytes;
 use llmscale_kernels::host_region::HostRegion;
+use llmscale_kernels::host_touch::TouchAhead;
 use llmscale_types::{BlockCopy, CopyDirection, HostBlockId};
 use pyo3::prelude::*;
 use std::path::Path;
@@ -18,6 +19,7 @@ use std::time::{Duration, Instant};
 #[pyclass(frozen, name = "HostRegion", module = "llmscale._core")]
 pub(crate) struct PyHostRegion {
     inner: Mutex<HostRegion>,
+    touch: TouchAhead,
 }
 
 #[pymethods]
@@ -30,7 +32,10 @@ impl PyHostRegion {
         let fresh = u64::from_le_bytes(fresh).max(1);
         Self::bytes_for(blocks, block_bytes)?;
         let region = HostRegion::open(Path::new(path), blocks, block_bytes, layout, fresh);
-        Ok(Self { inner: Mutex::new(region.map_err(|problem| error::worker(problem.to_string()))?) })
+        let region = region.map_err(|problem| error::worker(problem.to_string()))?;
+        let touch = TouchAhead::start(&region);
+        let touch = touch.map_err(|problem| error::worker(format!("starting a thread: {problem}")))?;
+        Ok(Self { inner: Mutex::new(region), touch })
     }
 
     /// Size of the file.
@@ -105,7 +110,10 @@ impl PyHostRegion {
                 return Err(error::worker(problem));
             };
             match copy.direction {
-                CopyDirection::Offload => region.offload(copy.host.0, copy.tag, block),
+                CopyDirection::Offload => {
+                    region.offload(copy.host.0, copy.tag, block);
+                    self.touch.reached(copy.host.0);
+                }
                 CopyDirection::Restore => {
                     if !region.restore(copy.host.0, copy.tag, block) {
                         bad.push(copy.host);

@@ -386,7 +386,9 @@ impl Local {
         self.out.clear();
         let changes = self.replica.take_index_changes();
         if let Some(index) = &self.disk_index {
-            changes.into_iter().for_each(|change| index.note(change));
+            for change in changes {
+                index.note(change);
+            }
         }
     }
 }

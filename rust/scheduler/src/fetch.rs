@@ -15,6 +15,11 @@ const MAX_FETCHES: usize = 64;
 /// room again.
 const PER_TRIAL: u64 = 64;
 
+/// Transfers are made in order, so writes under way delay a read: by this much at most.
+const MAX_WRITE_DELAY_NS: u64 = 100_000_000;
+/// Writes under way before anything was read.
+const FIRST_WRITES: u32 = 64;
+
 /// What one waiting record has read for it.
 #[derive(Debug)]
 pub(crate) struct Fetch {
@@ -181,7 +186,9 @@ impl Replica {
         let back_ns = self.disk_cost.predict(1) + self.copy_cost.predict(1);
         let pays = !self.disk_cost.is_known() || back_ns < self.copy_prices().block_ns();
         let pays = pays && !self.blocks.disk_refuses();
-        let most = if pays { u32::MAX } else { u32::from(self.is_trial(0)) };
+        let read_within = self.disk_cost.blocks_within(MAX_WRITE_DELAY_NS).max(1);
+        let at_once = if self.disk_cost.is_known() { read_within } else { FIRST_WRITES };
+        let most = if pays { at_once } else { u32::from(self.is_trial(0)) };
         if most > 0 {
             self.blocks.begin_writes(most);
         }

@@ -17,6 +17,8 @@ pub struct DiskMemory {
     queue: VecDeque<DiskTransfer>,
     /// It takes nothing in.
     pub(crate) full: bool,
+    /// The end of a transfer is planned.
+    pub(crate) moves: bool,
     ended: Ended,
 }
 
@@ -35,7 +37,7 @@ impl DiskMemory {
     /// An empty file.
     pub fn new(disk_blocks: u32, incarnation: u64) -> Self {
         let places = vec![None; disk_blocks as usize];
-        Self { incarnation, places, queue: VecDeque::new(), full: false, ended: Ended::default() }
+        Self { incarnation, places, queue: VecDeque::new(), full: false, moves: false, ended: Ended::default() }
     }
 
     /// Its number.
@@ -115,6 +117,7 @@ impl DiskMemory {
     pub(crate) fn tear(&mut self, host: &mut HostMemory) -> bool {
         let first = std::mem::take(&mut self.queue).pop_front();
         self.ended = Ended::default();
+        self.moves = false;
         let Some(transfer) = first else { return false };
         let torn = Some(HostBlock { tag: transfer.tag, values: Vec::new(), intact: false });
         match transfer.direction {

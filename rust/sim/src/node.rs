@@ -4,6 +4,7 @@
 
 mod answer;
 mod deliver;
+mod disk;
 
 use crate::around::Around;
 use crate::disk_memory::{DiskBook, DiskMemory};
@@ -231,36 +232,6 @@ impl NodeProcess {
                 self.kill_worker(around, false);
             }
         }
-    }
-
-    fn transfer_done(&mut self, epoch: Epoch, around: &mut Around) {
-        let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
-        if let Some(frame) = worker.end_transfer(around) {
-            self.heard.push(open(&frame, &around.codec));
-        }
-        self.begin_transfer(epoch, around);
-    }
-
-    fn begin_transfer(&mut self, epoch: Epoch, around: &mut Around) {
-        if let Some(span) = self.worker.as_mut().and_then(|worker| worker.begin_transfer(around)) {
-            self.plan_worker(around, epoch, WorkerTurn::TransferDone, span);
-        }
-    }
-
-    /// What outlives the process: its disk, and what of the last changes was written beside it.
-    pub(crate) fn leave_disk(mut self, around: &mut Around) {
-        let mut disk = self.disk.take();
-        if let Some(worker) = self.worker.take() {
-            let (_, left, torn) = worker.leave();
-            around.coverage.add("disk_torn", u64::from(torn));
-            disk = Some(left);
-        }
-        let written = around.added_below(4) as usize;
-        let lost = self.book.cut(written);
-        around.coverage.add("disk_records_lost", lost as u64);
-        let mut disk = disk.expect("the worker has it, or the node");
-        disk.full = false;
-        around.disks[self.place] = Some((disk, self.book));
     }
 
     fn plan_worker(&self, around: &mut Around, epoch: Epoch, turn: WorkerTurn, wait: Duration) {

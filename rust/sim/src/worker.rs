@@ -57,8 +57,6 @@ pub(crate) struct WorkerProcess {
     pub(crate) slow_until: Time,
     pub(crate) lapse: Option<Lapse>,
     model: HashWorker,
-    /// The end of a transfer is planned.
-    moves: bool,
     steps: VecDeque<Delta>,
 }
 
@@ -74,7 +72,6 @@ impl WorkerProcess {
             slow_until: Time(0),
             lapse: None,
             model: HashWorker::new(limits, epoch).killed_by(deadly).with_host(host, around.mix.copy_ns).with_disk(disk),
-            moves: false,
             steps: VecDeque::new(),
         }
     }
@@ -161,17 +158,18 @@ impl WorkerProcess {
 
     /// How long the next transfer takes, if one begins now.
     pub(crate) fn begin_transfer(&mut self, around: &mut Around) -> Option<Duration> {
-        if self.moves || self.model.disk().under_way() == 0 {
+        let disk = self.model.disk_mut();
+        if disk.moves || disk.under_way() == 0 {
             return None;
         }
-        self.moves = true;
+        disk.moves = true;
         let slow = if around.now() < self.slow_until { 20 } else { 1 };
         Some(Duration((around.mix.disk_us + around.random.span(0, around.mix.disk_us).0) * slow))
     }
 
     /// The oldest transfer has ended. Returns what the worker says of it.
     pub(crate) fn end_transfer(&mut self, around: &mut Around) -> Option<Vec<u8>> {
-        self.moves = false;
+        self.model.disk_mut().moves = false;
         self.model.end_transfer();
         self.say_transfers(around)
     }

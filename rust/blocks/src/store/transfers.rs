@@ -13,8 +13,8 @@ use llmscale_types::{
 use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 
-/// Writes under way at most: half a second of a disk that writes a megabyte in 30 ms.
-const MAX_WRITES: u32 = 16;
+/// Writes under way at most, whoever asks.
+const MAX_WRITES: u32 = 128;
 /// Of the host tier, the part that is written before its room is needed; bounded, because it is searched.
 const WRITTEN_PART: u32 = 2;
 const MAX_WRITTEN_PART: u32 = 256;
@@ -143,12 +143,11 @@ impl BlockStore {
         self.transfers.refused
     }
 
-    /// Has what the host gives up next written to the disk, as far as it is not there: `most` blocks, and no more than may
-    /// be under way.
+    /// Has what the host gives up next written to the disk, as far as it is not there, so that `most` blocks are under way.
     pub fn begin_writes(&mut self, most: u32) {
         let part = (self.host.total() / WRITTEN_PART).clamp(1, MAX_WRITTEN_PART);
-        let most = most.min(Delta::MAX_TRANSFERS.saturating_sub(self.transfers.pending.len()) as u32);
-        let room = MAX_WRITES.min(part).saturating_sub(self.transfers.writes);
+        let room = most.min(MAX_WRITES).min(part).saturating_sub(self.transfers.writes) as usize;
+        let room = room.min(Delta::MAX_TRANSFERS.saturating_sub(self.transfers.pending.len()));
         let due: Vec<HostBlockId> = self
             .host
             .oldest()
@@ -158,8 +157,8 @@ impl BlockStore {
                 held.is_some_and(|(content, ids)| self.disk.prefix.find_content(content, ids).is_none())
             })
             .collect();
-        self.transfers.writes_due = due.len() > room.min(most) as usize;
-        for host in due.into_iter().take(room.min(most) as usize) {
+        self.transfers.writes_due = due.len() > room;
+        for host in due.into_iter().take(room) {
             let (content, ids) = self.host.held(host).expect("it was just looked at");
             let (content, ids) = (content.clone(), Box::from(ids));
             let Some((disk, lost)) = self.disk.reserve() else { break };

@@ -24,7 +24,9 @@ impl Node {
     fn note_disk(&mut self) {
         let changes = self.replica.take_index_changes();
         if let Some(index) = &self.disk_index {
-            changes.into_iter().for_each(|change| index.note(change));
+            for change in changes {
+                index.note(change);
+            }
         }
     }
 

@@ -7,8 +7,8 @@ mod world;
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Replica};
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Class, CopyDirection, EngineLimits, Epoch, FinishReason, FrontId, GroupId, RequestId, Sampling, SequenceKey,
-    StepId, Submission, Time, Token,
+    Attempt, Class, CopyDirection, EngineLimits, Epoch, FinishReason, FrontId, GroupId, RequestId, Sampling,
+    SequenceKey, StepId, Submission, Time, Token,
 };
 use proptest::prelude::*;
 use world::{World, limits};

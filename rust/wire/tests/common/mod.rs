@@ -2,10 +2,12 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+mod disk;
+
 use llmscale_types::{
-    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, DiskBlockId, DiskDirection, DiskReport,
-    DiskTransfer, Duration, EngineLimits, Epoch, FinishReason, Finished, GroupId, HostBlockId, NodeId, Outputs,
-    PrefixKey, Refusal, RequestId, RowError, Sampling, Slot, StepId, StepResult, TokenLogprobs, error::QueueUnit,
+    Admission, Attempt, BlockCopy, BlockId, Chunk, Class, CopyDirection, Delta, Duration, EngineLimits, Epoch,
+    FinishReason, Finished, GroupId, HostBlockId, NodeId, Outputs, PrefixKey, Refusal, RequestId, RowError, Sampling,
+    Slot, StepId, StepResult, TokenLogprobs, error::QueueUnit,
 };
 use llmscale_wire::{
     Abort, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, GiveBack, Hello, KvAsk, KvChanges, KvSnapshot,
@@ -347,7 +349,7 @@ fn delta() -> impl Strategy<Value = Delta> {
             append_slots: append.iter().map(|(slot, _)| Slot(*slot)).collect(),
             append_blocks: append.iter().map(|(_, block)| BlockId(*block)).collect(),
             chunks,
-            transfers: copies_to_transfers(&copies),
+            transfers: disk::transfers_like(&copies),
             copies,
         })
 }
@@ -402,27 +404,6 @@ fn step_result() -> impl Strategy<Value = StepResult> {
     )
 }
 
-fn disk_report() -> impl Strategy<Value = DiskReport> {
-    let failed = vec(long_number(), 0..5);
-    (long_number(), long_number(), failed, any::<bool>(), number(), long_number(), number()).prop_map(
-        |(epoch, through, failed, refused, read_blocks, read_ns, waits)| {
-            let epoch = Epoch(epoch);
-            DiskReport { epoch, through, failed, refused, read_blocks, read_ns, waits }
-        },
-    )
-}
-
-/// As many transfers as copies, of blocks with the same numbers.
-fn copies_to_transfers(copies: &[BlockCopy]) -> Vec<DiskTransfer> {
-    let transfer = |copy: &BlockCopy| {
-        let out = copy.direction == CopyDirection::Offload;
-        let direction = if out { DiskDirection::Write } else { DiskDirection::Read };
-        let (host, disk) = (copy.host, DiskBlockId(copy.block.0));
-        DiskTransfer { number: copy.tag / 2, direction, host, disk, tag: copy.tag }
-    };
-    copies.iter().map(transfer).collect()
-}
-
 /// Any message of a worker.
 pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
     let codes = vec![
@@ -450,7 +431,7 @@ pub(crate) fn from_worker() -> impl Strategy<Value = FromWorker> {
             }
         ),
         step_result().prop_map(FromWorker::Result),
-        disk_report().prop_map(FromWorker::Disk),
+        disk::report().prop_map(FromWorker::Disk),
         (long_number(), long_number(), option::of(long_number()), vec(number(), 0..5)).prop_map(
             |(epoch, step, last, bad)| {
                 let bad_host_blocks = bad.into_iter().map(HostBlockId).collect();
