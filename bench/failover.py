@@ -234,8 +234,10 @@ def saturate(running: Fleet, arguments: argparse.Namespace) -> list[Row]:
 
 def _chosen(names: str | None) -> list[Case]:
     """All of them by default; "none" leaves saturation alone."""
-    if names is None or names == "none":
-        return [] if names else list(CASES)
+    if names is None:
+        return list(CASES)
+    if names == "none":
+        return []
     known = {case.name: case for case in CASES}
     unknown = [name for name in names.split(",") if name not in known]
     if unknown:

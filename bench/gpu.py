@@ -1,9 +1,9 @@
 """How near do the CUDA kernels come to what the device can do, and are they right?
 
 Ceilings first (copy, bfloat16 products, the link), then correctness against float64, weight matmuls over the shapes of
-Llama models and batches of 1 to 256, and KV block copies. A section that fails costs only itself, and one that takes
-longer than `--section-seconds` leaves out its last cases; both are rows of the report. Needs a CUDA device; without one
-it ends with status 69 and says so.
+Llama models and batches of 1 to 256, paged attention, sampling, KV block copies, and serving. A section that fails
+costs only itself, and one that takes longer than `--section-seconds` leaves out its last cases; both are rows of the
+report. Needs a CUDA device; without one it ends with status 69 and says so.
 """
 
 from __future__ import annotations
@@ -51,15 +51,20 @@ def main(arguments: argparse.Namespace) -> Report:
 
 def sections() -> dict[str, Section]:
     """In the order in which they run."""
-    from bench import gpu_copies, gpu_matmul
+    from bench import gpu_attention, gpu_copies, gpu_matmul, gpu_sampling, gpu_serving
 
     return {
         "correctness": lambda budget, _: gpu_matmul.correctness(budget),
         "int4": gpu_matmul.int4_rates,
         "e4m3": gpu_matmul.e4m3_rates,
+        "attention-correctness": lambda budget, _: gpu_attention.correctness(budget),
+        "decode": gpu_attention.decode_rates,
+        "chunk": gpu_attention.chunk_rates,
+        "sampling": gpu_sampling.sampling_rates,
         "copies": gpu_copies.copy_rates,
         "calibration": lambda budget, _: gpu_copies.calibration(budget),
         "packing": gpu_copies.packing_rates,
+        "serving": gpu_serving.serving_rates,
     }
 
 

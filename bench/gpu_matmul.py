@@ -17,8 +17,9 @@ from bench.result import Row
 from bench.statistics import Spread
 from llmscale.cuda.device import cuda_device
 from llmscale.cuda.fragment_order import depth_chunks, group_count, padded_columns
-from llmscale.cuda.matmul import E4m3Matrix, Int4Matrix, make_workspace
-from llmscale.cuda.operators import dequantized_e4m3, dequantized_int4, w4a16_matmul, w8a16_matmul
+from llmscale.cuda.matmul import make_workspace
+from llmscale.cuda.matrices import E4m3Matrix, Int4Matrix
+from llmscale.cuda.operators import w4a16_matmul, w8a16_matmul
 
 # Columns and depth of qkv, gate and up, and down of an 8B model, a square, and the same two of a 70B model.
 SHAPES = ((6_144, 4_096), (28_672, 4_096), (4_096, 14_336), (8_192, 8_192), (57_344, 8_192), (8_192, 28_672))
@@ -72,10 +73,10 @@ def correctness(budget: Budget) -> Iterator[Row]:
             workspace = workspace_for(columns)
             for group in (32, 64, 128):
                 four = int4_matrix(columns, depth, group, zero_points=group == 64)
-                expected = x.double() @ dequantized_int4(four).double().T
+                expected = x.double() @ four.dequantized().double().T
                 yield _error(f"int4-{group}/{rows}x{columns}x{depth}", multiply_int4(x, four, workspace), expected)
             eight = e4m3_matrix(columns, depth)
-            expected = x.double() @ dequantized_e4m3(eight).double().T
+            expected = x.double() @ eight.dequantized().double().T
             yield _error(f"e4m3/{rows}x{columns}x{depth}", multiply_e4m3(x, eight, workspace), expected)
 
 

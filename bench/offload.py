@@ -1,8 +1,8 @@
-"""What does a session cost that comes back after its KV was evicted? Time to the first token of its next turn.
+"""What does a conversation cost that comes back after its KV was evicted? Time to the first token of its next turn.
 
-Four engines of the same model: one with a host tier (copy), one with a host tier of two sessions and a disk below it
-(disk), one without either (recompute), one whose pool holds everything (neither). Each session's first turn is
-computed, another session takes its blocks (on the engine with a disk five, so that it leaves the host too, and the
+Four engines of the same model: one with a host tier (copy), one with a host tier of two conversations and a disk below
+it (disk), one without either (recompute), one whose pool holds everything (neither). Each conversation's first turn
+is computed, another one takes its blocks (on the engine with a disk five, so that it leaves the host too, and the
 system is asked to drop the file from its memory), then the second turn, 16 tokens longer, is asked for one token.
 Rounds go through the engines in turn, no prompt twice, so that a slower minute of the machine is one for all. Ids of
 the second turns are compared.
@@ -30,7 +30,7 @@ NEW_TOKENS = 16
 MAX_TOKENS = 2_304
 BLOCK_TOKENS = 32
 WAYS = ("copy", "disk", "recompute", "neither")
-# Two sessions on the host, half of it for what is read; the fifth one pushes the first out.
+# Two conversations on the host, half of it for what is read; the fifth one pushes the first out.
 DISK_FILLERS = 5
 
 
@@ -86,21 +86,21 @@ def _scaled(values: list[float], factor: float) -> Spread:
 
 
 class _Engine:
-    """An `LLM` with room for one session in its pool, or for many."""
+    """An `LLM` with room for one conversation in its pool, or for many."""
 
     def __init__(self, folder: str, way: str, block_bytes: int, threads: int | None, disk: Path | None) -> None:
         from llmscale import LLM
 
-        session_blocks = MAX_TOKENS // BLOCK_TOKENS
-        roomy = 64 * session_blocks * block_bytes
+        conversation_blocks = MAX_TOKENS // BLOCK_TOKENS
+        roomy = 64 * conversation_blocks * block_bytes
         self._llm = LLM(
             folder,
             max_model_len=MAX_TOKENS,
             max_num_seqs=4,
-            kv_cache_bytes=roomy if way == "neither" else (session_blocks + 2) * block_bytes,
-            kv_host_bytes={"copy": 16, "disk": 2}.get(way, 0) * session_blocks * block_bytes,
+            kv_cache_bytes=roomy if way == "neither" else (conversation_blocks + 2) * block_bytes,
+            kv_host_bytes={"copy": 16, "disk": 2}.get(way, 0) * conversation_blocks * block_bytes,
             kv_disk=disk,
-            kv_disk_bytes=None if disk is None else 64 * session_blocks * (block_bytes + 8_192),
+            kv_disk_bytes=None if disk is None else 64 * conversation_blocks * (block_bytes + 8_192),
             threads=threads,
         )
         self._evicts = way != "neither"
@@ -111,7 +111,7 @@ class _Engine:
         """Seconds until the first token of the second turn, and that token."""
         self._token(first)
         for filler in fillers[: self._fillers()]:
-            # Enough to take every block of the session before.
+            # Enough to take every block of the conversation before.
             longer = filler
             while len(longer) < MAX_TOKENS - BLOCK_TOKENS:
                 longer = [*longer, *reversed(longer)][: MAX_TOKENS - BLOCK_TOKENS]
@@ -122,9 +122,8 @@ class _Engine:
         token = self._token([*first, *more])
         took = time.perf_counter() - start
         if self._disk is not None:
-            print(
-                f"{self._llm._replica.disk_blocks()[1] - read} of {len(first) // BLOCK_TOKENS} blocks", file=sys.stderr
-            )
+            came = self._llm._replica.disk_blocks()[1] - read
+            sys.stderr.write(f"{came} of {len(first) // BLOCK_TOKENS} blocks came from the disk\n")
         return took, token
 
     def _fillers(self) -> int:

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MAX_START_SECONDS = 180.0
@@ -43,16 +43,25 @@ def serving(model: str, *options: str, threads: int | None = None) -> Iterator[t
     port = free_port()
     command = [sys.executable, "-m", "llmscale.cli", "serve", model, "--port", str(port), *options]
     command += [] if threads is None else ["--threads", str(threads)]
+    with running(command, f"http://127.0.0.1:{port}/health/ready") as (group, seconds):
+        yield port, group, seconds
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], ready_url: str, max_start_seconds: float = MAX_START_SECONDS
+) -> Iterator[tuple[int, float]]:
+    """Starts any server: its process group, and the seconds until `ready_url` answered 200."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        while not _is_ready(port):
+        while not _is_ready(ready_url):
             if process.poll() is not None:
                 raise RuntimeError(f"`{' '.join(command)}` ended with code {process.returncode}")
-            if time.perf_counter() - start > MAX_START_SECONDS:
-                raise RuntimeError(f"the server was not ready within {MAX_START_SECONDS:g} s")
+            if time.perf_counter() - start > max_start_seconds:
+                raise RuntimeError(f"`{' '.join(command)}` was not ready within {max_start_seconds:g} s")
             time.sleep(0.005)
-        yield port, process.pid, time.perf_counter() - start
+        yield process.pid, time.perf_counter() - start
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -63,9 +72,9 @@ def serving(model: str, *options: str, threads: int | None = None) -> Iterator[t
                 process.wait()
 
 
-def _is_ready(port: int) -> bool:
+def _is_ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=5) as response:
+        with urllib.request.urlopen(url, timeout=5) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmscale import env
+from llmscale import env, machine
 from llmscale._core import LocalReplica, Sampling, StepCounts
 from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
 from llmscale.node.disk_folder import DiskFolder
-from llmscale.node.plan import plan_replica, usable_cpus
+from llmscale.node.plan import plan_replica
 from llmscale.tokenizer import Tokenizer
 from llmscale.types import CompletionOutput, RequestOutput, SamplingParams, Usage
 
@@ -94,7 +94,7 @@ class LLM:
         self.tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
         self._seed = seed
         self._requests = 0
-        threads = plan.usual_threads(usable_cpus()) if threads is None else threads
+        threads = plan.usual_threads(machine.cpus()) if threads is None else threads
         self._weights_digest = plan.weights_digest
         self._folder = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
         disk = None if self._folder is None else self._folder.place_of(0, plan.content)

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from llmscale.cuda.fragment_order import CHUNK
-from llmscale.cuda.matmul import launch_e4m3, launch_int4, launch_panel, make_workspace
+from llmscale.cuda.matmul import launch_matmul, launch_panel, make_workspace
 from llmscale.cuda.matmul_plan import partial_sum_bytes
-from llmscale.cuda.operators import dequantized_e4m3
 from tests.cuda.emulator import ADA, HOPPER, SEEDS, Emulator
 from tests.cuda.weights import assert_rounded_once, e4m3_case, int4_case
 
@@ -39,7 +38,7 @@ def test_int4_products_are_those_of_float64_rounded_once(
     case = int4_case(rows, columns, depth, group, zero_points=zero_points, seed=rows + group)
     workspace = poisoned_workspace(columns)
     y = poisoned(rows, columns)
-    launch_int4(Emulator(seed=rows), case.x, case.matrix, workspace, y)
+    launch_matmul(Emulator(seed=rows), case.x, case.matrix, workspace, y)
     assert_rounded_once(y, case.expected)
 
 
@@ -52,7 +51,7 @@ def test_e4m3_products_are_those_of_float64_rounded_once(
 ) -> None:
     case = e4m3_case(rows, columns, depth, groups=groups, channels=channels)
     y = poisoned(rows, columns)
-    launch_e4m3(Emulator(seed=rows), case.x, case.matrix, poisoned_workspace(columns), y)
+    launch_matmul(Emulator(seed=rows), case.x, case.matrix, poisoned_workspace(columns), y)
     assert_rounded_once(y, case.expected)
 
 
@@ -61,7 +60,7 @@ def test_every_order_of_threads_and_blocks_gives_the_same_bits() -> None:
     results = []
     for seed in (*SEEDS, 3, 4):
         y = poisoned(5, 300)
-        launch_int4(Emulator(seed), case.x, case.matrix, poisoned_workspace(300), y)
+        launch_matmul(Emulator(seed), case.x, case.matrix, poisoned_workspace(300), y)
         results.append(y)
     assert all(torch.equal(result, results[0]) for result in results)
     assert_rounded_once(results[0], case.expected)
@@ -75,7 +74,7 @@ def test_tiles_divided_among_any_number_of_blocks_are_added_up_once(multiprocess
     workspace = poisoned_workspace(384, limits)
     for _ in range(2):
         y = poisoned(3, 384)
-        launch_int4(emulator, case.x, case.matrix, workspace, y)
+        launch_matmul(emulator, case.x, case.matrix, workspace, y)
         assert_rounded_once(y, case.expected)
         counts = workspace[partial_sum_bytes(limits) :]
         assert not counts.any(), "arrival counts must be zero for the next launch"
@@ -86,7 +85,7 @@ def test_rows_that_do_not_fit_a_small_device_take_several_launches() -> None:
     case = e4m3_case(64, 128, 256, groups=False, channels=True)
     emulator = Emulator(limits=ADA)
     y = poisoned(64, 128)
-    launch_e4m3(emulator, case.x, case.matrix, poisoned_workspace(128, ADA), y)
+    launch_matmul(emulator, case.x, case.matrix, poisoned_workspace(128, ADA), y)
     assert [launch.kernel for launch in emulator.launches] == ["w8a16_matmul_32_rows"] * 2
     assert_rounded_once(y, case.expected)
 
@@ -94,7 +93,7 @@ def test_rows_that_do_not_fit_a_small_device_take_several_launches() -> None:
 def test_rows_behind_the_last_are_not_written() -> None:
     case = int4_case(5, 128, 256, 64, zero_points=False)
     y = poisoned(8, 128)
-    launch_int4(Emulator(), case.x, case.matrix, poisoned_workspace(128), y[:5])
+    launch_matmul(Emulator(), case.x, case.matrix, poisoned_workspace(128), y[:5])
     assert y[:5].isfinite().all()
     assert y[5:].isnan().all()
 
@@ -105,7 +104,7 @@ def test_an_e4m3_panel_is_the_dequantized_matrix(groups: bool, channels: bool) -
     for first in range(0, 200, CHUNK):
         panel = poisoned(min(72, 200 - first), 264)
         launch_panel(Emulator(seed=1), case.matrix, first, panel)
-        assert torch.equal(panel, dequantized_e4m3(case.matrix)[first : first + 72].bfloat16())
+        assert torch.equal(panel, case.matrix.dequantized()[first : first + 72].bfloat16())
 
 
 @pytest.mark.parametrize("zero_points", [False, True])

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmscale.cuda.matmul import launch_int4, make_workspace
+from llmscale.cuda.matmul import launch_matmul, make_workspace
 from llmscale.cuda.operators import (
-    dequantized_e4m3,
-    dequantized_int4,
     multiply_by_panels,
     w4a16_matmul,
     w8a16_matmul,
@@ -24,7 +22,7 @@ NOTHING = torch.zeros(0, dtype=torch.uint8)
 def test_int4_on_the_cpu_is_the_product_of_the_dequantized_matrix(rows: int, zero_points: bool) -> None:
     case = int4_case(rows, 130, 136, 64, zero_points=zero_points)
     matrix = case.matrix
-    assert torch.equal(dequantized_int4(matrix).double(), case.dequantized)
+    assert torch.equal(matrix.dequantized().double(), case.dequantized)
     y = w4a16_matmul(case.x, matrix.weights, matrix.scales, matrix.zero_points, NOTHING, 130, 64)
     assert_rounded_once(y, case.expected)
 
@@ -33,7 +31,7 @@ def test_int4_on_the_cpu_is_the_product_of_the_dequantized_matrix(rows: int, zer
 def test_e4m3_on_the_cpu_is_the_product_of_the_dequantized_matrix(groups: bool, channels: bool) -> None:
     case = e4m3_case(5, 130, 136, groups=groups, channels=channels)
     matrix = case.matrix
-    torch.testing.assert_close(dequantized_e4m3(matrix).double(), case.dequantized, rtol=1e-6, atol=0)
+    torch.testing.assert_close(matrix.dequantized().double(), case.dequantized, rtol=1e-6, atol=0)
     y = w8a16_matmul(case.x, matrix.weights, matrix.group_scales, matrix.column_scales, NOTHING, 130)
     assert_rounded_once(y, case.expected)
 
@@ -54,7 +52,7 @@ def test_kernel_and_cpu_differ_by_the_order_of_sums_only() -> None:
     case = int4_case(6, 128, 512, 128, zero_points=True)
     matrix = case.matrix
     y = torch.full((6, 128), float("nan"), dtype=torch.bfloat16)
-    launch_int4(Emulator(), case.x, matrix, make_workspace(128, HOPPER, torch.device("cpu")), y)
+    launch_matmul(Emulator(), case.x, matrix, make_workspace(128, HOPPER, torch.device("cpu")), y)
     on_cpu = w4a16_matmul(case.x, matrix.weights, matrix.scales, matrix.zero_points, NOTHING, 128, 128)
     # One bfloat16 step apart at most, where the exact sum lies near the middle of two.
     torch.testing.assert_close(y, on_cpu, rtol=2**-7, atol=1e-3)

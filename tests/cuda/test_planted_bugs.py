@@ -12,7 +12,7 @@ import torch
 
 from llmscale.cuda.kv_blocks import BlockList, PackedLayout, launch_copy, launch_pack
 from llmscale.cuda.launch import Launcher
-from llmscale.cuda.matmul import launch_int4, make_workspace
+from llmscale.cuda.matmul import launch_matmul, make_workspace
 from tests.cuda.emulator import HOPPER, EmulationError, Emulator, PlantedBug, SanitizedEmulator
 from tests.cuda.weights import assert_rounded_once, int4_case
 
@@ -23,7 +23,7 @@ def multiply(launcher: Launcher) -> None:
     """Several iterations of depth per block, whose warps then meet in the memory of the ring."""
     case = int4_case(16, 128, 2_048, 64, zero_points=True)
     y = torch.full((16, 128), float("nan"), dtype=torch.bfloat16)
-    launch_int4(launcher, case.x, case.matrix, make_workspace(128, HOPPER, CPU), y)
+    launch_matmul(launcher, case.x, case.matrix, make_workspace(128, HOPPER, CPU), y)
     assert_rounded_once(y, case.expected)
 
 
@@ -65,7 +65,7 @@ def test_a_row_read_past_the_end_is_found_by_the_sanitizer_with_its_line() -> No
 
     def run(launcher: Launcher) -> None:
         y = torch.full((5, 128), float("nan"), dtype=torch.bfloat16)
-        launch_int4(launcher, case.x, case.matrix, make_workspace(128, HOPPER, CPU), y)
+        launch_matmul(launcher, case.x, case.matrix, make_workspace(128, HOPPER, CPU), y)
         assert_rounded_once(y, case.expected)
 
     run(SanitizedEmulator())

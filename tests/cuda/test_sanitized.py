@@ -17,8 +17,7 @@ from llmscale.cuda.kv_blocks import (
     packed_blocks,
     unpacked_blocks,
 )
-from llmscale.cuda.matmul import launch_e4m3, launch_int4, launch_panel, make_workspace
-from llmscale.cuda.operators import dequantized_e4m3
+from llmscale.cuda.matmul import launch_matmul, launch_panel, make_workspace
 from tests.cuda.emulator import ADA, HOPPER, SanitizedEmulator
 from tests.cuda.weights import assert_rounded_once, e4m3_case, int4_case
 
@@ -30,7 +29,7 @@ CPU = torch.device("cpu")
 def test_int4_matmuls_touch_nothing_but_theirs(rows: int, group: int) -> None:
     case = int4_case(rows, 137, 776, group, zero_points=True)
     y = torch.full((rows, 137), float("nan"), dtype=torch.bfloat16)
-    launch_int4(SanitizedEmulator(seed=rows), case.x, case.matrix, make_workspace(137, HOPPER, CPU), y)
+    launch_matmul(SanitizedEmulator(seed=rows), case.x, case.matrix, make_workspace(137, HOPPER, CPU), y)
     assert_rounded_once(y, case.expected)
 
 
@@ -38,7 +37,7 @@ def test_int4_matmuls_touch_nothing_but_theirs(rows: int, group: int) -> None:
 def test_e4m3_matmuls_touch_nothing_but_theirs(rows: int) -> None:
     case = e4m3_case(rows, 137, 520, groups=True, channels=True)
     y = torch.full((rows, 137), float("nan"), dtype=torch.bfloat16)
-    launch_e4m3(SanitizedEmulator(seed=rows), case.x, case.matrix, make_workspace(137, HOPPER, CPU), y)
+    launch_matmul(SanitizedEmulator(seed=rows), case.x, case.matrix, make_workspace(137, HOPPER, CPU), y)
     assert_rounded_once(y, case.expected)
 
 
@@ -50,7 +49,7 @@ def test_a_panel_touches_nothing_but_its_own() -> None:
     eight = e4m3_case(1, 137, 328, groups=True, channels=True)
     panel.fill_(float("nan"))
     launch_panel(SanitizedEmulator(), eight.matrix, 64, panel)
-    assert torch.equal(panel, dequantized_e4m3(eight.matrix)[64:].bfloat16())
+    assert torch.equal(panel, eight.matrix.dequantized()[64:].bfloat16())
 
 
 @pytest.mark.parametrize("limits", [HOPPER, ADA], ids=["bulk", "loads"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmscale.cuda.fragment_order import pack_e4m3, pack_groups, pack_int4, padded_columns
-from llmscale.cuda.matmul import E4m3Matrix, Int4Matrix
+from llmscale.cuda.matrices import E4m3Matrix, Int4Matrix
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,6 +211,7 @@ def test_an_interruption_in_the_middle_leaves_the_llm_usable(llm: LLM, monkeypat
         {"dtype": "float17"},
         {"max_num_seqs": 0},
         {"kv_cache_bytes": 1},
+        {"kv_host_bytes": -1},
     ],
     ids=str,
 )

@@ -18,8 +18,9 @@ from llmscale.cuda.kv_blocks import (
     packed_blocks,
     unpacked_blocks,
 )
-from llmscale.cuda.matmul import E4m3Matrix, Int4Matrix, launch_e4m3, launch_int4, launch_panel, make_workspace
-from llmscale.cuda.operators import dequantized_e4m3, w4a16_matmul
+from llmscale.cuda.matmul import launch_matmul, launch_panel, make_workspace
+from llmscale.cuda.matrices import E4m3Matrix, Int4Matrix
+from llmscale.cuda.operators import w4a16_matmul
 from tests.cuda.weights import assert_rounded_once, e4m3_case, int4_case
 
 pytestmark = [
@@ -57,7 +58,7 @@ def test_int4_products_are_those_of_float64_rounded_once(
     results = []
     for _ in range(2):
         y = poisoned(rows, columns)
-        launch_int4(device, case.x.cuda(), there(case.matrix), workspace, y)
+        launch_matmul(device, case.x.cuda(), there(case.matrix), workspace, y)
         results.append(y.cpu())
     assert torch.equal(*results), "equal launches must give equal bits"
     assert_rounded_once(results[0], case.expected)
@@ -75,7 +76,7 @@ def test_e4m3_products_are_those_of_float64_rounded_once(
     moved = (matrix.weights.cuda(), matrix.group_scales.cuda(), matrix.column_scales.cuda())
     y = poisoned(rows, columns)
     workspace = make_workspace(columns, device.limits, HERE)
-    launch_e4m3(device, case.x.cuda(), E4m3Matrix(*moved, columns, depth), workspace, y)
+    launch_matmul(device, case.x.cuda(), E4m3Matrix(*moved, columns, depth), workspace, y)
     assert_rounded_once(y.cpu(), case.expected)
 
 
@@ -88,7 +89,7 @@ def test_a_panel_is_the_dequantized_matrix(device: CudaDevice) -> None:
     assert eight.column_scales is not None
     moved = E4m3Matrix(eight.weights.cuda(), None, eight.column_scales.cuda(), 1_000, 1_032)
     launch_panel(device, moved, 64, panel)
-    assert torch.equal(panel.cpu(), dequantized_e4m3(eight)[64:].bfloat16())
+    assert torch.equal(panel.cpu(), eight.dequantized()[64:].bfloat16())
 
 
 @pytest.mark.parametrize("rows", [3, 200])

@@ -8,7 +8,7 @@ position are compared, then 200 greedy tokens. The native operations run every t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,7 @@ MAX_BFLOAT16_ERROR = 0.05
 """Root mean square over that of the logits. Measured 0.017 to 0.038; transformers in bfloat16 has 0.034 to 0.075."""
 LIMITS = StepLimits(max_step_tokens=96, max_sequences=96, max_sequence_tokens=320)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads on tiny products only wait for each other, a hundred times longer when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 OPS: dict[str, Callable[[str], Ops]] = {

@@ -8,7 +8,6 @@ rounds them to bfloat16 and int8 to bytes, which sets the bounds.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +45,7 @@ CASES = {
     "compressed_fp8_channel": "fp8",
 }
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def oracle(folder: Path, dense: dict[str, Tensor], **changes: object) -> Any:

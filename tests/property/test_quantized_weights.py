@@ -6,8 +6,6 @@ computes what its method's reference says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -43,13 +41,7 @@ FAST = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
 MAX_BFLOAT16_ERROR = 0.01
 """Of the largest result: inputs, weights, zero points and the result are each rounded to 8 bits."""
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @st.composite

@@ -20,13 +20,13 @@ from tests.property.test_model_parity import (
     LIMITS,
     MAX_RELATIVE_ERROR,
     NEAR_TIE,
-    _one_thread,  # noqa: F401 - a fixture for all tests of this file
     assert_close,
     oracle_logits,
     random_prompt,
 )
 
 BLOCKS = 48
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layouts(name: str, folder: Path) -> list[tuple[int, int]]:

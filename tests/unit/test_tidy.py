@@ -59,6 +59,7 @@ FLOAT = re.compile(r"\bf(?:32|64)\b")
 PARTS = {
     "errors": set[str](),
     "env": set[str](),
+    "machine": set[str](),
     "metrics": set[str](),
     "detokenizer": set[str](),
     "stop_strings": set[str](),
@@ -79,7 +80,7 @@ PARTS = {
     "quant": {"errors", "types"},
     "parallel": {"_core", "errors", "models"},
     "worker": {"_core", "errors", "env", "logs", "config", "models", "layers", "quant", "parallel"},
-    "node": {"_core", "errors", "env", "logs", "config", "models", "parallel"},
+    "node": {"_core", "errors", "env", "logs", "machine", "config", "models", "parallel"},
     "client": {"errors", "types", "choice", "tokenizer", "models"},
     "gateway": {
         "_core",
@@ -90,10 +91,11 @@ PARTS = {
         "choice",
         "metrics",
         "logs",
+        "machine",
         "tokenizer",
         "models",
     },
-    "llm": {"_core", "errors", "env", "types", "choice", "config", "tokenizer", "node", "worker"},
+    "llm": {"_core", "errors", "env", "machine", "types", "choice", "config", "tokenizer", "node", "worker"},
     "cli": {
         "_core",
         "errors",

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from llmscale.cuda.device import cuda_device
-from llmscale.cuda.fragment_order import CHUNK, unpack_e4m3, unpack_groups, unpack_int4
+from llmscale.cuda.fragment_order import CHUNK
 from llmscale.cuda.launch import Launcher
-from llmscale.cuda.matmul import E4m3Matrix, Int4Matrix, launch_e4m3, launch_int4, launch_panel
+from llmscale.cuda.matmul import launch_matmul, launch_panel
 from llmscale.cuda.matmul_plan import MAX_ROWS
+from llmscale.cuda.matrices import E4m3Matrix, Int4Matrix, WeightMatrix
 
 MAX_PANEL_BYTES = 32 << 20
 
@@ -35,15 +36,8 @@ def w4a16_matmul(
     `weights` is of `pack_int4`, `scales` (bfloat16) and `zero_points` (uint8) are of `pack_groups` with groups of
     `group`, `workspace` is of `make_workspace` for this stream.
     """
-    launcher = cuda_device(x.device.index)
-    x = x.contiguous()
     matrix = Int4Matrix(weights, scales, zero_points, columns, x.shape[1], group)
-    y = x.new_empty(x.shape[0], columns)
-    if 0 < x.shape[0] <= MAX_ROWS:
-        launch_int4(launcher, x, matrix, workspace, y)
-    elif x.shape[0]:
-        multiply_by_panels(launcher, x, matrix, y)
-    return y
+    return _multiply(x, matrix, workspace)
 
 
 @w4a16_matmul.register_kernel("cpu")
@@ -57,7 +51,7 @@ def _w4a16_on_cpu(
     group: int,
 ) -> Tensor:
     matrix = Int4Matrix(weights, scales, zero_points, columns, x.shape[1], group)
-    return (x.float() @ dequantized_int4(matrix).T).to(x.dtype)
+    return (x.float() @ matrix.dequantized().T).to(x.dtype)
 
 
 @w4a16_matmul.register_fake
@@ -83,15 +77,8 @@ def w8a16_matmul(
     columns: int,
 ) -> Tensor:
     """The same with e4m3 weights of `pack_e4m3`: bfloat16 scales per 128 of depth, float32 scales per padded column."""
-    launcher = cuda_device(x.device.index)
-    x = x.contiguous()
     matrix = E4m3Matrix(weights, group_scales, column_scales, columns, x.shape[1])
-    y = x.new_empty(x.shape[0], columns)
-    if 0 < x.shape[0] <= MAX_ROWS:
-        launch_e4m3(launcher, x, matrix, workspace, y)
-    elif x.shape[0]:
-        multiply_by_panels(launcher, x, matrix, y)
-    return y
+    return _multiply(x, matrix, workspace)
 
 
 @w8a16_matmul.register_kernel("cpu")
@@ -104,7 +91,7 @@ def _w8a16_on_cpu(
     columns: int,
 ) -> Tensor:
     matrix = E4m3Matrix(weights, group_scales, column_scales, columns, x.shape[1])
-    return (x.float() @ dequantized_e4m3(matrix).T).to(x.dtype)
+    return (x.float() @ matrix.dequantized().T).to(x.dtype)
 
 
 @w8a16_matmul.register_fake
@@ -119,7 +106,18 @@ def _w8a16_shape(
     return x.new_empty(x.shape[0], columns)
 
 
-def multiply_by_panels(launcher: Launcher, x: Tensor, matrix: Int4Matrix | E4m3Matrix, y: Tensor) -> None:
+def _multiply(x: Tensor, matrix: WeightMatrix, workspace: Tensor) -> Tensor:
+    launcher = cuda_device(x.device.index)
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], matrix.columns)
+    if 0 < x.shape[0] <= MAX_ROWS:
+        launch_matmul(launcher, x, matrix, workspace, y)
+    elif x.shape[0]:
+        multiply_by_panels(launcher, x, matrix, y)
+    return y
+
+
+def multiply_by_panels(launcher: Launcher, x: Tensor, matrix: WeightMatrix, y: Tensor) -> None:
     """y = x W^T for many rows: W as bfloat16, some columns at a time, and a dense product of each."""
     width = max(CHUNK, MAX_PANEL_BYTES // (2 * matrix.depth) // CHUNK * CHUNK)
     panel = x.new_empty(min(width, matrix.columns), matrix.depth)
@@ -127,25 +125,3 @@ def multiply_by_panels(launcher: Launcher, x: Tensor, matrix: Int4Matrix | E4m3M
         part = panel[: matrix.columns - first]
         launch_panel(launcher, matrix, first, part)
         torch.mm(x, part.T, out=y[:, first : first + part.shape[0]])
-
-
-def dequantized_int4(matrix: Int4Matrix) -> Tensor:
-    """float32 `[columns, depth]`: (value - zero) * scale, exactly."""
-    values = unpack_int4(matrix.weights, matrix.columns, matrix.depth).float()
-    scales = unpack_groups(matrix.scales, matrix.columns, matrix.depth, matrix.group).float()
-    zeros = torch.full_like(scales, 8.0)
-    if matrix.zero_points is not None:
-        zeros = unpack_groups(matrix.zero_points, matrix.columns, matrix.depth, matrix.group).float()
-    wide = torch.stack((scales, zeros)).repeat_interleave(matrix.group, dim=2)[:, :, : matrix.depth]
-    return (values - wide[1]) * wide[0]
-
-
-def dequantized_e4m3(matrix: E4m3Matrix) -> Tensor:
-    """float32 `[columns, depth]`, with both scales."""
-    values = unpack_e4m3(matrix.weights, matrix.columns, matrix.depth).float()
-    if matrix.group_scales is not None:
-        scales = unpack_groups(matrix.group_scales, matrix.columns, matrix.depth, 128).float()
-        values *= scales.repeat_interleave(128, dim=1)[:, : matrix.depth]
-    if matrix.column_scales is not None:
-        values *= matrix.column_scales[: matrix.columns, None]
-    return values

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import structlog
 
+from llmscale import machine
 from llmscale.fleet_file import FleetFile
 
 _log = structlog.get_logger("llmscale.serve")
@@ -42,7 +43,7 @@ def threads_per_worker(fleet: FleetFile, model: str) -> int | None:
     asked = fleet.models[model].threads
     if asked is not None or sum(entry.local_replicas for entry in fleet.models.values()) == 1:
         return asked
-    return max(1, len(os.sched_getaffinity(0)) // fleet.local_workers)
+    return max(1, machine.cpus() // fleet.local_workers)
 
 
 def local_nodes(fleet: FleetFile, folder: str) -> list[LocalNode]:

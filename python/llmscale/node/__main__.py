@@ -19,14 +19,14 @@ from pathlib import Path
 
 import structlog
 
-from llmscale import env, logs
+from llmscale import env, logs, machine
 from llmscale._core import Engine, end_with_parent
 from llmscale.config import DTYPES, QUANTIZATIONS, NodeSettings
 from llmscale.errors import LlmscaleError
 from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.follower import Follower
 from llmscale.node.membership import Membership
-from llmscale.node.plan import ReplicaPlan, plan_replica, usable_cpus
+from llmscale.node.plan import ReplicaPlan, plan_replica
 from llmscale.node.span import Span, connect_to_leader, host_facts
 from llmscale.node.supervisor import WorkerSupervisor
 from llmscale.node.worker_process import WorkerProcesses
@@ -57,7 +57,7 @@ def main() -> int:
 
 async def _serve(settings: NodeSettings, hosts: Hosts) -> None:
     plan = plan_replica(settings, hosts.count)
-    threads = plan.usual_threads(usable_cpus()) if settings.threads is None else settings.threads
+    threads = plan.usual_threads(machine.cpus()) if settings.threads is None else settings.threads
     processes = WorkerProcesses(threads, keep_spare=settings.spare_worker)
     disk = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
     try:

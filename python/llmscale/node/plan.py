@@ -6,12 +6,12 @@ Reads the model's description and its checkpoint's headers, no weights and no to
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from llmscale import machine
 from llmscale._core import EngineLimits
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError
@@ -72,11 +72,6 @@ class ReplicaPlan:
         """Threads of a worker that nobody has set: its share of the CPUs, but no more than its weights are worth."""
         share = cpus // self.layout.ranks_per_host
         return max(1, min(share, self.weight_bytes // self.layout.ranks // BYTES_PER_THREAD))
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
@@ -149,13 +144,15 @@ def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens:
                 " max_sequence_tokens"
             )
         return blocks
-    return max(needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, _memory_bytes() // MAX_MEMORY_SHARE // block_bytes))
+    return max(
+        needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, machine.memory_bytes() // MAX_MEMORY_SHARE // block_bytes)
+    )
 
 
 def _host_blocks(settings: NodeSettings, block_bytes: int, total_blocks: int) -> int:
     if settings.kv_host_bytes is not None:
         return min(settings.kv_host_bytes // block_bytes, EngineLimits.MAX_HOST_BLOCKS)
-    share = _memory_bytes() // MAX_HOST_MEMORY_SHARE // block_bytes
+    share = machine.memory_bytes() // MAX_HOST_MEMORY_SHARE // block_bytes
     return min(HOST_BLOCKS_PER_BLOCK * total_blocks, share, EngineLimits.MAX_HOST_BLOCKS)
 
 
@@ -173,7 +170,3 @@ def _disk_blocks(settings: NodeSettings, block_bytes: int, host_blocks: int, ran
     if blocks < 1:
         raise ConfigError(f"kv_disk_bytes is {settings.kv_disk_bytes:,}; one block takes {needed:,} bytes; raise it")
     return min(blocks, EngineLimits.MAX_DISK_BLOCKS)
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

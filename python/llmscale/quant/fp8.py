@@ -13,9 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from llmscale.quant.dense import dense_product
 from llmscale.quant.int8 import checked_scales, nonzero
 from llmscale.quant.layouts import Cut, Fp8Layout, Fp8Scales, Layout, Shape, StoredTensor
-from llmscale.quant.product import TILED_FOR_ROWS, tiles_supported
+from llmscale.quant.method import Product
 from llmscale.quant.weight import QuantizedWeight, expanded, trimmed_groups
 
 MAX_CODE = 448.0
@@ -68,34 +69,9 @@ class Fp8:
         result = x.double() @ self.dequantize(weight).double().t()
         return (result if bias is None else result + bias.double()).to(x.dtype)
 
-    def prepare(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> DequantizedProduct:
+    def prepare(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> Product:
         """See `QuantMethod`."""
-        return DequantizedProduct(self.dequantize(weight).to(dtype), bias)
-
-
-class DequantizedProduct:
-    """A weight in the activations' dtype, in oneDNN's tiles where torch has them."""
-
-    __slots__ = ("_bias", "_is_tiled", "_weight")
-
-    kind = "dequantized"
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._is_tiled = tiles_supported(weight.device, weight.dtype)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, TILED_FOR_ROWS) if self._is_tiled else weight
-        self._bias = bias
-
-    @property
-    def total_bytes(self) -> int:
-        """See `Product`."""
-        return int(self._weight.numel()) * int(self._weight.element_size())
-
-    def apply(self, x: Tensor, out: Tensor) -> Tensor:
-        """See `Product`."""
-        if self._is_tiled:
-            tiled: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-            return tiled
-        return torch.nn.functional.linear(x, self._weight, self._bias)
+        return dense_product(self.dequantize(weight).to(dtype), bias)
 
 
 def method(layout: Layout) -> Fp8:

@@ -9,9 +9,6 @@ import torch
 
 from llmscale.errors import UnsupportedModel
 
-TILED_FOR_ROWS = 32
-"""Rows that oneDNN is asked to tile for. From 8 on it chooses the same layout; for one row it chooses a poor one."""
-
 
 def tiles_supported(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN's tiles for dense weights work for this device and dtype."""

@@ -23,7 +23,7 @@ from llmscale.layers.activations import (
 )
 from llmscale.layers.attention import Attention
 from llmscale.layers.embedding import Embedding, ShardedEmbedding
-from llmscale.layers.linear import DenseLinear, Linear, QuantizedLinear, TiledLinear
+from llmscale.layers.linear import Linear
 from llmscale.layers.mlp import GatedMlp
 from llmscale.layers.norm import RmsNorm
 from llmscale.layers.ops import AttentionConstants, HeadNorms, Ops, RopeTable
@@ -32,9 +32,9 @@ from llmscale.models.loader import Weights
 from llmscale.models.spec import AttentionSpec, BlockSpec, HeadSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
 from llmscale.parallel.pipeline import StageLink
 from llmscale.parallel.tensor import Alone, TensorGroup, row_bounds
+from llmscale.quant.dense import product_class
 from llmscale.quant.layouts import Quantization
-from llmscale.quant.method import Product, method_for
-from llmscale.quant.product import tiles_supported
+from llmscale.quant.method import method_for
 from llmscale.quant.weight import QuantizedWeight
 from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
@@ -68,8 +68,8 @@ class Ranks:
 class TorchExecutor:
     """A model, or a rank's part of it, on the device that holds its weights and KV region.
 
-    `linear_kind` names how products are computed, "tiled" or "dense", and with what quantized weights; it is part of
-    what makes tokens repeatable.
+    `linear_kind` names how products are computed, and with what quantized weights; it is part of what makes tokens
+    repeatable.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class _Builder:
         self._kinds: set[str] = set()
         self._max_sequence_tokens = max_sequence_tokens
         self._device = device
-        self._tiled = tiles_supported(device, weights.dtype)
+        self._dense_product = product_class(device, weights.dtype)
         self._tables: dict[tuple[RopeSpec, int], RopeTable] = {}
 
     def zeros(self, rows: int, columns: int) -> Tensor:
@@ -228,7 +228,7 @@ class _Builder:
     @property
     def linear_kind(self) -> str:
         """Of what has been built."""
-        return "+".join(["tiled" if self._tiled else "dense", *sorted(self._kinds)])
+        return "+".join([self._dense_product.kind, *sorted(self._kinds)])
 
     def _linear(self, spec: LinearSpec) -> Linear:
         bias = None if spec.bias is None else self._weights[spec.bias]
@@ -239,12 +239,12 @@ class _Builder:
             return self._dense(weight, bias)
         quantization = self._quantization
         assert quantization is not None, "a quantized weight in a model that is not"
-        product: Product = method_for(quantization.layout).prepare(weight, bias, self._weights.dtype)
+        product = method_for(quantization.layout).prepare(weight, bias, self._weights.dtype)
         self._kinds.add(f"{quantization.label}-{product.kind}")
-        return QuantizedLinear(product)
+        return Linear(product)
 
     def _dense(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return TiledLinear(weight, bias) if self._tiled else DenseLinear(weight, bias)
+        return Linear(self._dense_product(weight, bias))
 
 
 def _widths(spec: ModelSpec) -> ActivationSizes:

@@ -2,8 +2,8 @@
 
 The memory is a file that a node owns and that outlives workers, or one of this process's own. What lies in it is kept
 if it means the same to this worker: same numerics, same layout of blocks, same rank. Copies are made by the core, one
-after the other, before the step's rows; a block takes its bytes over the speed of memory, twice. Does not know what a
-block holds or who wants it back.
+after the other, before the step's rows, each linear in its bytes. Does not know what a block holds or who wants it
+back.
 """
 
 from __future__ import annotations

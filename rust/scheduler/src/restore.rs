@@ -112,3 +112,6 @@ impl Replica {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -169,6 +169,7 @@ mod tests {
         assert!(refusal(|limits| limits.block_tokens = 1).contains("blocks of the longest sequence is 1048576"));
         assert!(refusal(|limits| limits.max_sequences = 16_385).contains("max_steps_in_flight is 32770"));
         assert!(refusal(|limits| limits.max_waiting_sequences = 65_537).contains("max_waiting_sequences is 65537"));
+        assert!(refusal(|limits| limits.host_blocks = (1 << 24) + 1).contains("host_blocks is 16777217, the limit is"));
     }
 
     #[test]

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_copies, gpu_matmul
+from bench import gpu, gpu_attention, gpu_copies, gpu_matmul, gpu_sampling, gpu_serving
 from bench.gpu_timing import Budget
 from bench.result import Row
 from bench.statistics import Spread
+from llmscale.layers.reference import ReferenceOps
 from tests.cuda.emulator import Emulator
 
+HEADS = gpu_attention.Heads(query=4, kv=2, dim=16)
 ROOT = Path(__file__).parents[3]
 # The first test with the emulation may have to compile it.
 pytestmark = pytest.mark.timeout(900)
@@ -76,12 +78,20 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         calls[0]()
         return Spread(2.0, 1.0, 4.0, 3)
 
-    for module in (gpu_matmul, gpu_copies):
+    for module in (gpu_matmul, gpu_copies, gpu_attention, gpu_sampling):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+    for module in (gpu_matmul, gpu_copies):
         monkeypatch.setattr(module, "cuda_device", lambda index: Engine())
-    monkeypatch.setattr(gpu_matmul, "graph_microseconds", once)
+    for module in (gpu_matmul, gpu_attention, gpu_sampling):
+        monkeypatch.setattr(module, "graph_microseconds", once)
+        monkeypatch.setattr(module, "ROTATING_BYTES", 1)
     monkeypatch.setattr(gpu_matmul, "SHAPES", ((136, 264),))
-    monkeypatch.setattr(gpu_matmul, "ROTATING_BYTES", 1)
+    monkeypatch.setattr(gpu_attention, "MODELS", (HEADS,))
+    monkeypatch.setattr(gpu_attention, "make_ops", lambda attention, max_sequences, max_tokens: ReferenceOps())
+    monkeypatch.setattr(gpu_attention, "DECODES", ((3, 40),))
+    monkeypatch.setattr(gpu_attention, "CHUNKS", ((20, 20), (8, 70)))
+    monkeypatch.setattr(gpu_sampling, "VOCABULARY", 100)
+    monkeypatch.setattr(gpu_sampling, "make_sampler", lambda rows: torch.argmax)
     monkeypatch.setattr(gpu_copies, "stream_microseconds", lambda call, stream, repeats=5: once([call]))
     monkeypatch.setattr(gpu_copies, "elapsed_microseconds", lambda call, stream: once([call]).median)
     monkeypatch.setattr(gpu_copies, "new_stream", lambda: None)
@@ -126,3 +136,43 @@ def test_copy_sections_move_blocks_in_both_directions() -> None:
             case for case in cases if case.startswith(f"copy/{direction}/8KiB")
         ]
         assert f"copy/{direction}/32KiB/engine/slowdown" in cases
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_attention_sections_count_keys_that_are_read_and_pairs_that_are_multiplied() -> None:
+    limits = {"copy_gigabytes_per_second": 100.0, "bf16_teraflops": 10.0}
+    (decode,) = gpu_attention.decode_rates(Budget(60), limits)
+    assert decode.case == "decode/4q2kv16/3x40"
+    kv_bytes = 3 * 40 * 2 * 2 * 16 * 2
+    assert decode.value == pytest.approx(kv_bytes / 2e-6 / 1e9)
+    assert decode.limit_share == pytest.approx(kv_bytes / 2e-6 / 1e9 / 100)
+    alone, behind = gpu_attention.chunk_rates(Budget(60), limits)
+    pairs = sum(range(1, 21)), sum(range(63, 71))
+    assert [alone.value, behind.value] == [pytest.approx(4 * 4 * 16 * each / 2e-6 / 1e12) for each in pairs]
+    (first, *_, last) = gpu_sampling.sampling_rates(Budget(60), limits)
+    assert (first.case, last.case) == ("sampling/1x100", "sampling/256x100")
+    assert last.value == pytest.approx(2 * 256 * 100 / 2e-6 / 1e9)
+
+
+@pytest.mark.usefixtures("on_the_cpu")
+def test_attention_is_held_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [found.case for found in gpu_attention.correctness(Budget(60))]
+    assert cases == ["correct/attention/4q2kv16/decode", "correct/attention/4q2kv16/mixed"]
+    right = gpu_attention.gathered
+    monkeypatch.setattr(gpu_attention, "gathered", lambda *given: right(*given).flip(1))
+    with pytest.raises(AssertionError, match="relative error"):
+        next(gpu_attention.correctness(Budget(60)))
+
+
+def test_serving_stands_beside_vllm_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLMSCALE_BENCH_CACHE", str(tmp_path))
+    for name, value in {"SHAPE": "tiny", "STREAMS": (1, 2), "PROMPT_TOKENS": 8, "OUTPUT_TOKENS": 4}.items():
+        monkeypatch.setattr(gpu_serving, name, value)
+    monkeypatch.setattr(gpu_serving.shutil, "which", lambda program: None)
+    alone = list(gpu_serving.serving_rates(Budget(600), {}))
+    assert [found.case for found in alone] == ["serving/tiny/1-streams", "serving/tiny/2-streams"]
+    assert all(found.value > 0 and found.peers == {"vllm": "not on the PATH"} for found in alone)
+    monkeypatch.setattr(gpu_serving.shutil, "which", lambda program: program)
+    monkeypatch.setattr(gpu_serving, "_vllm", lambda program, folder: gpu_serving._own(folder))
+    beside = list(gpu_serving.serving_rates(Budget(600), {}))
+    assert all(isinstance(found.peers["vllm"], float) for found in beside)

@@ -1,16 +1,10 @@
-"""One thread for all tests of this folder: two on tiny products only wait for each other."""
+"""One thread for all tests of this folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _always_one_thread(one_thread: None) -> None:
+    """See `one_thread`."""

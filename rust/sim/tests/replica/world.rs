@@ -81,6 +81,8 @@ pub(crate) struct World {
     book: DiskBook,
     /// How often something was done to the disk, or to what goes there, that may be found out yet.
     pub(crate) disk_harms: u32,
+    /// What the workers to come take for a copied block. A token that is computed takes 40,000.
+    pub(crate) copy_ns: u64,
     pub(crate) replica: Replica,
     worker: Option<HashWorker>,
     first_stage: FirstStage,
@@ -112,6 +114,7 @@ impl World {
             disk: Some(DiskMemory::new(disk_blocks, 1)),
             book: DiskBook::default(),
             disk_harms: 0,
+            copy_ns: 2_000,
             replica,
             worker: None,
             first_stage,
@@ -132,7 +135,6 @@ impl World {
         let Some(delta) = self.sent.pop_front() else { return false };
         let leads = self.leads();
         let worker = self.worker.as_mut().expect("steps are sent to a live worker");
-        // Copies pay: a block takes as long as a twentieth of a token.
         let tokens: u64 = delta.chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum();
         let outcome = worker.run(&delta, 1_000 + 40_000 * tokens);
         match outcome {
@@ -249,7 +251,7 @@ impl World {
         let disk = self.disk.take().expect("the worker before left it");
         let disk_files = disk.incarnation();
         let worker = HashWorker::new(self.replica.limits(), self.epoch).killed_by(self.deadly);
-        self.worker = Some(worker.with_host(host, 2_000).with_disk(disk));
+        self.worker = Some(worker.with_host(host, self.copy_ns).with_disk(disk));
         self.first_stage = FirstStage::new(self.replica.limits(), self.epoch);
         self.event(Event::WorkerUp { epoch: self.epoch, host_memory, disk_files });
     }
