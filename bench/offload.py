@@ -122,9 +122,8 @@ class _Engine:
         token = self._token([*first, *more])
         took = time.perf_counter() - start
         if self._disk is not None:
-            print(
-                f"{self._llm._replica.disk_blocks()[1] - read} of {len(first) // BLOCK_TOKENS} blocks", file=sys.stderr
-            )
+            came = self._llm._replica.disk_blocks()[1] - read
+            sys.stderr.write(f"{came} of {len(first) // BLOCK_TOKENS} blocks came from the disk\n")
         return took, token
 
     def _fillers(self) -> int:

@@ -14,6 +14,7 @@ fn limits(host_blocks: u32) -> EngineLimits {
         block_tokens: 4,
         total_blocks: 64,
         host_blocks,
+        disk_blocks: 0,
         max_sequences: 8,
         max_step_tokens: 64,
         max_sequence_tokens: 40,

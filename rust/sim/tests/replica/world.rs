@@ -76,13 +76,13 @@ pub(crate) struct World {
     /// How many bits have flipped in the host's memory that it may yet find out.
     flips: u32,
     host: Option<HostMemory>,
-    /// What the workers to come take for a copied block. A token that is computed takes 40,000.
-    pub(crate) copy_ns: u64,
     disk: Option<DiskMemory>,
     /// What is kept beside the disk.
     book: DiskBook,
     /// How often something was done to the disk, or to what goes there, that may be found out yet.
     pub(crate) disk_harms: u32,
+    /// What the workers to come take for a copied block. A token that is computed takes 40,000.
+    pub(crate) copy_ns: u64,
     pub(crate) replica: Replica,
     worker: Option<HashWorker>,
     first_stage: FirstStage,
@@ -111,10 +111,10 @@ impl World {
             losses: 0,
             flips: 0,
             host: Some(HostMemory::new(host_blocks, 1)),
-            copy_ns: 2_000,
             disk: Some(DiskMemory::new(disk_blocks, 1)),
             book: DiskBook::default(),
             disk_harms: 0,
+            copy_ns: 2_000,
             replica,
             worker: None,
             first_stage,
