@@ -27,7 +27,7 @@ GENERATED = {"Cargo.lock"}
 
 MAX_LINES = 450
 LONG_FILES: dict[str, tuple[int, str]] = {
-    "python/llmscale/_core.pyi": (600, "one module, and a stub is its table of contents")
+    "python/llmscale/_core.pyi": (680, "one module, and a stub is its table of contents")
 }
 MAX_FUNCTION_LINES = 70
 

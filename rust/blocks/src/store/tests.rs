@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 mod disk;
+mod size;
 
 const TOKENS: u32 = 4;
 
@@ -287,9 +288,7 @@ fn told(store: &mut BlockStore, known: &mut BTreeSet<PrefixKey>) {
     for event in store.take_changes() {
         match event {
             KvEvent::Stored(keys) => known.extend(keys),
-            KvEvent::Removed(keys) => keys.iter().for_each(|key| {
-                known.remove(key);
-            }),
+            KvEvent::Removed(keys) => known.retain(|key| !keys.contains(key)),
             KvEvent::Cleared => known.clear(),
         }
     }
@@ -447,20 +446,4 @@ proptest! {
             prop_assert_eq!(&known, &names);
         }
     }
-}
-
-#[test]
-fn an_unused_store_can_be_made_smaller_and_hands_out_what_is_left() {
-    let mut store = BlockStore::new(8, TOKENS, ChainHasher::new([7; 32])).with_host_blocks(3);
-    store.shrink(2);
-    assert_eq!((store.total(), store.free(), store.host_blocks()), (2, 2, 3));
-    assert_eq!([store.allocate(), store.allocate(), store.allocate()], [Some(BlockId(0)), Some(BlockId(1)), None]);
-}
-
-#[test]
-#[should_panic(expected = "blocks are in use")]
-fn a_store_with_a_block_in_use_keeps_its_size() {
-    let mut store = BlockStore::new(8, TOKENS, ChainHasher::new([7; 32]));
-    let _ = store.allocate();
-    store.shrink(2);
 }
