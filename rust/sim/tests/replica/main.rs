@@ -2,7 +2,8 @@
 //! and gives every block back. Method: random submissions, aborts, recalls, crashes, lapses and delays against the hash
 //! worker.
 
-mod tiers;
+mod disk;
+mod host;
 mod world;
 
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Replica};
