@@ -106,7 +106,7 @@ mod tests {
         let touch = TouchAhead::start(&region).unwrap();
         let blocks_there = || file.metadata().unwrap().blocks() as usize * 512 / BLOCK_BYTES;
         let wait_for = |blocks: usize| {
-            let deadline = Instant::now() + Duration::from_secs(60);
+            let deadline = Instant::now() + Duration::from_mins(1);
             while blocks_there() < blocks && Instant::now() < deadline {
                 std::thread::yield_now();
             }

@@ -90,6 +90,36 @@ fn to_node() -> Vec<(&'static str, ToNode)> {
     ]
 }
 
+fn status() -> Status {
+    Status {
+        node: NODE,
+        epoch: EPOCH,
+        state: NodeState::Ready,
+        running: 12,
+        waiting: 3,
+        queued_tokens: 4_500,
+        predicted_backlog_ns: 180_000_000,
+        free_blocks: 7_000,
+        steps: 70_000,
+        preemptions: 1,
+        prefix_queries: 90_000,
+        prefix_hits: 30_000,
+        offloaded_blocks: 900,
+        restored_blocks: 70_001,
+        bad_host_blocks: 1,
+        worker_restarts: 2,
+        worker_pid: Some(4_242),
+        step_ns: 161_000_000_000,
+        stage_wait_ns: 3_000_000_000,
+        kv_changes: 12,
+        disk_written_blocks: 800,
+        disk_read_blocks: 70_002,
+        bad_disk_blocks: 2,
+        failed_disk_writes: 3,
+        disk_waits: 4,
+    }
+}
+
 fn from_node() -> Vec<(&'static str, FromNode)> {
     let changes = KvChanges {
         node: NODE,
@@ -138,33 +168,7 @@ fn from_node() -> Vec<(&'static str, FromNode)> {
             cached_tokens: 64,
         }],
     };
-    let status = Status {
-        node: NODE,
-        epoch: EPOCH,
-        state: NodeState::Ready,
-        running: 12,
-        waiting: 3,
-        queued_tokens: 4_500,
-        predicted_backlog_ns: 180_000_000,
-        free_blocks: 7_000,
-        steps: 70_000,
-        preemptions: 1,
-        prefix_queries: 90_000,
-        prefix_hits: 30_000,
-        offloaded_blocks: 900,
-        restored_blocks: 70_001,
-        bad_host_blocks: 1,
-        worker_restarts: 2,
-        worker_pid: Some(4_242),
-        step_ns: 161_000_000_000,
-        stage_wait_ns: 3_000_000_000,
-        kv_changes: 12,
-        disk_written_blocks: 800,
-        disk_read_blocks: 70_002,
-        bad_disk_blocks: 2,
-        failed_disk_writes: 3,
-        disk_waits: 4,
-    };
+    let status = status();
     let starting = Status { state: NodeState::Starting, worker_pid: None, ..status };
     let rejected = Rejected {
         code: RejectCode::WrongModel,
