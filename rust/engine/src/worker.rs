@@ -100,25 +100,12 @@ impl WorkerSession {
         self.send(&FromWorker::NeedSnapshot(NeedSnapshot { epoch, step, last: None, bad_host_blocks }))
     }
 
-    /// The model is loaded: makes the mirror and tells the engine. `total_blocks` is what the device has room for, of what
-    /// the configuration allows; `host_memory` is the incarnation of the host tier's memory, `disk_files` the one of the
-    /// disk tier's file; 0 without one.
-    pub fn ready(
-        &mut self,
-        pid: u32,
-        layers: u32,
-        numerics: String,
-        loading_ns: u64,
-        total_blocks: u32,
-        host_memory: u64,
-        disk_files: u64,
-    ) -> Result<(), SessionError> {
+    /// The model is loaded: makes the mirror, of as many blocks as the device has room for, and tells the engine.
+    pub fn ready(&mut self, ready: Ready) -> Result<(), SessionError> {
         let configure = self.configured.as_ref().ok_or(SessionError::Order("ready before a configuration"))?;
-        let limits = EngineLimits { total_blocks, ..configure.limits.clone() };
+        let limits = EngineLimits { total_blocks: ready.total_blocks, ..configure.limits.clone() };
         self.mirror = Some(Mirror::new(&limits, self.epoch));
-        let epoch = self.epoch;
-        let ready = Ready { epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory, disk_files };
-        self.send(&FromWorker::Ready(ready))
+        self.send(&FromWorker::Ready(Ready { epoch: self.epoch, ..ready }))
     }
 
     /// Transfers between the host tier and the disk have ended.
@@ -217,7 +204,17 @@ mod tests {
         paper.order(ToWorker::Configure(configure));
         let mut session = WorkerSession::new(Box::new(paper.clone()), EPOCH);
         assert!(matches!(session.receive(0), Ok(Some(Order::Configure(_)))));
-        session.ready(1, 1, "hash".to_owned(), 1, 64, 0, 0).unwrap();
+        let ready = Ready {
+            epoch: EPOCH,
+            pid: 1,
+            total_blocks: 64,
+            layers: 1,
+            numerics: "hash".to_owned(),
+            loading_ns: 1,
+            host_memory: 0,
+            disk_files: 0,
+        };
+        session.ready(ready).unwrap();
         assert_eq!(paper.said().len(), 1);
         (paper, session)
     }

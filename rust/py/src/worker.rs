@@ -20,7 +20,7 @@ use llmscale_net::link::socket::SocketWorker;
 use llmscale_net::{Address, EndpointOptions};
 use llmscale_scheduler::Mirror;
 use llmscale_types::{Epoch, HostBlockId};
-use llmscale_wire::{Dtype as WireDtype, FailureCode};
+use llmscale_wire::{Dtype as WireDtype, FailureCode, Ready};
 use pyo3::prelude::*;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -126,9 +126,10 @@ impl PyWorkerSession {
         host_memory: u64,
         disk_files: u64,
     ) -> PyResult<()> {
-        let pid = std::process::id();
-        let outcome = self.lock().ready(pid, layers, numerics, loading_ns, total_blocks, host_memory, disk_files);
-        outcome.map_err(|error| session_error(&error))
+        // The session knows the epoch.
+        let (epoch, pid) = (Epoch(0), std::process::id());
+        let ready = Ready { epoch, pid, total_blocks, layers, numerics, loading_ns, host_memory, disk_files };
+        self.lock().ready(ready).map_err(|error| session_error(&error))
     }
 
     /// Makes the copies of the step that was received last between the host tier and `kv`, (address, bytes) of the KV

@@ -373,6 +373,6 @@ fn blocks_that_the_first_worker_has_no_room_for_are_never_planned() {
 fn a_later_worker_cannot_have_fewer_blocks() {
     let mut replica = Replica::new(limits(64, 4, 16, 2), [9; 32], Box::new(FirstComeFirstServed)).unwrap();
     let mut out = Actions::default();
-    let _ = replica.on_event(Time(0), Event::WorkerUp { epoch: Epoch(1), host_memory: 0 }, &mut out);
+    let _ = replica.on_event(Time(0), Event::WorkerUp { epoch: Epoch(1), host_memory: 0, disk_files: 0 }, &mut out);
     let _ = replica.on_event(Time(0), Event::FewerBlocks(10), &mut out);
 }
