@@ -168,6 +168,7 @@ mod tests {
             block_tokens: 4,
             total_blocks: 64,
             host_blocks: 0,
+            disk_blocks: 0,
             max_sequences: 4,
             max_step_tokens: 32,
             max_sequence_tokens: 64,
