@@ -18,7 +18,7 @@ $(VENV)/.environment: pyproject.toml
 	@echo "== making the environment in $(VENV) (once, about a minute)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "maturin>=1.16,<2"
-	$(BIN)/python tools/requirements.py node dev bench | $(BIN)/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
+	$(BIN)/python tools/requirements.py node gguf dev bench | $(BIN)/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.environment $(RUST_SOURCES)

@@ -1,14 +1,15 @@
 """How near do the CUDA kernels come to what the device can do, and are they right?
 
 Ceilings first (copy, bfloat16 products, the link), then correctness against float64, weight matmuls over the shapes of
-Llama models and batches of 1 to 256, paged attention, sampling, KV block copies, and serving. A section that fails
-costs only itself, and one that takes longer than `--section-seconds` leaves out its last cases; both are rows of the
-report. Needs a CUDA device; without one it ends with status 69 and says so.
+Llama models and batches of 1 to 256, paged attention, sampling, KV block copies, whole decode steps, and serving. A
+section that fails costs only itself, and one that takes longer than `--section-seconds` leaves out its last cases; both
+are rows of the report. Needs a CUDA device; without one it ends with status 69 and says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import traceback
@@ -44,6 +45,8 @@ def main(arguments: argparse.Namespace) -> Report:
     rows: list[Row] = []
     for name in wanted:
         rows += run_section(name, chosen[name], limits, 60 if arguments.quick else arguments.section_seconds)
+        # Tensors in cycles hold memory that the next section, or its server, needs.
+        gc.collect()
         torch.cuda.empty_cache()
     machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}"
     return Report("gpu", arguments.seed, rows, limits, machine=machine)
@@ -51,7 +54,7 @@ def main(arguments: argparse.Namespace) -> Report:
 
 def sections() -> dict[str, Section]:
     """In the order in which they run."""
-    from bench import gpu_attention, gpu_copies, gpu_matmul, gpu_sampling, gpu_serving
+    from bench import gpu_attention, gpu_copies, gpu_matmul, gpu_sampling, gpu_serving, gpu_steps
 
     return {
         "correctness": lambda budget, _: gpu_matmul.correctness(budget),
@@ -64,6 +67,7 @@ def sections() -> dict[str, Section]:
         "copies": gpu_copies.copy_rates,
         "calibration": lambda budget, _: gpu_copies.calibration(budget),
         "packing": gpu_copies.packing_rates,
+        "steps": gpu_steps.step_rates,
         "serving": gpu_serving.serving_rates,
     }
 

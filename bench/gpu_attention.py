@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.gpu_timing import DEVICE, ROTATING_BYTES, Budget, graph_microseconds, inverted
+from bench.gpu_timing import DEVICE, ROTATING_BYTES, Budget, graph_microseconds, inverted, peer_microseconds
 from bench.result import Row
 from bench.statistics import Spread
 from llmscale.layers.ops import AttentionConstants, KvLayer, Ops
@@ -192,7 +192,7 @@ def chunk_rates(budget: Budget, limits: dict[str, float]) -> Iterator[Row]:
             yield Row.of(case, "TFLOP/s", rate, limit=limits.get("bf16_teraflops"), peers=peers)
 
 
-def attend_microseconds(heads: Heads, spans: Sequence[tuple[int, int]]) -> tuple[Spread, float]:
+def attend_microseconds(heads: Heads, spans: Sequence[tuple[int, int]]) -> tuple[Spread, float | str]:
     """Ours, and torch's on dense tensors of sequences that are all as long as the first."""
     length, rows_each = spans[0]
     rows = step(spans)
@@ -213,4 +213,4 @@ def attend_microseconds(heads: Heads, spans: Sequence[tuple[int, int]]) -> tuple
         lambda kv=kv: scaled_dot_product_attention(queries, kv[0], kv[1], attn_mask=bias, enable_gqa=True)
         for kv in dense
     ]
-    return own, graph_microseconds(calls).median
+    return own, peer_microseconds(calls)

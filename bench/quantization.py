@@ -1,7 +1,7 @@
 """What does each quantization cost in quality, and what does it save in bytes and time?
 
-Exact match of greedy answers on unseen items of `examples/tiny_chat` (embedded models only), as many disjoint sets of
-items as repeats, and the share of answers that are those of the same model in bfloat16. Bytes are of the weights as
+Exact match of greedy answers on unseen items of `llmscale.embedded.tasks` (embedded models only), as many disjoint sets
+of items as repeats, and the share of answers that are those of the same model in bfloat16. Bytes are of the weights as
 they are loaded. Speed: the offline cases prefill512, decode1 and batch8. FP8 is a copy that `llmscale quantize` has
 written; on CPUs it becomes bfloat16 in memory. `--cases` chooses variants; bfloat16 is always measured, first.
 """
@@ -28,7 +28,6 @@ ITEMS = 600
 QUICK_ITEMS = 200
 SPEED_CASES = ("prefill512", "decode1", "batch8")
 MAX_ANSWER_TOKENS = 96
-EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny_chat"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +142,7 @@ def _weight_bytes(variant: Variant, folder: Path) -> int:
 
 
 def _item_sets(arguments: argparse.Namespace) -> Iterator[list[Any]]:
-    sys.path.insert(0, str(EXAMPLE))
-    from tinychat.scoring import unseen_items
+    from llmscale.embedded.tasks.splits import unseen_items
 
     count = QUICK_ITEMS if arguments.quick else ITEMS
     for repeat in range(arguments.repeats):
@@ -152,15 +150,10 @@ def _item_sets(arguments: argparse.Namespace) -> Iterator[list[Any]]:
 
 
 def _answers(llm: LLM, items: Sequence[Any]) -> list[str]:
-    from tinychat.chat_format import ChatEncoder
-    from tokenizers import Tokenizer
-
     from llmscale import SamplingParams
-    from llmscale.embedded import embedded_model_path
 
-    encoder = ChatEncoder(Tokenizer.from_file(str(embedded_model_path("tiny-chat") / "tokenizer.json")))
-    prompts = [list(encoder.item(item).prompt) for item in items]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS))
+    params = SamplingParams(temperature=0, max_tokens=MAX_ANSWER_TOKENS)
+    outputs = llm.chat([list(item.messages) for item in items], params)
     return [output.outputs[0].text for output in outputs]
 
 

@@ -38,12 +38,14 @@ def resident_bytes(group: int) -> int:
 
 
 @contextlib.contextmanager
-def serving(model: str, *options: str, threads: int | None = None) -> Iterator[tuple[int, int, float]]:
+def serving(
+    model: str, *options: str, threads: int | None = None, max_start_seconds: float = MAX_START_SECONDS
+) -> Iterator[tuple[int, int, float]]:
     """Starts a server on loopback: its port, its process group, and the seconds until it was ready."""
     port = free_port()
     command = [sys.executable, "-m", "llmscale.cli", "serve", model, "--port", str(port), *options]
     command += [] if threads is None else ["--threads", str(threads)]
-    with running(command, f"http://127.0.0.1:{port}/health/ready") as (group, seconds):
+    with running(command, f"http://127.0.0.1:{port}/health/ready", max_start_seconds) as (group, seconds):
         yield port, group, seconds
 
 

@@ -73,7 +73,7 @@ def model_folder(name: str) -> Path:
     _write_weights(shape, making)
     _write_tokenizer(shape, making)
     (making / "generation_config.json").write_text('{"eos_token_id": 0}')
-    (making / "config.json").write_text(json.dumps(_config(shape), indent=1))
+    (making / "config.json").write_text(json.dumps(config_of(shape), indent=1))
     if folder.exists():
         shutil.rmtree(folder)
     # Renamed when complete: a run that was interrupted leaves no folder that looks whole.
@@ -81,7 +81,8 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def _config(shape: Shape) -> dict[str, Any]:
+def config_of(shape: Shape) -> dict[str, Any]:
+    """The config.json of a shape."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -6,6 +6,7 @@ and biases too, since weights of one or zero hide a part that is left out.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmscale._core import CpuKernels, EngineLimits
 from llmscale.models.registry import describe_model
 from llmscale.models.spec import ModelSpec
-from llmscale.worker.kv_region import KvRegion
+from llmscale.worker.kv_layout import BlockMemory, kv_layout_of
+from llmscale.worker.native_runner import NativeRegion, NativeRunner
+from llmscale.worker.runner import RunnerOptions
 from llmscale.worker.step import Executor, StepInputs, StepLimits
 
 VOCABULARY = 307
@@ -194,6 +198,61 @@ def write_random_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **
     return tensors
 
 
+class NativeExecutor:
+    """The native program of a model folder as an `Executor`: index arrays go in, logits come out as a tensor."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        limits: StepLimits,
+        blocks: int,
+        *,
+        quantization: str | None = None,
+        threads: int = 2,
+    ) -> None:
+        spec = describe_model(folder).spec
+        engine_limits = EngineLimits(
+            vocabulary=spec.vocabulary,
+            total_blocks=blocks,
+            block_tokens=32,
+            max_sequence_tokens=limits.max_sequence_tokens,
+            max_sequences=limits.max_sequences,
+            max_step_tokens=limits.max_step_tokens,
+            eos_tokens=[],
+        )
+        options = RunnerOptions(dtype=dtype, quantization=quantization, threads=threads)
+        self.runner = NativeRunner(folder, engine_limits, options)
+        self._kernels: CpuKernels = self.runner.kernels
+        self.region = NativeRegion(kv_layout_of(spec, dtype), blocks, self.runner.program)
+        self.logits_dtype: torch.dtype = getattr(torch, dtype)
+        self.logits_width = spec.vocabulary
+
+    def forward(self, step: StepInputs) -> Tensor:
+        """See `Executor`."""
+        columns = (
+            step.token_ids,
+            step.positions,
+            step.slot_mapping,
+            step.query_start,
+            step.sequence_lengths,
+            step.table_offsets,
+            step.block_tables,
+            step.sample_rows,
+        )
+        program = self.runner.program
+        program.forward(self._kernels, [(column.data_ptr(), column.numel()) for column in columns])
+        address, elements = program.logits
+        logits = torch.empty(step.samples, self.logits_width, dtype=self.logits_dtype)
+        assert elements == logits.numel(), (elements, logits.shape)
+        ctypes.memmove(logits.data_ptr(), address, logits.nbytes)
+        return logits
+
+    def use_region(self, kv_region: object) -> None:
+        """A program has one of its own."""
+        raise AssertionError("a program computes on its own region")
+
+
 @dataclass(slots=True)
 class DrivenSequence:
     """A sequence in the random planner: its tokens so far, where its blocks are, and the logits of every position."""
@@ -212,7 +271,7 @@ class RandomPlanner:
     never keeps a sequence's blocks in order.
     """
 
-    def __init__(self, executor: Executor, region: KvRegion, limits: StepLimits, seed: int) -> None:
+    def __init__(self, executor: Executor, region: BlockMemory, limits: StepLimits, seed: int) -> None:
         self.executor = executor
         self._limits = limits
         self._block_tokens = region.layout.block_tokens

@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from tinychat.decode import greedy
 from tinychat.export import RESULTS_BEGIN, RESULTS_END
 from tinychat.model import LlamaWeights, ModelShape, RowGroup, rope_tables
-from tinychat.scoring import Graded, answer_items, exact_match, unseen_items
+from tinychat.scoring import Graded, answer_items, exact_match
 from tokenizers import Tokenizer
+
+from llmscale.embedded.tasks.splits import unseen_items
 
 SEED = 20_000
 MAX_PARITY_ERROR = 2e-4

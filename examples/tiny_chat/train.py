@@ -19,11 +19,13 @@ from tinychat.export import export_folder
 from tinychat.gradients import GradientWorkers
 from tinychat.model import SHAPES, LlamaWeights
 from tinychat.muon import MuonAdam
-from tinychat.scoring import answer_items, exact_match, unseen_items
-from tinychat.tasks import TASKS
+from tinychat.scoring import answer_items, exact_match
 from tinychat.vocabulary_training import train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from llmscale.embedded.tasks import TASKS
+from llmscale.embedded.tasks.splits import unseen_items
 
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 0.004, 0.02
 WARMUP_STEPS = 100

@@ -11,9 +11,12 @@ from llmscale.errors import ConfigError
 
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+EXECUTORS = ("auto", "native", "torch")
 # Of weights that the checkpoint has dense. int4 has groups of 32 inputs with one scale, unless the name says otherwise.
 QUANTIZATIONS = ("int8", "int4", "int4-64", "int4-128")
 MAX_STEP_SECONDS = 3_600.0
+# From SIGTERM to a node until it ends whatever still runs.
+MAX_DRAIN_SECONDS = 30.0
 # On one machine, of all models together.
 MAX_REPLICAS = 64
 # As many as a front has room for.
@@ -53,6 +56,8 @@ class NodeSettings:
     eighth of the machine's memory; pages that are never written take none."""
     device: str = "auto"
     """What workers compute on, one of `DEVICES`; auto: CUDA where torch sees a device for each, else the CPU."""
+    executor: str = "auto"
+    """What computes steps, one of `EXECUTORS`; auto: native for one rank on the CPU that it can run, else torch."""
     first_device: int = 0
     """Of this host's devices, the one that this node's first rank takes; the others follow."""
     kv_disk: Path | None = None
@@ -75,6 +80,8 @@ class NodeSettings:
     """The node's CURVE key pair; needed to listen beyond this machine."""
     allow_list: Path | None = None
     """Public keys of those who may connect."""
+    max_saving_seconds: float = 5.0
+    """How long a drain may write what is cached above the disk tier, once nothing runs any more; 0 for not at all."""
     max_join_seconds: float = 120.0
     """How long the hosts of one replica wait for each other before one gives up and says for whom it waited."""
 
@@ -85,6 +92,8 @@ class NodeSettings:
             raise ConfigError(f"quantization is {self.quantization!r}, it must be one of {', '.join(QUANTIZATIONS)}")
         if self.device not in DEVICES:
             raise ConfigError(f"device is {self.device!r}, it must be one of {', '.join(DEVICES)}")
+        if self.executor not in EXECUTORS:
+            raise ConfigError(f"executor is {self.executor!r}, it must be one of {', '.join(EXECUTORS)}")
         for name in (
             "max_sequences",
             "max_step_tokens",
@@ -104,6 +113,9 @@ class NodeSettings:
             raise ConfigError(f"max_step_seconds is {self.max_step_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
         if self.max_join_seconds > MAX_STEP_SECONDS:
             raise ConfigError(f"max_join_seconds is {self.max_join_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
+        if not 0 <= self.max_saving_seconds <= MAX_DRAIN_SECONDS:
+            limit = f"0 to {MAX_DRAIN_SECONDS:g}, the time of a whole drain"
+            raise ConfigError(f"max_saving_seconds is {self.max_saving_seconds:g}, it must be {limit}")
         if (self.key_file is None) != (self.allow_list is None):
             raise ConfigError("key_file and allow_list belong together: set both, or neither to stay on loopback")
 

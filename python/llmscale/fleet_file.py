@@ -17,6 +17,7 @@ from msgspec import Meta
 from llmscale.config import (
     DEVICES,
     DTYPES,
+    EXECUTORS,
     LEAST_EJECTION_SECONDS,
     LEAST_NODE_SILENCE_SECONDS,
     MAX_NODES,
@@ -65,6 +66,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     kv_host_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] | None = None
     device: Annotated[str, Meta(pattern=f"^({'|'.join(DEVICES)})\\Z")] = "auto"
     """What workers compute on; auto: CUDA where torch sees a device for each, else the CPU."""
+    executor: Annotated[str, Meta(pattern=f"^({'|'.join(EXECUTORS)})\\Z")] = "auto"
+    """What computes steps; auto: native for one rank on the CPU that it can run, else torch."""
     kv_disk: _Path | None = None
     """A folder; every replica has one of its own in it."""
     kv_disk_bytes: Annotated[int, Meta(ge=1, le=1 << 60)] | None = None

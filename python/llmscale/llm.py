@@ -21,6 +21,9 @@ from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.plan import plan_replica
 from llmscale.tokenizer import Tokenizer
 from llmscale.types import CompletionOutput, RequestOutput, SamplingParams, Usage
+from llmscale.worker.runner import RunnerOptions, make_runner
+from llmscale.worker.sampling import zeroed_words
+from llmscale.worker.step_queue import StepQueue
 
 Prompt = str | Sequence[int]
 _SEED_MASK = (1 << 64) - 1
@@ -41,13 +44,14 @@ class _Sequence:
 class LLM:
     """A model in this process.
 
-    `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "auto", "bfloat16"
-    or "float32". `quantization` makes dense weights "int8", or "int4" with a scale per 32 inputs ("int4-64" and
-    "int4-128": per so many), while they are loaded; checkpoints that are quantized are served as they are. `device` is
-    "cpu", "cuda", or "auto" for CUDA where torch sees a device. `seed` is the base of the seeds of requests that name
-    none: every prompt gets another one, and a script gives the same text twice. `kv_disk` is a folder that keeps
-    computed prefixes from one process to the next, for one process at a time; it holds what prompts and answers were
-    made of.
+    `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "auto",
+    "bfloat16" or "float32". `quantization` makes dense weights "int8", or "int4" with a scale per 32 inputs
+    ("int4-64" and "int4-128": per so many), while they are loaded; checkpoints that are quantized are served as
+    they are. `device` is "cpu", "cuda", or "auto" for CUDA where torch sees a device. `executor` is "native",
+    "torch", or "auto" for native where one rank of a CPU can. `deterministic=True` refuses what could give a prompt
+    other tokens beside others. `seed` is the base of the seeds of requests that name none: every prompt gets
+    another one, and a script gives the same text twice. `kv_disk` is a folder that keeps computed prefixes from one
+    process to the next, for one process at a time; it holds what prompts and answers were made of.
     Raises ModelError for a model that cannot be served and ConfigError for settings that do not fit.
     """
 
@@ -68,16 +72,8 @@ class LLM:
         kv_disk_bytes: int | None = None,
         threads: int | None = None,
         device: str = "auto",
+        executor: str = "auto",
     ) -> None:
-        env.prepare_for_torch()
-        import torch
-
-        from llmscale.worker.model_runner import ModelRunner
-
-        if deterministic not in ("auto", False):
-            raise ConfigError(
-                "deterministic mode needs batch-invariant linear layers, which are not there yet; use auto"
-            )
         settings = NodeSettings(
             model=str(model),
             listen="",
@@ -92,8 +88,14 @@ class LLM:
             kv_disk_bytes=kv_disk_bytes,
             threads=threads,
             device=device,
+            executor=executor,
         )
         plan = plan_replica(settings)
+        if deterministic not in ("auto", False) and plan.executor != "native":
+            raise ConfigError(
+                "deterministic is set, and products of the torch executor depend on what else is in a step; leave it"
+                " at auto, or serve a model that the native executor runs"
+            )
         self.max_model_len: int = plan.limits.max_sequence_tokens
         self.tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
         self._seed = seed
@@ -102,17 +104,14 @@ class LLM:
         self._weights_digest = plan.weights_digest
         self._folder = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
         disk = None if self._folder is None else self._folder.place_of(0, plan.content)
-        self._runner = ModelRunner(
-            plan.folder,
-            plan.dtype,
-            plan.limits,
-            quantization=quantization,
-            threads=threads,
-            device=plan.device,
-            disk=disk,
+        if plan.executor == "torch":
+            env.prepare_for_torch()
+        options = RunnerOptions(
+            dtype=plan.dtype, quantization=quantization, threads=threads, device=plan.device, disk=disk
         )
+        self._runner = make_runner(plan.executor, plan.folder, plan.limits, options)
         self._limits = self._runner.limits
-        self._words = torch.zeros(max_num_seqs * WorkerSession.MAX_ROW_WORDS, dtype=torch.int32)
+        self._words = zeroed_words(max_num_seqs * WorkerSession.MAX_ROW_WORDS)
         self.numerics = self._runner.numerics
         """What tokens depend on besides request and weights: kernels, dtype, quantization."""
         self._start()
@@ -144,8 +143,17 @@ class LLM:
         ids = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
         return self._run([None] * len(ids), ids, params)
 
-    def close(self) -> None:
-        """Lets go of `kv_disk`, so that another process can have it; nothing can be generated any more."""
+    def close(self, *, max_saving_seconds: float = 5.0) -> None:
+        """Writes what is cached to `kv_disk`, the latest first, for so long at most, and lets go of it, so that another
+        process can have it; nothing can be generated any more.
+        """
+        if self._folder is not None:
+            self._replica.drain(int(max_saving_seconds * 1e6))
+            while (counts := self._replica.plan()) is not None or not self._queue.is_empty:
+                if counts is not None:
+                    self._queue.take(counts)
+                else:
+                    self._queue.answer()
         self._replica.close()
         if self._runner.host is not None and self._runner.host.disk is not None:
             self._runner.host.disk.close()
@@ -190,12 +198,15 @@ class LLM:
     def _start(self) -> None:
         """Begins with nothing that runs and nothing cached; KV memory that no table names is free."""
         disk = None if self._runner.host is None else self._runner.host.disk
+        most = 1 + self._runner.max_steps_ahead
         if disk is None or self._folder is None:
-            self._replica = LocalReplica(self._limits)
+            self._replica = LocalReplica(self._limits, max_steps_in_flight=most)
         else:
             index, secret = self._folder.index, self._folder.secret()
-            self._replica = LocalReplica(self._limits, disk, index, secret, self._weights_digest)
+            digest = self._weights_digest
+            self._replica = LocalReplica(self._limits, disk, index, secret, digest, max_steps_in_flight=most)
         self._steps = self._runner.steps(self._replica)
+        self._queue = StepQueue(self._runner, self._steps, self._replica, self._answer)
 
     def _drive(self, sequences: Sequence[_Sequence]) -> None:
         """Submit, plan, run, sample, collect, until nothing is left."""
@@ -206,17 +217,18 @@ class LLM:
                 sequence = ahead.popleft()
                 live[self._replica.submit(sequence.prompt, sequence.sampling)] = sequence
             counts = self._replica.plan()
+            is_open = not self._queue.is_empty
             if counts is not None:
-                self._compute(counts)
+                self._queue.take(counts)
+            else:
+                self._queue.answer()
             news = self._collect(live)
-            assert counts is not None or news, f"{len(live)} requests are left and none of them goes on"
+            assert counts is not None or is_open or news, f"{len(live)} requests are left and none of them goes on"
+        self._queue.answer()
 
-    def _compute(self, counts: StepCounts) -> None:
-        """Copies, runs and samples a planned step, unless its copies make it void."""
-        if not self._runner.copy(counts, self._replica):
-            return
-        self._steps.compute(counts)
-        words = (self._words.data_ptr(), self._words.numel())
+    def _answer(self, counts: StepCounts) -> None:
+        """Samples and completes the oldest step that runs."""
+        words = self._words.buffer_info()
         self._steps.draw((0, counts.samples), 0, words)
         self._replica.complete(words)
 

@@ -161,6 +161,8 @@ class _Replica(Protocol):
     @property
     def disk_waits(self) -> int: ...
     @property
+    def lost_disk_records(self) -> int: ...
+    @property
     def preemptions(self) -> int: ...
     @property
     def steps(self) -> int: ...
@@ -245,6 +247,7 @@ _OF_REPLICA: Final[tuple[tuple[_Kind, str, str, Callable[[_Replica], float]], ..
     (CounterMetricFamily, "kv_disk_bad_blocks", "Disk blocks that were found corrupt", lambda one: one.bad_disk_blocks),
     (CounterMetricFamily, "kv_disk_failed_writes", "Writes that the disk refused", lambda one: one.failed_disk_writes),
     (CounterMetricFamily, "kv_disk_waits", "Times a step waited for the disk", lambda one: one.disk_waits),
+    (CounterMetricFamily, "kv_disk_lost_records", "Index records not written", lambda one: one.lost_disk_records),
     (CounterMetricFamily, "worker_restarts", "Times a worker process was replaced", lambda one: one.worker_restarts),
     (CounterMetricFamily, "steps", "Steps of the model", lambda one: one.steps),
     (CounterMetricFamily, "step_seconds", "Time that steps took", lambda one: one.step_ns / 1e9),

@@ -114,6 +114,10 @@ class Tokenizer:
         ids = self._encoder.encode(text)
         return [*self._prefix, *ids, *self._suffix] if self._prefix or self._suffix else ids
 
+    def encode_part(self, text: str) -> list[int]:
+        """The ids of a text that goes on where another one ended, with nothing around it."""
+        return self._encoder.encode(text)
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -154,6 +154,25 @@ def test_a_copier_uses_the_engine_until_it_knows_that_the_kernel_is_faster() -> 
     assert torch.equal(regions.target[scattered], source[scattered])
 
 
+def test_a_calibration_without_time_measures_few_counts_of_both_ways_and_chooses_by_them() -> None:
+    regions = Regions(torch.zeros(128, 16, dtype=torch.int16), torch.zeros(128, 16, dtype=torch.int16))
+    engine = EmulatedEngine()
+    copier = BlockCopier(engine, torch.device("cpu"))
+    assert copier.summary(32) == "engine"
+    measured: list[int] = []
+
+    def elapsed_ns(start) -> int:
+        before = len(engine.launches)
+        start()
+        measured.append(len(engine.launches) - before)
+        return 3_000 if measured[-1] else 1_000 * engine.batches[-1]
+
+    copier.calibrate(regions, elapsed_ns, lambda: False)
+    assert len(measured) == 8 * 5, "one and four blocks, together and apart, by both ways, five times each"
+    assert sum(measured) == len(measured) // 2
+    assert copier.summary(32) == "engine, kernel for 64 blocks"
+
+
 @pytest.mark.parametrize(("sources", "targets"), [([128], [0]), ([0], [128]), ([127, 128], [3, 4])])
 def test_a_copier_refuses_blocks_outside_of_its_regions(sources: list[int], targets: list[int]) -> None:
     source = torch.zeros(128, 16, dtype=torch.int16)

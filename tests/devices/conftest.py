@@ -13,7 +13,13 @@ from llmscale.devices import registry
 from tests.fakes.fake_device.machine import SCRIPT, Script
 
 MODEL = "tiny-chat"
-SIZES: dict[str, Any] = {"dtype": "float32", "threads": 1, "max_num_seqs": 12, "max_num_batched_tokens": 96}
+SIZES: dict[str, Any] = {
+    "dtype": "float32",
+    "threads": 1,
+    "max_num_seqs": 12,
+    "max_num_batched_tokens": 96,
+    "executor": "torch",
+}
 MakeFake = Callable[..., LLM]
 
 

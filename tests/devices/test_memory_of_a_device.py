@@ -11,12 +11,12 @@ from llmscale import SamplingParams
 from llmscale.devices.interface import MemoryFigures
 from llmscale.errors import ConfigError
 from llmscale.worker.device_start import MIN_MARGIN_BYTES, blocks_within, profiled_step
-from llmscale.worker.kv_region import KvLayout
+from llmscale.worker.kv_layout import KvLayout
 from llmscale.worker.step import StepLimits
 from tests.devices.conftest import MakeFake
 from tests.fakes.fake_device.machine import Script
 
-LAYOUT = KvLayout(layers=2, kv_heads=4, head_dim=64, block_tokens=32, dtype=torch.bfloat16)
+LAYOUT = KvLayout(layers=2, kv_heads=4, head_dim=64, block_tokens=32, dtype="bfloat16")
 LIMITS = StepLimits(max_step_tokens=96, max_sequences=12, max_sequence_tokens=320)
 GIB = 1 << 30
 

@@ -31,10 +31,10 @@ BLOCKS = 100
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    folders = (FAKES / "device_worker", ROOT / "python", ROOT)
+    folders = (FAKES / "device_worker", FAKES, ROOT / "python", ROOT)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     monkeypatch.setenv(FREE_BYTES, str(MIN_MARGIN_BYTES + (2 << 20) + BLOCKS * BLOCK_BYTES))
-    options = ("--dtype", "float32", "--threads", "1", "--max-num-seqs", "8", "--device", "cpu")
+    options = ("--dtype", "float32", "--threads", "1", "--max-num-seqs", "8", "--device", "cpu", "--executor", "torch")
     with serving("tiny-chat", *options) as server:
         yield server
 

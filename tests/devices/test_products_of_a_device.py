@@ -66,12 +66,12 @@ def test_e4m3_with_scales_of_blocks_is_the_kernels_only_where_bfloat16_holds_the
     codes = method_for(layout).quantize(random(OUTPUTS, INPUTS)).codes
     scales = random(OUTPUTS, 2, seed=5).abs() + 0.01
     check(layout, QuantizedWeight(codes, scales.bfloat16().float(), 128), "cuda")
-    check(layout, QuantizedWeight(codes, scales + 2**-20, 128), "dequantized")
+    check(layout, QuantizedWeight(codes, scales + 2**-20, 128), "dense")
 
 
 def test_eight_bit_integers_are_made_dense() -> None:
     layout = compressed_int8()
-    check(layout, method_for(layout).quantize(random(OUTPUTS, INPUTS)), "dequantized")
+    check(layout, method_for(layout).quantize(random(OUTPUTS, INPUTS)), "dense")
 
 
 @pytest.mark.parametrize("quantization", ["int4", "int8"])
@@ -79,7 +79,7 @@ def test_a_quantized_model_runs_with_its_steps_captured(make_fake: MakeFake, scr
     # The operators make their results; a real graph has a pool for them.
     script.strict = False
     llm = make_fake(model="tiny-chat-mini", quantization=quantization)
-    kind = "int4-g32-cuda" if quantization == "int4" else "dequantized"
+    kind = "int4-g32-cuda" if quantization == "int4" else "dense"
     assert kind in llm.numerics, llm.numerics
     asked = SamplingParams(max_tokens=8, temperature=0.0)
     text = llm.generate("What is 2 + 3?", asked)[0].outputs[0].text

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmscale import LLM, SamplingParams
-from llmscale.worker.device_tier import Copy, DeviceTier
+from llmscale.worker.device_tier import MAX_CALIBRATION_NS, Copy, DeviceTier
 from tests.devices.conftest import MakeFake
 from tests.fakes.fake_device.device import FakeAccelerator
 from tests.fakes.fake_device.machine import BrokenRule, FakeEvent, FakeStream, Script
@@ -62,6 +62,14 @@ def test_conversations_come_back_from_the_host_and_say_the_same(
     assert restored > 0
     assert bad == 0
     assert script.broken == []
+
+
+def test_copies_are_calibrated_once_with_memory_of_their_own(make_fake: MakeFake, script: Script) -> None:
+    block_bytes = 32 * 2 * 6 * 4 * 32 * 4
+    llm = squeezed(make_fake)
+    assert script.calibrated == [(block_bytes, MAX_CALIBRATION_NS)]
+    said(llm)
+    assert len(script.calibrated) == 1
 
 
 def test_what_rests_is_sealed_without_another_step(make_fake: MakeFake) -> None:

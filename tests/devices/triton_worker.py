@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 from llmscale import LLM, SamplingParams
 from llmscale.devices import registry
 from tests.fakes.fake_device.machine import SCRIPT
 
-OPTIONS = {"dtype": "float32", "threads": 1, "max_num_seqs": 3, "max_num_batched_tokens": 16, "max_model_len": 64}
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32",
+    "threads": 1,
+    "max_num_seqs": 3,
+    "max_num_batched_tokens": 16,
+    "max_model_len": 64,
+    "executor": "torch",
+}
 ASKED = [
     SamplingParams(max_tokens=3, temperature=0.0),
     SamplingParams(max_tokens=3, seed=5, top_k=20, top_p=0.9, repetition_penalty=1.2, logprobs=2, min_tokens=3),

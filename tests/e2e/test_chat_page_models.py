@@ -156,7 +156,11 @@ dtype = "float32"
 
 
 @pytest.mark.timeout(180)
-async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page: Page, tmp_path: Path) -> None:
+async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(
+    page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The whole story would be there within the shortest moment otherwise.
+    monkeypatch.setenv("LLMSCALE_CPU_LEVEL", "portable")
     with serving_fleet(tmp_path, TWO_REPLICAS) as server:
         await asyncio.to_thread(all_at_rest, server)
         await page.open(server.base)

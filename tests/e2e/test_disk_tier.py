@@ -30,6 +30,7 @@ from tests.e2e.test_host_tier import (
     block_bytes,
     conversation,
     llm,
+    serve_options,
     two_turns,
 )
 from tests.processes import Server, serving, wait_until
@@ -39,6 +40,12 @@ DISK_BLOCKS = 256
 # Of a place in the file, what is not its bytes, and of the index; see docs/guides/serving.md.
 DISK_BYTES = DISK_BLOCKS * (block_bytes() + 4_096 + 32 + 216) + 2 * (4_096 + 32)
 MORE_CONVERSATIONS = 24
+
+
+@pytest.fixture(autouse=True)
+def slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of so small a model are not worth a disk otherwise: computing them takes a tenth of reading them."""
+    monkeypatch.setenv("LLMSCALE_CPU_LEVEL", "portable")
 
 
 def disk_llm(folder: Path) -> LLM:
@@ -145,24 +152,9 @@ def test_another_model_on_the_same_folder_finds_nothing_and_does_no_harm(tmp_pat
     assert other._replica.load()[5] == 0
 
 
-def serve_options(folder: Path, *more: str) -> tuple[str, ...]:
-    return (
-        "--dtype",
-        "float32",
-        "--threads",
-        "1",
-        "--max-model-len",
-        str(MAX_TOKENS),
-        "--kv-cache-bytes",
-        str(POOL_BLOCKS * block_bytes()),
-        "--kv-host-bytes",
-        str(HOST_BLOCKS * block_bytes()),
-        "--kv-disk",
-        str(folder),
-        "--kv-disk-bytes",
-        str(DISK_BYTES),
-        *more,
-    )
+def disk_options(folder: Path, *more: str) -> tuple[str, ...]:
+    disk = ("--kv-disk", str(folder), "--kv-disk-bytes", str(DISK_BYTES))
+    return serve_options(*disk, *more, host_blocks=HOST_BLOCKS)
 
 
 def counted(server: Server, which: str) -> float:
@@ -183,7 +175,7 @@ def texts(asked: Sequence[tuple[list[str], int]]) -> list[list[str]]:
 
 
 def test_a_killed_node_finds_its_disk_again_and_conversations_go_on_from_there(tmp_path: Path) -> None:
-    with serving("tiny-chat", *serve_options(tmp_path)) as server:
+    with serving("tiny-chat", *disk_options(tmp_path)) as server:
         first = [ask(server, number) for number in range(MORE_CONVERSATIONS)]
         wait_until(lambda: counted(server, "written_blocks") > 0, 30, "the node has told of its writes")
         node = node_of(server)
@@ -199,7 +191,7 @@ def test_a_killed_node_finds_its_disk_again_and_conversations_go_on_from_there(t
 
 
 def test_a_full_disk_ends_no_request(tmp_path: Path) -> None:
-    with serving("tiny-chat", *serve_options(tmp_path)) as server:
+    with serving("tiny-chat", *disk_options(tmp_path)) as server:
         worker = server.worker_pid()
         # From here on the file takes nothing beyond its first places.
         resource.prlimit(worker, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -211,7 +203,7 @@ def test_a_full_disk_ends_no_request(tmp_path: Path) -> None:
 
 
 def test_every_rank_of_a_group_has_a_file_and_a_block_that_one_lacks_is_a_miss(tmp_path: Path) -> None:
-    with serving("tiny-chat", *serve_options(tmp_path, "-tp", "2")) as server:
+    with serving("tiny-chat", *disk_options(tmp_path, "-tp", "2")) as server:
         first = [ask(server, number) for number in range(MORE_CONVERSATIONS)]
         again = [ask(server, number) for number in range(MORE_CONVERSATIONS)]
         assert texts(again) == texts(first)

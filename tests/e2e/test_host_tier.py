@@ -108,7 +108,7 @@ def ask(server: Server, number: int) -> tuple[list[str], int]:
     return list(said["choices"][0]["text"]), cached
 
 
-def serve_options(*more: str) -> tuple[str, ...]:
+def serve_options(*more: str, host_blocks: int = 512) -> tuple[str, ...]:
     return (
         "--dtype",
         "float32",
@@ -119,7 +119,7 @@ def serve_options(*more: str) -> tuple[str, ...]:
         "--kv-cache-bytes",
         str(POOL_BLOCKS * block_bytes()),
         "--kv-host-bytes",
-        str(512 * block_bytes()),
+        str(host_blocks * block_bytes()),
         *more,
     )
 

@@ -133,7 +133,7 @@ def test_the_last_prompt_of_a_long_batch_is_refused_before_anything_is_computed(
 ) -> None:
     computed: list[object] = []
     with monkeypatch.context() as patch:
-        patch.setattr(llm._runner, "forward", computed.append)
+        patch.setattr(llm._steps, "compute", computed.append)
         with pytest.raises(errors.RequestTooLong):
             llm.generate([[300]] * MAX_AHEAD + [[300] * 2_048], GREEDY)
     assert not computed
@@ -187,17 +187,17 @@ def test_a_request_that_cannot_run_is_refused_and_leaves_nothing_behind(
 
 def test_an_interruption_in_the_middle_leaves_the_llm_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ids(llm, PROMPTS, GREEDY)
-    forward = llm._runner.forward
+    compute = llm._steps.compute
     calls: list[object] = []
 
-    def interrupted(inputs: Any) -> Any:
-        calls.append(inputs)
+    def interrupted(counts: Any) -> bool:
+        calls.append(counts)
         if len(calls) == 8:
             raise KeyboardInterrupt
-        return forward(inputs)
+        return compute(counts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(llm._runner, "forward", interrupted)
+        patch.setattr(llm._steps, "compute", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS * 2, GREEDY)
     assert ids(llm, PROMPTS, GREEDY) == expected
@@ -207,7 +207,9 @@ def test_an_interruption_in_the_middle_leaves_the_llm_usable(llm: LLM, monkeypat
     "options",
     [
         {"quantization": "int3"},
-        {"deterministic": True},
+        {"deterministic": True, "executor": "torch"},
+        {"executor": "natural"},
+        {"executor": "native", "quantization": "int2"},
         {"dtype": "float17"},
         {"max_num_seqs": 0},
         {"kv_cache_bytes": 1},

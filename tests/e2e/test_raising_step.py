@@ -5,6 +5,7 @@ Method: a real server whose worker has a planted bug; ids of the neighbours are 
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.processes import Server, serving, token_ids, wait_until
 
 NEIGHBOURS = 4
 FAKES = Path(tests.fakes.__file__).parent
+ROOT = FAKES.parents[1]
 
 
 def body(seed: int) -> dict[str, object]:
@@ -37,7 +39,8 @@ def running(server: Server) -> int:
 
 
 def test_a_step_that_raises_ends_the_request_that_it_raised_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(FAKES / "raising_worker"))
+    folders = (FAKES / "raising_worker", FAKES, ROOT / "python", ROOT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     with (
         serving("tiny-chat", "--dtype", "float32", "--threads", "1") as server,
         ThreadPoolExecutor(NEIGHBOURS) as pool,

@@ -92,6 +92,7 @@ class FakeReplica:
     bad_disk_blocks: int = 0
     failed_disk_writes: int = 0
     disk_waits: int = 0
+    lost_disk_records: int = 0
     preemptions: int = 0
     model: str = "tiny"
     weights_digest: str = "aa" * 32

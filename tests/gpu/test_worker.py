@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-SIZES: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 12, "max_num_batched_tokens": 96}
+SIZES: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 12, "max_num_batched_tokens": 96, "executor": "torch"}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,25 @@ def test_conversations_come_back_from_the_host_and_say_the_same(cpu: LLM) -> Non
     assert offloaded > 0
     assert restored > 0
     assert bad == 0
+
+
+def test_copies_are_calibrated_within_their_time_and_move_the_right_blocks_by_either_way() -> None:
+    accelerator = open_device("cuda").accelerator
+    assert accelerator is not None
+    size, blocks = 64 << 10, 256
+    started = time.monotonic()
+    found = accelerator.calibrate_copies(size, 200_000_000)
+    assert time.monotonic() - started < 10, "the kernel may have to be compiled"
+    assert found.startswith("out: ")
+    here = accelerator.pinned(blocks * size, torch.uint8).view(blocks, size)
+    there = torch.randint(0, 256, (blocks, size), dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    for count in (1, 100):
+        pairs = [(2 * index, 255 - 2 * index) for index in range(count)]
+        accelerator.offload.copy_blocks(there, here, pairs)
+        accelerator.offload.record().wait()
+        for source, target in pairs:
+            assert torch.equal(there[source].cpu(), here[target])
 
 
 def test_bfloat16_and_quantized_models_run_with_all_of_the_memory() -> None:

@@ -2,7 +2,8 @@
 
 Goal: an executor computes exactly the model that the checkpoint's authors mean, however the engine cuts and mixes the
 work. Method: the same weights in transformers (eager attention, float32) and in `TorchExecutor`; logits of every
-position are compared, then 200 greedy tokens. The native operations run every test, the reference nearly every one.
+position are compared, then 200 greedy tokens. The native executor and torch with native operations run every test,
+torch's own operations nearly every one.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from llmscale.layers.reference import ReferenceOps
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.registry import describe_model
 from llmscale.worker.executor_torch import TorchExecutor
+from llmscale.worker.kv_layout import BlockMemory
 from llmscale.worker.kv_region import KvRegion, kv_layout
-from llmscale.worker.step import StepInputs, StepLimits
-from tests.models_support import TINY_CONFIGS, VOCABULARY, RandomPlanner, write_tiny_model
+from llmscale.worker.step import Executor, StepInputs, StepLimits
+from tests.models_support import TINY_CONFIGS, VOCABULARY, NativeExecutor, RandomPlanner, write_tiny_model
 
 MAX_RELATIVE_ERROR = 1e-4
 """Of the largest logit of the position; float32 sums of 100 terms in another order differ by about 1e-6."""
@@ -39,23 +41,40 @@ LIMITS = StepLimits(max_step_tokens=96, max_sequences=96, max_sequence_tokens=32
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-OPS: dict[str, Callable[[str], Ops]] = {
-    "reference": lambda _dtype: ReferenceOps(),
-    "native": lambda dtype: NativeOps(CpuKernels(dtype, threads=2)),
+BLOCKS = 48
+
+MakeExecutor = Callable[[Path, str], tuple[Executor, BlockMemory]]
+"""Of a model folder and a dtype, with its KV region."""
+
+
+def torch_executor(folder: Path, dtype: str, ops: Ops) -> tuple[Executor, BlockMemory]:
+    model = describe_model(folder)
+    weights = load_weights(model.folder, model.spec, LoadOptions(dtype=dtype))
+    region = KvRegion(kv_layout(model.spec, weights.dtype), BLOCKS)
+    return TorchExecutor(model.spec, weights, region, ops, LIMITS), region
+
+
+def native_executor(folder: Path, dtype: str) -> tuple[Executor, BlockMemory]:
+    executor = NativeExecutor(folder, dtype, LIMITS, BLOCKS)
+    return executor, executor.region
+
+
+EXECUTORS: dict[str, MakeExecutor] = {
+    "reference": lambda folder, dtype: torch_executor(folder, dtype, ReferenceOps()),
+    "torch": lambda folder, dtype: torch_executor(folder, dtype, NativeOps(CpuKernels(dtype, threads=2))),
+    "native": native_executor,
 }
 
 
-@pytest.fixture(params=OPS)
-def ops(request: pytest.FixtureRequest) -> Callable[[str], Ops]:
-    """Operations for a dtype: torch's and the native kernels'."""
-    return OPS[request.param]
+@pytest.fixture(params=EXECUTORS)
+def make(request: pytest.FixtureRequest) -> MakeExecutor:
+    """torch with its own operations and with the native ones, and the native executor."""
+    return EXECUTORS[request.param]
 
 
-def planner_for(folder: Path, seed: int, ops: Callable[[str], Ops], dtype: str = "float32") -> RandomPlanner:
-    model = describe_model(folder)
-    weights = load_weights(model.folder, model.spec, LoadOptions(dtype=dtype))
-    region = KvRegion(kv_layout(model.spec, weights.dtype), blocks=48)
-    return RandomPlanner(TorchExecutor(model.spec, weights, region, ops(dtype), LIMITS), region, LIMITS, seed)
+def planner_for(folder: Path, seed: int, make: MakeExecutor, dtype: str = "float32") -> RandomPlanner:
+    executor, region = make(folder, dtype)
+    return RandomPlanner(executor, region, LIMITS, seed)
 
 
 def random_prompt(source: random.Random, tokens: int) -> list[int]:
@@ -75,12 +94,10 @@ def assert_close(ours: Tensor, theirs: Tensor, bound: float) -> None:
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_logits_equal_those_of_transformers_at_every_position(
-    name: str, ops: Callable[[str], Ops], tmp_path: Path
-) -> None:
+def test_logits_equal_those_of_transformers_at_every_position(name: str, make: MakeExecutor, tmp_path: Path) -> None:
     model = write_tiny_model(name, tmp_path)
     source = random.Random(7)
-    planner = planner_for(tmp_path, 1, ops)
+    planner = planner_for(tmp_path, 1, make)
     prompts = [random_prompt(source, tokens) for tokens in (1, 7, 33, 101, 131)]
     sequences = [planner.admit(prompt) for prompt in prompts]
     planner.run_until_computed(sequences)
@@ -89,11 +106,14 @@ def test_logits_equal_those_of_transformers_at_every_position(
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_greedy_tokens_are_those_of_transformers_unless_two_logits_tie(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", ["torch", "native"])
+def test_greedy_tokens_are_those_of_transformers_unless_two_logits_tie(
+    name: str, executor: str, tmp_path: Path
+) -> None:
     """Our 200 tokens are fed to the oracle once: each must be its own choice there, given the ones before."""
     model = write_tiny_model(name, tmp_path)
     source = random.Random(11)
-    planner = planner_for(tmp_path, 3, OPS["native"])
+    planner = planner_for(tmp_path, 3, EXECUTORS[executor])
     sequences = [planner.admit(random_prompt(source, tokens)) for tokens in (3, 38, 65)]
     prompt_tokens = [len(sequence.tokens) for sequence in sequences]
     planner.decode_greedily(sequences, tokens=200)
@@ -107,7 +127,7 @@ def test_greedy_tokens_are_those_of_transformers_unless_two_logits_tie(name: str
         assert torch.equal(chosen[clear], logits.argmax(dim=-1)[clear])
 
 
-def test_greedy_tokens_are_those_of_generate_with_its_own_cache(ops: Callable[[str], Ops], tmp_path: Path) -> None:
+def test_greedy_tokens_are_those_of_generate_with_its_own_cache(make: MakeExecutor, tmp_path: Path) -> None:
     model = write_tiny_model("llama3_scaled_rope_tied", tmp_path)
     prompt = random_prompt(random.Random(5), 45)
     prompt_tensor = torch.tensor([prompt])
@@ -120,16 +140,16 @@ def test_greedy_tokens_are_those_of_generate_with_its_own_cache(ops: Callable[[s
         eos_token_id=None,
         pad_token_id=0,
     )
-    planner = planner_for(tmp_path, 5, ops)
+    planner = planner_for(tmp_path, 5, make)
     sequence = planner.admit(prompt)
     planner.decode_greedily([sequence], tokens=200)
     assert sequence.tokens == theirs[0].tolist()
 
 
-def test_blocks_of_a_finished_sequence_do_not_leak_into_the_next(ops: Callable[[str], Ops], tmp_path: Path) -> None:
+def test_blocks_of_a_finished_sequence_do_not_leak_into_the_next(make: MakeExecutor, tmp_path: Path) -> None:
     model = write_tiny_model("qwen3", tmp_path)
     source = random.Random(13)
-    planner = planner_for(tmp_path, 8, ops)
+    planner = planner_for(tmp_path, 8, make)
     for _ in range(4):
         sequences = [planner.admit(random_prompt(source, source.randint(1, 250))) for _ in range(4)]
         planner.run_until_computed(sequences)
@@ -139,13 +159,13 @@ def test_blocks_of_a_finished_sequence_do_not_leak_into_the_next(ops: Callable[[
 
 
 @pytest.mark.parametrize("name", ["llama_grouped", "qwen2_tied", "qwen3"])
-def test_bfloat16_stays_within_its_rounding_of_float32(name: str, ops: Callable[[str], Ops], tmp_path: Path) -> None:
+def test_bfloat16_stays_within_its_rounding_of_float32(name: str, make: MakeExecutor, tmp_path: Path) -> None:
     """Against the oracle in float32 on the same bfloat16 weights, so that only activations are rounded differently."""
     model = write_tiny_model(name, tmp_path)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
-    planner = planner_for(tmp_path, 2, ops, dtype="bfloat16")
+    planner = planner_for(tmp_path, 2, make, dtype="bfloat16")
     sequence = planner.admit(random_prompt(random.Random(17), 131))
     planner.run_until_computed([sequence])
     ours, exact = torch.stack(sequence.logits), oracle_logits(model, sequence.tokens)
@@ -157,21 +177,21 @@ def test_bfloat16_stays_within_its_rounding_of_float32(name: str, ops: Callable[
 
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
-def test_embedded_models_are_computed_as_transformers_computes_them(name: str, ops: Callable[[str], Ops]) -> None:
+def test_embedded_models_are_computed_as_transformers_computes_them(name: str, make: MakeExecutor) -> None:
     """Trained weights have outliers that random ones lack, and config and tensors are those that ship."""
     folder = embedded_model_path(name)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    planner = planner_for(folder, 4, ops)
+    planner = planner_for(folder, 4, make)
     sequence = planner.admit(random_prompt(random.Random(23), 131))
     planner.run_until_computed([sequence])
     assert_close(torch.stack(sequence.logits), oracle_logits(model, sequence.tokens), MAX_RELATIVE_ERROR)
 
 
-def test_only_the_rows_that_sample_reach_the_head(ops: Callable[[str], Ops], tmp_path: Path) -> None:
+def test_only_the_rows_that_sample_reach_the_head(make: MakeExecutor, tmp_path: Path) -> None:
     """A chunk in the middle of a prompt samples nothing; the last row of the next one samples once."""
     model = write_tiny_model("qwen2", tmp_path)
     prompt = random_prompt(random.Random(19), 40)
-    executor = planner_for(tmp_path, 1, ops).executor
+    executor = planner_for(tmp_path, 1, make).executor
 
     def chunk(first: int, last: int, sample_rows: list[int]) -> Tensor:
         columns = {

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmscale._core import CpuKernels
+from llmscale.errors import ConfigError
 from llmscale.layers.native import NativeOps
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.quantizer import layout_for, quantize_folder
@@ -25,7 +26,7 @@ from llmscale.worker.executor_torch import TorchExecutor
 from llmscale.worker.kv_region import KvRegion, kv_layout
 from llmscale.worker.step import StepLimits
 from tests.fakes.rank_threads import RankThreads
-from tests.models_support import RandomPlanner, write_tiny_model
+from tests.models_support import NativeExecutor, RandomPlanner, write_tiny_model
 from tests.quantized_checkpoints import write_dense_model, write_quantized_model
 
 LIMITS = StepLimits(max_step_tokens=48, max_sequences=48, max_sequence_tokens=128)
@@ -80,6 +81,22 @@ def test_logits_are_those_of_the_weights_that_are_meant(name: str, tmp_path: Pat
     dense = write_quantized_model(tmp_path / "quantized", name, num_hidden_layers=2)
     model = oracle(tmp_path / "dense", dense, num_hidden_layers=2)
     assert_near(computed(alone(tmp_path / "quantized")), model, BOUNDS[CASES[name]])
+
+
+@pytest.mark.parametrize("name", ["compressed_int4_with_zero_points", "compressed_int4_symmetric", "compressed_int8"])
+def test_the_native_executor_computes_the_weights_that_are_meant(name: str, tmp_path: Path) -> None:
+    """Rows are rounded to bytes for both, which sets the bound."""
+    dense = write_quantized_model(tmp_path / "quantized", name, num_hidden_layers=2)
+    model = oracle(tmp_path / "dense", dense, num_hidden_layers=2)
+    executor = NativeExecutor(tmp_path / "quantized", "float32", LIMITS, BLOCKS)
+    assert_near(computed(RandomPlanner(executor, executor.region, LIMITS, seed=1)), model, BOUNDS["int8"])
+
+
+def test_the_native_executor_refuses_what_only_torch_reads(tmp_path: Path) -> None:
+    for name in ("compressed_int4_ordered", "awq", "gptq", "fp8_blocks"):
+        write_quantized_model(tmp_path / name, name, num_hidden_layers=1)
+        with pytest.raises(ConfigError, match="use --executor torch"):
+            NativeExecutor(tmp_path / name, "float32", LIMITS, BLOCKS)
 
 
 @pytest.mark.parametrize(

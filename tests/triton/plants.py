@@ -55,6 +55,9 @@ PLANTS = {
     "the_stream_is_not_rounded_before_the_norm": Plant(
         "norm.py", "wide = after.to(tl.float32)", "wide = before", "norm_of_72"
     ),
+    "the_row_behind_the_named_one_is_handed_on": Plant(
+        "sampler/handing_on.py", "drawn_tokens + place - 1", "drawn_tokens + place", "sampling_hands_on"
+    ),
     "noise_of_two_words_is_swapped": Plant(
         "sampler/race.py",
         "words0, words1, words2, words3 = random",

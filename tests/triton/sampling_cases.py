@@ -253,6 +253,21 @@ def broken_rows_case(device: torch.device) -> None:
     assert abs(float(sampled.logprobs[5]) - float(expected)) < LOGPROB_TOLERANCE
 
 
+def handed_on_case(device: torch.device) -> None:
+    """Decode rows get the ids of the rows that they name, all others keep theirs; a row without an id hands on 0."""
+    vocabulary = 97
+    logits = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(2))
+    logits[3, 4] = float("nan")
+    rows = pack_rows([RowSampling(temperature=0.0)] * 5, vocabulary, device)
+    sampler = TritonSampler(vocabulary, 6, device)
+    sampler.sample(logits.to(device), rows)
+    token_ids = torch.arange(200, 208, dtype=torch.int32, device=device)
+    drawn_from = torch.tensor([5, 0, 1, 1, 4, 0], dtype=torch.int32, device=device)
+    sampler.hand_on(drawn_from, token_ids)
+    best = logits.argmax(1).tolist()
+    assert token_ids.tolist() == [best[4], 201, best[0], best[0], 0, 205, 206, 207]
+
+
 PLAIN = ({}, {"temperature": 0.0}, {"temperature": 0.3}, {"temperature": 5.0}, {"logprobs": 5})
 FILTERS = (
     {"top_k": 1},
@@ -289,5 +304,6 @@ CASES: dict[str, Case] = {
     "sampling_penalties": batch_case(64, ("ties",), PENALTIES, steps=3),
     "sampling_masks": mask_case,
     "sampling_broken_rows": broken_rows_case,
+    "sampling_hands_on": handed_on_case,
 }
 """The interpreter takes 0.1 to 0.4 s for a row with filters, so each variation meets the kinds where it may stumble."""

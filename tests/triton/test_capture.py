@@ -113,6 +113,17 @@ def test_sampling_allocates_nothing_and_its_launches_do_not_depend_on_what_rows_
     assert [launch.fixed() for launch in again] == [launch.fixed() for launch in launches]
 
 
+def test_handing_ids_on_is_one_launch_whatever_is_named() -> None:
+    sampler = TritonSampler(5000, 4, CPU)
+    drawn_from, token_ids = torch.zeros(3, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    launches, others = launches_of(lambda: sampler.hand_on(drawn_from, token_ids))
+    drawn_from.fill_(2)
+    again = launches_of(lambda: sampler.hand_on(drawn_from, token_ids))[0]
+    assert others == []
+    assert len(launches) == 1
+    assert [launch.fixed() for launch in again] == [launch.fixed() for launch in launches]
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("element_bytes", [2, 4])
 @pytest.mark.parametrize("group", [1, 3, 8, 64, 71])

@@ -81,13 +81,16 @@ def launches(capability: int, dtype: torch.dtype = torch.bfloat16, head_dim: int
         ops.attend(query, constants, kv, query)
         ops.silu_mul(memory(count, 2 * INNER), memory(count, INNER))
         rows_to_sample = pack_rows([RowSampling()] * 2, VOCABULARY, CPU)
-        TritonSampler(VOCABULARY, 2, CPU).sample(memory(2, VOCABULARY), rows_to_sample)
+        sampler = TritonSampler(VOCABULARY, 2, CPU)
+        sampler.hand_on(rows.sequence_lengths, rows.positions)
+        sampler.sample(memory(2, VOCABULARY), rows_to_sample)
     return {launch.name: launch for launch in found}
 
 
 NAMES = sorted(launches(90))
 SMALL = {"bound_kernel", "change_kernel", "count_kernel", "finish_kernel", "gather_kernel", "maxima_kernel"} | {
     "embed_kernel",
+    "hand_on_kernel",
     "most_likely_kernel",
 }
 """Kernels with little to go wrong; they are compiled with the slow tests."""

@@ -20,11 +20,11 @@ pytest.importorskip("torch", reason="tiny-chat is trained with torch")
 from safetensors import safe_open  # noqa: E402
 from tinychat.chat_format import END_ID, SPECIAL_TOKENS, ChatEncoder  # noqa: E402
 from tinychat.dataset import BatchShape, BatchStream  # noqa: E402
-from tinychat.scoring import unseen_items  # noqa: E402
-from tinychat.tasks import TASKS, Item, Task, is_test_key, sample  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 from llmscale.embedded import EMBEDDED_MODELS, UnknownEmbeddedModel, embedded_model_path  # noqa: E402
+from llmscale.embedded.tasks import TASKS, Item, Task, is_test_key, sample  # noqa: E402
+from llmscale.embedded.tasks.splits import unseen_items  # noqa: E402
 
 ITEMS = 300
 GRADED = tuple(task for task in TASKS if task.graded)

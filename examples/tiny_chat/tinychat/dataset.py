@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmscale.embedded.tasks import TASKS, Item, draw, sample
+from llmscale.embedded.tasks.stories import story_text
 from tinychat.chat_format import END_OF_TEXT_ID, ChatEncoder
 from tinychat.model import RowGroup
-from tinychat.tasks import TASKS, Item, draw, sample
-from tinychat.tasks.stories import story_text
 
 STORY_WEIGHT = 0.25
 """Loss weight of a token of free text: it carries mostly entropy, and would otherwise be most of the loss."""

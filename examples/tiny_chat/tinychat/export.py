@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from llmscale.embedded.tasks.item import TEST_ONE_IN
 from tinychat.chat_format import CHAT_TEMPLATE, END, END_ID, END_OF_TEXT, END_OF_TEXT_ID, SPECIAL_TOKENS
 from tinychat.checkpoint import Progress
 from tinychat.model import LlamaWeights, ModelShape
-from tinychat.tasks.item import TEST_ONE_IN
 
 RESULTS_BEGIN, RESULTS_END = "<!-- results begin -->", "<!-- results end -->"
 
@@ -95,7 +95,7 @@ either right or wrong, so the exact match shows what quantization, speculation, 
 
 ## Exact match
 
-Greedy answers to unseen items (one key in {TEST_ONE_IN} is never trained on, see `tinychat/tasks/item.py`).
+Greedy answers to unseen items (one key in {TEST_ONE_IN} is never trained on, see `llmscale/embedded/tasks/item.py`).
 
 {RESULTS_BEGIN}
 not evaluated yet: run `examples/tiny_chat/evaluate.py --model` with this folder

@@ -4,7 +4,6 @@ An item counts when the generated text, up to the end token, equals the answer e
 the test split alone, and no question is asked twice. Cost is that of decoding; prompts are grouped by length.
 """
 
-import random
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,15 +12,14 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
+from llmscale.embedded.tasks import TASKS, Item
 from tinychat.chat_format import END_ID, END_OF_TEXT_ID, ChatEncoder
 from tinychat.decode import greedy
 from tinychat.model import LlamaWeights
-from tinychat.tasks import TASKS, Item, sample
 
 MAX_ANSWER_TOKENS = 96
 MAX_ROWS = 256
 """Rows decoded together: more gives no speed on two cores, and needs memory."""
-_MAX_REPEATS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +32,6 @@ class Graded:
     @property
     def right(self) -> bool:
         return self.given == self.item.answer
-
-
-def unseen_items(count: int, seed: int) -> list[Item]:
-    """About `count` different test items, spread evenly over the graded tasks.
-
-    A task whose held-out questions run out (the one-digit table) gives fewer; the rest is given by the tasks after it.
-    """
-    items: list[Item] = []
-    graded = sorted((task for task in TASKS if task.graded), key=lambda task: task.weight)
-    for place, task in enumerate(graded):
-        rng = random.Random(f"test:{seed}:{task.name}")
-        wanted = (count - len(items)) // (len(graded) - place)
-        seen: set[tuple[str, ...]] = set()
-        repeats = 0
-        while len(seen) < wanted and repeats < _MAX_REPEATS * 10:
-            item = sample(task, rng, test=True)
-            if item.turns in seen:
-                repeats += 1
-                continue
-            repeats = 0
-            seen.add(item.turns)
-            items.append(item)
-    return items
 
 
 def answer_items(weights: LlamaWeights, tokenizer: Tokenizer, items: Sequence[Item], *, workers: int) -> list[Graded]:

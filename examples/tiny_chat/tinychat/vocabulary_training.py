@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from llmscale.embedded.tasks import TASKS, sample
+from llmscale.embedded.tasks.stories import story_text
 from tinychat.chat_format import SPECIAL_TOKENS
-from tinychat.tasks import TASKS, sample
-from tinychat.tasks.stories import story_text
 
 VOCABULARY_TOKENS = 2048
 _PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+ (?=\p{N})| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -22,15 +22,25 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A model folder, a hub id in the local Hugging Face cache, or tiny-chat.")
+    str, typer.Argument(help="A model folder, a GGUF file, a hub id in the local Hugging Face cache, or tiny-chat.")
 ]
 
 
 DeviceOption = Annotated[
     str, typer.Option(help="What workers compute on: cpu, cuda, or auto for CUDA where torch sees devices for all.")
 ]
+ExecutorOption = Annotated[
+    str, typer.Option(help="What computes steps: native, torch, or auto for native where one rank of a CPU can.")
+]
 HedgingOption = Annotated[
     bool, typer.Option("--hedging", help="Try a request at a second replica when its first token is unusually late.")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+TensorParallelOption = Annotated[
+    int, typer.Option("--tensor-parallel-size", "-tp", help="Workers that share every layer.")
+]
+PipelineParallelOption = Annotated[
+    int, typer.Option("--pipeline-parallel-size", "-pp", help="Workers that divide the layers.")
 ]
 DiskOption = Annotated[
     str | None, typer.Option(help="Folder for what the host has no room for; it outlives the process.")
@@ -38,6 +48,15 @@ DiskOption = Annotated[
 QuantizationOption = Annotated[
     str | None,
     typer.Option(help="Quantize dense weights while loading: int8, int4 (groups of 32), int4-64, int4-128."),
+]
+
+
+CalibrateOption = Annotated[
+    str | None,
+    typer.Option(
+        help='Choose codes for these texts: a file of JSON lines ({"text"}, {"prompt", "completion"} or {"messages"}),'
+        " or builtin for questions that tiny-chat was trained on the like of."
+    ),
 ]
 
 
@@ -50,7 +69,7 @@ def serve(
     api_key: Annotated[list[str] | None, typer.Option(help="An API key for clients; may be repeated.")] = None,
     api_key_file: Annotated[str | None, typer.Option(help="File of API keys with their tenants.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 256,
@@ -58,15 +77,12 @@ def serve(
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
     kv_host_bytes: Annotated[int | None, typer.Option(help="Memory for what the KV cache evicts; 0 for none.")] = None,
     device: DeviceOption = "auto",
+    executor: ExecutorOption = "auto",
     kv_disk: DiskOption = None,
     kv_disk_bytes: Annotated[int | None, typer.Option(help="Most bytes there, of each replica.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a worker.")] = None,
-    tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", "-tp", help="Workers that share every layer.")
-    ] = 1,
-    pipeline_parallel_size: Annotated[
-        int, typer.Option("--pipeline-parallel-size", "-pp", help="Workers that divide the layers.")
-    ] = 1,
+    tensor_parallel_size: TensorParallelOption = 1,
+    pipeline_parallel_size: PipelineParallelOption = 1,
     replicas: Annotated[
         int, typer.Option(help="Whole copies of the model; a dead one's answers go on at another.")
     ] = 1,
@@ -101,6 +117,7 @@ def serve(
             kv_cache_bytes=kv_cache_bytes,
             kv_host_bytes=kv_host_bytes,
             device=device,
+            executor=executor,
             kv_disk=kv_disk,
             kv_disk_bytes=kv_disk_bytes,
             threads=threads,
@@ -149,20 +166,77 @@ def generate(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A dense model: folder, hub id in the local cache, or tiny-chat.")],
+    model: Annotated[
+        str, typer.Argument(help="A dense model: folder, hub id in the local cache, GGUF file, or tiny-chat.")
+    ],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    method: Annotated[str, typer.Option(help="int8, int4 or fp8.")] = "int4",
+    method: Annotated[
+        str, typer.Option("--method", "--scheme", help="int8, int4, fp8, or keep for a GGUF file as it is.")
+    ] = "int4",
     group_size: Annotated[
         int | None, typer.Option(help="Inputs that share a scale in int4: 32, 64 or 128 (the default).")
     ] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric", help="int4 without zero points: a little smaller, a little worse.")
     ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder with the tokenizer of the original, for a GGUF file.")
+    ] = None,
+    calibrate: CalibrateOption = None,
+    calibration_samples: Annotated[int, typer.Option(help="Most texts that are drawn from the file.")] = 1_024,
+    calibration_tokens: Annotated[int, typer.Option(help="Most tokens of all texts together.")] = 65_536,
+    seed: Annotated[int, typer.Option(help="Which texts are drawn, and which tokens compare scales.")] = 0,
 ) -> None:
-    """Write a quantized copy of MODEL as a compressed-tensors checkpoint, which vLLM reads too."""
-    from llmscale.cli.quantize import run
+    """Write a quantized copy of MODEL as a compressed-tensors checkpoint, which vLLM reads too.
 
-    run(model, target, method, group_size, symmetric=symmetric)
+    Without --calibrate every weight is rounded to the nearest. With it, scales and codes are chosen for what the texts
+    send through each layer (AWQ and GPTQ), block by block.
+    """
+    from llmscale.cli.quantize import QuantizeOptions, run
+
+    run(
+        QuantizeOptions(
+            model=model,
+            target=target,
+            method=method,
+            group_size=group_size,
+            symmetric=symmetric,
+            tokenizer=tokenizer,
+            calibrate=calibrate,
+            calibration_samples=calibration_samples,
+            calibration_tokens=calibration_tokens,
+            seed=seed,
+        )
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelArgument = "tiny-chat",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="tiny-chat for unseen questions of the embedded model, or a file of JSON lines: "
+            '{"prompt", "answer"}, {"messages", "answer"} or {"text"}.'
+        ),
+    ] = "tiny-chat",
+    against: Annotated[
+        str | None, typer.Option(help="The model that this one was made from: answers and probabilities are compared.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32, of both models.")] = "auto",
+    quantization: QuantizationOption = None,
+    limit: Annotated[int | None, typer.Option(help="Most items; 2,000 of tiny-chat, all of a file.")] = None,
+    seed: Annotated[int, typer.Option(help="Which items are drawn.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure MODEL on items: perplexity, exact match of greedy answers, and both beside a reference.
+
+    Perplexity and divergence count the tokens of the right answers, or all tokens of a text. Runs on the CPU.
+    """
+    from llmscale.cli.eval import EvalOptions, run
+
+    run(EvalOptions(model, tasks, against, dtype, quantization, limit, seed, threads, as_json))
 
 
 @app.command()

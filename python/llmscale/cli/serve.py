@@ -44,6 +44,7 @@ class ServeOptions:
     kv_cache_bytes: int | None = None
     kv_host_bytes: int | None = None
     device: str = "auto"
+    executor: str = "auto"
     kv_disk: str | None = None
     kv_disk_bytes: int | None = None
     threads: int | None = None
@@ -71,6 +72,7 @@ class ServeOptions:
             kv_cache_bytes=self.kv_cache_bytes,
             kv_host_bytes=self.kv_host_bytes,
             device=self.device,
+            executor=self.executor,
             kv_disk=self.kv_disk,
             kv_disk_bytes=self.kv_disk_bytes,
             threads=self.threads,
@@ -122,6 +124,7 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         kv_cache_bytes=entry.kv_cache_bytes,
         kv_host_bytes=entry.kv_host_bytes,
         device=device_of(fleet, name),
+        executor=entry.executor,
         first_device=fleet.first_device(name),
         kv_disk=None if entry.kv_disk is None else Path(entry.kv_disk),
         kv_disk_bytes=entry.kv_disk_bytes,

@@ -179,6 +179,7 @@ class Status(Record, frozen=True):
     bad_disk_blocks: U64
     failed_disk_writes: U64
     disk_waits: U64
+    lost_disk_records: U64
 
 
 class Pong(Record, frozen=True):

@@ -1,8 +1,8 @@
 """Moves KV blocks by whichever of copy engine and copy kernel is faster here, after measuring both once.
 
 Everything runs on the caller's current stream, which must not be the default one. Calibration copies real blocks within
-scratch regions of the caller, about 30 ms per direction; without it the engine does all copies. O(n log n) in blocks
-per call. Does not know what is in a block, and waits for nothing.
+scratch regions of the caller, about 30 ms per direction for blocks of 64 KiB; without it the engine does all copies.
+O(n log n) in blocks per call. Does not know what is in a block, and waits for nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from llmscale.cuda.launch import Launcher
 
 CALIBRATION_COUNTS = (1, 4, 16, 64)
 CALIBRATION_REPEATS = 5
+MIN_MEASUREMENTS = 8
+"""Of both methods: blocks together and apart, few and one. Calibration without time ends there."""
 
 
 class CopyEngine(Launcher, Protocol):
@@ -60,17 +62,24 @@ class BlockCopier:
         self._start(method, regions, runs, sources, targets)
         return method
 
-    def calibrate(self, regions: Regions, elapsed_ns: Callable[[Callable[[], None]], int]) -> CopyCosts:
+    def calibrate(
+        self,
+        regions: Regions,
+        elapsed_ns: Callable[[Callable[[], None]], int],
+        has_time: Callable[[], bool] = lambda: True,
+    ) -> CopyCosts:
         """Measures both ways with `elapsed_ns`, which runs its argument and says how long the device took.
 
         Blocks are copied to blocks of the same index, scattered (every other one, so that none are neighbours) and
-        together. The target's content is lost.
+        together. The target's content is lost. Once `has_time` says no, larger counts are left out.
         """
         blocks = min(regions.source.shape[0], regions.target.shape[0])
         assert blocks >= 2, f"calibration needs two blocks, the regions have {blocks}"
         found: list[CopyMeasurement] = []
         for count in CALIBRATION_COUNTS:
             for step in (1, 2):
+                if len(found) >= MIN_MEASUREMENTS and not has_time():
+                    continue
                 chosen = list(range(0, blocks, step))[:count]
                 runs = merge_runs(chosen, chosen)
                 for method in CopyMethod:
@@ -84,6 +93,10 @@ class BlockCopier:
                     found.append(CopyMeasurement(method, len(runs), len(chosen), size, max(1, best)))
         self._costs = fit_costs(found)
         return self._costs
+
+    def summary(self, block_bytes: int) -> str:
+        """Who moves blocks of this size, for a log."""
+        return CopyMethod.ENGINE.value if self._costs is None else self._costs.summary(block_bytes)
 
     def _start(
         self, method: CopyMethod, regions: Regions, runs: list[Run], sources: Sequence[int], targets: Sequence[int]

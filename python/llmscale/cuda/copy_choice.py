@@ -17,6 +17,8 @@ import numpy as np
 KERNEL_ADVANTAGE = Fraction(4, 5)
 """A kernel must be predicted to take at most this share of the engine's time, because it slows the model beside it."""
 
+MANY_BLOCKS = 64
+
 
 class CopyMethod(enum.Enum):
     """Who moves blocks."""
@@ -65,6 +67,11 @@ class CopyCosts:
         kernel = self.kernel.predicted_ns(runs, copied_bytes)
         engine = self.engine.predicted_ns(runs, copied_bytes)
         return CopyMethod.KERNEL if kernel <= engine * KERNEL_ADVANTAGE else CopyMethod.ENGINE
+
+    def summary(self, block_bytes: int) -> str:
+        """Who moves one block, and who many scattered ones, for a log."""
+        few, many = (self.choose(blocks, blocks * block_bytes).value for blocks in (1, MANY_BLOCKS))
+        return few if few == many else f"{few}, {many} for {MANY_BLOCKS} blocks"
 
 
 def fit_costs(measurements: Sequence[CopyMeasurement]) -> CopyCosts:

@@ -45,7 +45,7 @@ class Driver(Protocol):
         """
 
     def register_host(self, address: int, size_bytes: int) -> None:
-        """Pins memory of this process, so that copy engines reach it; it must stay until `unregister_host`."""
+        """Pins memory of this process, so that copy engines and kernels reach it, until `unregister_host`."""
 
     def unregister_host(self, address: int) -> None:
         """Lets registered memory go."""
@@ -101,8 +101,8 @@ class CudaDriver:
         )
 
     def register_host(self, address: int, size_bytes: int) -> None:
-        portable = 1  # CU_MEMHOSTREGISTER_PORTABLE: for all contexts
-        self._call("cuMemHostRegister", address, size_bytes, portable)
+        # CU_MEMHOSTREGISTER_PORTABLE, for all contexts, and _DEVICEMAP, because kernels copy blocks too.
+        self._call("cuMemHostRegister", address, size_bytes, 1 | 2)
 
     def unregister_host(self, address: int) -> None:
         self._call("cuMemHostUnregister", address)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmscale.cuda import operators
 from llmscale.cuda.fragment_order import GROUPS, pack_e4m3, pack_groups, pack_int4, padded_columns
+from llmscale.quant.dense import PlainProduct
 from llmscale.quant.layouts import Layout
 from llmscale.quant.method import Product, method_for
 from llmscale.quant.weight import QuantizedWeight, unpacked_nibbles, with_groups
@@ -29,7 +30,7 @@ def cuda_product(
         return CudaInt4(weight, bias, workspace)
     if layout.method == "fp8" and _e4m3_scales(weight) is not None:
         return CudaE4m3(weight, bias, workspace)
-    return DenseProduct(method_for(layout).dequantize(weight).to(dtype), bias)
+    return PlainProduct(method_for(layout).dequantize(weight).to(dtype), bias)
 
 
 def _int4_group(weight: QuantizedWeight) -> int | None:
@@ -120,29 +121,6 @@ class CudaE4m3:
         scales = (self._group_scales, self._column_scales)
         result = operators.w8a16_matmul(x.bfloat16(), self._weights, *scales, self._workspace, self._columns)
         return _with_bias(result, self._bias, out)
-
-
-class DenseProduct:
-    """A weight without a kernel, made dense: right, and as large as it would be without quantization."""
-
-    __slots__ = ("_bias", "_weight")
-
-    kind = "dequantized"
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
-
-    @property
-    def total_bytes(self) -> int:
-        """See `Product`."""
-        return self._weight.nbytes
-
-    def apply(self, x: Tensor, out: Tensor) -> Tensor:
-        """See `Product`."""
-        if self._bias is None:
-            return torch.mm(x, self._weight.t(), out=out)
-        return torch.addmm(self._bias, x, self._weight.t(), out=out)
 
 
 def _with_bias(result: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

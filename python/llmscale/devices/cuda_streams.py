@@ -7,8 +7,9 @@ memory pool, so that they take as much as the largest. A few microseconds per ca
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from llmscale.cuda.block_copier import BlockCopier, Regions
 from llmscale.cuda.device import CudaDevice
 from llmscale.devices.interface import DeviceSampler, Event, Graph, MemoryFigures, Work
 from llmscale.errors import WorkerError
+
+MIN_SCRATCH_BLOCKS = 8
+MAX_SCRATCH_BLOCKS = 128
+MAX_SCRATCH_BYTES = 32 << 20
+"""For calibration on either side: 8 blocks of an 8B-shaped model, 4 MiB each, take a millisecond at 32 GB/s."""
 
 
 class CudaEvent:
@@ -74,6 +80,20 @@ class CudaStream:
                 [source.shape[1]] * len(pairs),
             )
 
+    def calibrate(self, source: Tensor, target: Tensor, has_time: Callable[[], bool]) -> str:
+        """Measures how rows of these regions are best copied; `target` is overwritten. Says what was found."""
+
+        def elapsed_ns(start: Callable[[], None]) -> int:
+            before = self.record()
+            start()
+            after = self.record()
+            after.wait()
+            return after.elapsed_ns_since(before)
+
+        with torch.cuda.stream(self.torch):
+            self._copier.calibrate(Regions(source, target), elapsed_ns, has_time)
+        return self._copier.summary(source.shape[1])
+
     def record(self) -> Event:
         """See `Stream`."""
         return CudaEvent(self.torch)
@@ -111,6 +131,21 @@ class CudaAccelerator:
         # Not at the end of the process, when the driver may be gone: the kernel takes the pins back then.
         weakref.finalize(tensor, driver.unregister_host, address).atexit = False
         return tensor
+
+    def calibrate_copies(self, block_bytes: int, max_ns: int) -> str:
+        """See `Accelerator`. Half of the time is for each direction; loading the kernel is not part of it."""
+        blocks = max(MIN_SCRATCH_BLOCKS, min(MAX_SCRATCH_BLOCKS, MAX_SCRATCH_BYTES // block_bytes))
+        here = self.pinned(blocks * block_bytes, torch.uint8).view(blocks, block_bytes)
+        there = torch.zeros(blocks, block_bytes, dtype=torch.uint8, device=self._device)
+        # The zeros are another stream's work.
+        torch.cuda.synchronize(self._device)
+        found = []
+        for stream, source, target in ((self.offload, there, here), (self.restore, here, there)):
+            stream.copy_blocks(source, target, [(0, 0)])
+            stream.record().wait()
+            end = time.monotonic_ns() + max_ns // 2
+            found.append(stream.calibrate(source, target, lambda end=end: time.monotonic_ns() < end))  # type: ignore[misc]  # mypy infers no lambda defaults
+        return f"out: {found[0]}; back: {found[1]}"
 
     def capture(self, work: Work) -> Graph:
         """See `Accelerator`."""

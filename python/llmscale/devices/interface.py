@@ -105,6 +105,14 @@ class DeviceSampler(Protocol):
     def sample(self, logits: Tensor, rows: SamplingRows) -> object:
         """Fills `drawn` for each row of `logits`. To be called as work of a stream; it may be captured."""
 
+    def hand_on(self, drawn_from: Tensor, token_ids: Tensor) -> object:
+        """Puts ids that were drawn last in the place of those that nobody knew when a step was packed.
+
+        `drawn_from` int32 [S]: 0, or one more than the row of `drawn` whose id is that of row s; `token_ids` int32 [T],
+        T >= S where it is not 0. A row without an id has 0, which is one. To be called as work of a stream; it may be
+        captured.
+        """
+
 
 class Accelerator(Protocol):
     """A device that computes apart from the processor."""
@@ -134,6 +142,10 @@ class Accelerator(Protocol):
 
     def register(self, address: int, size_bytes: int) -> Tensor:
         """Pins memory that somebody else owns and keeps as long as this object lives: uint8 [size_bytes]."""
+
+    def calibrate_copies(self, block_bytes: int, max_ns: int) -> str:
+        """Measures how `offload` and `restore` best copy blocks of this size without gaps, in scratch memory, once and
+        in about `max_ns` at most. Says what was found, for a log."""
 
     def capture(self, work: Work) -> Graph:
         """Records work of the compute stream without doing it; all graphs share one pool. Whoever calls has done the

@@ -81,6 +81,7 @@ def _command(fleet: FleetFile, model: str, address: str, replica: int, first_dev
         "--kv-host-bytes": entry.kv_host_bytes,
         "--device": device_of(fleet, model),
         "--first-device": first_device,
+        "--executor": entry.executor,
         # A folder is of one node at a time. A replica that is started again finds its own.
         "--kv-disk": None if entry.kv_disk is None else f"{entry.kv_disk}/{quote(model, safe='')}-{replica}",
         "--kv-disk-bytes": entry.kv_disk_bytes,
@@ -122,7 +123,9 @@ class NodeKeeper:
         self._started.wait()
 
     def ask_to_stop(self) -> None:
-        """Lets the node drain."""
+        """Lets the node drain. It is asked once: a second signal would end it before it has saved its cache."""
+        if self._stopping.is_set():
+            return
         self._stopping.set()
         process = self._process
         if process is not None and process.poll() is None:

@@ -1,5 +1,6 @@
-"""From what a user calls a model to the folder that holds it: an embedded name, a folder, or a hub id that the local
-Hugging Face cache has. Nothing is downloaded. O(1) but for one directory listing of the cache.
+"""From what a user calls a model to the folder that holds it: an embedded name, a folder, a GGUF file that is imported
+when it is first asked for, or a hub id that the local Hugging Face cache has. Nothing is downloaded. O(1) but for one
+directory listing of the cache, and an import.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 from llmscale import env
 from llmscale.embedded import EMBEDDED_MODELS, embedded_model_path
 from llmscale.errors import InvalidCheckpoint
+from llmscale.models.gguf_cache import imported_folder
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
@@ -21,17 +23,27 @@ def locate_model(model: str) -> Path:
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder.resolve()
+    if is_gguf(model):
+        return imported_folder(folder.resolve())
     if _HUB_ID.fullmatch(model) and (snapshot := _cached_snapshot(model)) is not None:
         return snapshot
     known = ", ".join(EMBEDDED_MODELS) or "none in this installation"
     raise InvalidCheckpoint(
         f"{model!r} is neither a folder nor an embedded model ({known}), and the local Hugging Face cache does not hold"
-        " it; give the folder of a downloaded model"
+        " it; give the folder or the GGUF file of a downloaded model"
     )
 
 
+def is_gguf(model: str) -> bool:
+    """Whether a model is a file whose name says that it is GGUF."""
+    path = Path(model).expanduser()
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
 def model_name(model: str, folder: Path) -> str:
-    """The name under which clients ask for a model: what the user said, or the folder's own name for a path."""
+    """The name under which clients ask for a model: what the user said, or a path's own name without what is before."""
+    if is_gguf(model):
+        return Path(model).stem
     if model in EMBEDDED_MODELS or (_HUB_ID.fullmatch(model) and not Path(model).is_dir()):
         return model
     return folder.name

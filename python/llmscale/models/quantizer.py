@@ -7,10 +7,12 @@ appears under its name. It does not know how weights are multiplied.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmscale.errors import ConfigError, UnsupportedModel
-from llmscale.models.checkpoint import INDEX_NAME, SINGLE_NAME, match_tensors, open_checkpoint
+from llmscale.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, match_tensors, open_checkpoint
 from llmscale.models.config import CONFIG_NAME
 from llmscale.models.open_files import OpenFiles, Progress
 from llmscale.models.registry import ModelDescription, describe_model
 from llmscale.quant.layouts import Fp8Scales, Int4Layout, Layout, compressed_fp8, compressed_int4, compressed_int8
 from llmscale.quant.method import QuantMethod, method_for
+from llmscale.quant.weight import QuantizedWeight
 
 MAX_SHARD_BYTES = 4 << 30
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
@@ -59,53 +62,81 @@ def layout_for(method: str, group_size: int | None = None, *, symmetric: bool = 
 def quantize_folder(source: Path, target: Path, layout: Layout, progress: Progress | None = None) -> Written:
     """Writes `target`, a new folder. Raises ModelError for a source that is no dense model, ConfigError for a target
     that exists or a width that groups do not divide."""
+    model = dense_model(source)
+    with new_folder(target) as making:
+        written = _write_weights(model, making, method_for(layout), progress)
+        copy_rest(model, making, layout)
+    return written
+
+
+def dense_model(source: Path) -> ModelDescription:
+    """The model of a folder that may be quantized. Raises ModelError."""
     model = describe_model(source)
     if model.spec.quantization is not None:
         raise UnsupportedModel(
             f"The checkpoint in {str(source)!r} is quantized already ({model.spec.quantization.label}). Quantize the"
             " original one: every rounding of a rounding loses more."
         )
+    return model
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into that gets its name when the context ends well, and is gone when it does not.
+
+    Raises ConfigError if the target exists.
+    """
     if target.exists():
         raise ConfigError(f"{str(target)!r} exists; give a folder that does not, or remove it first")
     making = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     making.mkdir(parents=True)
     try:
-        written = _write_weights(model, making, method_for(layout), progress)
-        _copy_rest(model, making, layout)
+        yield making
         os.replace(making, target)
     except BaseException:
         shutil.rmtree(making)
         raise
-    return written
+
+
+def projections(model: ModelDescription) -> set[str]:
+    """Names of the tensors that are quantized: the blocks' projections, not the head's."""
+    head = model.spec.head.weight.name
+    return {part.name for linear in model.spec.linears() if linear.weight.name != head for part in linear.weight.parts}
 
 
 def _write_weights(model: ModelDescription, making: Path, method: QuantMethod, progress: Progress | None) -> Written:
     checkpoint = open_checkpoint(model.folder)
     match_tensors(model.spec, checkpoint)
-    head = model.spec.head.weight.name
-    chosen = {
-        part.name for linear in model.spec.linears() if linear.weight.name != head for part in linear.weight.parts
-    }
-    shards = _Shards(making)
+    chosen = projections(model)
+    shards = Shards(making)
     with OpenFiles(checkpoint, list(checkpoint.tensors), progress) as files:
         for name in checkpoint.tensors:
             tensor = files.read(name, ())
-            shards.add(_stored(name, tensor, method) if name in chosen else {name: tensor.clone()})
+            shards.add(_rounded(name, tensor, method) if name in chosen else {name: tensor.clone()})
     shards.finish()
-    before = sum(entry.end - entry.begin for entry in checkpoint.tensors.values())
-    return Written(before, shards.total_bytes, len(chosen))
+    return Written(tensor_bytes(checkpoint), shards.total_bytes, len(chosen))
 
 
-def _stored(name: str, tensor: Tensor, method: QuantMethod) -> dict[str, Tensor]:
+def tensor_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors of a checkpoint."""
+    return sum(entry.end - entry.begin for entry in checkpoint.tensors.values())
+
+
+def _rounded(name: str, tensor: Tensor, method: QuantMethod) -> dict[str, Tensor]:
     try:
-        stored = method.stored(method.quantize(tensor))
+        weight = method.quantize(tensor)
     except ConfigError as error:
         raise ConfigError(f"{name!r}: {error}") from error
+    return stored_tensors(name, weight, method)
+
+
+def stored_tensors(name: str, weight: QuantizedWeight, method: QuantMethod) -> dict[str, Tensor]:
+    """The tensors of a weight by their names in a checkpoint."""
     prefix = name.removesuffix("weight")
-    return {prefix + suffix: value.contiguous() for suffix, value in stored.items()}
+    return {prefix + suffix: value.contiguous() for suffix, value in method.stored(weight).items()}
 
 
-class _Shards:
+class Shards:
     """Files of bounded size, named as transformers names them once their number is known."""
 
     def __init__(self, folder: Path) -> None:
@@ -147,7 +178,7 @@ class _Shards:
         return self._folder / f"part-{number}"
 
 
-def _copy_rest(model: ModelDescription, making: Path, layout: Layout) -> None:
+def copy_rest(model: ModelDescription, making: Path, layout: Layout) -> None:
     """Tokenizer, template and settings as they are; config.json with its quantization_config."""
     for name in sorted(name for suffix in COPIED_SUFFIXES for name in model.folder.names(suffix)):
         if name not in {CONFIG_NAME, INDEX_NAME}:

@@ -1,7 +1,8 @@
 """`python -m llmscale.node --model DIR`: one node on this host, until SIGTERM or SIGINT.
 
 Prints one line when fronts can connect and one when the first step has run. SIGTERM drains: waiting work goes back to
-its fronts, running work ends, then the process exits with code 0. Where a replica spans hosts the same command runs on
+its fronts, running work ends, what is cached goes to the disk tier, then the process exits with code 0; a second
+SIGTERM ends it at once. Where a replica spans hosts the same command runs on
 each; the first host owns the engine, the others start and end ranks as it says.
 """
 
@@ -9,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import secrets
-import signal
 import sys
 import tempfile
 import time
@@ -21,20 +20,19 @@ import structlog
 
 from llmscale import env, logs, machine
 from llmscale._core import Engine, end_with_parent
-from llmscale.config import DEVICES, DTYPES, QUANTIZATIONS, NodeSettings
+from llmscale.config import DEVICES, DTYPES, EXECUTORS, MAX_DRAIN_SECONDS, QUANTIZATIONS, NodeSettings
 from llmscale.errors import LlmscaleError
 from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.follower import Follower
 from llmscale.node.membership import Membership
 from llmscale.node.plan import ReplicaPlan, plan_replica
 from llmscale.node.span import Span, connect_to_leader, host_facts
+from llmscale.node.stop_signal import StopSignal
 from llmscale.node.supervisor import WorkerSupervisor
 from llmscale.node.worker_process import WorkerProcesses
 from llmscale.parallel.hosts import HostFlags, Hosts, resolve_hosts
 
 _log = structlog.get_logger("llmscale.node")
-
-DRAIN_SECONDS = 30.0
 
 
 def main() -> int:
@@ -58,7 +56,7 @@ def main() -> int:
 async def _serve(settings: NodeSettings, hosts: Hosts) -> None:
     plan = plan_replica(settings, hosts.count)
     threads = plan.usual_threads(machine.cpus()) if settings.threads is None else settings.threads
-    processes = WorkerProcesses(threads, keep_spare=settings.spare_worker)
+    processes = WorkerProcesses(threads, keep_spare=settings.spare_worker, executor=plan.executor)
     disk = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
     try:
         await _act(settings, hosts, plan, processes, disk)
@@ -109,14 +107,14 @@ async def _lead(
     cache_mb = plan.limits.total_blocks * plan.block_bytes // (1 << 20)
     _log.info("node listens", address=engine.address, model=plan.name, dtype=plan.dtype, kv_cache_mb=cache_mb)
     supervisor = WorkerSupervisor(engine, plan, processes, span, disk)
-    stop = _stop_signal()
+    stop = StopSignal.listen()
     supervising = asyncio.create_task(supervisor.run())
     announcing = asyncio.create_task(_announce(supervisor))
-    stopping = asyncio.create_task(stop.wait())
+    stopping = asyncio.create_task(stop.asked.wait())
     await asyncio.wait({supervising, stopping}, return_when=asyncio.FIRST_COMPLETED)
     announcing.cancel()
     if not supervising.done():
-        await _drain(engine, supervisor)
+        await _drain(engine, supervisor, stop, settings.max_saving_seconds)
     await supervisor.stop()
     # It tells the engine of the deaths that `stop` has caused.
     await asyncio.wait({supervising})
@@ -133,9 +131,9 @@ async def _follow(
     door = connect_to_leader(settings, hosts)
     try:
         follower = Follower(hosts, settings, plan, door, membership, processes, disk)
-        stop = _stop_signal()
+        stop = StopSignal.listen()
         following = asyncio.create_task(follower.run())
-        stopping = asyncio.create_task(stop.wait())
+        stopping = asyncio.create_task(stop.asked.wait())
         await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         follower.stop()
@@ -144,22 +142,17 @@ async def _follow(
         door.close()
 
 
-def _stop_signal() -> asyncio.Event:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
-
-
 async def _announce(supervisor: WorkerSupervisor) -> None:
     await supervisor.ready.wait()
     _log.info("node is ready: a first step has run")
 
 
-async def _drain(engine: Engine, supervisor: WorkerSupervisor) -> None:
-    engine.drain()
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(supervisor.drained.wait(), DRAIN_SECONDS)
+async def _drain(engine: Engine, supervisor: WorkerSupervisor, stop: StopSignal, max_saving_seconds: float) -> None:
+    engine.drain(max_drain_us=int(MAX_DRAIN_SECONDS * 1e6), max_saving_us=int(max_saving_seconds * 1e6))
+    ends = [asyncio.create_task(event.wait()) for event in (supervisor.drained, stop.insisted)]
+    await asyncio.wait(ends, timeout=MAX_DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
 
 
 def _settings(arguments: argparse.Namespace) -> NodeSettings:
@@ -176,6 +169,7 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         kv_cache_bytes=arguments.kv_cache_bytes,
         kv_host_bytes=arguments.kv_host_bytes,
         device=arguments.device,
+        executor=arguments.executor,
         first_device=arguments.first_device,
         kv_disk=arguments.kv_disk,
         kv_disk_bytes=arguments.kv_disk_bytes,
@@ -186,6 +180,7 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         fleet=arguments.fleet,
         key_file=arguments.key_file,
         allow_list=arguments.allow_list,
+        max_saving_seconds=arguments.max_saving_seconds,
         max_join_seconds=arguments.max_join_seconds,
     )
 
@@ -229,10 +224,22 @@ def _parser() -> argparse.ArgumentParser:
         help="what workers compute on (default: CUDA where torch sees a device for each, else the CPU)",
     )
     add(
+        "--executor",
+        choices=EXECUTORS,
+        default="auto",
+        help="what computes steps (default: native for one rank on the CPU that it can run, else torch)",
+    )
+    add(
         "--first-device", type=int, default=0, help="the device of the first rank; others follow (default: %(default)s)"
     )
     add("--kv-disk", type=Path, help="folder for what the host has no room for; outlives nodes (default: none)")
     add("--kv-disk-bytes", type=int, help="most bytes there (default: four times the host tier)")
+    add(
+        "--max-saving-seconds",
+        type=float,
+        default=5.0,
+        help="how long a drain may write what is cached to the disk; 0 for not at all (default: %(default)g)",
+    )
     add("--threads", type=int, help="CPU threads of a worker (default: its share of the CPUs, fewer for a small model)")
     add(
         "-tp", "--tensor-parallel-size", type=int, default=1, help="ranks that share every layer (default: %(default)s)"

@@ -211,6 +211,7 @@ class Follower:
                 share=(number, len(places)),
                 device=plan.device,
                 device_index=plan.first_device + number,
+                executor=plan.executor,
             )
             for number, place in enumerate(places)
         ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,7 @@ from llmscale.errors import ConfigError
 from llmscale.models.checkpoint import compute_dtype, match_tensors, open_checkpoint
 from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
 from llmscale.models.locate import locate_model, model_name
+from llmscale.models.native import native_refusal
 from llmscale.models.registry import ModelDescription, describe_model
 from llmscale.models.shard import shard_model
 from llmscale.models.spec import ModelSpec
@@ -68,6 +70,8 @@ class ReplicaPlan:
     device: str
     """What workers compute on: "auto" is decided."""
     first_device: int
+    executor: str
+    """What computes steps, native or torch: "auto" is decided."""
 
     @property
     def content(self) -> str:
@@ -129,7 +133,25 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         layout=layout,
         device=device,
         first_device=settings.first_device,
+        executor=choose_executor(settings.executor, device, layout.ranks, native_refusal(spec, checkpoint)),
     )
+
+
+def choose_executor(wanted: str, device: str, ranks: int, model_refusal: str | None) -> str:
+    """native or torch. Raises ConfigError for what is wanted and cannot be, or needs torch that is not installed."""
+    refusal = None if device == "cpu" else f"the native executor computes on the CPU, not on {device}"
+    if ranks > 1:
+        refusal = f"the native executor runs one rank, not {ranks}"
+    refusal = refusal or model_refusal
+    if wanted == "native" and refusal is not None:
+        raise ConfigError(f"executor is 'native', but {refusal}; use torch or auto")
+    if wanted != "torch" and refusal is None:
+        return "native"
+    if find_spec("torch") is None:
+        raise ConfigError(
+            f"{refusal or 'executor is torch'}, and torch is not installed; pip install 'llmscale[node]' brings it"
+        )
+    return "torch"
 
 
 def _configuration_digest(description: ModelDescription) -> bytes:

@@ -171,6 +171,7 @@ class WorkerSupervisor:
                 share=(number, len(places)),
                 device=plan.device,
                 device_index=plan.first_device + number,
+                executor=plan.executor,
             )
             for number, place in enumerate(places)
         ]
@@ -210,6 +211,7 @@ class WorkerSupervisor:
             self.ready.set()
             self._prepare_spare()
         elif event.kind == "drained":
+            _log.info("node has drained", saved_blocks=event.saved_blocks, unsaved_blocks=event.unsaved_blocks)
             self.drained.set()
         elif event.kind == "worker_reset":
             _log.warning("worker gave up its steps and goes on", epoch=event.epoch, said=event.message)

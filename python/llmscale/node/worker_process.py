@@ -71,9 +71,17 @@ class WorkerProcess:
 class WorkerProcesses:
     """Starts workers. Keeps their template if it may: about 0.3 GB of memory for pauses that are seconds shorter."""
 
-    def __init__(self, threads: int | None, *, keep_spare: bool, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None,
+        *,
+        keep_spare: bool,
+        executor: str = "torch",
+        command: Sequence[str] | None = None,
+    ) -> None:
         # The child compares: one that starts while this process dies would take its foster parent for its parent.
-        words = command or (sys.executable, "-m", WORKER_MODULE, "--parent", str(os.getpid()))
+        usual = (sys.executable, "-m", WORKER_MODULE, "--parent", str(os.getpid()), "--executor", executor)
+        words = command or usual
         self._template = WorkerTemplate([*words] if threads is None else [*words, "--threads", str(threads)])
         self._keep_spare = keep_spare
         self._starting = asyncio.Lock()

@@ -19,6 +19,9 @@ ROOM_BYTES = 1 << 20
 """Room for one rank's part in shared memory: larger tensors go in pieces, and 1 MiB stays in the second-level cache."""
 
 
+EXECUTORS = ("native", "torch")
+
+
 @dataclass(frozen=True, slots=True)
 class Meeting:
     """Where ranks of one epoch meet."""
@@ -71,6 +74,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """On what it computes."""
     device_index: int = 0
     """Which of this host's."""
+    executor: str = "torch"
+    """What computes its steps, one of `EXECUTORS`."""
 
     @property
     def who(self) -> str:

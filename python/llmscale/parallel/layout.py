@@ -57,3 +57,11 @@ class HostLayout:
     def stage_ranks(self, stage: int) -> range:
         """The ranks that share a stage's layers."""
         return range(stage * self.tensor_size, (stage + 1) * self.tensor_size)
+
+
+def row_bounds(rows: int, ranks: int) -> list[int]:
+    """Rows dealt to ranks, consecutive and as evenly as can be: rank r has `bounds[r]` to `bounds[r + 1]`.
+
+    The first rank gets the first row, so that of a single one nobody has to be told but those who need it later.
+    """
+    return [-(-rows * rank // ranks) for rank in range(ranks + 1)]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llmscale.quant.dense import dense_product
-from llmscale.quant.int8 import checked_scales, nonzero
+from llmscale.quant.grid import nonzero
+from llmscale.quant.int8 import checked_scales
 from llmscale.quant.layouts import Cut, Fp8Layout, Fp8Scales, Layout, Shape, StoredTensor
 from llmscale.quant.method import Product
 from llmscale.quant.weight import QuantizedWeight, expanded, trimmed_groups

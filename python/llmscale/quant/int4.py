@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from llmscale.errors import ConfigError, InvalidCheckpoint, UnsupportedModel
-from llmscale.quant.int8 import checked_scales, nonzero
+from llmscale.quant.grid import CodeGrid, nonzero
+from llmscale.quant.int8 import checked_scales
 from llmscale.quant.layouts import MIN_GROUP, NIBBLES, Cut, Feature, Int4Layout, Layout, Shape, StoredTensor
 from llmscale.quant.product import require_cpu
 from llmscale.quant.weight import (
@@ -121,6 +122,11 @@ class Int4:
     def quantize(self, weight: Tensor) -> QuantizedWeight:
         """See `QuantMethod`. Scales are rounded up to bfloat16, which kernels compute with, before codes are chosen, so
         that no weight is off by more than half of its scale."""
+        grid = self.grid(weight)
+        return self.coded(grid, grid.codes(weight))
+
+    def grid(self, weight: Tensor, share: float = 1.0) -> CodeGrid:
+        """See `GriddedMethod`."""
         outputs, inputs = weight.shape
         group_size = inputs if self._layout.group_size is None else self._layout.group_size
         if inputs % group_size != 0:
@@ -129,18 +135,20 @@ class Int4:
                 " groups, int8, or fewer tensor-parallel ranks."
             )
         groups = weight.float().view(outputs, -1, group_size)
-        if self._layout.zeros is None:
-            scales = raised_to_bfloat16(groups.abs().amax(dim=2) / (MAX_CODE / 2))
-            zeros = None
-            shift: Tensor | int = MIDDLE
-        else:
-            low, high = groups.amin(dim=2).clamp_max(0), groups.amax(dim=2).clamp_min(0)
+        has_zeros = self._layout.zeros is not None
+        if has_zeros:
+            low, high = groups.amin(dim=2).clamp_max(0) * share, groups.amax(dim=2).clamp_min(0) * share
             scales = raised_to_bfloat16((high - low) / MAX_CODE)
-            shift = (-low / nonzero(scales)).round_().clamp_(0, MAX_CODE)
-            zeros = shift.to(torch.uint8)
-            shift = shift[:, :, None]
-        codes = (groups / nonzero(scales)[:, :, None]).round_().add_(shift).clamp_(0, MAX_CODE).to(torch.uint8)
-        return QuantizedWeight(packed_nibbles(codes.flatten(1)), scales, group_size, zeros)
+            shifts = (-low / nonzero(scales)).round_().clamp_(0, MAX_CODE)
+        else:
+            scales = raised_to_bfloat16(groups.abs().amax(dim=2) * share / (MAX_CODE / 2))
+            shifts = torch.full_like(scales, MIDDLE)
+        return CodeGrid(scales, shifts, 0, MAX_CODE, group_size, has_zeros)
+
+    def coded(self, grid: CodeGrid, codes: Tensor) -> QuantizedWeight:
+        """See `GriddedMethod`."""
+        zeros = grid.shifts.to(torch.uint8) if grid.has_zeros else None
+        return QuantizedWeight(packed_nibbles(codes.to(torch.uint8)), grid.scales, grid.group_size, zeros)
 
     def stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """See `QuantMethod`; for compressed-tensors."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmscale.errors import InvalidCheckpoint
+from llmscale.quant.grid import CodeGrid, nonzero
 from llmscale.quant.layouts import Cut, Int8Layout, Layout, Shape, StoredTensor
 from llmscale.quant.product import has_vnni, require_cpu
 from llmscale.quant.weight import QuantizedWeight
@@ -42,10 +43,17 @@ class Int8:
 
     def quantize(self, weight: Tensor) -> QuantizedWeight:
         """See `QuantMethod`; any width will do."""
-        weight = weight.float()
-        scales = weight.abs().amax(dim=1, keepdim=True) / MAX_CODE
-        codes = (weight / nonzero(scales)).round_().clamp_(-MAX_CODE, MAX_CODE).to(torch.int8)
-        return QuantizedWeight(codes, scales, weight.shape[1])
+        grid = self.grid(weight)
+        return self.coded(grid, grid.codes(weight))
+
+    def grid(self, weight: Tensor, share: float = 1.0) -> CodeGrid:
+        """See `GriddedMethod`."""
+        scales = weight.float().abs().amax(dim=1, keepdim=True) * share / MAX_CODE
+        return CodeGrid(scales, torch.zeros_like(scales), -MAX_CODE, MAX_CODE, weight.shape[1], has_zeros=False)
+
+    def coded(self, grid: CodeGrid, codes: Tensor) -> QuantizedWeight:
+        """See `GriddedMethod`."""
+        return QuantizedWeight(codes.to(torch.int8), grid.scales, grid.group_size)
 
     def stored(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """See `QuantMethod`."""
@@ -77,11 +85,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True, dtype=torch.float32)
     codes = torch.mul(x, MAX_CODE / nonzero(largest)).round_().add_(128).to(torch.uint8)
     return codes, largest / MAX_CODE
-
-
-def nonzero(scales: Tensor) -> Tensor:
-    """Divisors: 1e-36 instead of less, so that rows of zeros give zeros and 127 divided by one is finite."""
-    return scales.clamp_min(1e-36)
 
 
 def checked_scales(scales: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llmscale.quant.grid import CodeGrid
 from llmscale.quant.layouts import Cut, Layout, Shape, StoredTensor
 from llmscale.quant.weight import QuantizedWeight
 
@@ -61,6 +62,17 @@ class QuantMethod(Protocol):
         """The product on the weight's device for activations of a dtype; the weight's own tensors are not kept."""
 
 
+class GriddedMethod(QuantMethod, Protocol):
+    """A method whose weights are codes on a grid, so that a calibration can choose them."""
+
+    def grid(self, weight: Tensor, share: float = 1.0) -> CodeGrid:
+        """The grid that spans `share` of the range of each group of a weight [N, K]. Raises ConfigError as `quantize`
+        does."""
+
+    def coded(self, grid: CodeGrid, codes: Tensor) -> QuantizedWeight:
+        """The weight of codes [N, K] on a grid."""
+
+
 METHODS: dict[str, str] = {
     "int8": "llmscale.quant.int8",
     "int4": "llmscale.quant.int4",
@@ -69,7 +81,19 @@ METHODS: dict[str, str] = {
 """Name and module, which has `method(layout) -> QuantMethod`."""
 
 
+GRIDDED = ("int8", "int4")
+"""Those that are a `GriddedMethod`."""
+
+
 def method_for(layout: Layout) -> QuantMethod:
     """The method that reads a layout."""
     make: Callable[[Layout], QuantMethod] = import_module(METHODS[layout.method]).method
+    return make(layout)
+
+
+def gridded_method_for(layout: Layout) -> GriddedMethod | None:
+    """The same where its codes lie on a grid; None for floating-point codes."""
+    if layout.method not in GRIDDED:
+        return None
+    make: Callable[[Layout], GriddedMethod] = import_module(METHODS[layout.method]).method
     return make(layout)

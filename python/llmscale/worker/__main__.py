@@ -12,27 +12,28 @@ import sys
 
 from llmscale import env, logs
 from llmscale._core import WorkerSession, end_with_parent
+from llmscale.parallel.assignment import EXECUTORS
 from llmscale.worker.template import name_process, wait_to_be_born
 
 
 def main() -> int:
-    """Imports torch and waits to be copied; copies connect to the node and compute steps until told to stop."""
+    """Imports its executor and waits to be copied; copies connect to the node and compute until told to stop."""
     parser = argparse.ArgumentParser(prog="python -m llmscale.worker", description=main.__doc__)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all that the process may use)")
     parser.add_argument("--parent", type=int, required=True, help="the node's process id; all end with it")
     parser.add_argument(
         "--orders", type=int, required=True, help="number of the socket on which the node asks for copies"
     )
+    parser.add_argument("--executor", choices=EXECUTORS, default="torch", help="what copies compute with")
     arguments = parser.parse_args()
     end_with_parent(arguments.parent)
     orders = socket.socket(fileno=arguments.orders)
     name_process("llmscale-spare")
     logs.configure()
-    env.prepare_for_torch()
     from llmscale.parallel.assignment import read_assignment
-    from llmscale.worker.loop import WorkerLoop, warm_up
+    from llmscale.worker.loop import WorkerLoop
 
-    warm_up()
+    import_executor(arguments.executor)
     pipe = wait_to_be_born(orders, arguments.parent)
     assignment = None if pipe is None else read_assignment(pipe)
     if assignment is None:
@@ -42,6 +43,18 @@ def main() -> int:
     session = WorkerSession(assignment.link, assignment.epoch, assignment.key_file)
     WorkerLoop(session, assignment, arguments.threads).run()
     return 0
+
+
+def import_executor(executor: str) -> None:
+    """What copies will need, so that none of them has to import it."""
+    if executor == "native":
+        from llmscale.worker import native_runner  # noqa: F401
+
+        return
+    env.prepare_for_torch()
+    from llmscale.worker.model_runner import warm_up
+
+    warm_up()
 
 
 def keep_to_share_of_cpus(index: int, ranks: int) -> None:

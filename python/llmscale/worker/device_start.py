@@ -20,7 +20,8 @@ from llmscale.parallel.groups import World
 from llmscale.parallel.tensor import TensorGroup
 from llmscale.worker.device_steps import DeviceStepper
 from llmscale.worker.executor_torch import TorchExecutor
-from llmscale.worker.kv_region import KvLayout, KvRegion
+from llmscale.worker.kv_layout import KvLayout
+from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
 from llmscale.worker.step_memory import StepMemory
 

@@ -1,5 +1,8 @@
 """Steps on a device apart: one transfer in, a captured graph or eager work, a sampler there, ids back at one event.
 
+A step is launched before the one in front of it is read back, where the device itself can put what that one samples
+in the place of its ids; results of two steps arrive in memory of their own.
+
 Steps in which every row is a decode are replays of a graph for the next larger of a few batch sizes; the rows that fill
 it up belong to no sequence, so they write nothing that anybody reads. All others run eagerly. A step that finds no
 memory is cut into halves of its rows, which are computed one after the other: keys and values of the first are there
@@ -19,9 +22,10 @@ from torch import Tensor
 from llmscale._core import CpuKernels, PackedStep, StepCounts
 from llmscale.devices.interface import Accelerator, DeviceSampler, Event, Graph
 from llmscale.errors import OutOfDeviceMemory
-from llmscale.parallel.tensor import TensorGroup, row_bounds
+from llmscale.parallel.layout import row_bounds
+from llmscale.parallel.tensor import TensorGroup
 from llmscale.worker.step import Executor, StepLimits
-from llmscale.worker.step_memory import DeviceStep, StepMemory, memory_of
+from llmscale.worker.step_memory import STAGES, DeviceStep, StepMemory, memory_of
 from llmscale.worker.steps import Memory, StepSource
 
 Span = tuple[int, int]
@@ -48,6 +52,7 @@ class _Part:
 
     samples: Span
     arrived: Event | None
+    """None once they are taken out of the memory that they arrive in"""
     drawn: Tensor | None
     """int32, what the device's sampler left"""
     logits: Tensor | None
@@ -73,7 +78,9 @@ class DeviceStepper:
         self._executor = executor
         self._limits = limits
         self.sampler = sampler
-        self._drawn = None if sampler is None else accelerator.pinned(sampler.drawn.numel(), torch.int32)
+        entries = 0 if sampler is None else sampler.drawn.numel()
+        self._drawn = [accelerator.pinned(entries, torch.int32) for _ in range(STAGES)] if entries > 0 else []
+        self._turn = 0
         self._graphs: dict[int, Graph] = {}
         self._logits_here: Tensor | None = None
         self._logits_there: Tensor | None = None
@@ -105,9 +112,14 @@ class DeviceStepper:
 
     def forward(self, step: DeviceStep) -> None:
         """The whole of a step, for a stream or a graph."""
-        logits = self._executor.forward(step.inputs)
+        logits = self._logits(step)
         if self.sampler is not None and logits.shape[0] > 0:
             self.sampler.sample(logits, step.sampling)
+
+    def _logits(self, step: DeviceStep) -> Tensor:
+        if self.sampler is not None:
+            self.sampler.hand_on(step.drawn_from, step.inputs.token_ids)
+        return self._executor.forward(step.inputs)
 
     def forward_for_host(self, step: DeviceStep, rows: int) -> Tensor:
         """Begins a step of which `rows` rows of logits go to the host, and returns where they arrive."""
@@ -117,7 +129,7 @@ class DeviceStepper:
         assert there is not None, "just made"
         assert here is not None, "just made"
         stream = self.accelerator.compute
-        stream.run(lambda: there[:rows].copy_(self._executor.forward(step.inputs)[:rows]))
+        stream.run(lambda: there[:rows].copy_(self._logits(step)[:rows]))
         stream.copy(there[:rows], here[:rows])
         return here[:rows]
 
@@ -131,28 +143,49 @@ class DeviceStepper:
         self._logits_here = self.accelerator.pinned(most * width, dtype).view(most, width)
 
     def fetch_drawn(self, *, wants_logprobs: bool) -> Tensor:
-        """Brings back what the sampler left: ids and their log probabilities, or with the most likely others all."""
+        """Brings back what the sampler left: ids and their log probabilities, or with the most likely others all.
+        Where it arrives it stays until the step after the next brings its own back."""
         assert self.sampler is not None, "a rank that samples has a sampler"
-        assert self._drawn is not None, "made with the sampler"
         entries = self.sampler.drawn.numel() if wants_logprobs else 3 * self.sampler.max_rows
-        self.accelerator.compute.copy(self.sampler.drawn[:entries], self._drawn[:entries])
-        return self._drawn[:entries]
+        self._turn = (self._turn + 1) % STAGES
+        here = self._drawn[self._turn][:entries]
+        self.accelerator.compute.copy(self.sampler.drawn[:entries], here)
+        return here
 
 
 class DeviceSteps:
     """See `Steps`."""
 
-    def __init__(self, stepper: DeviceStepper, source: StepSource, kernels: CpuKernels, dtype: str) -> None:
+    def __init__(
+        self, stepper: DeviceStepper, source: StepSource, kernels: CpuKernels, dtype: str, max_ahead: int
+    ) -> None:
+        assert max_ahead < STAGES, f"results of {max_ahead + 1} steps have memory of their own"
         self._stepper = stepper
         self._source = source
         self._kernels = kernels
         self._dtype = dtype
-        self._parts: list[_Part] = []
+        self._max_ahead = max_ahead
+        self._begun: deque[list[_Part]] = deque()
+        """By step, the oldest first."""
 
-    def compute(self, counts: StepCounts) -> None:
+    @property
+    def ahead(self) -> int:
+        """See `Steps`. None where the processor samples, which reads the mirror, nor of a step that was cut."""
+        newest = self._begun[-1] if self._begun else []
+        return self._max_ahead if len(newest) == 1 and newest[0].logits is None else 0
+
+    @property
+    def is_done(self) -> bool:
+        """See `Steps`."""
+        return all(part.arrived is None or part.arrived.is_done for parts in list(self._begun)[:1] for part in parts)
+
+    def compute(self, counts: StepCounts) -> bool:
         """See `Steps`. Raises OutOfDeviceMemory if a single row finds no memory twice, or one of several ranks none."""
         stepper = self._stepper
-        self._parts = []
+        is_first = not self._begun
+        if not is_first and not self._source.follows_on():
+            return False
+        parts: list[_Part] = []
         ahead: deque[Span] = deque([(0, counts.rows)] if counts.rows > 0 else [])
         refused: Span | None = None
         while ahead:
@@ -160,21 +193,27 @@ class DeviceSteps:
             try:
                 part = self._launch(rows, counts)
             except stepper.accelerator.out_of_memory as error:
+                if not is_first:
+                    # What the step in front has sampled lies where the first half would sample.
+                    stepper.accelerator.empty_cache()
+                    return False
                 if stepper.group.size > 1 or rows == refused:
                     raise _no_memory(rows, error) from error
                 refused = rows
                 ahead.extendleft(reversed(_halves(rows)))
                 stepper.accelerator.empty_cache()
                 continue
-            if ahead or self._parts:
-                # The next part's results arrive in the same memory.
+            if ahead or parts:
+                # There may be more parts than memory for their results.
                 _keep(part)
-            self._parts.append(part)
+            parts.append(part)
+        self._begun.append(parts)
+        return True
 
     def draw(self, row_bounds: Sequence[int], rank: int, words: Memory) -> list[int]:
         """See `Steps`."""
         stepper, source = self._stepper, self._source
-        for part in self._parts:
+        for part in self._begun.popleft():
             if part.arrived is not None:
                 part.arrived.wait()
             if part.drawn is not None:
@@ -183,6 +222,10 @@ class DeviceSteps:
             elif part.logits is not None:
                 source.draw(self._kernels, memory_of(part.logits), self._dtype, part.samples, 0, words)
         return source.word_parts(row_bounds)
+
+    def forget(self) -> None:
+        """See `Steps`. What still runs is behind nobody: results that nobody reads arrive before any later ones."""
+        self._begun.clear()
 
     def _launch(self, rows: Span, counts: StepCounts) -> _Part:
         """Starts some rows of the step, and the way back of what they give."""
@@ -196,7 +239,7 @@ class DeviceSteps:
         own = _own_rows(packed, stepper.group)
         if stepper.sampler is None or own[0] == own[1]:
             self._run(room, packed, (0, 0), size)
-            return _Part(own, None, None, None)
+            return _Part(own, stepper.accelerator.compute.record(), None, None)
         first = packed.first_sample
         dealt = (own[0] - first, own[1] - first)
         logits: Tensor | None = None

@@ -32,8 +32,9 @@ from llmscale.layers.ops import AttentionConstants, HeadNorms, Ops, RopeTable
 from llmscale.layers.rotary import rope_table
 from llmscale.models.loader import Weights
 from llmscale.models.spec import AttentionSpec, BlockSpec, HeadSpec, LinearSpec, ModelSpec, NormSpec, RopeSpec
+from llmscale.parallel.layout import row_bounds
 from llmscale.parallel.pipeline import StageLink
-from llmscale.parallel.tensor import Alone, TensorGroup, row_bounds
+from llmscale.parallel.tensor import Alone, TensorGroup
 from llmscale.quant.layouts import Quantization
 from llmscale.quant.weight import QuantizedWeight
 from llmscale.worker.kv_region import KvRegion
@@ -86,7 +87,7 @@ class TorchExecutor:
 
         `device` lays out quantized weights; without one they are laid out for the CPU.
         """
-        assert kv_region.layout.dtype == weights.dtype, (kv_region.layout.dtype, weights.dtype)
+        assert kv_region.tensor.dtype == weights.dtype, (kv_region.tensor.dtype, weights.dtype)
         assert limits.max_sequence_tokens <= spec.max_sequence_tokens, (limits, spec.max_sequence_tokens)
         self._ops = ops
         self._limits = limits

@@ -13,15 +13,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from llmscale._core import DiskRegion, HostRegion
-from llmscale.devices.interface import Accelerator
 from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import DiskPlace
-from llmscale.worker.device_tier import Copy, DeviceTier
 from llmscale.worker.disk_tier import open_disk
-from llmscale.worker.kv_region import KvRegion
+from llmscale.worker.kv_layout import BlockMemory
+
+if TYPE_CHECKING:
+    from llmscale.devices.interface import Accelerator
+    from llmscale.worker.device_tier import Copy, DeviceTier
 
 
 class CopySource(Protocol):
@@ -42,7 +44,7 @@ class HostTier:
 
     def __init__(
         self,
-        region: KvRegion,
+        region: BlockMemory,
         blocks: int,
         numerics: str,
         place: RankPlace,
@@ -56,8 +58,7 @@ class HostTier:
         `disk` is where what the host has no room for goes, and how many blocks. Raises WorkerError if memory cannot be
         mapped, ConfigError if the disk cannot be used.
         """
-        tensor = region.tensor
-        self._kv = (tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        self._kv = region.memory
         meaning = repr((numerics, astuple(region.layout), astuple(place), disk and disk[0].content))
         layout = int.from_bytes(hashlib.blake2b(meaning.encode(), digest_size=8).digest(), "little")
         block_bytes = region.layout.block_bytes
@@ -67,7 +68,7 @@ class HostTier:
             _give_size(path, HostRegion.bytes_for(blocks, block_bytes))
             self._host = HostRegion(path, blocks, block_bytes, layout)
             self.disk = None if disk is None else open_disk(*disk, (path, blocks), block_bytes, layout)
-            self._apart = None if accelerator is None else DeviceTier(accelerator, region, self._host, blocks)
+            self._apart = None if accelerator is None else _apart(accelerator, region, self._host, blocks)
         finally:
             if own is not None:
                 os.close(own)
@@ -93,6 +94,15 @@ class HostTier:
         """To be called when there is nothing else to do."""
         if self._apart is not None:
             self._apart.seal()
+
+
+def _apart(accelerator: Accelerator, region: BlockMemory, host: HostRegion, blocks: int) -> DeviceTier:
+    """Imported here: only devices apart have one, and it needs torch."""
+    from llmscale.worker.device_tier import DeviceTier
+    from llmscale.worker.kv_region import KvRegion
+
+    assert isinstance(region, KvRegion), "a device's region is a tensor"
+    return DeviceTier(accelerator, region, host, blocks)
 
 
 def _give_size(path: str, size_bytes: int) -> None:

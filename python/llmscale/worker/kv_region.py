@@ -9,52 +9,20 @@ from __future__ import annotations
 
 import errno
 import mmap
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llmscale.errors import ConfigError
 from llmscale.layers.ops import KvLayer
 from llmscale.models.spec import ModelSpec
+from llmscale.worker.kv_layout import DEFAULT_BLOCK_TOKENS, KvLayout, kv_layout_of
 
-DEFAULT_BLOCK_TOKENS = 32
 _MADV_POPULATE_WRITE = 23
-
-
-@dataclass(frozen=True, slots=True)
-class KvLayout:
-    """Shape of one block."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    block_tokens: int
-    dtype: torch.dtype
-
-    @property
-    def block_bytes(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.block_tokens * self.head_dim * self.dtype.itemsize
-
-    def blocks_within(self, budget_bytes: int, max_sequence_tokens: int) -> int:
-        """How many blocks fit a budget. Raises ConfigError if the longest sequence would not fit alone."""
-        blocks = budget_bytes // self.block_bytes
-        needed = -(-max_sequence_tokens // self.block_tokens)
-        if blocks < needed:
-            raise ConfigError(
-                f"The KV budget of {budget_bytes:,} bytes holds {blocks:,} blocks of {self.block_tokens} tokens, but "
-                f"one sequence of max_sequence_tokens = {max_sequence_tokens:,} needs {needed:,} "
-                f"({needed * self.block_bytes:,} bytes). Raise the budget or lower max_sequence_tokens."
-            )
-        return blocks
 
 
 def kv_layout(spec: ModelSpec, dtype: torch.dtype, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> KvLayout:
     """The layout for all layers of a model, which must be of one shape."""
-    shapes = {(block.attention.kv_heads, block.attention.head_dim) for block in spec.blocks}
-    assert len(shapes) == 1, f"one region per layer group: {shapes}"
-    kv_heads, head_dim = shapes.pop()
-    return KvLayout(len(spec.blocks), kv_heads, head_dim, block_tokens, dtype)
+    return kv_layout_of(spec, str(dtype).removeprefix("torch."), block_tokens)
 
 
 class KvRegion:
@@ -67,11 +35,17 @@ class KvRegion:
         shape = (blocks, layout.layers, 2, layout.kv_heads, layout.block_tokens, layout.head_dim)
         self.layout = layout
         self.blocks = blocks
+        dtype = getattr(torch, layout.dtype)
         if device is None or device.type == "cpu":
             memory = _zeroed_memory(blocks * layout.block_bytes)
-            self.tensor: Tensor = torch.frombuffer(memory, dtype=layout.dtype).view(shape)
+            self.tensor: Tensor = torch.frombuffer(memory, dtype=dtype).view(shape)
         else:
-            self.tensor = torch.zeros(shape, dtype=layout.dtype, device=device)
+            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """See `BlockMemory`."""
+        return self.tensor.data_ptr(), self.tensor.nbytes
 
     def layer(self, layer: int) -> KvLayer:
         """One layer of the region, as operations take it."""

@@ -1,4 +1,4 @@
-"""The worker's loop: receive, execute, sample, reply.
+"""The worker's loop: receive, execute, sample, reply. On a device the last two are one step behind the first.
 
 A step that raises is given up: the engine tells the worker anew what runs, computes the step's sequences one by one,
 and ends a request that raised twice. Any other error ends the process with a last word to the engine, and so does a
@@ -8,22 +8,25 @@ step that raises on one rank of several, because the others wait for it.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
-import torch
 
 from llmscale._core import DiskRegion, WorkerOrder, WorkerSession
 from llmscale.errors import LlmscaleError, ModelError, OutOfDeviceMemory
 from llmscale.parallel.assignment import Assignment
 from llmscale.worker.disk_tier import say_trouble
-from llmscale.worker.model_runner import ModelRunner
+from llmscale.worker.runner import Runner, RunnerOptions, make_runner
 from llmscale.worker.sampling import StepSampling
-from llmscale.worker.steps import Steps
+from llmscale.worker.step_queue import StepQueue
 
 _log = structlog.get_logger("llmscale.worker")
 
 WAIT_US = 1_000_000
+OPEN_WAIT_US = 100
+"""How often the loop looks whether the device is done, while no other step comes: a step takes 50 times as long."""
 
 
 class WorkerLoop:
@@ -33,8 +36,8 @@ class WorkerLoop:
         self._session = session
         self._assignment = assignment
         self._threads = threads
-        self._runner: ModelRunner | None = None
-        self._steps: Steps | None = None
+        self._runner: Runner | None = None
+        self._queue: StepQueue | None = None
         self._sampling: StepSampling | None = None
         self._disk: DiskRegion | None = None
 
@@ -42,11 +45,11 @@ class WorkerLoop:
         """Returns when the engine says stop. An error outside a step is told to the engine and raised."""
         try:
             while True:
-                order = self._session.receive(WAIT_US, self._disk)
+                is_open = self._queue is not None and not self._queue.is_empty
+                order = self._session.receive(OPEN_WAIT_US if is_open else WAIT_US, self._disk)
                 say_trouble(self._disk)
                 if order is None:
-                    if self._runner is not None:
-                        self._runner.rest()
+                    self._rest()
                     continue
                 if order.kind == "stop":
                     return
@@ -60,40 +63,54 @@ class WorkerLoop:
 
     def _configure(self, order: WorkerOrder) -> None:
         started = time.perf_counter_ns()
-        runner = ModelRunner(
-            Path(self._assignment.model_folder or order.model_folder),
-            order.dtype,
-            order.limits,
-            quantization=self._assignment.quantization,
+        assignment = self._assignment
+        options = RunnerOptions(
+            dtype=order.dtype,
+            quantization=assignment.quantization,
             threads=self._threads,
-            progress=_LoadingProgress(),
-            place=self._assignment.place,
-            meeting=self._assignment.meeting,
-            host_memory=self._assignment.host_memory,
-            device=self._assignment.device,
-            device_index=self._assignment.device_index,
-            disk=self._assignment.disk,
+            place=assignment.place,
+            meeting=assignment.meeting,
+            host_memory=assignment.host_memory,
+            disk=assignment.disk,
+            device=assignment.device,
+            device_index=assignment.device_index,
         )
+        folder = Path(assignment.model_folder or order.model_folder)
+        runner = make_runner(assignment.executor, folder, order.limits, options, _LoadingProgress())
         host_memory, disk_files = (0, 0) if runner.host is None else (runner.host.incarnation, runner.host.disk_files)
         took_ns = time.perf_counter_ns() - started
         blocks = runner.limits.total_blocks
         self._session.ready(runner.layers, runner.numerics, took_ns, blocks, host_memory, disk_files)
         self._disk = None if runner.host is None else runner.host.disk
         self._runner = runner
-        self._steps = runner.steps(self._session)
-        self._sampling = StepSampling(self._session, runner, self._steps, order.limits.max_sequences)
+        steps = runner.steps(self._session)
+        self._sampling = StepSampling(self._session, runner, steps, order.limits.max_sequences)
+        self._queue = StepQueue(runner, steps, self._session, self._sampling.finish)
 
     def _step(self, order: WorkerOrder) -> None:
-        assert self._runner is not None, "a step before the configuration"
-        assert self._steps is not None, "a step before the configuration"
+        assert self._queue is not None, "a step before the configuration"
         assert self._sampling is not None, "a step before the configuration"
-        try:
-            if not self._runner.copy(order.counts, self._session):
+        with self._giving_up():
+            if not self._queue.take(order.counts, self._sampling.begin):
                 _log.warning("blocks of the host tier are bad; their tokens are computed again")
-                return
-            self._sampling.begin()
-            self._steps.compute(order.counts)
-            self._sampling.finish(order.counts)
+
+    def _rest(self) -> None:
+        """No step came: answers the one that is open once it is done, or uses the time."""
+        if self._runner is None or self._queue is None:
+            return
+        if self._queue.is_empty:
+            self._runner.rest()
+            return
+        with self._giving_up():
+            if self._queue.is_done:
+                self._queue.answer()
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """A step that raises within is given up."""
+        assert self._queue is not None, "a step before the configuration"
+        try:
+            yield
         except OutOfDeviceMemory:
             # Not this step's fault: no step can run any more.
             raise
@@ -101,14 +118,8 @@ class WorkerLoop:
             if self._assignment.place.ranks > 1:
                 raise
             _log.exception("a step raised")
+            self._queue.forget()
             self._session.step_failed(f"{type(error).__name__}: {error}")
-
-
-def warm_up() -> None:
-    """Makes oneDNN set itself up, which takes 30 ms that need not be part of anybody's pause. Starts no thread."""
-    torch.set_num_threads(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.ones(2, 32, dtype=dtype) @ torch.ones(32, 32, dtype=dtype)
 
 
 class _LoadingProgress:

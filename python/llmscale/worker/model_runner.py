@@ -17,57 +17,45 @@ from llmscale.devices.interface import OpsNeeds
 from llmscale.devices.registry import open_device
 from llmscale.errors import ConfigError
 from llmscale.models.loader import LoadOptions, load_weights
-from llmscale.models.open_files import Progress
 from llmscale.models.registry import describe_model
-from llmscale.models.shard import RankPlace, shard_model
+from llmscale.models.shard import shard_model
 from llmscale.models.spec import ModelSpec
-from llmscale.parallel.assignment import DiskPlace, Meeting
 from llmscale.parallel.groups import join_stages, join_tensor_group, join_world
 from llmscale.parallel.interface import interface_towards
 from llmscale.worker.device_start import DeviceStart
 from llmscale.worker.device_steps import DeviceStepper, DeviceSteps
 from llmscale.worker.executor_torch import Ranks, TorchExecutor
+from llmscale.worker.host_steps import HostSteps
 from llmscale.worker.host_tier import CopySource, HostTier
 from llmscale.worker.kv_region import KvRegion, kv_layout
+from llmscale.worker.runner import Progress, RunnerOptions, make_copies
+from llmscale.worker.sample_exchange import SampleExchange
 from llmscale.worker.step import StepInputs, StepLimits
-from llmscale.worker.steps import HostSteps, Steps, StepSource
+from llmscale.worker.steps import Steps, StepSource
 
 
 class ModelRunner:
     """A loaded model, or a rank's part of it, on a device of this process."""
 
     def __init__(
-        self,
-        folder: Path,
-        dtype: str,
-        limits: EngineLimits,
-        *,
-        quantization: str | None = None,
-        threads: int | None = None,
-        progress: Progress | None = None,
-        place: RankPlace | None = None,
-        meeting: Meeting | None = None,
-        host_memory: str | None = None,
-        device: str = "cpu",
-        device_index: int = 0,
-        disk: DiskPlace | None = None,
+        self, folder: Path, limits: EngineLimits, options: RunnerOptions, progress: Progress | None = None
     ) -> None:
         """Meets the other ranks, loads weights, makes the KV region. Raises ModelError, ConfigError, WorkerError.
 
         A device apart may have room for fewer KV blocks than `limits` allow: `limits` of the runner say how many it is.
         """
-        self.device = open_device(device, device_index)
-        self.place = place = place or RankPlace()
-        meeting = meeting or Meeting()
+        self.device = open_device(options.device, options.device_index)
+        self.place = place = options.place
+        meeting, disk = options.meeting, options.disk
         if meeting.rendezvous is not None:
             env.prepare_for_torch_distributed(interface_towards(meeting.rendezvous))
         world = join_world(place, meeting, env.GLOO_INTERFACE.read() or "lo", self.device.torch_device.type)
-        description = describe_model(folder, quantization)
+        description = describe_model(folder, options.quantization)
         part = shard_model(description.spec, place)
-        options = LoadOptions(dtype=dtype, device=self.device.torch_device, progress=progress)
-        weights = load_weights(description.folder, description.spec, options, part)
+        load = LoadOptions(dtype=options.dtype, device=self.device.torch_device, progress=progress)
+        weights = load_weights(description.folder, description.spec, load, part)
         self.dtype = "bfloat16" if weights.dtype is torch.bfloat16 else "float32"
-        self.kernels = CpuKernels(self.dtype, threads=threads, level=env.CPU_LEVEL.read())
+        self.kernels = CpuKernels(self.dtype, threads=options.threads, level=env.CPU_LEVEL.read())
         torch.set_num_threads(self.kernels.threads)
         layout = kv_layout(part.spec, weights.dtype, limits.block_tokens)
         step_limits = StepLimits(
@@ -77,6 +65,7 @@ class ModelRunner:
         )
         self.stage = join_stages(place, meeting, world)
         self.tensor = join_tensor_group(place, meeting, self.dtype, world)
+        self.exchange = None if place.ranks == 1 else SampleExchange(self.tensor, self.stage)
         ranks = Ranks(self.tensor, self.stage, part.vocabulary_start, part.vocabulary_widths)
         ops = self.device.ops(_ops_needs(part.spec, weights.dtype, step_limits, self.kernels))
 
@@ -103,13 +92,21 @@ class ModelRunner:
         self.host: HostTier | None = None
         if limits.host_blocks > 0:
             below = None if disk is None else (disk, limits.disk_blocks)
-            self.host = HostTier(self.region, limits.host_blocks, self.numerics, place, host_memory, accelerator, below)
+            self.host = HostTier(
+                self.region, limits.host_blocks, self.numerics, place, options.host_memory, accelerator, below
+            )
+
+    @property
+    def max_steps_ahead(self) -> int:
+        """How many steps may be begun before the first of them is answered, but for one. Ranks of one replica tell each
+        other what they drew, stages send it: by way of the processor, when a step is done."""
+        return 0 if self._stepper is None or self.place.ranks > 1 else 1
 
     def steps(self, source: StepSource) -> Steps:
         """The steps of whoever owns a mirror."""
         if self._stepper is None:
             return HostSteps(self, source)
-        return DeviceSteps(self._stepper, source, self.kernels, self.dtype)
+        return DeviceSteps(self._stepper, source, self.kernels, self.dtype, self.max_steps_ahead)
 
     def rest(self) -> None:
         """To be called when there is no step to compute."""
@@ -118,10 +115,7 @@ class ModelRunner:
 
     def copy(self, counts: StepCounts, source: CopySource) -> bool:
         """Makes the step's copies between tiers, before its rows are computed. False: the step was given up."""
-        if counts.copies == 0 and counts.transfers == 0:
-            return True
-        assert self.host is not None, "copies are planned only where there is a host tier"
-        return self.host.copy(source, has_transfers=counts.transfers > 0)
+        return make_copies(self.host, counts, source)
 
     def forward(self, step: StepInputs) -> tuple[int, int]:
         """Runs one step. Returns address and number of elements of the logits, valid until the next call.
@@ -143,3 +137,10 @@ def _ops_needs(spec: ModelSpec, dtype: torch.dtype, limits: StepLimits, kernels:
         max_sequence_tokens=limits.max_sequence_tokens,
         kernels=kernels,
     )
+
+
+def warm_up() -> None:
+    """Makes oneDNN set itself up, which takes 30 ms that need not be part of anybody's pause. Starts no thread."""
+    torch.set_num_threads(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.ones(2, 32, dtype=dtype) @ torch.ones(32, 32, dtype=dtype)

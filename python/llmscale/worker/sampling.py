@@ -10,51 +10,60 @@ know layers or logits' values.
 
 from __future__ import annotations
 
-import torch
+from array import array
 
 from llmscale._core import StepCounts, WorkerSession
-from llmscale.parallel.tensor import row_bounds
-from llmscale.worker.model_runner import ModelRunner
+from llmscale.parallel.layout import row_bounds
+from llmscale.worker.runner import Runner
 from llmscale.worker.steps import Steps
 
 
 class StepSampling:
     """Begins and ends the steps of one session."""
 
-    def __init__(self, session: WorkerSession, runner: ModelRunner, steps: Steps, max_samples: int) -> None:
+    def __init__(self, session: WorkerSession, runner: Runner, steps: Steps, max_samples: int) -> None:
         self._session = session
         self._steps = steps
         self._runner = runner
-        self._ids = torch.zeros(max_samples, dtype=torch.int32)
-        self._words = torch.zeros(max_samples * WorkerSession.MAX_ROW_WORDS, dtype=torch.int32)
+        self._ids = zeroed_words(max_samples)
+        self._words = zeroed_words(max_samples * WorkerSession.MAX_ROW_WORDS)
 
     def begin(self) -> None:
         """Fills in what this step's sequences have sampled before; on the first stage of several only."""
-        runner = self._runner
-        if runner.stage is None or not runner.place.is_first_stage:
+        exchange = self._runner.exchange
+        if exchange is None or not exchange.has_stages or not self._runner.place.is_first_stage:
             return
         while (samples := self._session.awaited_samples()) is not None:
-            ids = self._ids[:samples]
-            runner.stage.receive_tokens(ids)
-            self._session.record((ids.data_ptr(), ids.numel()))
+            exchange.receive_ids(self._ids, samples)
+            self._session.record((self._ids.buffer_info()[0], samples))
 
     def finish(self, counts: StepCounts) -> None:
         """Draws for the rows that are dealt to this rank, records and tells."""
         place = self._runner.place
         if place.is_last_stage:
             self._sample(counts.samples)
-        elif not place.is_first_stage:
+            return
+        self._session.leave_answers()
+        if not place.is_first_stage:
             self._session.pass_over_samples()
 
     def _sample(self, samples: int) -> None:
-        session, runner, place = self._session, self._runner, self._runner.place
+        session, exchange, place = self._session, self._runner.exchange, self._runner.place
         rows = row_bounds(samples, place.tensor_size)
-        words = (self._words.data_ptr(), self._words.numel())
+        words = self._words.buffer_info()
         parts = self._steps.draw(rows, place.tensor_rank, words)
-        runner.tensor.gather_words(self._words[: parts[-1]], parts)
-        waited_ns = 0 if runner.stage is None else runner.stage.take_waited_ns()
-        ids = self._ids[:samples]
-        tokens = (ids.data_ptr(), ids.numel())
-        session.complete(words, reply=place.is_leader, tokens=tokens, waited_ns=waited_ns)
-        if runner.stage is not None and samples > 0:
-            runner.stage.send_tokens(ids)
+        if exchange is None:
+            session.complete(words)
+            return
+        exchange.gather_words(self._words, parts)
+        tokens = (self._ids.buffer_info()[0], samples)
+        session.complete(words, reply=place.is_leader, tokens=tokens, waited_ns=exchange.take_waited_ns())
+        if exchange.has_stages:
+            exchange.send_ids(self._ids, samples)
+
+
+def zeroed_words(entries: int) -> array[int]:
+    """Memory of int32 that the core fills by its address."""
+    words = array("i", bytes(4 * entries))
+    assert words.itemsize == 4, words.itemsize
+    return words

@@ -23,7 +23,7 @@ from llmscale.worker.steps import Memory
 MAX_CHANGES = 16_384
 """Logits of a step that may change before sampling on a device; 256 KiB, moved only in steps that have any."""
 STAGES = 2
-"""One is packed while the other may still be on its way."""
+"""One is packed while the other may still be on its way; likewise results of steps on their way back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class DeviceStep:
 
     inputs: StepInputs
     sampling: SamplingRows
+    drawn_from: Tensor
+    """[S] 0, or one more than the row of the step before that samples the id of this sequence's decode row"""
 
 
 @dataclass(slots=True)
@@ -134,4 +136,4 @@ class StepMemory:
             allowed=self._no_masks,
             allowed_row=self._unmasked[first:last],
         )
-        return DeviceStep(inputs, sampling)
+        return DeviceStep(inputs, sampling, parts[20][:sequences])

@@ -1,8 +1,7 @@
 """Whole steps of one source, on whatever device: compute what the mirror holds, then draw for the rows that sample.
 
-`HostSteps` computes on the processor, where the mirror's buffers, the logits and the sampler are, and copies nothing.
-For devices apart see `device_steps.py`. A step costs eight slices and two calls here. It does not know where steps
-come from, and completes none.
+Only what steps are to a worker stands here, without torch: `host_steps.py` computes them with torch on the processor,
+`device_steps.py` on devices apart, `native_runner.py` with the native executor. It does not know where steps come from.
 """
 
 from __future__ import annotations
@@ -10,11 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
-from llmscale._core import CpuKernels, Int32Buffer, PackedStep, StepCounts
-from llmscale.worker.step import StepInputs
+from llmscale._core import CpuKernels, Int32Buffer, NativeProgram, PackedStep, StepCounts
 
 Memory = tuple[int, int]
 """Address and number of elements of contiguous memory."""
@@ -27,7 +22,9 @@ class StepSource(Protocol):
     def draw(
         self, kernels: CpuKernels, logits: Memory, dtype: str, row_bounds: Sequence[int], rank: int, words: Memory
     ) -> list[int]: ...
+    def compute(self, kernels: CpuKernels, program: NativeProgram, counts: StepCounts) -> None: ...
     def pack_step(self, rows: tuple[int, int], room: tuple[int, int], out: Memory, changes: Memory) -> PackedStep: ...
+    def follows_on(self) -> bool: ...
     def take_drawn(self, rows: tuple[int, int], sampled: Memory, max_rows: int, words: Memory) -> None: ...
     def word_parts(self, row_bounds: Sequence[int]) -> list[int]: ...
 
@@ -35,72 +32,21 @@ class StepSource(Protocol):
 class Steps(Protocol):
     """The steps of one source, one after the other."""
 
-    def compute(self, counts: StepCounts) -> None:
-        """Computes the step whose rows are in the mirror, or begins to."""
+    def compute(self, counts: StepCounts) -> bool:
+        """Computes the step whose rows are in the mirror, or begins to. False: it needs what the step in front of it
+        samples, which has to be drawn and told first; nothing was begun."""
+
+    @property
+    def ahead(self) -> int:
+        """How many steps need not be drawn yet, that computed last included."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether drawing for the oldest step that is computed and not drawn for waits for nothing."""
 
     def draw(self, row_bounds: Sequence[int], rank: int, words: Memory) -> list[int]:
-        """Draws for sampling rows `row_bounds[rank]` to `row_bounds[rank + 1]` of the step computed last: fills their
-        part of `words` and returns where each rank's begins, and the last ends."""
+        """Draws for sampling rows `row_bounds[rank]` to `row_bounds[rank + 1]` of that step: fills their part of
+        `words` and returns where each rank's begins, and the last ends."""
 
-
-class Forward(Protocol):
-    """What runs a step on the processor."""
-
-    kernels: CpuKernels
-    dtype: str
-
-    def forward(self, step: StepInputs) -> Memory:
-        """The step's logits, valid until the next call."""
-
-
-class StepBuffers:
-    """The mirror's buffers, wrapped once."""
-
-    def __init__(self, source: StepSource) -> None:
-        def wrap(name: str) -> Tensor:
-            return torch.frombuffer(source.buffer(name), dtype=torch.int32)
-
-        self._token_ids = wrap("token_ids")
-        self._positions = wrap("positions")
-        self._slot_mapping = wrap("slot_mapping")
-        self._query_start = wrap("query_start")
-        self._sequence_lengths = wrap("sequence_lengths")
-        self._table_offsets = wrap("table_offsets")
-        self._block_tables = wrap("block_tables")
-        self._sample_rows = wrap("sample_rows")
-
-    def inputs(self, counts: StepCounts) -> StepInputs:
-        """Views of what the current step uses."""
-        rows, sequences, samples = counts.rows, counts.sequences, counts.samples
-        return StepInputs(
-            rows=rows,
-            sequences=sequences,
-            samples=samples,
-            token_ids=self._token_ids[:rows],
-            positions=self._positions[:rows],
-            slot_mapping=self._slot_mapping[:rows],
-            query_start=self._query_start[: sequences + 1],
-            sequence_lengths=self._sequence_lengths[:sequences],
-            table_offsets=self._table_offsets[:sequences],
-            block_tables=self._block_tables,
-            sample_rows=self._sample_rows[:samples],
-        )
-
-
-class HostSteps:
-    """See `Steps`; done when a call returns."""
-
-    def __init__(self, runner: Forward, source: StepSource) -> None:
-        self._runner = runner
-        self._source = source
-        self._buffers = StepBuffers(source)
-        self._logits: Memory = (0, 0)
-
-    def compute(self, counts: StepCounts) -> None:
-        """See `Steps`."""
-        self._logits = self._runner.forward(self._buffers.inputs(counts))
-
-    def draw(self, row_bounds: Sequence[int], rank: int, words: Memory) -> list[int]:
-        """See `Steps`."""
-        runner = self._runner
-        return self._source.draw(runner.kernels, self._logits, runner.dtype, row_bounds, rank, words)
+    def forget(self) -> None:
+        """Nobody will draw for what was computed so far."""

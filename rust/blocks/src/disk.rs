@@ -70,6 +70,12 @@ impl DiskTier {
         self.pool.share(BlockId(disk.0));
     }
 
+    /// It gives way last.
+    pub(crate) fn touch(&mut self, disk: DiskBlockId) {
+        self.pin(disk);
+        self.unpin(disk);
+    }
+
     /// Takes one pin back.
     pub(crate) fn unpin(&mut self, disk: DiskBlockId) {
         let block = BlockId(disk.0);
@@ -154,8 +160,7 @@ impl DiskTier {
         }
         order.sort_by_key(|(id, _)| (youngest[id], std::cmp::Reverse(*id)));
         for (_, disk) in order {
-            self.pin(disk);
-            self.unpin(disk);
+            self.touch(disk);
         }
     }
 

@@ -60,6 +60,11 @@ impl HostTier {
         self.pool.oldest().map(|block| HostBlockId(block.0))
     }
 
+    /// The same from the one that gives way last.
+    pub(crate) fn youngest(&self) -> impl Iterator<Item = HostBlockId> {
+        self.pool.youngest().map(|block| HostBlockId(block.0))
+    }
+
     /// Blocks that are pinned.
     pub(crate) fn pinned(&self) -> u32 {
         self.pool.total() - self.pool.free()

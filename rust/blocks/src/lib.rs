@@ -15,5 +15,5 @@ pub use chain::{BlockHash, ChainHasher, Namespace};
 pub use changes::Changes;
 pub use disk::{DiskRecord, IndexChange};
 pub use pool::BlockPool;
-pub use prefix::PrefixIndex;
+pub use prefix::{ContentId, PrefixIndex};
 pub use store::{BlockStore, CacheCounters, Found, PrefixHit};

@@ -70,6 +70,13 @@ impl BlockPool {
         std::iter::successors(behind(&anchor), behind).map(BlockId)
     }
 
+    /// The same from the one that is handed out last.
+    pub fn youngest(&self) -> impl Iterator<Item = BlockId> {
+        let anchor = self.anchor() as u32;
+        let before = move |&block: &u32| Some(self.previous[block as usize]).filter(|&previous| previous != anchor);
+        std::iter::successors(before(&anchor), before).map(BlockId)
+    }
+
     /// Adds a reference; a free block comes back to life with its content.
     pub fn share(&mut self, block: BlockId) {
         if self.references[block.index()] == 0 {
@@ -221,6 +228,8 @@ mod tests {
                 }
                 pool.check();
                 prop_assert_eq!(pool.free(), free.len() as u32);
+                prop_assert!(pool.oldest().map(|block| block.0).eq(free.iter().copied()));
+                prop_assert!(pool.youngest().map(|block| block.0).eq(free.iter().rev().copied()));
                 for block in 0..total {
                     prop_assert_eq!(pool.references(BlockId(block)), counts[block as usize]);
                 }

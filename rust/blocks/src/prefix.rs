@@ -128,7 +128,13 @@ impl PrefixIndex {
 
     /// Everything that can be found, by block. O(blocks).
     pub fn all_reachable(&self) -> impl Iterator<Item = &Content> {
-        (0..self.entries.len() as u32).filter_map(|block| self.reachable(BlockId(block)).map(|(content, _)| content))
+        self.reachable_blocks().map(|(_, content)| content)
+    }
+
+    /// The same with the blocks.
+    pub fn reachable_blocks(&self) -> impl Iterator<Item = (BlockId, &Content)> {
+        let blocks = (0..self.entries.len() as u32).map(BlockId);
+        blocks.filter_map(|block| self.reachable(block).map(|(content, _)| (block, content)))
     }
 
     /// The memory is gone: nothing is known any more.

@@ -3,6 +3,7 @@
 //! the host and the disk is `transfers`. Every operation is O(blocks named in it). Sequences own their tables; the store
 //! owns counts and contents.
 
+mod saves;
 mod transfers;
 
 use crate::chain::{BlockHash, ChainHasher, Namespace};
@@ -48,6 +49,7 @@ pub struct BlockStore {
     host: HostTier,
     disk: DiskTier,
     transfers: transfers::Transfers,
+    saves: saves::Saves,
     /// Contents that were named so far, on any tier.
     contents: u64,
     /// What the next step has to copy, in order.
@@ -91,6 +93,7 @@ impl BlockStore {
             host: HostTier::new(0, block_tokens),
             disk: DiskTier::new(0, block_tokens),
             transfers: transfers::Transfers::default(),
+            saves: saves::Saves::default(),
             contents: 0,
             copies: Vec::new(),
             offloads_allowed: 0,
@@ -307,6 +310,16 @@ impl BlockStore {
         assert!(self.pool.references(block) > 0, "block {block} is registered by nobody who holds it");
         if let Some((_, content)) = self.prefix.find(namespace, parent, hash, ids) {
             return content;
+        }
+        if let Some(mut content) = self.prefix.content(block).cloned() {
+            // It was found behind a block that was copied back, and the host has lost the parent's name since: the parent
+            // has got a new one, and so does what builds on it, because a parent is always named before its children.
+            content.id = self.next_content();
+            content.parent = parent;
+            let id = content.id;
+            self.prefix.forget(block);
+            self.prefix.insert(block, content, ids);
+            return id;
         }
         // 0 divides nothing.
         let named = (index + 1).is_multiple_of(self.blocks_per_key);

@@ -10,11 +10,12 @@ use std::ops::Range;
 
 /// The part of a packed step that says where each row's changes begin; it has one entry more than rows.
 pub(crate) const CHANGE_START: usize = 19;
-const COLUMNS: usize = 13;
-/// In the prompt or the output.
-const SEEN: i32 = 1;
-/// Must not be sampled.
-const SUPPRESSED: i32 = 2;
+/// Columns of sampling parameters.
+pub const COLUMNS: usize = 13;
+/// Flag of a changed logit: the token is in the prompt or the output.
+pub const SEEN: i32 = 1;
+/// Flag of a changed logit: the token must not be sampled.
+pub const SUPPRESSED: i32 = 2;
 /// Log probabilities that a row has room for.
 pub const MAX_LOGPROBS: usize = Sampling::MAX_LOGPROBS as usize;
 /// Columns of what was drawn that every row has: status, token, its log probability, how many others follow.

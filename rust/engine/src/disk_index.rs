@@ -9,6 +9,7 @@ use llmscale_types::{DiskBlockId, Token};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
@@ -109,7 +110,7 @@ pub struct Recalled {
 #[derive(Debug)]
 pub struct DiskIndex {
     changes: Option<Sender<IndexChange>>,
-    lost: AtomicU64,
+    lost: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -120,14 +121,18 @@ impl DiskIndex {
         let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
         let recalled = recall(&file, &meaning)?;
         let (changes, orders) = bounded::<IndexChange>(MAX_CHANGES);
+        let lost = Arc::new(AtomicU64::new(0));
+        let own = Arc::clone(&lost);
         let write = move || {
             for change in orders {
                 // A record that was not written is a miss after the next start, and nothing else.
-                let _: std::io::Result<()> = write(&file, &meaning, &change);
+                if write(&file, &meaning, &change).is_err() {
+                    own.fetch_add(1, Ordering::Relaxed);
+                }
             }
         };
         let thread = std::thread::Builder::new().name("llmscale-index".into()).spawn(write)?;
-        Ok((Self { changes: Some(changes), lost: AtomicU64::new(0), thread: Some(thread) }, recalled))
+        Ok((Self { changes: Some(changes), lost, thread: Some(thread) }, recalled))
     }
 
     /// Has a change written, some time.
@@ -138,7 +143,7 @@ impl DiskIndex {
         }
     }
 
-    /// Changes that found the queue full.
+    /// Changes that found the queue full, or that the system refused to write.
     pub fn lost_changes(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
     }

@@ -1,10 +1,11 @@
-//! Rows that have been drawn: what the ranks of a stage tell each other of theirs, and the step's result from all of them.
+//! Rows that have been drawn: what the ranks of a stage tell each other of theirs, and the step's result from all of them,
+//! be it the mirror's step or one before it.
 //! A row is one 32-bit word, its id or why it has none; a row with log probabilities has room for as many as were asked
 //! for. So every rank knows from the step alone where whose words lie, and a step without log probabilities exchanges
 //! four bytes per row. O(words). Knows nothing of logits, how a token is drawn, or how words travel.
 
 use llmscale_scheduler::Mirror;
-use llmscale_types::{RowError, Sampling, StepResult, Token, TokenLogprobs};
+use llmscale_types::{Epoch, RowError, Sampling, Slot, StepId, StepResult, Token, TokenLogprobs};
 
 /// Most words of a row.
 pub const MAX_ROW_WORDS: usize = row_words(Some(Sampling::MAX_LOGPROBS));
@@ -32,10 +33,83 @@ pub struct UnreadableRow {
     pub why: &'static str,
 }
 
-/// Where the words of each sampling row of the mirror's step begin, and where the last end: R + 1 numbers.
-pub fn word_bounds(mirror: &Mirror) -> Vec<usize> {
-    let asked = mirror.sample_slots().iter().map(|&slot| mirror.sampling(slot).sampling.logprobs);
-    bounds(asked)
+/// Who samples in a step, and what each row is to tell: enough to read what was drawn when the mirror holds another step.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SampledStep {
+    epoch: Epoch,
+    step: StepId,
+    slots: Vec<Slot>,
+    /// How many log probabilities each row wants.
+    asked: Vec<Option<u32>>,
+}
+
+impl SampledStep {
+    /// Of the step that the mirror holds.
+    pub fn of(mirror: &Mirror) -> Self {
+        let (epoch, step) = mirror.step();
+        let slots = mirror.sample_slots().to_vec();
+        let asked = slots.iter().map(|&slot| mirror.sampling(slot).sampling.logprobs).collect();
+        Self { epoch, step, slots, asked }
+    }
+
+    /// Which step it is.
+    pub fn id(&self) -> (Epoch, StepId) {
+        (self.epoch, self.step)
+    }
+
+    /// How many log probabilities each sampling row wants, in their order.
+    pub fn asked(&self) -> &[Option<u32>] {
+        &self.asked
+    }
+
+    /// Where the words of each sampling row begin, and where the last end: R + 1 numbers.
+    pub fn word_bounds(&self) -> Vec<usize> {
+        bounds(self.asked.iter().copied())
+    }
+
+    /// All rows.
+    ///
+    /// # Errors
+    /// Words that no rank writes.
+    pub fn read_rows(&self, words: &[u32]) -> Result<Vec<DrawnRow>, UnreadableRow> {
+        let bounds = self.word_bounds();
+        let row = |(row, pair): (usize, &[usize])| {
+            let words = words.get(pair[0]..pair[1]).ok_or("it has too few");
+            words.and_then(read_row).map_err(|why| UnreadableRow { row, why })
+        };
+        bounds.windows(2).enumerate().map(row).collect()
+    }
+
+    /// Tells the mirror what was sampled, unless a snapshot has come since and nobody will read it, and makes the step's
+    /// result, but for its times.
+    pub fn complete(&self, mirror: &mut Mirror, rows: Vec<DrawnRow>) -> StepResult {
+        if mirror.awaits(self.step) {
+            let tokens: Vec<Option<Token>> = rows.iter().map(|row| row.token.ok()).collect();
+            mirror.record(&tokens);
+        }
+        let mut result = StepResult {
+            epoch: self.epoch,
+            step: self.step,
+            slots: Vec::with_capacity(rows.len()),
+            tokens: Vec::with_capacity(rows.len()),
+            logprobs: Vec::new(),
+            errors: Vec::new(),
+            elapsed_ns: 0,
+            waited_ns: 0,
+            copied_ns: 0,
+        };
+        for (&slot, row) in self.slots.iter().zip(rows) {
+            match row.token {
+                Ok(token) => {
+                    result.slots.push(slot);
+                    result.tokens.push(token);
+                    result.logprobs.extend(row.logprobs.map(|logprobs| (slot, logprobs)));
+                }
+                Err(error) => result.errors.push((slot, error)),
+            }
+        }
+        result
+    }
 }
 
 fn bounds(asked: impl Iterator<Item = Option<u32>>) -> Vec<usize> {
@@ -84,48 +158,6 @@ pub fn read_row(words: &[u32]) -> Result<DrawnRow, &'static str> {
     let pairs = pairs.get(..words[2] as usize).ok_or("it has more log probabilities than were asked for")?;
     let top = pairs.iter().map(|&[token, logprob]| (token, f32::from_bits(logprob))).collect();
     Ok(DrawnRow { token, logprobs: Some(TokenLogprobs { chosen: f32::from_bits(words[1]), top }) })
-}
-
-/// All rows of the mirror's step.
-///
-/// # Errors
-/// Words that no rank writes.
-pub fn read_rows(mirror: &Mirror, words: &[u32]) -> Result<Vec<DrawnRow>, UnreadableRow> {
-    let bounds = word_bounds(mirror);
-    let row = |(row, pair): (usize, &[usize])| {
-        let words = words.get(pair[0]..pair[1]).ok_or("it has too few");
-        words.and_then(read_row).map_err(|why| UnreadableRow { row, why })
-    };
-    bounds.windows(2).enumerate().map(row).collect()
-}
-
-/// Tells the mirror what its step has sampled, and makes the step's result, but for its times.
-pub fn complete(mirror: &mut Mirror, rows: Vec<DrawnRow>) -> StepResult {
-    let tokens: Vec<Option<Token>> = rows.iter().map(|row| row.token.ok()).collect();
-    mirror.record(&tokens);
-    let (epoch, step) = mirror.step();
-    let mut result = StepResult {
-        epoch,
-        step,
-        slots: Vec::with_capacity(rows.len()),
-        tokens: Vec::with_capacity(rows.len()),
-        logprobs: Vec::new(),
-        errors: Vec::new(),
-        elapsed_ns: 0,
-        waited_ns: 0,
-        copied_ns: 0,
-    };
-    for (&slot, row) in mirror.sample_slots().iter().zip(rows) {
-        match row.token {
-            Ok(token) => {
-                result.slots.push(slot);
-                result.tokens.push(token);
-                result.logprobs.extend(row.logprobs.map(|logprobs| (slot, logprobs)));
-            }
-            Err(error) => result.errors.push((slot, error)),
-        }
-    }
-    result
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ pub mod packed;
 mod rank_transfers;
 pub mod ranks;
 pub mod report;
+pub mod unanswered;
 pub mod worker;
 
 pub use clock::Clock;
@@ -22,6 +23,7 @@ pub use disk_index::{DiskIndex, IndexMeaning, Recalled};
 pub use front::{Arrival, FrontConfig, FrontHandle, NodeAddress};
 pub use group_door::GroupDoor;
 pub use group_keys::GroupKeys;
+pub use llmscale_scheduler::Drained;
 pub use node::{Command, NodeConfig, NodeError, NodeHandle};
 pub use ranks::RankLinks;
 pub use report::{NodeEvent, NodeReport};

@@ -80,8 +80,13 @@ pub enum Command {
     },
     /// The worker process of this incarnation is dead.
     WorkerDied(Epoch),
-    /// Hand waiting work back, finish what runs, then report.
-    Drain,
+    /// Hand waiting work back, finish what runs, save what is cached, then report.
+    Drain {
+        /// From now on: nothing is saved any more afterwards.
+        max_drain: Duration,
+        /// How long saving may take.
+        max_saving: Duration,
+    },
     /// End the thread now.
     Stop,
 }

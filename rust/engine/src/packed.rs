@@ -3,16 +3,14 @@
 //! captured graph finds each part where it was. Room that is not used holds rows that no sequence has. O(rows + blocks in
 //! use). Knows no device; how a sampler reads its columns is in `columns.rs`.
 
-use crate::columns::{self, Changes};
+use crate::columns::{self, COLUMNS, Changes};
 use llmscale_scheduler::Mirror;
 use std::ops::Range;
 
 /// Parts begin at multiples of this many entries, 16 bytes: kernels load that much at once.
 const ALIGNED: usize = 4;
 /// Parts before the block tables, which are last.
-pub const PARTS: usize = 20;
-/// Of them, the first that a sampler reads.
-const FIRST_COLUMN: usize = 7;
+pub const PARTS: usize = 21;
 
 /// Room for rows and for sequences, of which as many may sample.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -50,7 +48,8 @@ pub struct NoRoom {
 }
 
 /// Where each part begins, and last the block tables: token ids, positions, slots (by row); first rows (one more than
-/// sequences), lengths, table offsets, sampling rows (by sequence); the columns of `columns.rs`.
+/// sequences), lengths, table offsets, sampling rows (by sequence); the columns of `columns.rs`; and by sequence where the id
+/// of its decode row comes from: 0 if it is among the token ids, or one more than a sampling row of the step before.
 pub fn offsets(room: Room) -> [usize; PARTS + 1] {
     let mut found = [0; PARTS + 1];
     for part in 0..PARTS {
@@ -117,8 +116,16 @@ pub fn pack(
         *out = row - rows.start as i32;
     }
     sample_rows[samples.len()..].fill(0);
-    let columns: [&mut [i32]; PARTS - FIRST_COLUMN] = std::array::from_fn(|_| parts.take());
+    let columns: [&mut [i32]; COLUMNS] = std::array::from_fn(|_| parts.take());
     let changes = columns::fill(mirror, samples.clone(), columns, changes);
+    let drawn_from = parts.take();
+    drawn_from.fill(0);
+    // Decodes come first, one row each, so a row is a sequence.
+    let drawn = mirror.drawn_rows();
+    let drawn = drawn.get(rows.start..rows.end.min(drawn.len())).unwrap_or_default();
+    for (out, place) in drawn_from.iter_mut().zip(drawn) {
+        *out = place.map_or(0, |place| place as i32 + 1);
+    }
     let wants_logprobs =
         mirror.sample_slots()[samples.clone()].iter().any(|&slot| mirror.sampling(slot).sampling.logprobs.is_some());
     Ok(Packed { entries: offsets[PARTS] + used, samples, changes, wants_logprobs })
@@ -173,7 +180,7 @@ mod tests {
             max_step_tokens: 32,
             max_sequence_tokens: 64,
             max_waiting_sequences: 4,
-            max_steps_in_flight: 1,
+            max_steps_in_flight: 2,
             groups: 1,
             eos_tokens: vec![2],
             vocabulary: 50,
@@ -267,6 +274,30 @@ mod tests {
         assert_eq!(changes[..11], tokens);
         assert_eq!(changes[24..35], [2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0]);
         assert_eq!(f32::from_bits(changes[36 + 3] as u32).to_bits(), (-2.0_f32).to_bits());
+    }
+
+    #[test]
+    fn a_decode_whose_id_nobody_knows_yet_names_the_row_that_samples_it() {
+        let mut mirror = mirror();
+        let mut next = Delta::new(EPOCH, StepId(2), StepId(1));
+        next.decodes = true;
+        next.append_slots.push(Slot(0));
+        next.append_blocks.push(BlockId(30));
+        next.leave.push(Slot(2));
+        mirror.expand(&next).unwrap();
+        let room = Room { rows: 2, sequences: 2 };
+        let drawn_from = |mirror: &Mirror| {
+            let (_, out, _) = packed(mirror, 0..1, room, 40);
+            part(&out, room, 20, 2).to_vec()
+        };
+        assert_eq!(
+            drawn_from(&mirror),
+            [2, 0],
+            "slot 0 samples in the second row, and the room that is left is nobody's"
+        );
+        mirror.record(&[Some(40), Some(41)]);
+        assert_eq!(drawn_from(&mirror), [0, 0]);
+        assert_eq!(mirror.buffers().token_ids[0], 41);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! sleeps on a descriptor and never blocks the engine.
 
 use llmscale_net::Waker;
+use llmscale_scheduler::Drained;
 use llmscale_types::Epoch;
 use llmscale_wire::{NodeState, Status};
 use std::collections::VecDeque;
@@ -35,8 +36,8 @@ pub enum NodeEvent {
     },
     /// The first step has run: the node takes work.
     Ready,
-    /// Nothing runs any more after an order to drain.
-    Drained,
+    /// Nothing runs any more after an order to drain, and what could be saved is.
+    Drained(Drained),
 }
 
 /// The latest state of a node.

@@ -1,12 +1,15 @@
 //! The worker's end of the engine's link: receives orders, keeps the mirror, replies with results. One thread owns it.
 //! Knows frames and deltas; the model, the device and the sampler belong to whoever drives it.
 
+use crate::drawn::{DrawnRow, SampledStep};
+use crate::unanswered::Unanswered;
 use llmscale_net::link::{LinkError, WorkerSide};
 use llmscale_scheduler::{Mirror, StepCounts};
 use llmscale_types::{Delta, DiskReport, EngineLimits, Epoch, HostBlockId, StepId, StepResult};
 use llmscale_wire::{
     CodecLimits, Configure, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker, WireError, decode, encode,
 };
+use std::time::{Duration, Instant};
 
 /// What the engine wants.
 #[derive(Debug)]
@@ -40,12 +43,20 @@ pub struct WorkerSession {
     epoch: Epoch,
     configured: Option<Box<Configure>>,
     mirror: Option<Mirror>,
+    unanswered: Unanswered,
 }
 
 impl WorkerSession {
     /// A session over a link that is being connected.
     pub fn new(link: Box<dyn WorkerSide>, epoch: Epoch) -> Self {
-        Self { link, codec: CodecLimits::default(), epoch, configured: None, mirror: None }
+        Self {
+            link,
+            codec: CodecLimits::default(),
+            epoch,
+            configured: None,
+            mirror: None,
+            unanswered: Unanswered::default(),
+        }
     }
 
     /// Waits for the next order, at most this long. A step that was passed over is no order.
@@ -72,7 +83,10 @@ impl WorkerSession {
         }
         let (_, last) = mirror.step();
         match mirror.expand(delta) {
-            Ok(counts) => Ok(Some(counts)),
+            Ok(counts) => {
+                self.unanswered.begin(mirror, Instant::now());
+                Ok(Some(counts))
+            }
             Err(gap) => {
                 let last = (last != Delta::NOTHING).then_some(last);
                 let need = NeedSnapshot { epoch: self.epoch, step: gap.step, last, bad_host_blocks: Vec::new() };
@@ -82,12 +96,13 @@ impl WorkerSession {
         }
     }
 
-    /// The step that was received last raised. The worker lives, and passes over what was sent behind it until it is told
-    /// anew what runs.
+    /// The oldest step that is not answered raised. The worker lives, and passes over what was sent behind it until it is
+    /// told anew what runs.
     pub fn give_up_step(&mut self, message: &str) -> Result<(), SessionError> {
         let mirror = self.mirror.as_mut().ok_or(SessionError::Order("a step before the worker is ready"))?;
         mirror.lose();
-        let (_, step) = mirror.step();
+        let (_, step) = self.unanswered.oldest().map_or_else(|| mirror.step(), SampledStep::id);
+        self.unanswered.clear();
         self.tell_failure(Some(step), FailureCode::Step, message)
     }
 
@@ -95,8 +110,12 @@ impl WorkerSession {
     /// over what was sent behind that step until it is told anew what runs.
     pub fn host_blocks_are_bad(&mut self, bad_host_blocks: Vec<HostBlockId>) -> Result<(), SessionError> {
         let mirror = self.mirror.as_mut().ok_or(SessionError::Order("a step before the worker is ready"))?;
+        if self.unanswered.len() > 1 {
+            return Err(SessionError::Order("a step is given up before the one in front of it is answered"));
+        }
         mirror.lose();
         let (epoch, step) = mirror.step();
+        self.unanswered.clear();
         self.send(&FromWorker::NeedSnapshot(NeedSnapshot { epoch, step, last: None, bad_host_blocks }))
     }
 
@@ -113,9 +132,33 @@ impl WorkerSession {
         self.send(&FromWorker::Disk(DiskReport { epoch: self.epoch, ..report }))
     }
 
-    /// The result of the step that was received last.
+    /// The result of a step.
     pub fn reply(&mut self, result: StepResult) -> Result<(), SessionError> {
         self.send(&FromWorker::Result(result))
+    }
+
+    /// Another rank answers the steps that were received so far.
+    pub fn leave_answers(&mut self) {
+        self.unanswered.clear();
+    }
+
+    /// The steps that are received and not answered.
+    pub fn unanswered(&self) -> &Unanswered {
+        &self.unanswered
+    }
+
+    /// What the copies of the step that was received last take.
+    pub fn set_copied(&mut self, took: Duration) {
+        self.unanswered.set_copied(took);
+    }
+
+    /// Takes what was drawn for the oldest step that is not answered, and makes its result.
+    pub fn complete(&mut self, rows: Vec<DrawnRow>) -> Result<StepResult, SessionError> {
+        let mirror = self.mirror.as_mut().ok_or(SessionError::Order("a step before the worker is ready"))?;
+        let oldest = self.unanswered.oldest().ok_or(SessionError::Order("an answer and no step"))?;
+        let mut result = oldest.complete(mirror, rows);
+        self.unanswered.answer(&mut result, Instant::now());
+        Ok(result)
     }
 
     /// Last words.
@@ -175,6 +218,12 @@ mod tests {
     impl Paper {
         fn order(&self, order: ToWorker) {
             self.orders.lock().unwrap().push_back(order);
+        }
+
+        fn orders<const N: usize>(&self, orders: [ToWorker; N]) {
+            for order in orders {
+                self.order(order);
+            }
         }
 
         fn said(&self) -> Vec<FromWorker> {
@@ -292,5 +341,73 @@ mod tests {
         let message = "out of patience".to_owned();
         let failed = Failed { epoch: EPOCH, step: Some(StepId(1)), code: FailureCode::Step, message };
         assert_eq!(paper.said(), [FromWorker::Failed(failed)]);
+    }
+
+    fn row(token: u32) -> Vec<DrawnRow> {
+        vec![DrawnRow { token: Ok(token), logprobs: None }]
+    }
+
+    #[test]
+    fn a_step_is_answered_behind_the_next_one_and_its_id_is_what_that_one_reads() {
+        let (paper, mut session) = session();
+        paper.orders([step(1, 0, true), step(2, 1, false)]);
+        assert_eq!([rows(session.receive(0)), rows(session.receive(0))], [Some(3), Some(1)]);
+        assert!(session.mirror().unwrap().follows_on());
+        assert_eq!(session.mirror().unwrap().drawn_rows(), [Some(0)]);
+        let first = session.complete(row(33)).unwrap();
+        assert_eq!((first.step, first.slots, first.tokens), (StepId(1), vec![Slot(0)], vec![33]));
+        assert_eq!(session.mirror().unwrap().buffers().token_ids[0], 33);
+        assert_eq!(session.complete(row(34)).unwrap().step, StepId(2));
+        assert!(session.complete(row(35)).is_err(), "nothing is left to answer");
+    }
+
+    #[test]
+    fn a_sequence_that_ends_while_its_last_row_is_computed_is_answered_by_what_was_kept() {
+        let (paper, mut session) = session();
+        let ToWorker::Step(mut next) = step(2, 1, true) else { unreachable!() };
+        next.leave.push(Slot(0));
+        next.admit[0].sampling.logprobs = Some(3);
+        paper.orders([step(1, 0, true), ToWorker::Step(next)]);
+        assert_eq!([rows(session.receive(0)), rows(session.receive(0))], [Some(3), Some(3)]);
+        assert!(!session.mirror().unwrap().follows_on(), "another sequence has its first rows");
+        assert_eq!(session.unanswered().oldest().unwrap().asked(), [None]);
+        session.complete(row(33)).unwrap();
+        assert_eq!(session.unanswered().oldest().unwrap().asked(), [Some(3)]);
+    }
+
+    #[test]
+    fn of_two_steps_the_oldest_is_named_as_the_one_that_raised() {
+        let (paper, mut session) = session();
+        paper.orders([step(1, 0, true), step(2, 1, false)]);
+        assert_eq!([rows(session.receive(0)), rows(session.receive(0))], [Some(3), Some(1)]);
+        session.give_up_step("out of patience").unwrap();
+        let said = paper.said();
+        assert!(matches!(&said[..], [FromWorker::Failed(Failed { step: Some(StepId(1)), .. })]), "{said:?}");
+        assert!(session.unanswered().is_empty());
+    }
+
+    #[test]
+    fn bad_blocks_are_not_told_before_the_step_in_front_is_answered() {
+        let (paper, mut session) = session();
+        paper.orders([step(1, 0, true), step(2, 1, false)]);
+        assert_eq!([rows(session.receive(0)), rows(session.receive(0))], [Some(3), Some(1)]);
+        assert!(session.host_blocks_are_bad(vec![HostBlockId(3)]).is_err());
+        session.complete(row(33)).unwrap();
+        session.host_blocks_are_bad(vec![HostBlockId(3)]).unwrap();
+    }
+
+    #[test]
+    fn an_answer_from_before_a_snapshot_changes_nothing() {
+        let (paper, mut session) = session();
+        paper.orders([step(1, 0, true), step(3, 2, false), step(5, 0, true)]);
+        let seen: Vec<_> = (0..3).map(|_| rows(session.receive(0))).collect();
+        assert_eq!(seen, [Some(3), None, Some(3)], "the second does not follow");
+        assert_eq!(session.complete(row(33)).unwrap().step, StepId(1));
+        assert_eq!(
+            session.mirror().unwrap().oldest_samples(),
+            Some(1),
+            "those of the snapshot's step are awaited still"
+        );
+        assert_eq!(session.complete(row(34)).unwrap().step, StepId(5));
     }
 }

@@ -1,7 +1,9 @@
 //! Goal: the live drivers carry requests from a front's thread to a worker's link and back, over real sockets, and keep
 //! streams whole when workers and nodes die. Method: real threads, the hash worker as the model, waits on conditions.
 
-use llmscale_engine::{Arrival, Command, FrontConfig, FrontHandle, NodeAddress, NodeConfig, NodeEvent, NodeHandle};
+use llmscale_engine::{
+    Arrival, Command, Drained, FrontConfig, FrontHandle, NodeAddress, NodeConfig, NodeEvent, NodeHandle,
+};
 use llmscale_front::{EndReason, FrontEvent, FrontOptions, NewRequest, ReplicaState};
 use llmscale_net::link::socket::{SocketLink, SocketWorker};
 use llmscale_net::link::{LinkError, WorkerSide};
@@ -403,9 +405,13 @@ fn draining_lets_running_work_end_and_says_so() {
         reader.read(&front);
         reader.tokens() > 0
     });
-    assert!(node.handle.order(Command::Drain));
+    let (max_drain, max_saving) = (Duration::from_millis(60_000), Duration::from_millis(5_000));
+    assert!(node.handle.order(Command::Drain { max_drain, max_saving }));
     reader.finish(&front);
-    node.wait_for(|event| *event == NodeEvent::Drained);
+    node.wait_for(|event| {
+        let nothing = Drained { saved_blocks: 0, unsaved_blocks: 0, cut_short: false };
+        *event == NodeEvent::Drained(nothing)
+    });
     node.bury(worker);
 }
 

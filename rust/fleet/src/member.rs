@@ -143,6 +143,8 @@ pub struct Report {
     pub failed_disk_writes: u64,
     /// How often a step's copies waited for the disk, since the start.
     pub disk_waits: u64,
+    /// Records of what the disk holds that were not written beside it, since the start: misses after the next start.
+    pub lost_disk_records: u64,
 }
 
 /// What one front has on one replica.

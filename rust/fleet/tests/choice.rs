@@ -128,6 +128,7 @@ fn a_reported_backlog_counts_and_wears_off_with_time() {
         bad_disk_blocks: 0,
         failed_disk_writes: 0,
         disk_waits: 0,
+        lost_disk_records: 0,
     };
     set(&mut fleet, 0, |member| member.report = Some((Time(1_000), report)));
     assert_eq!(choose(&fleet, &need(pool)), None);

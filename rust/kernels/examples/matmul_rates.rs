@@ -4,7 +4,8 @@
 
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::Bf16;
-use llmscale_kernels::matmul::bytes::{PackedBytes, QuantizedRows, multiply_bytes};
+use llmscale_kernels::matmul::MatmulScratch;
+use llmscale_kernels::matmul::bytes::{PackedBytes, multiply_bytes};
 use llmscale_kernels::matmul::dense::{PackedWeights, multiply};
 use llmscale_kernels::pool::Pool;
 use std::num::NonZeroUsize;
@@ -58,16 +59,16 @@ fn main() {
         for rows in ROWS {
             let input: Vec<Bf16> = (0..rows * inputs).map(|i| floats[i * 7 % floats.len()]).collect();
             let mut output = vec![Bf16::default(); rows * outputs];
+            let mut scratch = MatmulScratch::default();
             let used = if rows >= 64 { (copies / rows * 8).max(1) } else { copies };
             let shape = (rows, outputs, inputs);
             let took = seconds(used, |copy| {
-                multiply(&pool, level, &input, &dense[copy], None, &mut output).expect("shapes fit");
+                multiply(&pool, level, &mut scratch, &input, &dense[copy], None, &mut output).expect("shapes fit");
             });
             print("bf16", shape, dense[0].bytes(), took);
-            let mut quantized = QuantizedRows::default();
             let took = seconds(used, |copy| {
-                quantized.quantize(&pool, level, &input, inputs).expect("shapes fit");
-                multiply_bytes(&pool, level, &quantized, &bytes[copy], None, &mut output).expect("shapes fit");
+                multiply_bytes(&pool, level, &mut scratch, &input, &bytes[copy], None, &mut output)
+                    .expect("shapes fit");
             });
             print("int8", shape, bytes[0].bytes(), took);
         }

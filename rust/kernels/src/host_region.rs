@@ -10,7 +10,7 @@ use crate::mapping::{LINE_BYTES, Mapping, MappingError};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64_with_seed};
 
 /// Copied, then hashed, while it is in the first cache.
 const PIECE_BYTES: usize = 16 << 10;
@@ -170,7 +170,7 @@ impl HostRegion {
         // SAFETY: a block inside the mapping, which nobody else touches while a transfer is about it.
         let room = unsafe { std::slice::from_raw_parts_mut(self.room(host), self.block_bytes) };
         read(room)?;
-        let found = xxhash_rust::xxh3::xxh3_64_with_seed(room, self.layout ^ tag).max(1);
+        let found = checksum(room, self.layout ^ tag);
         if found == sum {
             header_sum.store(sum, Ordering::SeqCst);
         }
@@ -200,6 +200,11 @@ fn stride(block_bytes: usize) -> Option<usize> {
 
 fn data_start(blocks: u32) -> usize {
     ((PREFACE_WORDS + HEADER_WORDS * blocks as usize) * 8).next_multiple_of(PAGE_BYTES)
+}
+
+/// The hash of bytes that are there, as `copy_and_hash` makes it on the way.
+fn checksum(bytes: &[u8], seed: u64) -> u64 {
+    xxh3_64_with_seed(bytes, seed).max(1)
 }
 
 /// The hash of what was copied; never 0, which is what a header without bytes has.

@@ -1,14 +1,18 @@
 //! Has the pages of a host tier's memory made before copies need them: zeroing a fresh page takes ten times as long as
-//! copying into one that is there. A thread of the lowest priority stays a bounded number of bytes ahead of the furthest
-//! block that was ever written, so an idle tier takes no more than that. O(1) per call. Knows nothing of what is copied.
+//! copying into one that is there. A thread of the lowest priority, which rests most of the time, stays a bounded number of
+//! bytes ahead of the furthest block that was ever written, so an idle tier takes no more than that. O(1) per call. Knows nothing of what is copied.
 #![expect(unsafe_code, reason = "the priority of a thread is the system's to set")]
 
 use crate::host_region::HostRegion;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-/// How far ahead: two sessions of 2,000 tokens of a small model, a third of a second of zeroing.
+/// How far ahead: two conversations of 2,000 tokens of a small model, a third of a second of zeroing.
 const AHEAD_BYTES: usize = 128 << 20;
+/// For each moment of work it rests so many: pages are zeroed with the bandwidth that the steps beside it want, whatever the
+/// priority of who does it.
+const RESTS: u32 = 7;
 /// Of a small tier, no more than this part at once.
 const MOST_OF_TIER: u32 = 4;
 
@@ -46,10 +50,12 @@ impl TouchAhead {
                 let state = changed.wait_while(waiting, idle).unwrap_or_else(PoisonError::into_inner);
                 let closing = state.closing;
                 drop(state);
+                let began = Instant::now();
                 // A system that cannot do this makes pages when they are written, as it did before.
                 if closing || !pages.touch(block) {
                     return;
                 }
+                rest(&own, RESTS * began.elapsed());
             }
         };
         let thread = std::thread::Builder::new().name("llmscale-touch".into()).spawn(touch)?;
@@ -80,6 +86,13 @@ impl Drop for TouchAhead {
     }
 }
 
+/// For so long, or until the end.
+fn rest(shared: &(Mutex<State>, Condvar), span: Duration) {
+    let (state, changed) = shared;
+    let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+    drop(changed.wait_timeout_while(state, span, |state| !state.closing));
+}
+
 /// Whoever else wants the core gets it. On Linux a priority is a thread's.
 fn yield_to_all() {
     // SAFETY: no pointers; zero is the calling thread, whose priority may always be lowered.
@@ -92,7 +105,6 @@ mod tests {
     use super::*;
     use std::fs::File;
     use std::os::unix::fs::MetadataExt;
-    use std::time::{Duration, Instant};
 
     const BLOCKS: u32 = 64;
     const BLOCK_BYTES: usize = 4 << 20;

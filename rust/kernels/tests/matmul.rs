@@ -6,15 +6,15 @@ mod support;
 
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::{Bf16, Element};
-use llmscale_kernels::matmul::PackError;
 use llmscale_kernels::matmul::dense::{PackedWeights, multiply};
+use llmscale_kernels::matmul::{MatmulScratch, PackError};
 use proptest::prelude::*;
 use support::{Random, pool};
 
 struct Case<T> {
     inputs: usize,
     outputs: usize,
-    /// `rows x padded inputs`.
+    /// `rows x inputs`.
     input: Vec<T>,
     weights: Vec<T>,
     bias: Vec<T>,
@@ -26,29 +26,27 @@ impl<T: Element> Case<T> {
         let weights = random.elements(outputs * inputs);
         let packed = PackedWeights::pack(&pool(2), &weights, outputs, inputs).unwrap();
         assert_eq!((packed.outputs(), packed.inputs()), (outputs, inputs));
-        let mut input: Vec<T> = random.elements(rows * packed.padded_inputs());
-        for row in input.chunks_mut(packed.padded_inputs()) {
-            row[inputs..].fill(T::default());
-        }
+        let input = random.elements(rows * inputs);
         (Self { inputs, outputs, input, weights, bias: random.elements(outputs) }, packed)
     }
 
-    fn rows(&self, packed: &PackedWeights<T>) -> usize {
-        self.input.len() / packed.padded_inputs()
-    }
-
     fn multiply(&self, packed: &PackedWeights<T>, level: Level, threads: usize, input: &[T], biased: bool) -> Vec<T> {
-        let rows = input.len() / packed.padded_inputs();
+        let rows = input.len() / self.inputs;
         let mut output = vec![T::from_f32(f32::NAN); rows * self.outputs];
         let bias = biased.then_some(self.bias.as_slice());
-        multiply(&pool(threads), level, input, packed, bias, &mut output).unwrap();
+        let (pool, mut scratch) = (pool(threads), MatmulScratch::default());
+        // What a product before has left must not matter.
+        let other = PackedWeights::pack(&pool, &[T::from_f32(9.0); 66 * 5], 5, 66).unwrap();
+        let dirt = vec![T::from_f32(f32::NAN); 7 * 66];
+        multiply(&pool, level, &mut scratch, &dirt, &other, None, &mut [T::default(); 35]).unwrap();
+        multiply(&pool, level, &mut scratch, input, packed, bias, &mut output).unwrap();
         output
     }
 
     /// Each sum, and the sum of magnitudes that bounds its rounding.
-    fn exact(&self, row: usize, output: usize, stride: usize, biased: bool) -> (f64, f64) {
+    fn exact(&self, row: usize, output: usize, biased: bool) -> (f64, f64) {
         let products = (0..self.inputs).map(|at| {
-            f64::from(self.input[row * stride + at].to_f32())
+            f64::from(self.input[row * self.inputs + at].to_f32())
                 * f64::from(self.weights[output * self.inputs + at].to_f32())
         });
         let bias = if biased { f64::from(self.bias[output].to_f32()) } else { 0.0 };
@@ -56,11 +54,10 @@ impl<T: Element> Case<T> {
     }
 
     fn check(&self, packed: &PackedWeights<T>, level: Level, biased: bool) {
-        let stride = packed.padded_inputs();
         let given = self.multiply(packed, level, 2, &self.input, biased);
-        for row in 0..self.rows(packed) {
+        for row in 0..self.input.len() / self.inputs {
             for output in 0..self.outputs {
-                let (sum, size) = self.exact(row, output, stride, biased);
+                let (sum, size) = self.exact(row, output, biased);
                 let value = f64::from(given[row * self.outputs + output].to_f32());
                 // Half a step of the result's format, and a rounding of f32 per sum.
                 let step = if T::IS_BF16 { 1.0 / 256.0 } else { 0.0 };
@@ -91,11 +88,10 @@ fn products_of_any_shape_are_the_exact_sums_up_to_rounding() {
 
 fn check_invariance<T: Element>(rows: usize, outputs: usize, inputs: usize, seed: u64) {
     let (case, packed) = Case::<T>::new(rows, outputs, inputs, seed);
-    let stride = packed.padded_inputs();
     for level in Level::available() {
         let together = case.multiply(&packed, level, 3, &case.input, true);
         for (row, expected) in together.chunks(outputs).enumerate() {
-            let alone = case.multiply(&packed, level, 1, &case.input[row * stride..][..stride], true);
+            let alone = case.multiply(&packed, level, 1, &case.input[row * inputs..][..inputs], true);
             assert!(
                 alone.iter().zip(expected).all(|(a, b)| a.to_f32().to_bits() == b.to_f32().to_bits()),
                 "row {row} of {rows} has other bits alone, at {level}"
@@ -126,6 +122,35 @@ fn several_blocks_of_rows_and_chunks_of_panels_cover_everything_once() {
 }
 
 #[test]
+fn rows_of_a_table_are_those_that_were_packed() {
+    let (case, packed) = Case::<Bf16>::new(1, 70, 33, 9);
+    let shared = pool(2);
+    let ids = [69, 0, 31, 32, 5];
+    let mut rows = vec![Bf16::default(); ids.len() * 33];
+    packed.gather(&shared, &ids, &mut rows).unwrap();
+    for (row, id) in rows.chunks(33).zip(ids) {
+        assert_eq!(row, &case.weights[id as usize * 33..][..33]);
+    }
+    let (floats, packed) = Case::<f32>::new(1, 5, 7, 9);
+    let mut row = [0.0; 7];
+    packed.gather(&shared, &[4], &mut row).unwrap();
+    assert!(row.iter().zip(&floats.weights[28..]).all(|(a, b)| a.to_bits() == b.to_bits()));
+    for wrong in [-1, 5] {
+        assert!(packed.gather(&shared, &[wrong], &mut row).is_err());
+    }
+    assert!(packed.gather(&shared, &[1, 2], &mut row).is_err());
+}
+
+#[test]
+fn weights_that_cannot_be_read_are_an_error_that_says_so() {
+    let read = |first: usize, _: &mut [f32]| {
+        if first == 0 { Ok(()) } else { Err(std::io::Error::other("the file ends here")) }
+    };
+    let Err(error) = PackedWeights::read(&pool(2), 100, 8, read) else { panic!("it was packed") };
+    assert!(error.to_string().contains("the file ends here"), "{error}");
+}
+
+#[test]
 fn shapes_that_do_not_fit_are_refused_before_anything_is_written() {
     let shared = pool(1);
     let refused = PackedWeights::pack(&shared, &[1.0_f32; 6], 2, 4).unwrap_err().to_string();
@@ -134,9 +159,10 @@ fn shapes_that_do_not_fit_are_refused_before_anything_is_written() {
     let packed = PackedWeights::pack(&shared, &[1.0_f32; 8], 2, 4).unwrap();
     let mut output = [7.0; 2];
     let level = Level::detected();
-    assert!(multiply(&shared, level, &[1.0; 5], &packed, None, &mut output).is_err());
-    assert!(multiply(&shared, level, &[1.0; 8], &packed, None, &mut output).is_err());
-    assert!(multiply(&shared, level, &[1.0; 4], &packed, Some(&[1.0]), &mut output).is_err());
+    let mut scratch = MatmulScratch::default();
+    assert!(multiply(&shared, level, &mut scratch, &[1.0; 5], &packed, None, &mut output).is_err());
+    assert!(multiply(&shared, level, &mut scratch, &[1.0; 8], &packed, None, &mut output).is_err());
+    assert!(multiply(&shared, level, &mut scratch, &[1.0; 4], &packed, Some(&[1.0]), &mut output).is_err());
     assert!(output.iter().all(|value| value.to_bits() == 7.0_f32.to_bits()));
-    multiply(&shared, level, &[], &packed, None, &mut []).unwrap();
+    multiply(&shared, level, &mut scratch, &[], &packed, None, &mut []).unwrap();
 }

@@ -5,7 +5,8 @@ mod support;
 
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::{Bf16, Element};
-use llmscale_kernels::matmul::bytes::{PackedBytes, QuantizedRows, multiply_bytes};
+use llmscale_kernels::matmul::MatmulScratch;
+use llmscale_kernels::matmul::bytes::{PackedBytes, multiply_bytes};
 use proptest::prelude::*;
 use support::{Random, pool};
 
@@ -37,13 +38,14 @@ impl<T: Element> Case<T> {
 
     fn multiply(&self, level: Level, threads: usize, input: &[T], biased: bool) -> Vec<T> {
         let pool = pool(threads);
-        let mut rows = QuantizedRows::default();
-        // What a use before has left must not matter.
-        rows.quantize(&pool, level, &vec![T::from_f32(9.0); 7 * self.inputs], self.inputs).unwrap();
-        rows.quantize(&pool, level, input, self.inputs).unwrap();
+        let (packed, mut scratch) = (self.packed(), MatmulScratch::default());
+        // What a product before has left must not matter.
+        let dirt = vec![T::from_f32(9.0); 7 * self.inputs];
+        multiply_bytes(&pool, level, &mut scratch, &dirt, &packed, None, &mut vec![T::default(); 7 * self.outputs])
+            .unwrap();
         let mut output = vec![T::from_f32(f32::NAN); input.len() / self.inputs * self.outputs];
         let bias = biased.then_some(self.bias.as_slice());
-        multiply_bytes(&pool, level, &rows, &self.packed(), bias, &mut output).unwrap();
+        multiply_bytes(&pool, level, &mut scratch, input, &packed, bias, &mut output).unwrap();
         output
     }
 
@@ -136,11 +138,8 @@ fn shapes_that_do_not_fit_are_refused_before_anything_is_written() {
     assert!(PackedBytes::pack(&shared, &[1; 6], &[1.0; 2], 2, 4).is_err());
     assert!(PackedBytes::pack(&shared, &[1; 8], &[1.0; 3], 2, 4).is_err());
     let packed = PackedBytes::pack(&shared, &[1; 8], &[1.0; 2], 2, 4).unwrap();
-    let mut rows = QuantizedRows::default();
-    assert!(rows.quantize(&shared, level, &[1.0_f32; 5], 4).is_err());
-    assert!(rows.quantize(&shared, level, &[1.0_f32; 4], 0).is_err());
-    rows.quantize(&shared, level, &[1.0_f32; 8], 8).unwrap();
-    let mut output = [7.0_f32; 2];
-    assert!(multiply_bytes(&shared, level, &rows, &packed, None, &mut output).is_err());
+    let (mut scratch, mut output) = (MatmulScratch::default(), [7.0; 2]);
+    assert!(multiply_bytes(&shared, level, &mut scratch, &[1.0_f32; 5], &packed, None, &mut output).is_err());
+    assert!(multiply_bytes(&shared, level, &mut scratch, &[1.0_f32; 8], &packed, None, &mut output).is_err());
     assert!(output.iter().all(|value| value.to_bits() == 7.0_f32.to_bits()));
 }

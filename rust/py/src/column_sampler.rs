@@ -5,15 +5,10 @@
 
 use crate::error;
 use crate::kernels::{CpuKernels, Dtype, Memory, view, view_mut};
-use llmscale_engine::columns::{MAX_LOGPROBS, drawn_entries};
+use llmscale_engine::columns::{COLUMNS, MAX_LOGPROBS, SEEN, SUPPRESSED, drawn_entries};
 use llmscale_kernels::element::{Bf16, Element};
 use llmscale_kernels::sampler::{self, Logits, RowError, SampledRow, SamplerRow};
 use pyo3::PyResult;
-
-/// Columns of sampling parameters, in the order of a packed step.
-const COLUMNS: usize = 13;
-const SEEN: i32 = 1;
-const SUPPRESSED: i32 = 2;
 
 /// What changes in a row's logits.
 #[derive(Default)]

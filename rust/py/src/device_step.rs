@@ -7,7 +7,7 @@ use crate::disk_region::PyDiskRegion;
 use crate::error;
 use crate::kernels::{Memory, view, view_mut};
 use llmscale_engine::columns::{Changes, drawn_entries, read_drawn};
-use llmscale_engine::drawn;
+use llmscale_engine::drawn::{self, SampledStep};
 use llmscale_engine::packed::{NoRoom, PARTS, Room, offsets, pack};
 use llmscale_scheduler::Mirror;
 use llmscale_types::CopyDirection;
@@ -78,9 +78,9 @@ pub(crate) fn pack_rows(
     })
 }
 
-/// Fills the words of sampling rows from what a device's sampler for `max_rows` rows has left.
+/// Fills the words of sampling rows of a step from what a device's sampler for `max_rows` rows has left.
 pub(crate) fn take_drawn(
-    mirror: &Mirror,
+    step: &SampledStep,
     samples: Range<usize>,
     sampled: Memory,
     max_rows: usize,
@@ -88,18 +88,17 @@ pub(crate) fn take_drawn(
 ) -> PyResult<()> {
     // SAFETY: the caller holds contiguous int32 tensors that nobody else touches during the call.
     let (sampled, words) = unsafe { (view::<i32>(sampled), view_mut::<u32>(words)) };
-    let bounds = bounds_of(mirror, &samples, words.len())?;
+    let bounds = bounds_of(step, &samples, words.len())?;
     for (row, sample) in samples.enumerate() {
-        let asked = mirror.sampling(mirror.sample_slots()[sample]).sampling.logprobs;
-        let drawn = read_drawn(sampled, max_rows, row, asked).map_err(no_room)?;
+        let drawn = read_drawn(sampled, max_rows, row, step.asked()[sample]).map_err(no_room)?;
         drawn::write_row(&drawn, &mut words[bounds[sample]..bounds[sample + 1]]);
     }
     Ok(())
 }
 
 /// Where the words of every sampling row begin.
-fn bounds_of(mirror: &Mirror, samples: &Range<usize>, words: usize) -> PyResult<Vec<usize>> {
-    let bounds = drawn::word_bounds(mirror);
+fn bounds_of(step: &SampledStep, samples: &Range<usize>, words: usize) -> PyResult<Vec<usize>> {
+    let bounds = step.word_bounds();
     if samples.end >= bounds.len() || bounds[bounds.len() - 1] > words {
         let (rows, needed) = (bounds.len() - 1, bounds[bounds.len() - 1]);
         let asked = format!("rows {} to {} of {rows}", samples.start, samples.end);

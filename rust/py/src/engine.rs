@@ -39,6 +39,8 @@ pub(crate) struct PyNodeEvent {
     pid: u32,
     loading_ns: u64,
     message: String,
+    saved_blocks: u64,
+    unsaved_blocks: u64,
 }
 
 /// How a node is doing.
@@ -175,9 +177,12 @@ impl Engine {
         self.lock().order(Command::WorkerDied(Epoch(epoch)))
     }
 
-    /// Hands waiting work back and takes no more; a "drained" event follows when nothing runs any more.
-    fn drain(&self) -> PyResult<()> {
-        self.lock().order(Command::Drain)
+    /// Hands waiting work back and takes no more. When nothing runs any more, what is cached is saved to the disk tier, for
+    /// `max_saving_us` and until `max_drain_us` from now at most; a "drained" event follows.
+    #[pyo3(signature = (*, max_drain_us, max_saving_us))]
+    fn drain(&self, max_drain_us: u64, max_saving_us: u64) -> PyResult<()> {
+        let (max_drain, max_saving) = (Duration(max_drain_us), Duration(max_saving_us));
+        self.lock().order(Command::Drain { max_drain, max_saving })
     }
 
     /// Events since the last call.
@@ -231,7 +236,15 @@ impl Inner {
 
 impl From<NodeEvent> for PyNodeEvent {
     fn from(event: NodeEvent) -> Self {
-        let plain = |kind| Self { kind, epoch: 0, pid: 0, loading_ns: 0, message: String::new() };
+        let plain = |kind| Self {
+            kind,
+            epoch: 0,
+            pid: 0,
+            loading_ns: 0,
+            message: String::new(),
+            saved_blocks: 0,
+            unsaved_blocks: 0,
+        };
         match event {
             NodeEvent::WorkerReady { epoch, pid, loading_ns } => {
                 Self { epoch: epoch.0, pid, loading_ns, ..plain("worker_ready") }
@@ -239,7 +252,9 @@ impl From<NodeEvent> for PyNodeEvent {
             NodeEvent::WorkerFailed { epoch, message } => Self { epoch: epoch.0, message, ..plain("worker_failed") },
             NodeEvent::WorkerReset { epoch, message } => Self { epoch: epoch.0, message, ..plain("worker_reset") },
             NodeEvent::Ready => plain("ready"),
-            NodeEvent::Drained => plain("drained"),
+            NodeEvent::Drained(drained) => {
+                Self { saved_blocks: drained.saved_blocks, unsaved_blocks: drained.unsaved_blocks, ..plain("drained") }
+            }
         }
     }
 }

@@ -1,7 +1,9 @@
 //! Core errors to the exception tree of `llmscale.errors`: one exhaustive match per error type, no catch-all.
 
+use llmscale_executor::error::LoadError;
 use llmscale_kernels::error::KernelError;
 use llmscale_types::{LimitError, Refusal};
+use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -54,6 +56,16 @@ pub(crate) fn refusal(refusal: &Refusal) -> PyErr {
 /// A kernel that was called with buffers that do not fit: a bug of the executor.
 pub(crate) fn kernel(error: &KernelError) -> PyErr {
     worker(error.to_string())
+}
+
+/// A model that the native executor cannot make ready.
+pub(crate) fn load(problem: &LoadError) -> PyErr {
+    match problem {
+        LoadError::File { .. } | LoadError::Shape(_) | LoadError::Kernel(_) => {
+            exception("InvalidCheckpoint", problem.to_string(), &[])
+        }
+        LoadError::Memory { .. } => PyMemoryError::new_err(problem.to_string()),
+    }
 }
 
 /// Nothing can take the request now.

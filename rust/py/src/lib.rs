@@ -18,6 +18,7 @@ mod kernels;
 mod limits;
 mod local;
 mod process;
+mod program;
 mod rank_streams;
 mod ranks;
 mod request;
@@ -58,6 +59,8 @@ mod _core {
     use crate::measure::measure_steady_decode;
     #[pymodule_export]
     use crate::process::{adopt_orphans, end_with_parent};
+    #[pymodule_export]
+    use crate::program::{PyNativeProgram, PyProgramBuilder};
     #[pymodule_export]
     use crate::rank_streams::PyRankStreams;
     #[pymodule_export]

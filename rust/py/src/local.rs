@@ -9,16 +9,18 @@ use crate::error;
 use crate::host_region::PyHostRegion;
 use crate::kernels::{CpuKernels, Memory, view};
 use crate::limits::PyEngineLimits;
-use crate::request::{Delivery, class, logprob_row, namespace};
+use crate::program::PyNativeProgram;
+use crate::request::{Delivery, class, deliver, namespace};
 use crate::sample::{Share, draw_words, word_parts};
 use crate::sampling::{PySampling, random_bytes};
 use crate::step::{PyStepCounts, buffer};
-use crate::worker::copy_step;
-use llmscale_engine::drawn::{DrawnRow, complete, read_rows};
+use crate::worker::{copy_step, require_alone};
+use llmscale_engine::drawn::{DrawnRow, SampledStep};
+use llmscale_engine::unanswered::Unanswered;
 use llmscale_engine::{DiskIndex, IndexMeaning};
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
 use llmscale_types::{
-    Attempt, Epoch, FinishReason, FrontId, HostBlockId, Outputs, RequestId, SequenceKey, Submission, Time,
+    Attempt, Duration as Span, Epoch, FrontId, HostBlockId, RequestId, SequenceKey, Submission, Time,
 };
 use pyo3::prelude::*;
 use std::collections::BTreeMap;
@@ -45,12 +47,9 @@ struct Local {
     mirror: Mirror,
     out: Actions,
     next_request: RequestId,
-    /// A step is planned and its samples are awaited.
-    step_open: bool,
-    /// When it was planned.
-    planned: Instant,
-    /// What its copies between tiers took.
-    copied: Duration,
+    /// Steps that are planned and whose samples are awaited.
+    unanswered: Unanswered,
+    max_steps_in_flight: usize,
     deliveries: BTreeMap<RequestId, Delivery>,
     /// What the disk tier holds, kept for the next process.
     disk_index: Option<DiskIndex>,
@@ -72,16 +71,17 @@ impl LocalReplica {
             let _ = local.event(now, Event::DiskDone(report));
         }
         let _ = local.event(now, Event::Tick);
-        let Local { replica, mirror, out, step_open, planned: planned_at, .. } = &mut *local;
-        if *step_open {
-            return Err(error::worker("the step before has not been sampled; call sample first".to_owned()));
+        let Local { replica, mirror, out, unanswered, max_steps_in_flight, .. } = &mut *local;
+        if unanswered.len() >= *max_steps_in_flight {
+            return Err(error::worker("the step before has not been sampled; call complete first".to_owned()));
         }
-        let planned = replica.plan(out);
+        replica.plan(out);
         let delta = out.execute.take();
         let counts = delta.map(|delta| mirror.expand(&delta)).transpose();
         let counts = counts.map_err(|gap| error::worker(gap.to_string()))?;
-        *step_open = planned;
-        *planned_at = Instant::now();
+        if counts.is_some() {
+            unanswered.begin(mirror, Instant::now());
+        }
         local.collect();
         Ok(counts.map(PyStepCounts::from))
     }
@@ -92,7 +92,10 @@ impl LocalReplica {
     /// With `disk`, the file at `disk_index` keeps what that holds, and `secret`, which outlives processes, keys its names:
     /// another process that gives the same finds it again. `weights_digest` tells models apart there.
     #[new]
-    #[pyo3(signature = (limits, disk = None, disk_index = None, secret = None, weights_digest = None))]
+    /// A caller that begins a step before it has completed the one in front of it says how many it has at once.
+    #[pyo3(signature = (
+        limits, disk = None, disk_index = None, secret = None, weights_digest = None, *, max_steps_in_flight = 1
+    ))]
     fn new(
         py: Python<'_>,
         limits: &PyEngineLimits,
@@ -100,13 +103,14 @@ impl LocalReplica {
         disk_index: Option<&str>,
         secret: Option<[u8; 32]>,
         weights_digest: Option<[u8; 32]>,
+        max_steps_in_flight: u32,
     ) -> PyResult<Self> {
         let mut drawn = [0; 32];
         random_bytes(&mut drawn)?;
         let secret = secret.unwrap_or(drawn);
         let mut limits = limits.0.clone();
-        // The caller runs the model between plan and sample, so a second step could not start earlier anyway.
-        limits.max_steps_in_flight = 1;
+        // Not the limit of a node: a caller that computes between plan and complete could start no second step earlier.
+        limits.max_steps_in_flight = max_steps_in_flight;
         let mut replica = Replica::new(limits.clone(), secret, Box::new(FirstComeFirstServed))
             .map_err(|error| error::limit(&error))?;
         let mut index = None;
@@ -133,9 +137,8 @@ impl LocalReplica {
             mirror: Mirror::new(&limits, EPOCH),
             out,
             next_request: RequestId(1),
-            step_open: false,
-            planned: Instant::now(),
-            copied: Duration::ZERO,
+            unanswered: Unanswered::default(),
+            max_steps_in_flight: max_steps_in_flight as usize,
             deliveries: BTreeMap::new(),
             disk_index: index,
         };
@@ -188,7 +191,7 @@ impl LocalReplica {
     fn plan(&self, py: Python<'_>) -> PyResult<Option<PyStepCounts>> {
         loop {
             let planned = self.plan_once()?;
-            let waits = planned.is_none() && self.lock().replica.waits_for_disk();
+            let waits = planned.is_none() && self.lock().waits_for_disk();
             match &self.disk {
                 Some(disk) if waits => {
                     let disk = disk.get();
@@ -199,6 +202,21 @@ impl LocalReplica {
         }
     }
 
+    /// Saves what is cached to the disk tier for `max_saving_us` at most: to be called when nothing runs, and then `plan` until
+    /// that has no step any more. Nothing can be submitted from then on.
+    fn drain(&self, max_saving_us: u64) {
+        let now = self.now();
+        let max_saving = Span(max_saving_us);
+        let mut local = self.lock();
+        let _ = local.event(now, Event::Drain { deadline: now + max_saving, max_saving });
+        local.collect();
+    }
+
+    /// (saved, unsaved) blocks of a drain that has ended; `None` before.
+    fn drained(&self) -> Option<(u64, u64)> {
+        self.lock().replica.drained().map(|drained| (drained.saved_blocks, drained.unsaved_blocks))
+    }
+
     /// One of the step's buffers, valid as long as this object lives.
     fn buffer(slf: Bound<'_, Self>, name: &str) -> PyResult<crate::buffer::Int32Buffer> {
         let owner = slf.clone().into_any().unbind();
@@ -207,7 +225,8 @@ impl LocalReplica {
     }
 
     /// Makes the copies of the planned step between the host tier and `kv`, (address, bytes) of the KV region, and begins its
-    /// transfers between that and `disk`. False if host blocks do not hold what they should: then the step is given up, and the next plan computes what was lost.
+    /// transfers between that and `disk`. False if host blocks do not hold what they should: then the step is given up, and
+    /// the next plan computes what was lost.
     #[pyo3(signature = (host, kv, disk = None))]
     fn copy_blocks(
         &self,
@@ -216,19 +235,20 @@ impl LocalReplica {
         kv: Memory,
         disk: Option<&PyDiskRegion>,
     ) -> PyResult<bool> {
-        let mut local = self.lock();
-        let now = self.now();
-        let local = &mut *local;
-        if !local.step_open {
-            return Err(error::worker("there is no step to copy for; call plan first".to_owned()));
-        }
-        let (bad_host_blocks, took) = detached(py, || copy_step(&local.mirror, host, kv, disk))?;
-        local.copied = took;
-        if bad_host_blocks.is_empty() {
-            return Ok(true);
-        }
-        local.give_up_step(now, bad_host_blocks);
-        Ok(false)
+        detached(py, || {
+            let mut local = self.lock();
+            let now = self.now();
+            if local.unanswered.is_empty() {
+                return Err(error::worker("there is no step to copy for; call plan first".to_owned()));
+            }
+            let (bad_host_blocks, took) = copy_step(&local.mirror, host, kv, disk)?;
+            local.unanswered.set_copied(took);
+            if bad_host_blocks.is_empty() {
+                return Ok(true);
+            }
+            local.give_up_step(now, bad_host_blocks)?;
+            Ok(false)
+        })
     }
 
     /// What the step copies between tiers, in order: (comes back, block, host block, tag). Waits for what moves between
@@ -244,13 +264,25 @@ impl LocalReplica {
     fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>, disk: Option<&PyDiskRegion>) -> PyResult<bool> {
         let now = self.now();
         let mut local = self.lock();
-        local.copied = Duration::from_nanos(took_ns);
+        local.unanswered.set_copied(Duration::from_nanos(took_ns));
         if bad_host_blocks.is_empty() {
             disk.map_or(Ok(()), |disk| disk.start(&local.mirror))?;
             return Ok(true);
         }
-        local.give_up_step(now, bad_host_blocks.into_iter().map(HostBlockId).collect());
+        local.give_up_step(now, bad_host_blocks.into_iter().map(HostBlockId).collect())?;
         Ok(false)
+    }
+
+    /// See `WorkerSession.compute`.
+    fn compute(
+        &self,
+        py: Python<'_>,
+        kernels: &CpuKernels,
+        program: &PyNativeProgram,
+        counts: &PyStepCounts,
+    ) -> PyResult<()> {
+        let run = || program.compute(kernels, &self.lock().mirror, counts.into());
+        detached(py, run).map_err(|problem| error::kernel(&problem))
     }
 
     /// See `WorkerSession.pack_step`.
@@ -264,9 +296,14 @@ impl LocalReplica {
         device_step::pack_rows(&self.lock().mirror, rows, room, out, changes)
     }
 
+    /// See `WorkerSession.follows_on`.
+    fn follows_on(&self) -> bool {
+        self.lock().mirror.follows_on()
+    }
+
     /// See `WorkerSession.take_drawn`.
     fn take_drawn(&self, rows: (usize, usize), sampled: Memory, max_rows: usize, words: Memory) -> PyResult<()> {
-        device_step::take_drawn(&self.lock().mirror, rows.0..rows.1, sampled, max_rows, words)
+        device_step::take_drawn(self.lock().oldest()?, rows.0..rows.1, sampled, max_rows, words)
     }
 
     /// See `WorkerSession.draw`.
@@ -282,23 +319,25 @@ impl LocalReplica {
         words: Memory,
     ) -> PyResult<Vec<usize>> {
         let dtype = crate::kernels::Dtype::parse(dtype)?;
-        let local = self.lock();
-        let mirror = &local.mirror;
-        detached(py, || draw_words(kernels, mirror, Share { row_bounds, rank }, logits, dtype, words))
+        // Locked inside: whoever waits for the lock with the GIL in hand would wait for ever.
+        detached(py, || {
+            let local = self.lock();
+            require_alone(&local.unanswered)?;
+            draw_words(kernels, &local.mirror, Share { row_bounds, rank }, logits, dtype, words)
+        })
     }
 
     /// See `WorkerSession.word_parts`.
     fn word_parts(&self, row_bounds: Vec<usize>) -> PyResult<Vec<usize>> {
-        word_parts(&self.lock().mirror, &row_bounds)
+        word_parts(self.lock().oldest()?, &row_bounds)
     }
 
-    /// Completes the step with what was drawn for every sampling row, as `draw` and `take_drawn` have filled `words`.
+    /// Completes the oldest step that is not completed with what was drawn for every sampling row, as `draw` and `take_drawn` have filled `words`.
     fn complete(&self, words: Memory) -> PyResult<()> {
         let mut local = self.lock();
-        local.require_open()?;
         // SAFETY: the caller holds a contiguous int32 tensor that nobody writes during the call.
         let words = unsafe { view::<u32>(words) };
-        let rows = read_rows(&local.mirror, words).map_err(|error| error::worker(error.to_string()))?;
+        let rows = local.oldest()?.read_rows(words).map_err(|error| error::worker(error.to_string()))?;
         local.finish(self.now(), rows)
     }
 
@@ -346,17 +385,19 @@ impl LocalReplica {
 }
 
 impl Local {
-    fn require_open(&mut self) -> PyResult<()> {
-        if std::mem::take(&mut self.step_open) {
-            return Ok(());
-        }
-        Err(error::worker("there is no step to sample; call plan first".to_owned()))
+    fn oldest(&self) -> PyResult<&SampledStep> {
+        self.unanswered.oldest().ok_or_else(|| error::worker("there is no step to sample; call plan first".to_owned()))
+    }
+
+    /// Nothing but the disk can make another step.
+    fn waits_for_disk(&self) -> bool {
+        self.unanswered.is_empty() && self.replica.waits_for_disk()
     }
 
     fn finish(&mut self, now: Time, rows: Vec<DrawnRow>) -> PyResult<()> {
-        let mut result = complete(&mut self.mirror, rows);
-        result.elapsed_ns = self.planned.elapsed().as_nanos() as u64;
-        result.copied_ns = (std::mem::take(&mut self.copied).as_nanos() as u64).min(result.elapsed_ns);
+        let step = self.unanswered.oldest().expect("its rows were read");
+        let mut result = step.complete(&mut self.mirror, rows);
+        self.unanswered.answer(&mut result, Instant::now());
         if !self.event(now, Event::StepDone(result)) {
             return Err(error::worker("the samples do not fit the step".to_owned()));
         }
@@ -366,12 +407,14 @@ impl Local {
     }
 
     /// Its copies found bad blocks: the next plan computes what was lost.
-    fn give_up_step(&mut self, now: Time, bad_host_blocks: Vec<HostBlockId>) {
-        self.step_open = false;
+    fn give_up_step(&mut self, now: Time, bad_host_blocks: Vec<HostBlockId>) -> PyResult<()> {
+        require_alone(&self.unanswered)?;
+        self.unanswered.clear();
         self.mirror.lose();
         let taken = self.event(now, Event::StepsLost { raised: None, bad_host_blocks });
         assert!(taken, "steps that nobody raised are always taken back");
         self.collect();
+        Ok(())
     }
 
     fn event(&mut self, now: Time, event: Event) -> bool {
@@ -390,37 +433,5 @@ impl Local {
                 index.note(change);
             }
         }
-    }
-}
-
-/// Appends the rows of a frame to the deliveries of their requests.
-fn deliver(outputs: &Outputs, deliveries: &mut BTreeMap<RequestId, Delivery>) {
-    let mut logprobs = outputs.logprobs.iter().peekable();
-    for (row, &request) in outputs.requests.iter().enumerate() {
-        let delivery = deliveries.entry(request).or_insert_with(|| empty(request, outputs.indexes[row]));
-        delivery.tokens.push(outputs.tokens[row]);
-        if let Some((_, values)) = logprobs.next_if(|(named, _)| *named as usize == row) {
-            delivery.logprobs.get_or_insert_default().push(logprob_row(values));
-        }
-    }
-    for finished in &outputs.finished {
-        let first = finished.output_tokens;
-        let delivery = deliveries.entry(finished.request).or_insert_with(|| empty(finished.request, first));
-        delivery.finish_reason = Some(FinishReason::label(finished.reason));
-        delivery.cached_tokens = finished.cached_tokens;
-        delivery.output_tokens = finished.output_tokens;
-    }
-}
-
-fn empty(request: RequestId, index: u32) -> Delivery {
-    Delivery {
-        request: request.0,
-        index,
-        tokens: Vec::new(),
-        logprobs: None,
-        finish_reason: None,
-        cached_tokens: 0,
-        output_tokens: 0,
-        restarts: 0,
     }
 }

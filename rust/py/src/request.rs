@@ -2,8 +2,9 @@
 
 use crate::error;
 use llmscale_net::PublicKey;
-use llmscale_types::{Class, TokenLogprobs};
+use llmscale_types::{Class, FinishReason, Outputs, RequestId, TokenLogprobs};
 use pyo3::prelude::*;
+use std::collections::BTreeMap;
 
 /// Log probability of the chosen token, and the best tokens with theirs.
 pub(crate) type LogprobRow = (f32, Vec<(u32, f32)>);
@@ -92,4 +93,36 @@ pub(crate) fn state_name(state: llmscale_wire::NodeState) -> &'static str {
 /// An address of an endpoint.
 pub(crate) fn parse_address(text: &str) -> PyResult<llmscale_net::Address> {
     text.parse().map_err(|error: llmscale_net::AddressError| error::config(error.to_string()))
+}
+
+/// Appends the rows of a frame to the deliveries of their requests.
+pub(crate) fn deliver(outputs: &Outputs, deliveries: &mut BTreeMap<RequestId, Delivery>) {
+    let mut logprobs = outputs.logprobs.iter().peekable();
+    for (row, &request) in outputs.requests.iter().enumerate() {
+        let delivery = deliveries.entry(request).or_insert_with(|| empty(request, outputs.indexes[row]));
+        delivery.tokens.push(outputs.tokens[row]);
+        if let Some((_, values)) = logprobs.next_if(|(named, _)| *named as usize == row) {
+            delivery.logprobs.get_or_insert_default().push(logprob_row(values));
+        }
+    }
+    for finished in &outputs.finished {
+        let first = finished.output_tokens;
+        let delivery = deliveries.entry(finished.request).or_insert_with(|| empty(finished.request, first));
+        delivery.finish_reason = Some(FinishReason::label(finished.reason));
+        delivery.cached_tokens = finished.cached_tokens;
+        delivery.output_tokens = finished.output_tokens;
+    }
+}
+
+fn empty(request: RequestId, index: u32) -> Delivery {
+    Delivery {
+        request: request.0,
+        index,
+        tokens: Vec::new(),
+        logprobs: None,
+        finish_reason: None,
+        cached_tokens: 0,
+        output_tokens: 0,
+        restarts: 0,
+    }
 }

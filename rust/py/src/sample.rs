@@ -4,7 +4,7 @@
 
 use crate::error;
 use crate::kernels::{CpuKernels, Dtype, Memory, view, view_mut};
-use llmscale_engine::drawn::{self, DrawnRow};
+use llmscale_engine::drawn::{self, DrawnRow, SampledStep};
 use llmscale_kernels::element::{Bf16, Element};
 use llmscale_kernels::sampler::{self, Logits, RowLogprobs, SampledRow, SamplerRow};
 use llmscale_scheduler::Mirror;
@@ -58,7 +58,7 @@ pub(crate) fn draw_words(
         return Err(error::worker(format!("there are {} bounds and no rank {rank}", row_bounds.len())));
     };
     let rows = draw(kernels, mirror, logits, dtype, first..last)?;
-    let bounds = drawn::word_bounds(mirror);
+    let bounds = SampledStep::of(mirror).word_bounds();
     // SAFETY: the caller holds a contiguous int32 tensor that nobody else touches during the call.
     let words = unsafe { view_mut::<u32>(words) };
     require_words(words.len(), &bounds)?;
@@ -69,8 +69,8 @@ pub(crate) fn draw_words(
 }
 
 /// Where the words of each rank's rows begin, and where the last end.
-pub(crate) fn word_parts(mirror: &Mirror, row_bounds: &[usize]) -> PyResult<Vec<usize>> {
-    parts_of(&drawn::word_bounds(mirror), row_bounds)
+pub(crate) fn word_parts(step: &SampledStep, row_bounds: &[usize]) -> PyResult<Vec<usize>> {
+    parts_of(&step.word_bounds(), row_bounds)
 }
 
 fn parts_of(bounds: &[usize], row_bounds: &[usize]) -> PyResult<Vec<usize>> {

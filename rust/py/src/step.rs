@@ -29,6 +29,13 @@ impl From<StepCounts> for PyStepCounts {
     }
 }
 
+impl From<&PyStepCounts> for StepCounts {
+    fn from(counts: &PyStepCounts) -> Self {
+        let &PyStepCounts { rows, sequences, decodes, samples, copies, transfers } = counts;
+        Self { rows, sequences, decodes, samples, copies, transfers }
+    }
+}
+
 /// One buffer of a mirror, kept alive by `owner`.
 pub(crate) fn buffer(mirror: &Mirror, owner: Py<PyAny>, name: &str) -> PyResult<Int32Buffer> {
     let buffers = mirror.buffers();

@@ -10,10 +10,12 @@ use crate::group_door::load_keys;
 use crate::host_region::PyHostRegion;
 use crate::kernels::{CpuKernels, Dtype, Memory, view};
 use crate::limits::PyEngineLimits;
+use crate::program::PyNativeProgram;
 use crate::request::parse_address;
 use crate::sample::{Share, draw_words, read_tokens, word_parts, write_tokens};
 use crate::step::{PyStepCounts, buffer};
 use llmscale_engine::drawn;
+use llmscale_engine::unanswered::Unanswered;
 use llmscale_engine::worker::SessionError;
 use llmscale_engine::{Order, WorkerSession};
 use llmscale_net::link::socket::SocketWorker;
@@ -32,10 +34,6 @@ const TRANSFER_POLL_US: u64 = 500;
 #[pyclass(frozen, name = "WorkerSession", module = "llmscale._core")]
 pub(crate) struct PyWorkerSession {
     inner: Mutex<WorkerSession>,
-    /// When the step that is computed was received.
-    started: Mutex<Instant>,
-    /// What its copies between tiers took.
-    copied: Mutex<Duration>,
 }
 
 /// What the engine wants: "configure" with a model, "step" with counts, or "stop".
@@ -76,6 +74,14 @@ fn session_error(error: &SessionError) -> PyErr {
     error::worker(error.to_string())
 }
 
+/// What reads the mirror must not be asked of a step that the mirror does not hold any more.
+pub(crate) fn require_alone(steps: &Unanswered) -> PyResult<()> {
+    match steps.len() {
+        1 => Ok(()),
+        other => Err(error::worker(format!("one step is drawn for by the processor, and {other} are not answered"))),
+    }
+}
+
 #[pymethods]
 impl PyWorkerSession {
     /// Connects to the engine's link at `address`, in the background; with a key file, only to a node of this fleet.
@@ -88,7 +94,7 @@ impl PyWorkerSession {
         let side = SocketWorker::connect(&context, &address, keys.client().as_ref(), &EndpointOptions::default())
             .map_err(|error| error::worker(error.to_string()))?;
         let session = WorkerSession::new(Box::new(side), Epoch(epoch));
-        Ok(Self { inner: Mutex::new(session), started: Mutex::new(Instant::now()), copied: Mutex::default() })
+        Ok(Self { inner: Mutex::new(session) })
     }
 
     /// Waits for the next order, at most `timeout_us`; `None` if none came. Tells the engine what becomes of the transfers
@@ -96,8 +102,6 @@ impl PyWorkerSession {
     #[pyo3(signature = (timeout_us, disk = None))]
     fn receive(&self, py: Python<'_>, timeout_us: u64, disk: Option<&PyDiskRegion>) -> PyResult<Option<WorkerOrder>> {
         let order = detached(py, || self.receive_beside(timeout_us, disk)).map_err(|error| session_error(&error))?;
-        *self.started.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
-        *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = Duration::ZERO;
         let empty = |kind| WorkerOrder { kind, model_folder: String::new(), dtype: "auto", limits: None, counts: None };
         Ok(match order {
             None => None,
@@ -147,7 +151,7 @@ impl PyWorkerSession {
             let mut session = self.lock();
             let mirror = session.mirror().ok_or_else(no_step)?;
             let (bad, took) = copy_step(mirror, host, kv, disk)?;
-            *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = took;
+            session.set_copied(took);
             if bad.is_empty() {
                 return Ok(true);
             }
@@ -168,7 +172,7 @@ impl PyWorkerSession {
     #[classattr]
     const MAX_ROW_WORDS: usize = drawn::MAX_ROW_WORDS;
 
-    /// Draws a token for the sampling rows that are dealt to `rank`, `row_bounds[rank]..row_bounds[rank + 1]`, from
+    /// Draws, for the step that was received last, a token for the sampling rows that are dealt to `rank`, `row_bounds[rank]..row_bounds[rank + 1]`, from
     /// `logits`, (address, elements) of a contiguous tensor `[those rows, vocabulary]` of `dtype`. Fills their part of the
     /// int32 `words`, for the other ranks, and returns where each rank's part begins, and where the last ends.
     #[expect(clippy::too_many_arguments, reason = "three of them are what, where to and which")]
@@ -186,7 +190,24 @@ impl PyWorkerSession {
         detached(py, || {
             let session = self.lock();
             let mirror = session.mirror().ok_or_else(no_step)?;
+            // The sampler reads the mirror.
+            require_alone(session.unanswered())?;
             draw_words(kernels, mirror, Share { row_bounds, rank }, logits, dtype, words)
+        })
+    }
+
+    /// Computes the step with the native executor; its logits are in `program`.
+    fn compute(
+        &self,
+        py: Python<'_>,
+        kernels: &CpuKernels,
+        program: &PyNativeProgram,
+        counts: &PyStepCounts,
+    ) -> PyResult<()> {
+        detached(py, || {
+            let session = self.lock();
+            let mirror = session.mirror().ok_or_else(no_step)?;
+            program.compute(kernels, mirror, counts.into()).map_err(|problem| error::kernel(&problem))
         })
     }
 
@@ -202,14 +223,23 @@ impl PyWorkerSession {
         device_step::pack_rows(self.lock().mirror().ok_or_else(no_step)?, rows, room, out, changes)
     }
 
-    /// Fills the words of sampling rows `rows[0]` to `rows[1]` from what a device's sampler for `max_rows` rows has left.
-    fn take_drawn(&self, rows: (usize, usize), sampled: Memory, max_rows: usize, words: Memory) -> PyResult<()> {
-        device_step::take_drawn(self.lock().mirror().ok_or_else(no_step)?, rows.0..rows.1, sampled, max_rows, words)
+    /// Whether a device can compute the step that was received last before the one in front of it is answered: nothing but
+    /// ids depends on what that one samples, and `pack_step` says which of its rows they come from.
+    fn follows_on(&self) -> PyResult<bool> {
+        Ok(self.lock().mirror().ok_or_else(no_step)?.follows_on())
     }
 
-    /// Where the words of rows `row_bounds` begin, as `draw` says it.
+    /// Fills the words of sampling rows `rows[0]` to `rows[1]` of the oldest step that is not answered from what a device's
+    /// sampler for `max_rows` rows has left.
+    fn take_drawn(&self, rows: (usize, usize), sampled: Memory, max_rows: usize, words: Memory) -> PyResult<()> {
+        let session = self.lock();
+        let step = session.unanswered().oldest().ok_or_else(no_step)?;
+        device_step::take_drawn(step, rows.0..rows.1, sampled, max_rows, words)
+    }
+
+    /// Where the words of rows `row_bounds` of that step begin, as `draw` says it.
     fn word_parts(&self, row_bounds: Vec<usize>) -> PyResult<Vec<usize>> {
-        word_parts(self.lock().mirror().ok_or_else(no_step)?, &row_bounds)
+        word_parts(self.lock().unanswered().oldest().ok_or_else(no_step)?, &row_bounds)
     }
 
     /// What the step copies between tiers, in order: (comes back, block, host block, tag). Waits for what moves between
@@ -223,7 +253,7 @@ impl PyWorkerSession {
     /// step is given up.
     #[pyo3(signature = (took_ns, bad_host_blocks, disk = None))]
     fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>, disk: Option<&PyDiskRegion>) -> PyResult<bool> {
-        *self.copied.lock().unwrap_or_else(PoisonError::into_inner) = Duration::from_nanos(took_ns);
+        self.lock().set_copied(Duration::from_nanos(took_ns));
         if bad_host_blocks.is_empty() {
             disk.map_or(Ok(()), |disk| disk.start(self.lock().mirror().ok_or_else(no_step)?))?;
             return Ok(true);
@@ -233,7 +263,8 @@ impl PyWorkerSession {
         Ok(false)
     }
 
-    /// Takes what all ranks have drawn from `words`, and sends the step's result, unless another rank does. `tokens` takes
+    /// Takes what all ranks have drawn for the oldest step that is not answered from `words`, and sends its result, unless
+    /// another rank does. `tokens` takes
     /// the ids as int32, -1 for a row that has none. `waited_ns` is what this rank waited for the stages before it.
     #[pyo3(signature = (words, *, reply = true, tokens = None, waited_ns = 0))]
     fn complete(
@@ -244,26 +275,27 @@ impl PyWorkerSession {
         tokens: Option<Memory>,
         waited_ns: u64,
     ) -> PyResult<()> {
-        let started = *self.started.lock().unwrap_or_else(PoisonError::into_inner);
         detached(py, || {
             let mut session = self.lock();
-            let mirror = session.mirror_mut().ok_or_else(no_step)?;
+            let step = session.unanswered().oldest().ok_or_else(no_step)?;
             // SAFETY: the caller holds a contiguous int32 tensor that nobody writes during the call.
             let words = unsafe { view::<u32>(words) };
-            let rows = drawn::read_rows(mirror, words).map_err(|error| error::worker(error.to_string()))?;
+            let rows = step.read_rows(words).map_err(|error| error::worker(error.to_string()))?;
             if let Some(tokens) = tokens {
                 write_tokens(&rows, tokens)?;
             }
-            let mut result = drawn::complete(mirror, rows);
+            let mut result = session.complete(rows).map_err(|error| session_error(&error))?;
             if !reply {
                 return Ok(());
             }
-            result.elapsed_ns = started.elapsed().as_nanos() as u64;
             result.waited_ns = waited_ns.min(result.elapsed_ns);
-            let copied = *self.copied.lock().unwrap_or_else(PoisonError::into_inner);
-            result.copied_ns = (copied.as_nanos() as u64).min(result.elapsed_ns);
             session.reply(result).map_err(|error| session_error(&error))
         })
+    }
+
+    /// Another rank answers the steps that were received so far.
+    fn leave_answers(&self) {
+        self.lock().leave_answers();
     }
 
     /// On a rank that does not sample: how many rows sampled in the oldest step that is not recorded, if the step that was
@@ -289,7 +321,8 @@ impl PyWorkerSession {
         Ok(())
     }
 
-    /// The step that was received last raised. The session goes on; what the step computed is told and computed again.
+    /// The oldest step that is not answered raised. The session goes on; what it and those behind it computed is told and
+    /// computed again.
     fn step_failed(&self, message: &str) -> PyResult<()> {
         self.lock().give_up_step(message).map_err(|error| session_error(&error))
     }

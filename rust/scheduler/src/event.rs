@@ -1,8 +1,8 @@
 //! What happens to a replica and what it wants done. Drivers and the simulator own everything in between.
 
 use llmscale_types::{
-    Attempt, Delta, DiskReport, Epoch, FrontId, HostBlockId, KvEvent, Outputs, PrefixKey, Refusal, RequestId,
-    SequenceKey, StepId, StepResult, Submission,
+    Attempt, Delta, DiskReport, Duration, Epoch, FrontId, HostBlockId, KvEvent, Outputs, PrefixKey, Refusal, RequestId,
+    SequenceKey, StepId, StepResult, Submission, Time,
 };
 use std::sync::Arc;
 
@@ -49,8 +49,13 @@ pub enum Event {
         /// Blocks of the host tier that do not hold what they should.
         bad_host_blocks: Vec<HostBlockId>,
     },
-    /// The node goes down: hand waiting work back, take no more.
-    Drain,
+    /// The node goes down: hand waiting work back, take no more, and when nothing runs any more save what is cached.
+    Drain {
+        /// When saving is given up, whenever it began.
+        deadline: Time,
+        /// How long it may take.
+        max_saving: Duration,
+    },
     /// Time has passed.
     Tick,
 }

@@ -180,12 +180,10 @@ impl Replica {
     /// Has what the host gives up next written, beside a step that is sent anyway. Not what is computed faster than it is
     /// read back, and not while the disk refuses.
     pub(crate) fn plan_writes(&mut self) {
-        if !self.blocks.has_writes_due() {
+        if !self.blocks.has_writes_due() || self.is_saving() {
             return;
         }
-        let back_ns = self.disk_cost.predict(1) + self.copy_cost.predict(1);
-        let pays = !self.disk_cost.is_known() || back_ns < self.copy_prices().block_ns();
-        let pays = pays && !self.blocks.disk_refuses();
+        let pays = self.writing_pays() && !self.blocks.disk_refuses();
         let read_within = self.disk_cost.blocks_within(MAX_WRITE_DELAY_NS).max(1);
         let at_once = if self.disk_cost.is_known() { read_within } else { FIRST_WRITES };
         let most = if pays { at_once } else { u32::from(self.is_trial(0)) };
@@ -194,9 +192,16 @@ impl Replica {
         }
     }
 
-    /// Whether a record waits for the disk.
+    /// Whether a block is read back faster than it is computed, as far as that is known.
+    pub(crate) fn writing_pays(&self) -> bool {
+        let back_ns = self.disk_cost.predict(1) + self.copy_cost.predict(1);
+        !self.disk_cost.is_known() || back_ns < self.copy_prices().block_ns()
+    }
+
+    /// Whether a record waits for the disk, or a drain.
     pub fn waits_for_disk(&self) -> bool {
-        self.disk.fetches.iter().any(|fetch| !fetch.over && self.blocks.is_under_way(fetch.last))
+        let waits = |fetch: &Fetch| !fetch.over && self.blocks.is_under_way(fetch.last);
+        self.drain_waits() || self.disk.fetches.iter().any(waits)
     }
 
     /// Which incarnation of the files the records are about; for tests.

@@ -4,12 +4,16 @@
 //! Knows no model, device or socket.
 
 mod buffers;
+mod samples;
 mod sampling;
 
 pub use buffers::{Buffers, StepCounts};
 pub use sampling::SlotSampling;
 
-use llmscale_types::{Admission, BlockCopy, Delta, DiskTransfer, EngineLimits, Epoch, GroupId, Slot, StepId, Token};
+use llmscale_types::{
+    Admission, BlockCopy, Chunk, Delta, DiskTransfer, EngineLimits, Epoch, GroupId, Slot, StepId, Token,
+};
+use samples::Samples;
 use std::collections::VecDeque;
 
 /// A delta that does not follow from what the mirror holds. Until a snapshot comes, nothing does.
@@ -29,6 +33,8 @@ pub struct Gap {
 struct Row {
     /// The step that brought it: samples of earlier steps belong to the slot's previous owner.
     admitted: StepId,
+    /// The last step in which it had rows.
+    latest: StepId,
     /// Whom it decodes with, once it does.
     group: GroupId,
     context: Vec<Token>,
@@ -38,14 +44,6 @@ struct Row {
     /// Its place among the group's decoding sequences, while it decodes.
     decode_index: Option<u32>,
     sampling: SlotSampling,
-}
-
-/// Who samples in a step.
-#[derive(Debug)]
-struct Samples {
-    step: StepId,
-    group: GroupId,
-    slots: Vec<Slot>,
 }
 
 /// See the file's header.
@@ -67,6 +65,8 @@ pub struct Mirror {
     /// Group of this step.
     group: GroupId,
     counts: StepCounts,
+    /// Sequences with rows in this step and none in the step before.
+    newcomers: u32,
     /// What this step copies between tiers.
     copies: Vec<BlockCopy>,
     /// What it moves between the host tier and the disk.
@@ -93,6 +93,7 @@ impl Mirror {
             joining: Vec::new(),
             group: GroupId(0),
             counts: StepCounts::default(),
+            newcomers: 0,
             copies: Vec::new(),
             transfers: Vec::new(),
             sample_slots: Vec::with_capacity(sequences),
@@ -174,12 +175,13 @@ impl Mirror {
         }
         let (copies, transfers) = (delta.copies.len() as u32, delta.transfers.len() as u32);
         self.counts = StepCounts { copies, transfers, ..StepCounts::default() };
+        self.newcomers = 0;
         self.sample_slots.clear();
         if delta.decodes {
-            self.write_decodes()?;
+            self.write_decodes(delta.step)?;
         }
         for chunk in &delta.chunks {
-            self.write_chunk(chunk.slot, chunk.start_tokens, chunk.tokens)?;
+            self.write_chunk(delta.step, chunk)?;
         }
         self.buffers.query_start[self.counts.sequences as usize] = self.counts.rows as i32;
         if self.counts.samples > 0 {
@@ -200,48 +202,6 @@ impl Mirror {
     /// What this step moves between the host tier and the disk, in order, after its copies.
     pub fn transfers(&self) -> &[DiskTransfer] {
         &self.transfers
-    }
-
-    /// How many rows sampled in the oldest step that is not recorded.
-    pub fn oldest_samples(&self) -> Option<usize> {
-        self.unrecorded.front().map(|samples| samples.slots.len())
-    }
-
-    /// How many rows sampled in the oldest step that is not recorded, if that one or one behind it is an earlier step of
-    /// this step's group: the group's decode rows hold no ids until it is recorded, and what no later step of the group
-    /// asks for would pile up.
-    pub fn awaited_samples(&self) -> Option<usize> {
-        let of_group = |samples: &Samples| samples.group == self.group && samples.step < self.step;
-        if self.unrecorded.iter().any(of_group) { self.oldest_samples() } else { None }
-    }
-
-    /// Tells the mirror what the oldest step without samples has sampled, in the order of its rows; rows that failed have
-    /// no token. Sequences that decode in the current step read it there.
-    pub fn record(&mut self, tokens: &[Option<Token>]) {
-        let Some(samples) = self.unrecorded.pop_front() else {
-            assert!(tokens.is_empty(), "all steps are recorded");
-            return;
-        };
-        assert_eq!(tokens.len(), samples.slots.len(), "one result per sampling row");
-        for (&slot, token) in samples.slots.iter().zip(tokens) {
-            let (Some(token), Some(row)) = (*token, self.rows[slot.index()].as_mut()) else { continue };
-            if row.admitted > samples.step {
-                continue;
-            }
-            self.last_token[slot.index()] = token;
-            row.sampling.count(token);
-            if samples.step < self.step && self.counts.decodes > 0 && row.group == self.group {
-                // A group's decode rows come first, one each, in the order of its list.
-                if let Some(index) = row.decode_index {
-                    self.buffers.token_ids[index as usize] = token as i32;
-                }
-            }
-        }
-    }
-
-    /// On a rank that never learns what is sampled, because it neither embeds nor samples.
-    pub fn pass_over_samples(&mut self) {
-        self.unrecorded.clear();
     }
 
     /// The buffers of the current step.
@@ -324,7 +284,16 @@ impl Mirror {
         let sampling = SlotSampling::new(admission);
         let context = admission.context.clone();
         let group = GroupId(0);
-        let row = Row { admitted: step, group, context, blocks: 0, position: 0, decode_index: None, sampling };
+        let row = Row {
+            admitted: step,
+            latest: StepId(0),
+            group,
+            context,
+            blocks: 0,
+            position: 0,
+            decode_index: None,
+            sampling,
+        };
         self.rows[index] = Some(row);
         for block in &admission.blocks {
             self.append(admission.slot, block.0)?;
@@ -359,7 +328,7 @@ impl Mirror {
         }
     }
 
-    fn write_decodes(&mut self) -> Result<(), &'static str> {
+    fn write_decodes(&mut self, step: StepId) -> Result<(), &'static str> {
         let group = self.group.index();
         for index in 0..self.decoding[group].len() {
             let slot = self.decoding[group][index];
@@ -367,7 +336,7 @@ impl Mirror {
             let position = row.position;
             row.position += 1;
             let token = self.last_token[slot.index()];
-            self.start_sequence(slot, position + 1)?;
+            self.start_sequence(step, slot, position + 1)?;
             self.write_row(slot, position, token)?;
             self.sample_last_row(slot);
         }
@@ -375,14 +344,15 @@ impl Mirror {
         Ok(())
     }
 
-    fn write_chunk(&mut self, slot: Slot, start: u32, tokens: u32) -> Result<(), &'static str> {
+    fn write_chunk(&mut self, step: StepId, chunk: &Chunk) -> Result<(), &'static str> {
+        let &Chunk { slot, start_tokens: start, tokens } = chunk;
         let row = self.rows.get(slot.index()).and_then(Option::as_ref).ok_or("a chunk of an empty slot")?;
         let end = start.checked_add(tokens).ok_or("a chunk exceeds its context")?;
         let length = row.context.len() as u32;
         if tokens == 0 || end > length || row.decode_index.is_some() {
             return Err("a chunk exceeds its context");
         }
-        self.start_sequence(slot, end)?;
+        self.start_sequence(step, slot, end)?;
         for position in start..end {
             let token = self.rows[slot.index()].as_ref().map_or(0, |row| row.context[position as usize]);
             self.write_row(slot, position, token)?;
@@ -394,7 +364,7 @@ impl Mirror {
         Ok(())
     }
 
-    fn start_sequence(&mut self, slot: Slot, length: u32) -> Result<(), &'static str> {
+    fn start_sequence(&mut self, step: StepId, slot: Slot, length: u32) -> Result<(), &'static str> {
         let at = self.counts.sequences as usize;
         if at >= self.buffers.sequence_lengths.len() {
             return Err("a step has more sequences than there are slots");
@@ -403,6 +373,9 @@ impl Mirror {
         self.buffers.sequence_lengths[at] = length as i32;
         self.buffers.table_offsets[at] = (slot.index() * self.max_blocks) as i32;
         self.counts.sequences += 1;
+        let row = self.rows[slot.index()].as_mut().expect("a sequence with rows is there");
+        self.newcomers += u32::from(row.latest != self.step);
+        row.latest = step;
         Ok(())
     }
 

@@ -28,6 +28,7 @@ impl Replica {
         } else {
             self.plan_in_turn(&mut draft);
         }
+        self.plan_saves();
         if !self.has_work(&draft) {
             assert!(draft.admit.is_empty() && draft.append_slots.is_empty(), "a step without work changes tables");
             return false;

@@ -60,6 +60,7 @@ impl Replica {
         }
         self.take_back(&occupied, &suspects, out);
         self.accuse(&preempted);
+        self.give_up_saving();
     }
 
     /// The worker group gave up its steps in flight and waits for a snapshot. Results of these steps that still arrive
@@ -90,6 +91,7 @@ impl Replica {
         self.take_back(&occupied, &suspects, out);
         self.accuse(&preempted);
         self.blocks.host_blocks_are_bad(bad_host_blocks);
+        self.save_again();
         true
     }
 

@@ -9,6 +9,7 @@ use crate::kv_feed::KvFeed;
 use crate::policy::{OrderKey, Policy};
 use crate::queue::{Place, WaitingQueue};
 use crate::record::Record;
+use crate::save::Drain;
 use crate::sequences::{Phase, Sequences};
 use llmscale_blocks::{BlockStore, ChainHasher};
 use llmscale_cost::{CopyCost, CostModel, StepShape};
@@ -102,7 +103,7 @@ pub struct Replica {
     pub(crate) unregistered: VecDeque<(Slot, u64)>,
     pub(crate) ended: Vec<(Slot, FinishReason)>,
     pub(crate) kv_feed: KvFeed,
-    pub(crate) draining: bool,
+    pub(crate) drain: Option<Drain>,
     pub(crate) counters: ReplicaCounters,
 }
 
@@ -139,7 +140,7 @@ impl Replica {
             unregistered: VecDeque::new(),
             ended: Vec::new(),
             kv_feed: KvFeed::default(),
-            draining: false,
+            drain: None,
             counters: ReplicaCounters::default(),
             policy,
             limits,
@@ -164,10 +165,11 @@ impl Replica {
             Event::DiskDone(report) => self.disk_done(&report),
             Event::WorkerDown => self.worker_down(out),
             Event::StepsLost { raised, bad_host_blocks } => return self.steps_lost(raised, &bad_host_blocks, out),
-            Event::Drain => self.drain(out),
+            Event::Drain { deadline, max_saving } => self.drain(deadline, max_saving, out),
             Event::Tick => {
                 self.expire_fetches(now);
                 self.expire(now, out);
+                self.expire_saving();
             }
         }
         true
@@ -199,7 +201,7 @@ impl Replica {
 
     fn admissible(&self, submission: &Submission) -> Result<(), Refusal> {
         let sampling = &submission.sampling;
-        if self.draining {
+        if self.drain.is_some() {
             return Err(Refusal::Draining);
         }
         if submission.prompt_tokens == 0 || submission.context.len() < submission.prompt_tokens as usize {
@@ -270,8 +272,8 @@ impl Replica {
         }
     }
 
-    fn drain(&mut self, out: &mut Actions) {
-        self.draining = true;
+    fn drain(&mut self, deadline: Time, max_saving: Duration, out: &mut Actions) {
+        self.begin_drain(deadline, max_saving);
         let waiting: Vec<Place> = self.queue.iter().map(|record| (record.order, record.arrival)).collect();
         for place in waiting {
             let record = self.queue.remove(place).expect("its place was just listed");

@@ -4,7 +4,7 @@
 use crate::event::{ReplicaCounters, ReplicaLoad};
 use crate::record::Record;
 use crate::replica::Replica;
-use llmscale_blocks::{CacheCounters, IndexChange};
+use llmscale_blocks::{CacheCounters, ContentId, IndexChange};
 use llmscale_cost::CostModel;
 use llmscale_types::{EngineLimits, FrontId, GroupId, Time};
 
@@ -55,7 +55,12 @@ impl Replica {
     /// When the next deadline passes, for whoever sleeps.
     pub fn next_deadline(&self) -> Option<Time> {
         let deadline = self.deadlines.first().map(|entry| entry.0);
-        [deadline, self.next_fetch_deadline()].into_iter().flatten().min()
+        [deadline, self.next_fetch_deadline(), self.saving_deadline()].into_iter().flatten().min()
+    }
+
+    /// Contents that can be found on whatever tiers. O(blocks), for tests and the simulator.
+    pub fn whole_contents(&self) -> Vec<ContentId> {
+        self.blocks.whole_contents()
     }
 
     /// Nothing waits, runs or is in flight.

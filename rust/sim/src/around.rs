@@ -3,9 +3,10 @@
 
 use crate::agenda::Agenda;
 use crate::coverage::Coverage;
-use crate::disk_memory::{DiskBook, DiskMemory};
+use crate::disk_memory::DiskMemory;
 use crate::faults::Mix;
 use crate::happening::Happening;
+use crate::left_disk::LeftDisk;
 use crate::network::{Network, Peer};
 use crate::random::Random;
 use crate::trace::Trace;
@@ -25,7 +26,7 @@ pub(crate) struct Around {
     /// Workers that died: where, and whether by an ordinary fault. Collected here until the clients' books know.
     pub(crate) deaths: Vec<(usize, bool)>,
     /// The disks of places where no node process runs, with what is kept beside them.
-    pub(crate) disks: Vec<Option<(DiskMemory, DiskBook)>>,
+    pub(crate) disks: Vec<Option<LeftDisk>>,
     /// Disks that were new.
     new_disks: u64,
     /// For what was added later: earlier worlds keep their draws.

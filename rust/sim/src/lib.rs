@@ -16,6 +16,7 @@ mod happening;
 pub mod hash_worker;
 pub mod host_memory;
 mod ledger;
+mod left_disk;
 mod network;
 mod node;
 mod peers;

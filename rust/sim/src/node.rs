@@ -5,16 +5,19 @@
 mod answer;
 mod deliver;
 mod disk;
+mod drain;
 
 use crate::around::Around;
 use crate::disk_memory::{DiskBook, DiskMemory};
 use crate::faults::Fault;
 use crate::happening::{Happening, WorkerTurn};
 use crate::host_memory::HostMemory;
+use crate::left_disk::LeftDisk;
 use crate::network::Peer;
 use crate::peers::{PROBE, Peers};
 use crate::versions;
 use crate::worker::{Condition, Ending, Lapse, WorkerProcess, open};
+use llmscale_blocks::ContentId;
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
 use llmscale_types::{
     Attempt, Class, Duration, Epoch, HostBlockId, NodeId, RequestId, Sampling, SequenceKey, StepId, StepResult,
@@ -39,7 +42,7 @@ struct Sent {
 #[derive(Clone, Copy, Debug)]
 enum Command {
     Worker(Epoch, WorkerTurn),
-    Drain,
+    Drain { max_drain: Duration, max_saving: Duration },
 }
 
 /// How far a node process has come since it started.
@@ -87,6 +90,8 @@ pub(crate) struct NodeProcess {
     /// And its disk, with what is kept beside it.
     disk: Option<DiskMemory>,
     book: DiskBook,
+    /// While it drains: contents that can be found, until it is decided what is saved.
+    whole: Vec<ContentId>,
     out: Actions,
 }
 
@@ -100,12 +105,14 @@ impl NodeProcess {
         let mut replica = replica
             .expect("a mix draws sizes that fit together")
             .with_max_admission_bytes(around.mix.max_admission_bytes);
-        let (disk, book) = around.disks[place].take().unwrap_or_else(|| (around.new_disk(), DiskBook::default()));
+        let left = around.disks[place].take();
+        let LeftDisk { disk, book, saved } = left.unwrap_or_else(|| LeftDisk::new(around.new_disk()));
         // Prompts are short here, so every block has a name.
         replica.name_prefixes_every(around.mix.engine.block_tokens);
         let records = book.records();
         around.coverage.add("disk_recalled", records.len() as u64);
         let replica = replica.with_disk(book.incarnation, records);
+        saved.check(&replica);
         let mut process = Self {
             place,
             node,
@@ -132,6 +139,7 @@ impl NodeProcess {
             host: Some(HostMemory::new(around.mix.engine.host_blocks, 1)),
             disk: Some(disk),
             book,
+            whole: Vec::new(),
             out: Actions::default(),
         };
         process.plan_worker(around, Epoch(1), WorkerTurn::Started, Duration(1_000));
@@ -144,12 +152,6 @@ impl NodeProcess {
         self.inbox.push_back((peer, bytes));
         let wait = around.random.span(1, 200);
         self.wake(around, wait);
-    }
-
-    /// An operator wants the node emptied.
-    pub(crate) fn drain(&mut self, around: &mut Around) {
-        self.commands.push_back(Command::Drain);
-        self.wake(around, Duration(0));
     }
 
     /// A result of a dead worker comes through after all.
@@ -258,6 +260,7 @@ impl NodeProcess {
         self.read_worker(around);
         self.watch_time(around);
         self.complete(around.now());
+        self.note_whole();
         self.execute(around);
         self.deliver(around);
         self.book.note(self.replica.take_index_changes());
@@ -274,11 +277,6 @@ impl NodeProcess {
         self.wake(around, Duration(0));
     }
 
-    /// Nothing runs any more after an order to drain.
-    pub(crate) fn is_drained(&self) -> bool {
-        self.state == NodeState::Draining && self.replica.is_idle()
-    }
-
     /// It takes work, and nothing of any request is left in it. One that was told to drain has to end instead.
     pub(crate) fn is_at_rest(&self) -> bool {
         self.state == NodeState::Ready && self.replica.is_idle() && !self.drain_ordered
@@ -292,10 +290,10 @@ impl NodeProcess {
         let now = around.now();
         while let Some(command) = self.commands.pop_front() {
             match command {
-                Command::Drain => {
+                Command::Drain { max_drain, max_saving } => {
                     self.drain_ordered = true;
                     self.state = NodeState::Draining;
-                    self.event(now, Event::Drain);
+                    self.event(now, Event::Drain { deadline: now + max_drain, max_saving });
                     self.next_status = now;
                 }
                 Command::Worker(epoch, WorkerTurn::Started) => self.take_worker(epoch, around),
@@ -354,6 +352,7 @@ impl NodeProcess {
             self.state = NodeState::Recovering;
         }
         self.event(now, Event::WorkerDown);
+        self.whole.clear();
         self.next_status = now;
     }
 

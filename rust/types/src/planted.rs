@@ -63,11 +63,15 @@ pub enum Planted {
     RestoresBeforeItIsRead,
     /// A worker takes what it reads from the disk without looking at its header.
     LooksAtNoDiskHeader,
+    /// A replica that drains writes over what the disk was to keep.
+    SavesOverWhatItKeeps,
+    /// A replica that drains does not wait for its last writes.
+    EndsBeforeItHasSaved,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 31] = [
         Self::KeepsCacheOfDeadWorker,
         Self::ConvictsAtOnce,
         Self::GivesRowsToTheNextInSlot,
@@ -97,6 +101,8 @@ impl Planted {
         Self::BelievesInFailedWrites,
         Self::RestoresBeforeItIsRead,
         Self::LooksAtNoDiskHeader,
+        Self::SavesOverWhatItKeeps,
+        Self::EndsBeforeItHasSaved,
     ];
 
     /// Whether this thread has the bug.

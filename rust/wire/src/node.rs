@@ -313,6 +313,8 @@ pub struct Status {
     pub failed_disk_writes: u64,
     /// How often a step's copies waited for the disk, since the start.
     pub disk_waits: u64,
+    /// Records of what the disk holds that were not written beside it, since the start: misses after the next start.
+    pub lost_disk_records: u64,
 }
 
 /// The answer to a ping.
@@ -425,6 +427,7 @@ record!(Status {
     bad_disk_blocks: u64,
     failed_disk_writes: u64,
     disk_waits: u64,
+    lost_disk_records: u64,
 });
 record!(Pong { node: NodeId, epoch: Epoch, nonce: u64 });
 codes!(RejectCode {

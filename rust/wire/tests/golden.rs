@@ -117,6 +117,7 @@ fn status() -> Status {
         bad_disk_blocks: 2,
         failed_disk_writes: 3,
         disk_waits: 4,
+        lost_disk_records: 5,
     }
 }
 

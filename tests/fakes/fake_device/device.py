@@ -46,6 +46,15 @@ class FakeAccelerator:
         self.machine.pin(address, size_bytes)
         return torch.frombuffer((ctypes.c_uint8 * size_bytes).from_address(address), dtype=torch.uint8)
 
+    def calibrate_copies(self, block_bytes: int, max_ns: int) -> str:
+        here = self.pinned(2 * block_bytes, torch.uint8).view(2, block_bytes)
+        there = torch.zeros(2, block_bytes, dtype=torch.uint8)
+        for stream, source, target in ((self.offload, there, here), (self.restore, here, there)):
+            stream.copy_blocks(source, target, [(0, 1), (1, 0)])
+            stream.record().wait()
+        self.script.calibrated.append((block_bytes, max_ns))
+        return "fake"
+
     def capture(self, work: Callable[[], object]) -> Callable[[], None]:
         self.machine.drain()
         return FakeGraph(self.machine, work)

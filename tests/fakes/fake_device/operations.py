@@ -113,6 +113,12 @@ class FakeSampler:
                 self.max_rows,
             )
 
+    def hand_on(self, drawn_from: Tensor, token_ids: Tensor) -> None:
+        with kernel(self._machine, drawn_from, token_ids, self.drawn):
+            for row, place in enumerate(drawn_from.tolist()):
+                if place > 0:
+                    token_ids[row] = self.drawn[self.max_rows + place - 1]
+
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
     assert tensor.is_contiguous(), tensor.stride()

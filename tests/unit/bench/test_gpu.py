@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_attention, gpu_copies, gpu_matmul, gpu_sampling, gpu_serving
+from bench import gpu, gpu_attention, gpu_copies, gpu_matmul, gpu_sampling, gpu_serving, gpu_steps, gpu_timing
 from bench.gpu_timing import Budget
 from bench.result import Row
 from bench.statistics import Spread
+from llmscale.devices import registry
 from llmscale.layers.reference import ReferenceOps
 from tests.cuda.emulator import Emulator
+from tests.fakes.fake_device.machine import PIECE_NS, SCRIPT, Script
 
 HEADS = gpu_attention.Heads(query=4, kv=2, dim=16)
 ROOT = Path(__file__).parents[3]
@@ -85,6 +87,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (gpu_matmul, gpu_attention, gpu_sampling):
         monkeypatch.setattr(module, "graph_microseconds", once)
         monkeypatch.setattr(module, "ROTATING_BYTES", 1)
+    # Peers are fenced where they are timed.
+    monkeypatch.setattr(gpu_timing, "graph_microseconds", once)
     monkeypatch.setattr(gpu_matmul, "SHAPES", ((136, 264),))
     monkeypatch.setattr(gpu_attention, "MODELS", (HEADS,))
     monkeypatch.setattr(gpu_attention, "make_ops", lambda attention, max_sequences, max_tokens: ReferenceOps())
@@ -114,6 +118,14 @@ def test_matmul_sections_cover_every_batch_with_rates_of_what_they_move() -> Non
     assert rows["int4/1x136x264"].limit_share == pytest.approx(packed_bytes / 2e-6 / 1e9 / 100)
     assert rows["int4/256x136x264"].value == pytest.approx(2 * 256 * 136 * 264 / 2e-6 / 1e12)
     assert len(list(gpu_matmul.e4m3_rates(Budget(60), limits))) == 5
+
+
+def test_a_peer_that_cannot_run_says_why_and_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(calls: Sequence[Callable[[], object]], rounds: int | None = None) -> Spread:
+        raise RuntimeError("no such product below sm_89\nat some line")
+
+    monkeypatch.setattr(gpu_timing, "graph_microseconds", broken)
+    assert gpu_timing.peer_microseconds([list]) == "no such product below sm_89"
 
 
 @pytest.mark.usefixtures("on_the_cpu")
@@ -162,6 +174,52 @@ def test_attention_is_held_against_float64(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(gpu_attention, "gathered", lambda *given: right(*given).flip(1))
     with pytest.raises(AssertionError, match="relative error"):
         next(gpu_attention.correctness(Budget(60)))
+
+
+@pytest.fixture
+def steps_of_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """On the fake device, whose clock counts pieces of work."""
+    monkeypatch.setitem(registry.DEVICES, "cpu", "tests.fakes.fake_device.device")
+    # Products of 4-bit weights allocate on a CPU.
+    for name, value in {"strict": False, "broken": [], "free_bytes": 8 << 30, "max_graphs": 64}.items():
+        monkeypatch.setattr(SCRIPT, name, value)
+    for name, value in {"DEVICE_NAME": "cpu", "MODELS": ("tiny",), "BATCHES": (1, 3), "CONTEXT_TOKENS": 40}.items():
+        monkeypatch.setattr(gpu_steps, name, value)
+    return SCRIPT
+
+
+def test_whole_steps_stand_against_the_bytes_that_they_move(steps_of_a_tiny_model: Script) -> None:
+    limits = {"copy_gigabytes_per_second": 100.0}
+    rows = {found.case: found for found in gpu_steps.step_rates(Budget(600), limits)}
+    assert list(rows) == [
+        f"steps/tiny/{kind}/{batch}/{way}"
+        for kind in ("int4-128", "bf16")
+        for batch in (3, 1)
+        for way in ("eager", "graph")
+    ]
+    # Two layers of 64: four projections of attention with half as many heads for keys and values, three of the MLP.
+    projections = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
+    others = 2 * (32_000 * 64 + 5 * 64)
+    kv = 3 * 41 * 2 * 2 * 32 * 2
+    moved = {"bf16": 2 * projections + others + kv, "int4-128": projections // 2 + projections // 64 + others + kv}
+    for kind, expected in moved.items():
+        row = rows[f"steps/tiny/{kind}/3/graph"]
+        assert row.peers["gigabytes"] == pytest.approx(expected / 1e9)
+        assert row.value == pytest.approx(PIECE_NS / 1e6, rel=0.2), "a step is one piece of work"
+        assert row.limit_share == pytest.approx(expected / row.value / 1e6 / 100)
+        assert row.peers["times its bytes at the copy rate"] == pytest.approx(1 / row.limit_share)
+    assert steps_of_a_tiny_model.broken == []
+
+
+def test_batches_without_room_are_left_out_and_said(steps_of_a_tiny_model: Script) -> None:
+    steps_of_a_tiny_model.free_bytes = gpu_steps.SPARE_BYTES + 5 * 2 * 2 * 32 * 32 * 2
+    rows = gpu.run_section("steps", gpu_steps.step_rates, {}, 600)
+    assert [found.case for found in rows if "graph" in found.case] == [
+        "steps/tiny/int4-128/1/graph",
+        "steps/tiny/bf16/1/graph",
+    ]
+    assert (rows[-1].case, rows[-1].value) == ("steps/left-out", 2)
+    assert all(found.limit_share is None for found in rows)
 
 
 def test_serving_stands_beside_vllm_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

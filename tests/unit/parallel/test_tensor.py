@@ -25,9 +25,9 @@ from llmscale.models.shard import RankPlace
 from llmscale.node.rank_meeting import RankMeeting
 from llmscale.parallel.assignment import Meeting
 from llmscale.parallel.groups import join_tensor_group, join_world
-from llmscale.parallel.layout import HostLayout
+from llmscale.parallel.layout import HostLayout, row_bounds
 from llmscale.parallel.streams import Circle, open_streams
-from llmscale.parallel.tensor import Alone, CoreGroup, TensorGroup, TorchGroup, row_bounds
+from llmscale.parallel.tensor import Alone, CoreGroup, TensorGroup, TorchGroup
 
 # Fewer rows than ranks, none, as many, and a number that they do not divide.
 ROWS = (0, 1, 2, 3, 7, 64)

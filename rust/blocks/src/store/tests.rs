@@ -8,6 +8,8 @@ use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 mod disk;
+mod names;
+mod saves;
 mod size;
 
 const TOKENS: u32 = 4;
@@ -94,19 +96,6 @@ impl World {
         let report = DiskReport { epoch, through, failed, refused: !works, read_blocks: 0, read_ns: 0, waits: 0 };
         self.store.end_transfers(&report);
         self.note();
-    }
-
-    /// Has what continues the chain on the disk read, and waits for it.
-    fn read_ahead(&mut self, space: u8, ids: &[Token]) -> usize {
-        let hashes = self.store.hasher().clone().chain(&[space; 32], ids, TOKENS);
-        let run = self.store.disk_run(&[space; 32], &hashes, ids);
-        let (places, last) = self.store.begin_reads(&run);
-        self.copy();
-        while self.store.is_under_way(last) {
-            self.transfer(1, true);
-        }
-        self.store.unpin_read(&places);
-        places.len()
     }
 
     fn copy(&mut self) -> Vec<BlockCopy> {

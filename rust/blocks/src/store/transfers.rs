@@ -14,7 +14,7 @@ use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 
 /// Writes under way at most, whoever asks.
-const MAX_WRITES: u32 = 128;
+pub(super) const MAX_WRITES: u32 = 128;
 /// Of the host tier, the part that is written before its room is needed; bounded, because it is searched.
 const WRITTEN_PART: u32 = 2;
 const MAX_WRITTEN_PART: u32 = 256;
@@ -35,13 +35,13 @@ pub(super) struct Transfers {
     asked: Vec<DiskTransfer>,
     /// Number of the transfer that was asked for last.
     last: u64,
-    writes: u32,
+    pub(super) writes: u32,
     /// By disk block: the number of the read that is under way, and where to.
     reading: FxHashMap<DiskBlockId, (u64, HostBlockId)>,
     /// The host may hold something to write that was not looked at.
     writes_due: bool,
     /// The last writes failed.
-    refused: bool,
+    pub(super) refused: bool,
     changes: Vec<IndexChange>,
 }
 
@@ -159,15 +159,24 @@ impl BlockStore {
             .collect();
         self.transfers.writes_due = due.len() > room;
         for host in due.into_iter().take(room) {
-            let (content, ids) = self.host.held(host).expect("it was just looked at");
-            let (content, ids) = (content.clone(), Box::from(ids));
-            let Some((disk, lost)) = self.disk.reserve() else { break };
-            self.transfers.changes.push(IndexChange::Drop(disk));
-            self.say_lost(lost);
-            self.host.pin(host);
-            self.transfers.writes += 1;
-            self.ask(DiskDirection::Write, host, disk, content, ids);
+            if !self.begin_write(host) {
+                break;
+            }
         }
+    }
+
+    /// Has what a block of the host holds written to the place of the disk that was not asked for for longest. False if every
+    /// place is pinned.
+    pub(super) fn begin_write(&mut self, host: HostBlockId) -> bool {
+        let (content, ids) = self.host.held(host).expect("it was just looked at");
+        let (content, ids) = (content.clone(), Box::from(ids));
+        let Some((disk, lost)) = self.disk.reserve() else { return false };
+        self.transfers.changes.push(IndexChange::Drop(disk));
+        self.say_lost(lost);
+        self.host.pin(host);
+        self.transfers.writes += 1;
+        self.ask(DiskDirection::Write, host, disk, content, ids);
+        true
     }
 
     fn ask(
@@ -231,6 +240,7 @@ impl BlockStore {
                 ids: ids.clone(),
             };
             self.transfers.changes.push(IndexChange::Put(transfer.disk, Box::new(record)));
+            self.say_found(&content);
             self.disk.hold(transfer.disk, content, &ids);
         } else {
             self.counters.failed_disk_writes += 1;
@@ -244,6 +254,7 @@ impl BlockStore {
         if done {
             self.counters.disk_read_blocks += 1;
             if !Planted::RestoresBeforeItIsRead.is_here() {
+                self.say_found(&content);
                 self.host.hold(transfer.host, content, &ids);
             }
         }
@@ -254,6 +265,16 @@ impl BlockStore {
             let lost = self.disk.forget(transfer.disk);
             self.transfers.changes.push(IndexChange::Drop(transfer.disk));
             self.say_lost(lost);
+        }
+    }
+
+    /// A content is about to be held by a tier. Its name may have gone meanwhile: what was computed again after a lost parent
+    /// hides an older copy of the same hash, and takes the name with it when it gives way.
+    fn say_found(&mut self, content: &Content) {
+        if let Some(key) = content.name()
+            && !self.has_name_anywhere(&content.hash)
+        {
+            self.changes.stored(key);
         }
     }
 

@@ -1,6 +1,7 @@
 //! The fourth verb: one frame of outputs per front, attempts handed back, and every so often how the node is doing.
 
 use super::Node;
+use crate::disk_index::DiskIndex;
 use crate::fronts::PROBE;
 use crate::report::{NodeEvent, NodeReport};
 use llmscale_scheduler::{Event, GiveBack, KvWord};
@@ -17,6 +18,7 @@ impl Node {
         self.deliver_caches();
         self.deliver_status();
         self.note_disk();
+        self.tell_drained();
         self.out.clear();
     }
 
@@ -126,9 +128,12 @@ impl Node {
             dropped_frames: self.dropped_frames + counters.stale_results,
             fronts: self.fronts.len(),
         });
-        if self.state == NodeState::Draining && self.replica.is_idle() && !self.told_drained {
+    }
+
+    fn tell_drained(&mut self) {
+        if let Some(drained) = self.replica.drained().filter(|_| !self.told_drained) {
             self.told_drained = true;
-            self.board.notify(NodeEvent::Drained);
+            self.board.notify(NodeEvent::Drained(drained));
         }
     }
 
@@ -161,6 +166,7 @@ impl Node {
             bad_disk_blocks: cache.bad_disk_blocks,
             failed_disk_writes: cache.failed_disk_writes,
             disk_waits: cache.disk_waits,
+            lost_disk_records: self.disk_index.as_ref().map_or(0, DiskIndex::lost_changes),
         }
     }
 }

@@ -56,9 +56,9 @@ impl Node {
                 self.say_goodbye();
                 return false;
             }
-            Command::Drain => {
+            Command::Drain { max_drain, max_saving } => {
                 self.state = NodeState::Draining;
-                self.event(Event::Drain);
+                self.event(Event::Drain { deadline: self.clock.now() + max_drain, max_saving });
                 self.next_status = self.clock.now();
             }
             Command::WorkerStarted { epoch, link, configure } => {

@@ -69,6 +69,7 @@ pub(crate) fn report(state: ReplicaState) -> Report {
         bad_disk_blocks: 0,
         failed_disk_writes: 0,
         disk_waits: 0,
+        lost_disk_records: 0,
     }
 }
 

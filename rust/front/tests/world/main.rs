@@ -175,6 +175,7 @@ impl World {
             bad_disk_blocks: 0,
             failed_disk_writes: 0,
             disk_waits: 0,
+            lost_disk_records: 0,
         };
         let (node, epoch) = (self.replicas[replica].node, self.replicas[replica].epoch);
         self.mail(replica, Mail { node, epoch, frame: ReplicaFrame::Status(report) });

@@ -2,9 +2,8 @@
 //! begins, sealed when it has ended and checked before it is copied back. So a header is there only for bytes that are,
 //! however late that is. Hashing reads memory once; whoever calls knows when a copy has begun and ended.
 
-use super::{HostRegion, PIECE_BYTES};
+use super::{HostRegion, checksum};
 use std::sync::atomic::Ordering;
-use xxhash_rust::xxh3::Xxh3;
 
 impl HostRegion {
     /// The whole mapping, for a device to register.
@@ -45,9 +44,7 @@ impl HostRegion {
     fn hash(&self, host: u32, tag: u64) -> u64 {
         // SAFETY: a block inside the mapping; the device that writes such blocks is done with this one.
         let bytes = unsafe { std::slice::from_raw_parts(self.room(host).cast_const(), self.block_bytes) };
-        let mut hash = Xxh3::with_seed(self.layout ^ tag);
-        bytes.chunks(PIECE_BYTES).for_each(|piece| hash.update(piece));
-        hash.digest().max(1)
+        checksum(bytes, self.layout ^ tag)
     }
 }
 

@@ -4,16 +4,17 @@
 //! multiplies unsigned with signed bytes; what that adds is 128 times the sum of a row's codes.
 #![expect(unsafe_code, reason = "codes are written as bytes and read as words")]
 
-use super::micro::Arithmetic;
+use super::micro::{Arithmetic, WordArithmetic, Words};
 use super::panels::{PANEL, PackError, Panels};
-use super::sweep::Sweep;
+use super::sweep::{Sweep, rows_of};
+use super::tiles::{MatmulScratch, RowFormat, lanes};
 use crate::dispatch::{Kernel, Level};
 use crate::element::Element;
 use crate::error::{KernelError, require_length};
 use crate::pool::Pool;
-use crate::rows::RowChunks;
 use crate::shared_output::SharedOutput;
 use crate::simd::{Simd, load_element, load_element_partial};
+use std::io;
 
 /// Inputs of a word.
 const UNIT: usize = 4;
@@ -40,20 +41,46 @@ impl PackedBytes {
     pub fn pack(pool: &Pool, codes: &[i8], scales: &[f32], outputs: usize, inputs: usize) -> Result<Self, PackError> {
         require_length("codes", outputs * inputs, codes.len())?;
         require_length("scales", outputs, scales.len())?;
+        Self::read(pool, outputs, inputs, |first, rows, row_scales| {
+            rows.copy_from_slice(&codes[first * inputs..][..rows.len()]);
+            row_scales.copy_from_slice(&scales[first..][..row_scales.len()]);
+            Ok(())
+        })
+    }
+
+    /// Packs what `read(first, codes, scales)` gives: outputs from `first` on, as many whole rows of `inputs` codes as there
+    /// is room for, and a scale for each.
+    ///
+    /// # Errors
+    /// A shape of zero, more than 65,536 inputs, no memory, or what `read` says.
+    pub fn read(
+        pool: &Pool,
+        outputs: usize,
+        inputs: usize,
+        read: impl Fn(usize, &mut [i8], &mut [f32]) -> io::Result<()> + Sync,
+    ) -> Result<Self, PackError> {
         if inputs > MAX_INPUTS {
             let rule = "at most 65536, so that sums of products fit 32 bits";
             return Err(KernelError::Unsupported { argument: "inputs", given: inputs as i64, rule }.into());
         }
-        let panels = Panels::pack(pool, outputs, inputs, UNIT, |output, unit| {
-            let row = &codes[output * inputs..][..inputs];
-            let mut bytes = [0; UNIT];
-            for (byte, &code) in bytes.iter_mut().zip(&row[unit * UNIT..]) {
-                *byte = (code as u8) ^ 0x80;
+        let mut scales = vec![0.0; outputs.next_multiple_of(PANEL)];
+        let all_scales = SharedOutput::new(&mut scales);
+        let panels = Panels::pack(pool, outputs, inputs, UNIT, |first, count, words| {
+            let mut codes = vec![0_i8; count * inputs];
+            // SAFETY: every output belongs to one panel, which is packed once.
+            read(first, &mut codes, unsafe { all_scales.part(first, count) })?;
+            let units = inputs.div_ceil(UNIT);
+            for (row, words) in codes.chunks_exact(inputs).zip(words.chunks_exact_mut(units)) {
+                for (codes, word) in row.chunks(UNIT).zip(words) {
+                    let mut bytes = [0; UNIT];
+                    for (byte, &code) in bytes.iter_mut().zip(codes) {
+                        *byte = (code as u8) ^ 0x80;
+                    }
+                    *word = u32::from_le_bytes(bytes);
+                }
             }
-            u32::from_le_bytes(bytes)
+            Ok(())
         })?;
-        let mut scales = scales.to_vec();
-        scales.resize(outputs.next_multiple_of(PANEL), 0.0);
         Ok(Self { panels, scales })
     }
 
@@ -73,70 +100,20 @@ impl PackedBytes {
     }
 }
 
-/// Rows as codes, with what their products need; keeps its memory from one use to the next.
-#[derive(Debug, Default)]
-pub struct QuantizedRows {
-    words: Vec<u32>,
-    scales: Vec<f32>,
-    /// Minus 128 times the sum of each row's codes.
-    begins: Vec<i32>,
-}
-
-impl QuantizedRows {
-    /// Takes rows of `inputs` elements.
-    ///
-    /// # Errors
-    /// A length that is no whole number of rows.
-    pub fn quantize<T: Element>(
-        &mut self,
-        pool: &Pool,
-        level: Level,
-        input: &[T],
-        inputs: usize,
-    ) -> Result<(), KernelError> {
-        if inputs == 0 {
-            return Err(KernelError::Unsupported { argument: "inputs", given: 0, rule: "at least 1" });
-        }
-        let rows = input.len() / inputs;
-        require_length("input", rows * inputs, input.len())?;
-        // Room for whole vectors behind the last code of a row; the next row overwrites it, or nothing does.
-        let units = inputs.div_ceil(UNIT);
-        self.words.clear();
-        self.words.resize(rows * units, 0);
-        self.scales.resize(rows, 0.0);
-        self.begins.resize(rows, 0);
-        let words = SharedOutput::new(&mut self.words);
-        let (scales, begins) = (SharedOutput::new(&mut self.scales), SharedOutput::new(&mut self.begins));
-        let chunks = RowChunks::new(rows, inputs * (size_of::<T>() + 1));
-        pool.parallel_for(chunks.count(), |chunk| {
-            for row in chunks.rows(chunk) {
-                // SAFETY: every row belongs to one chunk and is written once, in all three arrays.
-                let (words, scale, begin) =
-                    unsafe { (words.part(row * units, units), scales.part(row, 1), begins.part(row, 1)) };
-                let input = &input[row * inputs..][..inputs];
-                (scale[0], begin[0]) = level.run(QuantizeRow { input, words });
-            }
-        })
-    }
-
-    fn rows(&self) -> usize {
-        self.scales.len()
-    }
-}
-
-/// Codes of one row; returns its scale and minus 128 times the sum of its codes.
-struct QuantizeRow<'a, T> {
-    input: &'a [T],
-    words: &'a mut [u32],
+/// Codes of one row, with zeros behind the last; returns its scale.
+pub(super) struct QuantizeRow<'a, T> {
+    pub(super) input: &'a [T],
+    pub(super) words: &'a mut [u32],
 }
 
 impl<T: Element> Kernel for QuantizeRow<'_, T> {
-    type Output = (f32, i32);
+    type Output = f32;
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> (f32, i32) {
+    fn run<S: Simd>(self, simd: S) -> f32 {
         let length = self.input.len();
         assert!(self.words.len() * UNIT >= length);
+        self.words[length / UNIT..].fill(0);
         let (whole, rest) = (length - length % S::LANES, length % S::LANES);
         let input = self.input.as_ptr();
         let codes = self.words.as_mut_ptr().cast::<i8>();
@@ -170,7 +147,21 @@ impl<T: Element> Kernel for QuantizeRow<'_, T> {
                 core::ptr::copy_nonoverlapping(last.as_ptr(), codes.add(whole), rest);
             }
         }
-        (largest / MAX_CODE, -128 * sum_of_codes(simd, self.words))
+        largest / MAX_CODE
+    }
+}
+
+/// The sum of all signed bytes of some words.
+pub(super) struct SumOfCodes<'a> {
+    pub(super) words: &'a [u32],
+}
+
+impl Kernel for SumOfCodes<'_> {
+    type Output = i32;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> i32 {
+        sum_of_codes(simd, self.words)
     }
 }
 
@@ -199,40 +190,61 @@ fn sum_of_codes<S: Simd>(simd: S, words: &[u32]) -> i32 {
     lanes.into_iter().map(|lane| lane as i32).sum::<i32>() + rest.sum::<i32>()
 }
 
-/// `output = input weights^T + bias`: sums times the output's scale, then the row's, then the bias, all in f32.
-/// `output` has rows of `weights.outputs()` elements, `bias` one such row.
+/// `output = input weights^T + bias`: sums times the output's scale, then the row's, then the bias, all in f32. Rows are
+/// whole; `output` has rows of `weights.outputs()` elements, `bias` one such row.
 ///
 /// # Errors
-/// Rows of another width, or another length.
+/// A length that is no whole number of rows.
 pub fn multiply_bytes<T: Element>(
     pool: &Pool,
     level: Level,
-    input: &QuantizedRows,
+    scratch: &mut MatmulScratch,
+    input: &[T],
     weights: &PackedBytes,
     bias: Option<&[T]>,
     output: &mut [T],
 ) -> Result<(), KernelError> {
-    let rows = input.rows();
-    require_length("input", rows * weights.panels.units(), input.words.len())?;
-    let sweep = Sweep { input: &input.words, rows, panels: &weights.panels, bias, output };
-    sweep.run(pool, level, |first_row, panel| Bytes {
-        begins: input.begins[first_row..].as_ptr(),
-        row_scales: input.scales[first_row..].as_ptr(),
-        scales: weights.scales[panel * PANEL..].as_ptr(),
+    let panels = &weights.panels;
+    let rows = rows_of(input, panels, bias, output)?;
+    let max_rows = Words::<Bytes>::max_rows(lanes(level));
+    scratch.fill(pool, rows, max_rows, panels.units(), 1, &AsCodes { level, input, inputs: panels.inputs() })?;
+    let rows = &*scratch;
+    Sweep { rows, panels, bias, output }.run(pool, level, |panel| {
+        Words(Bytes {
+            begins: rows.sums.as_ptr(),
+            row_scales: rows.scales.as_ptr(),
+            scales: weights.scales[panel * PANEL..].as_ptr(),
+        })
     })
+}
+
+/// Rows as codes; the number of a row is minus 128 times their sum.
+struct AsCodes<'a, T> {
+    level: Level,
+    input: &'a [T],
+    inputs: usize,
+}
+
+impl<T: Element> RowFormat for AsCodes<'_, T> {
+    fn convert(&self, row: usize, line: &mut [u32], sums: &mut [i32]) -> f32 {
+        let input = &self.input[row * self.inputs..][..self.inputs];
+        let scale = self.level.run(QuantizeRow { input, words: line });
+        sums[0] = -128 * self.level.run(SumOfCodes { words: line });
+        scale
+    }
 }
 
 /// Exact sums of bytes.
 #[derive(Clone, Copy)]
 struct Bytes {
-    /// Of the block's rows.
+    /// One per row.
     begins: *const i32,
     row_scales: *const f32,
     /// Of the panel's outputs.
     scales: *const f32,
 }
 
-impl Arithmetic for Bytes {
+impl WordArithmetic for Bytes {
     #[inline(always)]
     fn begin<S: Simd>(self, simd: S, row: usize) -> S::U32 {
         // SAFETY: there is one per row.

@@ -1,16 +1,20 @@
 //! Products with weights in f32 or bf16. Sums are in f32, rounded once; where a processor multiplies pairs of bf16, pairs
 //! are added as it adds them. `2 rows x outputs x inputs` operations.
-#![expect(unsafe_code, reason = "rows are read as words")]
+#![expect(unsafe_code, reason = "rows are read as words and written on several threads")]
 
-use super::micro::Arithmetic;
+use super::micro::{Arithmetic, WordArithmetic, Words};
 use super::panels::{PackError, Panels};
-use super::sweep::Sweep;
+use super::sweep::{Sweep, rows_of};
+use super::tiles::{MatmulScratch, RowFormat, lanes};
 use crate::dispatch::Level;
 use crate::element::Element;
-use crate::error::{KernelError, require_length};
+use crate::error::{KernelError, require_index, require_length};
 use crate::pool::Pool;
+use crate::rows::RowChunks;
+use crate::shared_output::SharedOutput;
 use crate::simd::Simd;
 use core::marker::PhantomData;
+use std::io;
 
 /// A weight `[outputs, inputs]`, packed.
 #[derive(Debug)]
@@ -29,18 +33,69 @@ impl<T: Element> PackedWeights<T> {
     /// A shape of zero or another length, or no memory.
     pub fn pack(pool: &Pool, weights: &[T], outputs: usize, inputs: usize) -> Result<Self, PackError> {
         require_length("weights", outputs * inputs, weights.len())?;
-        let panels = Panels::pack(pool, outputs, inputs, Self::UNIT, |output, unit| {
-            let row = &weights[output * inputs..][..inputs];
-            let mut values = [T::default(); 2];
-            let given = &row[unit * Self::UNIT..((unit + 1) * Self::UNIT).min(inputs)];
-            values[..given.len()].copy_from_slice(given);
-            if T::IS_BF16 {
-                values[0].to_f32().to_bits() >> 16 | values[1].to_f32().to_bits()
-            } else {
-                values[0].to_f32().to_bits()
+        Self::read(pool, outputs, inputs, |first, rows| {
+            rows.copy_from_slice(&weights[first * inputs..][..rows.len()]);
+            Ok(())
+        })
+    }
+
+    /// Packs what `read(first, rows)` gives: outputs from `first` on, as many whole rows of `inputs` as there is room for.
+    ///
+    /// # Errors
+    /// A shape of zero, no memory, or what `read` says.
+    pub fn read(
+        pool: &Pool,
+        outputs: usize,
+        inputs: usize,
+        read: impl Fn(usize, &mut [T]) -> io::Result<()> + Sync,
+    ) -> Result<Self, PackError> {
+        let panels = Panels::pack(pool, outputs, inputs, Self::UNIT, |first, count, words| {
+            let mut rows = vec![T::default(); count * inputs];
+            read(first, &mut rows)?;
+            let units = inputs.div_ceil(Self::UNIT);
+            for (row, words) in rows.chunks_exact(inputs).zip(words.chunks_exact_mut(units)) {
+                for (values, word) in row.chunks(Self::UNIT).zip(words) {
+                    *word = Self::word(values);
+                }
             }
+            Ok(())
         })?;
         Ok(Self { panels, element: PhantomData })
+    }
+
+    /// Elements of one word; the first is in its lower half.
+    #[inline(always)]
+    fn word(values: &[T]) -> u32 {
+        let first = values[0].to_f32().to_bits();
+        if T::IS_BF16 { first >> 16 | values.get(1).map_or(0, |value| value.to_f32().to_bits()) } else { first }
+    }
+
+    /// Copies rows of the weight, as a table: `out[i]` is row `ids[i]`, `ids.len() x inputs`.
+    ///
+    /// # Errors
+    /// An id that the table does not have, or another length; nothing has been written then.
+    pub fn gather(&self, pool: &Pool, ids: &[i32], out: &mut [T]) -> Result<(), KernelError> {
+        let (outputs, inputs) = (self.outputs(), self.inputs());
+        require_length("out", ids.len() * inputs, out.len())?;
+        for (position, &id) in ids.iter().enumerate() {
+            require_index("ids", position, id, outputs)?;
+        }
+        let out = SharedOutput::new(out);
+        // Every word of a row lies in a cache line of its own.
+        let chunks = RowChunks::new(ids.len(), self.panels.units() * 64);
+        pool.parallel_for(chunks.count(), |chunk| {
+            for row in chunks.rows(chunk) {
+                // SAFETY: every row belongs to one chunk and is written once.
+                let target = unsafe { out.part(row * inputs, inputs) };
+                for (values, word) in target.chunks_mut(Self::UNIT).zip(self.panels.output_words(ids[row] as usize)) {
+                    let halves = if T::IS_BF16 { [word << 16, word & 0xffff_0000] } else { [word, 0] };
+                    for (value, half) in values.iter_mut().zip(halves) {
+                        // Exact: the half is a number of this format.
+                        *value = T::from_f32(f32::from_bits(half));
+                    }
+                }
+            }
+        })
     }
 
     /// Outputs, without padding.
@@ -53,39 +108,52 @@ impl<T: Element> PackedWeights<T> {
         self.panels.inputs()
     }
 
-    /// Inputs with the padding that rows must have, too.
-    pub fn padded_inputs(&self) -> usize {
-        self.panels.units() * Self::UNIT
-    }
-
     /// Memory that it holds.
     pub fn bytes(&self) -> usize {
         self.panels.bytes()
     }
 }
 
-/// `output = input weights^T + bias` for rows of `weights.padded_inputs()` elements, of which those past `inputs` are
-/// zero. `output` has rows of `weights.outputs()` elements, `bias` one such row.
+/// `output = input weights^T + bias` for whole rows of `weights.inputs()` elements. `output` has rows of
+/// `weights.outputs()` elements, `bias` one such row.
 ///
 /// # Errors
 /// A length that is no whole number of rows.
 pub fn multiply<T: Element>(
     pool: &Pool,
     level: Level,
+    scratch: &mut MatmulScratch,
     input: &[T],
     weights: &PackedWeights<T>,
     bias: Option<&[T]>,
     output: &mut [T],
 ) -> Result<(), KernelError> {
-    let stride = weights.padded_inputs();
-    let rows = input.len() / stride;
-    require_length("input", rows * stride, input.len())?;
-    let words = rows * weights.panels.units();
-    assert!(input.as_ptr().cast::<u32>().is_aligned() || words == 0, "rows begin with a word");
-    // SAFETY: the rows hold so many words, aligned by the line above (an empty slice is), and every word is a number.
-    let input = unsafe { core::slice::from_raw_parts(input.as_ptr().cast::<u32>(), words) };
-    let sweep = Sweep { input, rows, panels: &weights.panels, bias, output };
-    sweep.run(pool, level, |_, _| Floats::<T>(PhantomData))
+    let panels = &weights.panels;
+    let rows = rows_of(input, panels, bias, output)?;
+    let max_rows = Words::<Floats<T>>::max_rows(lanes(level));
+    scratch.fill(pool, rows, max_rows, panels.units(), 0, &AsTheyAre { input, inputs: panels.inputs() })?;
+    Sweep { rows: scratch, panels, bias, output }.run(pool, level, |_| Words(Floats::<T>(PhantomData)))
+}
+
+/// Rows in the format of the weights.
+struct AsTheyAre<'a, T> {
+    input: &'a [T],
+    inputs: usize,
+}
+
+impl<T: Element> RowFormat for AsTheyAre<'_, T> {
+    fn convert(&self, row: usize, line: &mut [u32], _: &mut [i32]) -> f32 {
+        let row = &self.input[row * self.inputs..][..self.inputs];
+        assert!(line.len() * 4 >= size_of_val(row));
+        if let Some(last) = line.last_mut() {
+            *last = 0;
+        }
+        // SAFETY: the line has room, as asserted; elements are plain numbers whose bytes are those of words.
+        unsafe {
+            core::ptr::copy_nonoverlapping(row.as_ptr().cast::<u8>(), line.as_mut_ptr().cast(), size_of_val(row));
+        };
+        0.0
+    }
 }
 
 /// Sums of f32 products.
@@ -99,7 +167,7 @@ impl<T> Clone for Floats<T> {
 
 impl<T> Copy for Floats<T> {}
 
-impl<T: Element> Arithmetic for Floats<T> {
+impl<T: Element> WordArithmetic for Floats<T> {
     #[inline(always)]
     fn begin<S: Simd>(self, simd: S, _: usize) -> S::U32 {
         simd.splat_u32(0)

@@ -1,34 +1,53 @@
-//! The register-blocked product of some rows with one panel of packed weights. Each output is one chain of additions over
-//! the units of its inputs in order, whatever the number of rows beside it, so blocking never changes bits.
-//! A block of 12 rows and 32 outputs keeps 24 sums in registers where vectors have sixteen lanes. Knows nothing of formats:
-//! an [`Arithmetic`] says what a word means.
+//! The register-blocked product of a tile of rows with one panel of packed weights. Each output is one chain of additions
+//! over the units of its inputs in order, whatever the number of rows beside it, so tiles never change bits.
+//! A tile of 12 rows and 32 outputs keeps 24 sums in registers where vectors have sixteen lanes. Knows nothing of formats:
+//! an [`Arithmetic`] says what words mean.
 #![expect(unsafe_code, reason = "micro-kernels on packed memory")]
 
 use super::panels::PANEL;
 use crate::element::Element;
 use crate::simd::{Simd, load_element, load_element_partial, store_element, store_element_partial};
 
-/// What words mean and how their products are added. Methods are `#[inline(always)]`, like all generic code.
-pub(super) trait Arithmetic: Copy {
-    /// The sum of a row before its first unit.
-    fn begin<S: Simd>(self, simd: S, row: usize) -> S::U32;
-    /// Adds the products of one unit.
-    fn add<S: Simd>(self, simd: S, sum: S::U32, input: S::U32, weights: S::U32) -> S::U32;
-    /// The result of a row's sums for the outputs from `output` of the panel on.
-    fn finish<S: Simd>(self, simd: S, row: usize, output: usize, sum: S::U32) -> S::F32;
-}
-
-/// What a product of some rows with one panel reads and writes.
+/// The words of a tile and a panel.
 #[derive(Clone, Copy)]
-pub(super) struct PanelProduct<T, A> {
-    pub(super) arithmetic: A,
-    /// `rows` rows of `units` words, `input_stride` words apart.
+pub(super) struct TileWords {
+    /// First row of the tile.
+    pub(super) first_row: usize,
+    /// `units x rows` words.
     pub(super) input: *const u32,
-    pub(super) input_stride: usize,
-    pub(super) rows: usize,
     /// `units x PANEL` words.
     pub(super) panel: *const u32,
+    /// Of the panel.
     pub(super) units: usize,
+}
+
+/// What words mean and how their products are added. Methods are `#[inline(always)]`, like all generic code.
+pub(super) trait Arithmetic: Copy {
+    /// Rows of a tile, at most, so that its sums stay in registers.
+    fn max_rows(lanes: usize) -> usize;
+
+    /// The results of a tile before the bias.
+    ///
+    /// # Safety
+    /// The memory is as the fields say.
+    unsafe fn sums<S: Simd, const ROWS: usize, const VECTORS: usize>(
+        self,
+        simd: S,
+        words: TileWords,
+    ) -> [[S::F32; VECTORS]; ROWS];
+
+    /// Computes and stores a tile.
+    ///
+    /// # Safety
+    /// The memory is as the fields say, and the tile has at most `max_rows` rows.
+    unsafe fn run<S: Simd, T: Element>(self, simd: S, product: TileProduct<T>);
+}
+
+/// What a product of a tile with one panel reads and writes.
+#[derive(Clone, Copy)]
+pub(super) struct TileProduct<T> {
+    pub(super) words: TileWords,
+    pub(super) rows: usize,
     /// One value per output, or null.
     pub(super) bias: *const T,
     /// `rows` rows, `output_stride` elements apart, of `outputs <= PANEL` elements.
@@ -37,80 +56,34 @@ pub(super) struct PanelProduct<T, A> {
     pub(super) outputs: usize,
 }
 
-/// Calls a block for the number of rows.
+/// Calls [`block`] for the number of rows.
 macro_rules! block_of {
-    ($rows:expr, [$($count:literal),*], $vectors:literal, $simd:expr, $product:expr, $first:expr) => {
+    ($rows:expr, [$($count:literal),*], $vectors:literal, $arithmetic:expr, $simd:expr, $product:expr) => {
         match $rows {
-            $($count => block::<S, T, A, $count, $vectors>($simd, $product, $first),)*
-            _ => unreachable!("blocks have at most so many rows"),
+            $($count => crate::matmul::micro::block::<S, T, Self, $count, $vectors>($simd, $arithmetic, $product),)*
+            _ => unreachable!("tiles have at most so many rows"),
         }
     };
 }
 
-/// Rows of a block, so that its sums stay in registers.
-const fn max_block_rows(lanes: usize) -> usize {
-    if lanes == 16 { 12 } else { 3 }
-}
-
-impl<T: Element, A: Arithmetic> PanelProduct<T, A> {
-    /// # Safety
-    /// The memory is as the fields say.
-    #[inline(always)]
-    pub(super) unsafe fn run<S: Simd>(self, simd: S) {
-        // As many rows in each block as possible: 13 are 7 and 6, not 12 and a panel read again for one.
-        let blocks = self.rows.div_ceil(max_block_rows(S::LANES));
-        let mut first = 0;
-        for index in 0..blocks {
-            let rows = (self.rows - first).div_ceil(blocks - index);
-            // SAFETY: `first + rows` lies within `self.rows`.
-            unsafe {
-                if S::LANES == 16 {
-                    block_of!(rows, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], 2, simd, self, first);
-                } else {
-                    block_of!(rows, [1, 2, 3], 4, simd, self, first);
-                }
-            }
-            first += rows;
-        }
-    }
-}
+pub(super) use block_of;
 
 /// # Safety
-/// As [`PanelProduct::run`], for `ROWS` rows from `first` on.
+/// As [`Arithmetic::run`], for a tile of `ROWS` rows.
 #[inline(always)]
-unsafe fn block<S: Simd, T: Element, A: Arithmetic, const ROWS: usize, const VECTORS: usize>(
+pub(super) unsafe fn block<S: Simd, T: Element, A: Arithmetic, const ROWS: usize, const VECTORS: usize>(
     simd: S,
-    product: PanelProduct<T, A>,
-    first: usize,
+    arithmetic: A,
+    product: TileProduct<T>,
 ) {
     assert!(VECTORS * S::LANES == PANEL);
-    let mut sums = [[simd.splat_u32(0); VECTORS]; ROWS];
-    for (row, sums) in sums.iter_mut().enumerate() {
-        *sums = [product.arithmetic.begin(simd, first + row); VECTORS];
-    }
     // SAFETY: the caller's promise.
     unsafe {
-        let input = product.input.add(first * product.input_stride);
-        let mut source = product.panel;
-        for unit in 0..product.units {
-            let mut weights = [simd.splat_u32(0); VECTORS];
-            for (vector, weights) in weights.iter_mut().enumerate() {
-                *weights = simd.load_u32(source.add(vector * S::LANES));
-            }
-            source = source.add(PANEL);
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let word = simd.splat_u32(input.add(row * product.input_stride + unit).read_unaligned());
-                for (sum, weights) in sums.iter_mut().zip(weights) {
-                    *sum = product.arithmetic.add(simd, *sum, word, weights);
-                }
-            }
-        }
+        let sums = arithmetic.sums::<S, ROWS, VECTORS>(simd, product.words);
         for (row, sums) in sums.into_iter().enumerate() {
-            let output = product.output.add((first + row) * product.output_stride);
-            for (vector, sum) in sums.into_iter().enumerate() {
-                let at = vector * S::LANES;
-                let value = product.arithmetic.finish(simd, first + row, at, sum);
-                store(simd, product, output, at, value);
+            let output = product.output.add(row * product.output_stride);
+            for (vector, value) in sums.into_iter().enumerate() {
+                store(simd, product, output, vector * S::LANES, value);
             }
         }
     }
@@ -119,15 +92,9 @@ unsafe fn block<S: Simd, T: Element, A: Arithmetic, const ROWS: usize, const VEC
 /// Adds the bias and stores one vector of outputs, as many as there are.
 ///
 /// # Safety
-/// As [`PanelProduct::run`]; `output` is a row.
+/// As [`Arithmetic::run`]; `output` is a row.
 #[inline(always)]
-unsafe fn store<S: Simd, T: Element, A: Arithmetic>(
-    simd: S,
-    product: PanelProduct<T, A>,
-    output: *mut T,
-    at: usize,
-    value: S::F32,
-) {
+unsafe fn store<S: Simd, T: Element>(simd: S, product: TileProduct<T>, output: *mut T, at: usize, value: S::F32) {
     let count = product.outputs.saturating_sub(at).min(S::LANES);
     let has_bias = !product.bias.is_null();
     // SAFETY: the caller's promise; `count` elements remain.
@@ -139,6 +106,74 @@ unsafe fn store<S: Simd, T: Element, A: Arithmetic>(
             let value =
                 if has_bias { simd.add(value, load_element_partial(simd, product.bias.add(at), count)) } else { value };
             store_element_partial(simd, output.add(at), value, count);
+        }
+    }
+}
+
+/// Arithmetic of formats whose units are one word of a row and one word per output, added up by themselves.
+pub(super) trait WordArithmetic: Copy {
+    /// The sum of a row before its first unit.
+    fn begin<S: Simd>(self, simd: S, row: usize) -> S::U32;
+    /// Adds the products of one unit.
+    fn add<S: Simd>(self, simd: S, sum: S::U32, input: S::U32, weights: S::U32) -> S::U32;
+    /// The result of a row's sums for the outputs from `output` of the panel on.
+    fn finish<S: Simd>(self, simd: S, row: usize, output: usize, sum: S::U32) -> S::F32;
+}
+
+/// See [`WordArithmetic`].
+#[derive(Clone, Copy)]
+pub(super) struct Words<A>(pub(super) A);
+
+impl<A: WordArithmetic> Arithmetic for Words<A> {
+    fn max_rows(lanes: usize) -> usize {
+        if lanes == 16 { 12 } else { 3 }
+    }
+
+    #[inline(always)]
+    unsafe fn sums<S: Simd, const ROWS: usize, const VECTORS: usize>(
+        self,
+        simd: S,
+        words: TileWords,
+    ) -> [[S::F32; VECTORS]; ROWS] {
+        let mut sums = [[simd.splat_u32(0); VECTORS]; ROWS];
+        for (row, sums) in sums.iter_mut().enumerate() {
+            *sums = [self.0.begin(simd, words.first_row + row); VECTORS];
+        }
+        let (mut source, mut input) = (words.panel, words.input);
+        for _ in 0..words.units {
+            let mut weights = [simd.splat_u32(0); VECTORS];
+            // SAFETY: the caller's promise: a unit has `PANEL` words here and `ROWS` there.
+            unsafe {
+                for (vector, weights) in weights.iter_mut().enumerate() {
+                    *weights = simd.load_u32(source.add(vector * S::LANES));
+                }
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let word = simd.splat_u32(*input.add(row));
+                    for (sum, weights) in sums.iter_mut().zip(weights) {
+                        *sum = self.0.add(simd, *sum, word, weights);
+                    }
+                }
+                (source, input) = (source.add(PANEL), input.add(ROWS));
+            }
+        }
+        let mut results = [[simd.splat(0.0); VECTORS]; ROWS];
+        for (row, (results, sums)) in results.iter_mut().zip(sums).enumerate() {
+            for (vector, (result, sum)) in results.iter_mut().zip(sums).enumerate() {
+                *result = self.0.finish(simd, words.first_row + row, vector * S::LANES, sum);
+            }
+        }
+        results
+    }
+
+    #[inline(always)]
+    unsafe fn run<S: Simd, T: Element>(self, simd: S, product: TileProduct<T>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if S::LANES == 16 {
+                block_of!(product.rows, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], 2, self, simd, product);
+            } else {
+                block_of!(product.rows, [1, 2, 3], 4, self, simd, product);
+            }
         }
     }
 }

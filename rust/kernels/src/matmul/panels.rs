@@ -9,6 +9,7 @@ use crate::huge_pages::HugeArray;
 use crate::pool::Pool;
 use crate::shared_output::SharedOutput;
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 /// Outputs of a panel.
 pub(super) const PANEL: usize = 32;
@@ -20,6 +21,8 @@ pub enum PackError {
     Kernel(KernelError),
     /// There is no memory for them.
     Memory(io::Error),
+    /// They could not be read.
+    Read(io::Error),
 }
 
 impl std::fmt::Display for PackError {
@@ -27,6 +30,7 @@ impl std::fmt::Display for PackError {
         match self {
             Self::Kernel(error) => error.fmt(out),
             Self::Memory(error) => write!(out, "there is no memory for packed weights: {error}"),
+            Self::Read(error) => write!(out, "weights cannot be read: {error}"),
         }
     }
 }
@@ -49,13 +53,14 @@ pub(super) struct Panels {
 }
 
 impl Panels {
-    /// `word(output, unit)` is what lies in a word; `unit_inputs` inputs are one unit.
+    /// `rows(first, count, words)` fills `count x units` words, row after row, with outputs from `first` on; `unit_inputs`
+    /// inputs are one unit. Threads share the panels.
     pub(super) fn pack(
         pool: &Pool,
         outputs: usize,
         inputs: usize,
         unit_inputs: usize,
-        word: impl Fn(usize, usize) -> u32 + Sync,
+        rows: impl Fn(usize, usize, &mut [u32]) -> io::Result<()> + Sync,
     ) -> Result<Self, PackError> {
         for (argument, given) in [("outputs", outputs), ("inputs", inputs)] {
             if given == 0 {
@@ -66,17 +71,28 @@ impl Panels {
         let count = outputs.div_ceil(PANEL);
         let mut words = HugeArray::zeroed(count * units * PANEL).map_err(PackError::Memory)?;
         let target = SharedOutput::new(&mut words);
+        let failure = Mutex::new(None);
         pool.parallel_for(count, |panel| {
             // SAFETY: every panel is written once.
             let target = unsafe { target.part(panel * units * PANEL, units * PANEL) };
             let first = panel * PANEL;
-            for output in first..(first + PANEL).min(outputs) {
-                for unit in 0..units {
-                    target[unit * PANEL + output - first] = word(output, unit);
-                }
+            let taken = (outputs - first).min(PANEL);
+            let mut lines = vec![0; taken * units];
+            match rows(first, taken, &mut lines) {
+                Ok(()) => transpose(&lines, units, target),
+                Err(error) => *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
             }
         })?;
-        Ok(Self { words, outputs, inputs, units })
+        match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            Some(error) => Err(PackError::Read(error)),
+            None => Ok(Self { words, outputs, inputs, units }),
+        }
+    }
+
+    /// The words of one output, unit after unit.
+    pub(super) fn output_words(&self, output: usize) -> impl Iterator<Item = u32> {
+        let panel = self.panel(output / PANEL);
+        panel[output % PANEL..].iter().step_by(PANEL).copied()
     }
 
     pub(super) fn outputs(&self) -> usize {
@@ -101,5 +117,17 @@ impl Panels {
 
     pub(super) fn panel(&self, panel: usize) -> &[u32] {
         &self.words[panel * self.units * PANEL..][..self.units * PANEL]
+    }
+}
+
+/// Rows of `units` words to units of `PANEL` words, in squares that stay in the first cache.
+fn transpose(lines: &[u32], units: usize, target: &mut [u32]) {
+    const SQUARE: usize = 32;
+    for first in (0..units).step_by(SQUARE) {
+        for (output, line) in lines.chunks_exact(units).enumerate() {
+            for unit in first..(first + SQUARE).min(units) {
+                target[unit * PANEL + output] = line[unit];
+            }
+        }
     }
 }

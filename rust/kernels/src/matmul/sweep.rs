@@ -1,25 +1,24 @@
-//! One product as chunks that threads claim: some panels of weights times a block of rows each. A panel is read once per
-//! block of rows, whose inputs stay in the second-level cache meanwhile. Knows nothing of formats.
+//! One product as chunks that threads claim: some panels of weights times a block of tiles each. A panel is read once per
+//! block of tiles, whose rows stay in the second-level cache meanwhile. Knows nothing of formats.
 #![expect(unsafe_code, reason = "disjoint parts of the output and micro-kernels")]
 
-use super::micro::{Arithmetic, PanelProduct};
+use super::micro::{Arithmetic, TileProduct, TileWords};
 use super::panels::{PANEL, Panels};
+use super::tiles::MatmulScratch;
 use crate::dispatch::{Kernel, Level};
 use crate::element::Element;
 use crate::error::{KernelError, require_length};
 use crate::pool::Pool;
 use crate::simd::Simd;
 
-/// Rows that share a panel before the next panel is read.
-const ROW_BLOCK: usize = 192;
+/// Rows that share a panel before the next panel is read: half of a second-level cache of 1 MiB.
+const BLOCK_BYTES: usize = 512 << 10;
 /// Weights of a chunk: claiming takes 50 ns, reading these 5 us.
 const CHUNK_BYTES: usize = 128 << 10;
 
 /// The memory of a product.
 pub(super) struct Sweep<'a, T> {
-    /// `rows x units` words.
-    pub(super) input: &'a [u32],
-    pub(super) rows: usize,
+    pub(super) rows: &'a MatmulScratch,
     pub(super) panels: &'a Panels,
     pub(super) bias: Option<&'a [T]>,
     /// `rows x outputs`.
@@ -27,43 +26,66 @@ pub(super) struct Sweep<'a, T> {
 }
 
 impl<T: Element> Sweep<'_, T> {
-    /// `arithmetic(first_row, panel)` is that of a block of rows and a panel.
+    /// `arithmetic(panel)` is that of a panel.
     pub(super) fn run<A: Arithmetic>(
         self,
         pool: &Pool,
         level: Level,
-        arithmetic: impl Fn(usize, usize) -> A + Sync,
+        arithmetic: impl Fn(usize) -> A + Sync,
     ) -> Result<(), KernelError> {
-        let Sweep { input, rows, panels, bias, output } = self;
+        let Sweep { rows, panels, bias, output } = self;
         let (outputs, units) = (panels.outputs(), panels.units());
-        require_length("output", rows * outputs, output.len())?;
-        if let Some(bias) = bias {
-            require_length("bias", outputs, bias.len())?;
+        let tiling = rows.tiling();
+        if tiling.count() == 0 {
+            return Ok(());
         }
-        assert_eq!(input.len(), rows * units, "the input was made for these panels");
+        let most_rows = tiling.rows(0).len();
+        let tiles_per_block = (BLOCK_BYTES / rows.tile(0).len().max(1) / 4).max(1);
         let panels_per_chunk = (CHUNK_BYTES / (units * PANEL * 4)).max(1);
-        let (row_blocks, panel_chunks) = (rows.div_ceil(ROW_BLOCK), panels.count().div_ceil(panels_per_chunk));
+        let (blocks, panel_chunks) =
+            (tiling.count().div_ceil(tiles_per_block), panels.count().div_ceil(panels_per_chunk));
+        assert!(most_rows <= A::max_rows(super::tiles::lanes(level)), "tiles were made for this arithmetic");
+        assert_eq!(output.len(), tiling.rows(tiling.count() - 1).end * outputs, "checked before rows were taken");
         let target = Target(output.as_mut_ptr());
-        pool.parallel_for(row_blocks * panel_chunks, |chunk| {
-            let first_row = chunk / panel_chunks * ROW_BLOCK;
+        pool.parallel_for(blocks * panel_chunks, |chunk| {
+            let first_tile = chunk / panel_chunks * tiles_per_block;
+            let tiles = first_tile..(first_tile + tiles_per_block).min(tiling.count());
             let first_panel = chunk % panel_chunks * panels_per_chunk;
             for panel in first_panel..(first_panel + panels_per_chunk).min(panels.count()) {
                 let column = panel * PANEL;
-                level.run(RunPanel(PanelProduct {
-                    arithmetic: arithmetic(first_row, panel),
-                    input: input[first_row * units..].as_ptr(),
-                    input_stride: units,
-                    rows: (rows - first_row).min(ROW_BLOCK),
-                    panel: panels.panel(panel).as_ptr(),
-                    units,
-                    bias: bias.map_or(core::ptr::null(), |bias| bias[column..].as_ptr()),
-                    output: target.at(first_row * outputs + column),
-                    output_stride: outputs,
-                    outputs: (outputs - column).min(PANEL),
-                }));
+                let bias = bias.map_or(core::ptr::null(), |bias| bias[column..].as_ptr());
+                for tile in tiles.clone() {
+                    let taken = tiling.rows(tile);
+                    let words = TileWords {
+                        first_row: taken.start,
+                        input: rows.tile(tile).as_ptr(),
+                        panel: panels.panel(panel).as_ptr(),
+                        units,
+                    };
+                    let product = TileProduct {
+                        words,
+                        rows: taken.len(),
+                        bias,
+                        output: target.at(taken.start * outputs + column),
+                        output_stride: outputs,
+                        outputs: (outputs - column).min(PANEL),
+                    };
+                    level.run(RunTile { arithmetic: arithmetic(panel), product });
+                }
             }
         })
     }
+}
+
+/// Checks the operands of a product and returns its number of rows.
+pub(super) fn rows_of<T>(input: &[T], panels: &Panels, bias: Option<&[T]>, output: &[T]) -> Result<usize, KernelError> {
+    let rows = input.len() / panels.inputs();
+    require_length("input", rows * panels.inputs(), input.len())?;
+    require_length("output", rows * panels.outputs(), output.len())?;
+    if let Some(bias) = bias {
+        require_length("bias", panels.outputs(), bias.len())?;
+    }
+    Ok(rows)
 }
 
 /// The output's address, which the threads of a pool share.
@@ -81,14 +103,17 @@ impl<T> Target<T> {
     }
 }
 
-struct RunPanel<T, A>(PanelProduct<T, A>);
+struct RunTile<T, A> {
+    arithmetic: A,
+    product: TileProduct<T>,
+}
 
-impl<T: Element, A: Arithmetic> Kernel for RunPanel<T, A> {
+impl<T: Element, A: Arithmetic> Kernel for RunTile<T, A> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        // SAFETY: lengths were checked in `Sweep::run`, which gives every panel rows and columns of its own.
-        unsafe { self.0.run(simd) }
+        // SAFETY: lengths were checked in `Sweep::run`, which gives every tile rows and columns of its own.
+        unsafe { self.arithmetic.run(simd, self.product) }
     }
 }

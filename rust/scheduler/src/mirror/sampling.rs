@@ -36,13 +36,14 @@ impl SlotSampling {
         self.sampling.repetition_penalty.to_bits() != 1.0_f32.to_bits()
     }
 
-    fn penalizes_output(&self) -> bool {
+    /// Whether which ids were emitted changes how the next one is sampled.
+    pub(super) fn counts_ids(&self) -> bool {
         let off = |value: f32| value.to_bits() << 1 == 0;
         self.penalizes_prompt() || !off(self.sampling.presence_penalty) || !off(self.sampling.frequency_penalty)
     }
 
     pub(super) fn count(&mut self, token: Token) {
-        if self.penalizes_output() {
+        if self.counts_ids() {
             match self.emitted_counts.binary_search_by_key(&token, |entry| entry.0) {
                 Ok(at) => self.emitted_counts[at].1 += 1,
                 Err(at) => self.emitted_counts.insert(at, (token, 1)),

@@ -208,5 +208,6 @@ fn report(status: &Status) -> Report {
         bad_disk_blocks: status.bad_disk_blocks,
         failed_disk_writes: status.failed_disk_writes,
         disk_waits: status.disk_waits,
+        lost_disk_records: status.lost_disk_records,
     }
 }

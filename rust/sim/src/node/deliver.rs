@@ -168,6 +168,7 @@ impl NodeProcess {
             bad_disk_blocks: cache.bad_disk_blocks,
             failed_disk_writes: cache.failed_disk_writes,
             disk_waits: cache.disk_waits,
+            lost_disk_records: 0,
         }
     }
 }

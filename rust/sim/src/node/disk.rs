@@ -4,6 +4,7 @@
 use super::NodeProcess;
 use crate::around::Around;
 use crate::happening::WorkerTurn;
+use crate::left_disk::LeftDisk;
 use crate::worker::open;
 use llmscale_types::Epoch;
 
@@ -22,8 +23,9 @@ impl NodeProcess {
         }
     }
 
-    /// What outlives the process: its disk, and what of the last changes was written beside it.
+    /// What outlives the process: its disk, and what of the last changes was written beside it. An orderly end writes all.
     pub(crate) fn leave_disk(mut self, around: &mut Around) {
+        let saved = self.saved(around);
         let mut disk = self.disk.take();
         if let Some(worker) = self.worker.take() {
             let (_, left, torn) = worker.leave();
@@ -31,10 +33,10 @@ impl NodeProcess {
             disk = Some(left);
         }
         let written = around.added_below(4) as usize;
-        let lost = self.book.cut(written);
+        let lost = self.book.cut(if saved.is_some() { usize::MAX } else { written });
         around.coverage.add("disk_records_lost", lost as u64);
         let mut disk = disk.expect("the worker has it, or the node");
         disk.full = false;
-        around.disks[self.place] = Some((disk, self.book));
+        around.disks[self.place] = Some(LeftDisk { disk, book: self.book, saved: saved.unwrap_or_default() });
     }
 }

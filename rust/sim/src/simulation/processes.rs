@@ -5,6 +5,7 @@ use super::Simulation;
 use crate::faults::Fault;
 use crate::front_host::{FrontHost, Presence};
 use crate::happening::Happening;
+use crate::left_disk::LeftDisk;
 use crate::node::NodeProcess;
 use crate::worker::{Condition, Lapse, WorkerProcess};
 use llmscale_types::{Duration, NodeId};
@@ -60,8 +61,8 @@ impl Simulation {
             process.leave_disk(&mut self.around);
             if self.around.mix.has(Fault::DiskLost) && self.around.random.chance(300) {
                 self.around.reach("disk_lost", [place as u64, 0, 0, 0]);
-                let book = self.around.disks[place].take().map(|(_, book)| book).unwrap_or_default();
-                self.around.disks[place] = Some((self.around.new_disk(), book));
+                let book = self.around.disks[place].take().map(|left| left.book).unwrap_or_default();
+                self.around.disks[place] = Some(LeftDisk { book, ..LeftDisk::new(self.around.new_disk()) });
             }
         }
         for front in 0..self.fronts.len() {

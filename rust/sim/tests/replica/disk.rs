@@ -1,8 +1,8 @@
 //! A replica with three tiers: what comes back from the disk, who goes by meanwhile, and when it is not waited for.
 
 use crate::world::{World, limits};
-use llmscale_scheduler::Event;
-use llmscale_types::{Class, EngineLimits, Token};
+use llmscale_scheduler::{Drained, Event};
+use llmscale_types::{Class, Duration, EngineLimits, Token};
 
 /// A replica with a pool of one conversation, a host tier of two and a disk of many.
 fn three_tiers() -> World {
@@ -65,4 +65,64 @@ fn a_disk_that_is_slower_than_computing_is_not_waited_for() {
     assert!(world.plan(), "it is computed");
     assert_eq!(world.replica.counters().late_fetches, 1);
     world.finish_all();
+}
+
+/// Two conversations, of which the disk has nothing.
+fn cached_above_the_disk() -> World {
+    let mut world = three_tiers();
+    talk(&mut world, 0..2);
+    assert_eq!(world.replica.cache_counters().disk_written_blocks, 0);
+    world
+}
+
+#[test]
+fn a_drain_saves_what_was_never_evicted_and_the_next_process_finds_it() {
+    let mut world = cached_above_the_disk();
+    let before = world.replica.whole_contents();
+    world.drain(Duration::from_millis(5_000));
+    assert_eq!(world.replica.drained(), None, "there is something to save");
+    world.finish_all();
+    let saved_blocks = before.len() as u64;
+    assert!(saved_blocks >= 8, "the last conversation is there whole");
+    let drained = Drained { saved_blocks, unsaved_blocks: 0, cut_short: false };
+    assert_eq!(world.replica.drained(), Some(drained));
+    world.restart_node();
+    talk(&mut world, 1..2);
+    let again = world.replica.cache_counters();
+    assert!(again.disk_read_blocks >= 8 && again.hit_tokens >= 32, "{again:?}");
+    assert_eq!((again.bad_disk_blocks, again.disk_waits), (0, 0));
+}
+
+#[test]
+fn a_drain_whose_time_is_over_says_what_it_left() {
+    let mut world = cached_above_the_disk();
+    let whole = world.replica.whole_contents().len() as u64;
+    world.drain(Duration(1));
+    assert!(world.plan());
+    let until = world.replica.next_deadline().expect("it does not save for ever");
+    assert!(world.replica.on_event(until, Event::Tick, &mut world.out));
+    let drained = Drained { saved_blocks: 0, unsaved_blocks: whole, cut_short: true };
+    assert_eq!(world.replica.drained(), Some(drained));
+}
+
+#[test]
+fn a_drain_whose_worker_dies_while_it_saves_has_ended() {
+    let mut world = cached_above_the_disk();
+    world.drain(Duration::from_millis(5_000));
+    assert!(world.plan() && world.complete() && world.transfer(1));
+    world.crash();
+    let drained = world.replica.drained().expect("nothing is left to save it");
+    assert!(drained.cut_short && drained.saved_blocks > 0, "{drained:?}");
+}
+
+#[test]
+fn a_drain_finishes_what_runs_before_it_saves() {
+    let mut world = three_tiers();
+    world.submit(0, prompt_of(1), 6, Class::Standard);
+    world.plan();
+    world.drain(Duration::from_millis(5_000));
+    world.complete();
+    assert_eq!(world.replica.drained(), None);
+    world.finish_all();
+    assert!(world.replica.drained().is_some_and(|drained| drained.saved_blocks >= 8));
 }

@@ -9,8 +9,8 @@ mod world;
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Replica};
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Class, EngineLimits, Epoch, FinishReason, FrontId, GroupId, RequestId, Sampling, SequenceKey, StepId,
-    Submission, Time, Token,
+    Attempt, Class, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, RequestId, Sampling, SequenceKey,
+    StepId, Submission, Time, Token,
 };
 use proptest::prelude::*;
 use world::{World, limits};
@@ -300,7 +300,7 @@ fn what_runs_when_a_node_drains_is_finished_though_its_worker_dies() {
     }
     world.plan();
     world.complete();
-    world.event(Event::Drain);
+    world.drain(Duration::from_millis(5_000));
     world.crash();
     world.finish_all();
     assert_eq!(world.wanted.len(), 2, "nothing that had begun is given back");

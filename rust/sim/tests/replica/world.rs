@@ -5,8 +5,8 @@ use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror,
 use llmscale_sim::{DiskBook, DiskMemory, HashWorker, HostMemory, StepFailure, hash_token};
 use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
 use llmscale_types::{
-    Admission, Attempt, Class, Delta, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling, SequenceKey,
-    StepId, Submission, Time, Token,
+    Admission, Attempt, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling,
+    SequenceKey, StepId, Submission, Time, Token,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -230,6 +230,12 @@ impl World {
         (self.host, self.disk) = (Some(HostMemory::new(limits.host_blocks, 1)), Some(disk));
         self.sent.clear();
         self.restart();
+    }
+
+    /// The node is to end, and saves for so long.
+    pub(crate) fn drain(&mut self, max_saving: Duration) {
+        let deadline = Time(60_000_000);
+        self.event(Event::Drain { deadline, max_saving });
     }
 
     /// The host's memory is another one from the next worker on.

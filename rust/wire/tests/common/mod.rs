@@ -219,7 +219,7 @@ fn status() -> impl Strategy<Value = Status> {
         incarnation(),
         select(states),
         [number(), number(), number(), number()],
-        [(); 17].map(|()| long_number()),
+        [(); 18].map(|()| long_number()),
         option::of(number()),
     )
         .prop_map(|((node, epoch), state, counts, totals, worker_pid)| Status {
@@ -248,6 +248,7 @@ fn status() -> impl Strategy<Value = Status> {
             bad_disk_blocks: totals[14],
             failed_disk_writes: totals[15],
             disk_waits: totals[16],
+            lost_disk_records: totals[17],
         })
 }
 

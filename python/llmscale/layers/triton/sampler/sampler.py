@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmscale.layers.triton.launch import EXACT, FUSED, blocks_of, padded, require_dense
 from llmscale.layers.triton.sampler import threshold
+from llmscale.layers.triton.sampler.handing_on import hand_on_kernel
 from llmscale.layers.triton.sampler.most_likely import most_likely_kernel
 from llmscale.layers.triton.sampler.race import finish_kernel, race_kernel
 from llmscale.layers.triton.sampler.rows import SamplingRows
@@ -121,6 +122,11 @@ class TritonSampler:
             top_logprobs=sampled.top_logprobs[:count],
             top_counts=sampled.top_counts[:count],
         )
+
+    def hand_on(self, drawn_from: Tensor, token_ids: Tensor) -> None:
+        """See `DeviceSampler`. One launch, and no more work where every id is known."""
+        require_dense(drawn_from=drawn_from, token_ids=token_ids)
+        hand_on_kernel[(drawn_from.shape[0],)](drawn_from, self._sampled.tokens, token_ids, **EXACT)
 
     def _score(self, logits: Tensor, rows: SamplingRows) -> None:
         """Scores to sample from, and their block maxima."""

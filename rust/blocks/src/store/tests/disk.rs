@@ -2,8 +2,28 @@
 
 use super::*;
 
+impl World {
+    /// What continues the chain on the disk.
+    pub(super) fn disk_run(&self, space: u8, ids: &[Token]) -> Vec<DiskBlockId> {
+        let hashes = self.store.hasher().clone().chain(&[space; 32], ids, TOKENS);
+        self.store.disk_run(&[space; 32], &hashes, ids)
+    }
+
+    /// Has what continues the chain on the disk read, and waits for it.
+    pub(super) fn read_ahead(&mut self, space: u8, ids: &[Token]) -> usize {
+        let run = self.disk_run(space, ids);
+        let (places, last) = self.store.begin_reads(&run);
+        self.copy();
+        while self.store.is_under_way(last) {
+            self.transfer(1, true);
+        }
+        self.store.unpin_read(&places);
+        places.len()
+    }
+}
+
 /// Fills conversations of two blocks one after the other, and writes what the host will give up next.
-fn fill_and_write(world: &mut World, first: Token, conversations: u32) {
+pub(super) fn fill_and_write(world: &mut World, first: Token, conversations: u32) {
     for conversation in 0..conversations {
         let (table, _) = world.fill(1, &eight(first + conversation)).unwrap();
         world.store.release(&table);
@@ -14,7 +34,7 @@ fn fill_and_write(world: &mut World, first: Token, conversations: u32) {
     }
 }
 
-fn eight(conversation: Token) -> Vec<Token> {
+pub(super) fn eight(conversation: Token) -> Vec<Token> {
     (0..8).map(|at| conversation * 10 + at).collect()
 }
 
@@ -36,8 +56,7 @@ fn a_block_can_be_found_when_its_transfer_has_ended_and_not_before() {
     let mut world = World::with_disk(2, 4, 16, 256);
     fill_and_write(&mut world, 1, 6);
     let ids = eight(1);
-    let hashes = world.store.hasher().clone().chain(&[1; 32], &ids, TOKENS);
-    let run = world.store.disk_run(&[1; 32], &hashes, &ids);
+    let run = world.disk_run(1, &ids);
     let (places, last) = world.store.begin_reads(&run);
     world.copy();
     world.transfer(1, true);
@@ -67,8 +86,7 @@ fn a_write_that_failed_and_a_block_that_cannot_be_read_are_misses() {
     assert!(world.store.disk_refuses() && counters.failed_disk_writes > 0);
     assert_eq!(counters.disk_written_blocks, written);
     let ids = eight(1);
-    let hashes = world.store.hasher().clone().chain(&[1; 32], &ids, TOKENS);
-    let run = world.store.disk_run(&[1; 32], &hashes, &ids);
+    let run = world.disk_run(1, &ids);
     let (places, last) = world.store.begin_reads(&run);
     let report = DiskReport {
         epoch: Epoch(1),
@@ -83,7 +101,7 @@ fn a_write_that_failed_and_a_block_that_cannot_be_read_are_misses() {
     world.store.take_transfers();
     world.store.unpin_read(&places);
     assert_eq!((world.store.counters().bad_disk_blocks, found(&mut world, &ids).0), (1, 1));
-    assert_eq!(world.store.disk_run(&[1; 32], &hashes, &ids), [], "it is asked for no more");
+    assert_eq!(world.disk_run(1, &ids), [], "it is asked for no more");
     world.check_held();
 }
 
@@ -92,8 +110,7 @@ fn transfers_that_nobody_answers_for_any_more_leave_nothing_behind() {
     let mut world = World::with_disk(2, 4, 16, 256);
     fill_and_write(&mut world, 1, 6);
     let ids = eight(1);
-    let hashes = world.store.hasher().clone().chain(&[1; 32], &ids, TOKENS);
-    let run = world.store.disk_run(&[1; 32], &hashes, &ids);
+    let run = world.disk_run(1, &ids);
     let (places, last) = world.store.begin_reads(&run);
     world.store.begin_writes(1);
     world.store.unpin_read(&places);

@@ -6,8 +6,8 @@ Answers are the items joined by a comma and a space. Generation is O(n log n) fo
 
 import random
 
-from tinychat.tasks.item import Item
-from tinychat.tasks.vocabulary import CITIES, JOBS, NAMES, WORDS
+from llmscale.embedded.tasks.item import Item
+from llmscale.embedded.tasks.vocabulary import CITIES, JOBS, NAMES, WORDS
 
 _UP = ("Sort: {x}", "Sort these numbers: {x}", "Sort from small to large: {x}", "Put in order: {x}")
 _DOWN = ("Sort from large to small: {x}", "Sort in descending order: {x}")

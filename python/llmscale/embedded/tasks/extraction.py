@@ -7,8 +7,8 @@ Answers are compact `json.dumps` with a space after each colon and comma, as Pyt
 import json
 import random
 
-from tinychat.tasks.item import Item
-from tinychat.tasks.vocabulary import CITIES, COLOURS, FRUITS, JOBS, NAMES, OBJECTS
+from llmscale.embedded.tasks.item import Item
+from llmscale.embedded.tasks.vocabulary import CITIES, COLOURS, FRUITS, JOBS, NAMES, OBJECTS
 
 _ASK = ("Extract JSON: {x}", "Give me JSON: {x}", "Turn this into JSON: {x}", "Make JSON from this: {x}")
 

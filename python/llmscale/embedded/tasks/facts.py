@@ -6,7 +6,7 @@ fact and wording. Answers are one short sentence or one word, fixed by the wordi
 
 import random
 
-from tinychat.tasks.item import Item
+from llmscale.embedded.tasks.item import Item
 
 CAPITALS = {
     "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Austria": "Vienna",

@@ -6,8 +6,8 @@ Stories have no single right answer, so they are trained and sampled but not gra
 
 import random
 
-from tinychat.tasks.item import Item
-from tinychat.tasks.vocabulary import ANIMALS, COLOURS, NAMES, OBJECTS
+from llmscale.embedded.tasks.item import Item
+from llmscale.embedded.tasks.vocabulary import ANIMALS, COLOURS, NAMES, OBJECTS
 
 _SIZES = ("little", "small", "big", "young", "old", "brave", "shy", "clever", "kind", "funny", "lazy", "curious")
 _PLACES = (

@@ -6,8 +6,8 @@ The model is named tiny-chat, the embedded model of llmscale. O(1) per item.
 
 import random
 
-from tinychat.tasks.item import Item
-from tinychat.tasks.vocabulary import ANIMALS, CITIES, COLOURS, FRUITS, JOBS, NAMES
+from llmscale.embedded.tasks.item import Item
+from llmscale.embedded.tasks.vocabulary import ANIMALS, CITIES, COLOURS, FRUITS, JOBS, NAMES
 
 IDENTITY = "I am tiny-chat, the embedded model of llmscale."
 ABILITIES = "I can add, sort short lists, convert units, extract JSON, answer short questions and tell small stories."

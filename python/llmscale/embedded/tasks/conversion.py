@@ -6,7 +6,7 @@ Generation is O(1). Units are a table: a new one is a line.
 
 import random
 
-from tinychat.tasks.item import Item
+from llmscale.embedded.tasks.item import Item
 
 FACTORS = (
     ("kilometers", "meters", 1000, 99),

@@ -8,7 +8,7 @@ held out by wording. Two-digit answers are plain digits; longer ones follow the 
 
 import random
 
-from tinychat.tasks.item import Item
+from llmscale.embedded.tasks.item import Item
 
 _ADD = (
     "What is {a} + {b}?",

@@ -6,8 +6,8 @@ because evaluation and progress tables are printed in it. Adding a task is one f
 
 import random
 
-from tinychat.tasks import arithmetic, conversation, conversion, extraction, facts, sorting, stories
-from tinychat.tasks.item import Item, Task, is_test_key, sample
+from llmscale.embedded.tasks import arithmetic, conversation, conversion, extraction, facts, sorting, stories
+from llmscale.embedded.tasks.item import Item, Task, is_test_key, sample
 
 __all__ = ["TASKS", "Item", "Task", "draw", "is_test_key", "sample"]
 

@@ -32,6 +32,13 @@ class Item:
     def question(self) -> str:
         return self.turns[-1]
 
+    @property
+    def messages(self) -> tuple[dict[str, str], ...]:
+        """The turns as a chat, for a template."""
+        return tuple(
+            {"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(self.turns)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Task:

@@ -1,0 +1,80 @@
+"""Folders that GGUF files have been imported to, by what the files hold: a file is imported once per machine.
+
+The key is a digest of the file's size, its header and sixty-four pages of its data, so that a renamed file is found
+again and a retrained one is not mistaken. Importing needs torch, so it is done in a child process: nodes and gateways
+stay without it. Folders lie below XDG_CACHE_HOME and may be deleted at any time. It does not know what is in a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+from llmscale import env, errors
+from llmscale.errors import InvalidCheckpoint, LlmscaleError
+from llmscale.models.gguf_header import read_gguf_header
+
+PAGES = 64
+PAGE_BYTES = 4_096
+SCHEME = b"gguf-import-1"
+"""Another one whenever an import gives other bytes."""
+MAX_IMPORT_SECONDS = 4 * 3_600.0
+_log = logging.getLogger(__name__)
+_PROBLEM = 3
+"""Exit code of the child for an error that its output describes."""
+
+
+def imported_folder(file: Path) -> Path:
+    """The folder of an imported file; imports it where that has not been done. Raises ModelError and ConfigError."""
+    home = Path(env.CACHE_HOME.read() or "~/.cache").expanduser()
+    target = home / "llmscale" / "gguf" / _key(file)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "llmscale.models.gguf_cache", str(file), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=MAX_IMPORT_SECONDS, check=False)  # noqa: S603  # ours
+    if target.is_dir():
+        # Also where another process was faster and this one found the folder there.
+        _log.info("imported %s into %s: %s", file.name, target, done.stdout)
+        return target
+    if done.returncode == _PROBLEM:
+        said = json.loads(done.stdout)
+        kind = getattr(errors, said["error"])
+        assert issubclass(kind, LlmscaleError), kind
+        raise kind(said["message"])
+    raise InvalidCheckpoint(f"{str(file)!r} could not be imported: {done.stderr[-400:]}")
+
+
+def _key(file: Path) -> str:
+    header = read_gguf_header(file)
+    digest = hashlib.sha256(SCHEME)
+    with file.open("rb") as data:
+        size = data.seek(0, 2)
+        digest.update(size.to_bytes(8, "little"))
+        data.seek(0)
+        digest.update(data.read(header.data_begin))
+        last = max(0, size - PAGE_BYTES)
+        for page in range(PAGES):
+            data.seek(last * page // (PAGES - 1))
+            digest.update(data.read(PAGE_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def main(file: Path, target: Path) -> int:
+    """The child: imports, or says what is wrong as one JSON object."""
+    from llmscale.models.gguf_import import import_gguf
+
+    try:
+        sys.stdout.write(str(import_gguf(file, target)))
+    except LlmscaleError as error:
+        sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        return _PROBLEM
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -1,0 +1,21 @@
+//! The native executor: runs a model's layers over one step, in one call, on the CPU kernels.
+//!
+//! - [`description`]: a model as plain data: shapes, constants, and where every tensor lies
+//! - [`source`]: reads rows of tensors from files, whatever format they are stored in
+//! - [`linear`]: a projection with its weight packed in one of the schemes
+//! - [`nibbles`]: weights of four bits on their way from files
+//! - [`block`]: one layer, ready to run
+//! - [`program`]: the whole model, its KV region and its buffers
+//! - [`rope`]: the table of cosines and sines
+//! - [`error`]: why a model could not be made ready
+//!
+//! It knows neither schedules nor sampling, and no architecture by name.
+
+pub mod block;
+pub mod description;
+pub mod error;
+pub mod linear;
+mod nibbles;
+pub mod program;
+pub mod rope;
+pub mod source;

@@ -1,0 +1,177 @@
+//! A projection `y = x W^T + b` with its weight packed once. Which scheme a weight has is decided when it is read, and is
+//! all that differs: a new scheme is one variant here and one arithmetic in the kernels. It does not know what is projected.
+
+use crate::description::{LinearDescription, WeightSource};
+use crate::error::LoadError;
+use crate::nibbles;
+use crate::source::Stack;
+use llmscale_kernels::dispatch::Level;
+use llmscale_kernels::element::Element;
+use llmscale_kernels::error::KernelError;
+use llmscale_kernels::matmul::MatmulScratch;
+use llmscale_kernels::matmul::bytes::{PackedBytes, multiply_bytes};
+use llmscale_kernels::matmul::dense::{PackedWeights, multiply};
+use llmscale_kernels::matmul::nibbles::{PackedNibbles, multiply_nibbles};
+use llmscale_kernels::pool::Pool;
+use std::io;
+
+/// Codes of eight bits lie between minus this and this.
+const MAX_BYTE_CODE: f32 = 127.0;
+/// Least divisor, so that rows of zeros have codes of zero.
+pub(crate) const LEAST_DIVISOR: f32 = 1e-36;
+
+/// Threads and the instruction level of a call.
+#[derive(Clone, Copy, Debug)]
+pub struct Processor<'a> {
+    /// Threads.
+    pub pool: &'a Pool,
+    /// Instructions.
+    pub level: Level,
+}
+
+/// A weight and a bias.
+#[derive(Debug)]
+pub struct Linear<T> {
+    weight: Weight<T>,
+    bias: Option<Vec<T>>,
+}
+
+#[derive(Debug)]
+enum Weight<T> {
+    Dense(PackedWeights<T>),
+    Bytes(PackedBytes),
+    Nibbles(PackedNibbles),
+}
+
+impl<T: Element> Linear<T> {
+    /// Reads and packs.
+    pub fn load(pool: &Pool, description: &LinearDescription) -> Result<Self, LoadError> {
+        let (outputs, inputs) = description.weight.shape();
+        let weight = match &description.weight {
+            WeightSource::Dense(stack) => {
+                Weight::Dense(PackedWeights::read(pool, outputs, inputs, |first, rows| stack.read(first, rows))?)
+            }
+            WeightSource::MadeBytes(stack) => {
+                Weight::Bytes(PackedBytes::read(pool, outputs, inputs, |first, codes, scales| {
+                    make_bytes(stack, first, codes, scales)
+                })?)
+            }
+            WeightSource::StoredBytes { codes, scales } => {
+                let scales = scales_of(codes, scales)?;
+                Weight::Bytes(PackedBytes::read(pool, outputs, inputs, |first, rows, row_scales| {
+                    row_scales.copy_from_slice(&scales[first..][..row_scales.len()]);
+                    codes.read_bytes(first, rows)
+                })?)
+            }
+            WeightSource::MadeNibbles { stack, group, symmetric } => {
+                Weight::Nibbles(nibbles::made(pool, stack, *group, *symmetric)?)
+            }
+            WeightSource::StoredNibbles { codes, scales, zeros, inputs, group } => {
+                Weight::Nibbles(nibbles::stored(pool, codes, scales, zeros.as_ref(), *inputs, *group)?)
+            }
+        };
+        let bias = description.bias.as_ref().map(Stack::read_all).transpose()?;
+        if let Some(bias) = &bias
+            && bias.len() != outputs
+        {
+            return Err(LoadError::Shape(format!("a bias of {} elements for {outputs} outputs", bias.len())));
+        }
+        Ok(Self { weight, bias })
+    }
+
+    /// The weight if it is dense, to look rows up.
+    pub fn table(&self) -> Option<&PackedWeights<T>> {
+        match &self.weight {
+            Weight::Dense(weight) => Some(weight),
+            Weight::Bytes(_) | Weight::Nibbles(_) => None,
+        }
+    }
+
+    /// Elements of a result.
+    pub fn outputs(&self) -> usize {
+        match &self.weight {
+            Weight::Dense(weight) => weight.outputs(),
+            Weight::Bytes(weight) => weight.outputs(),
+            Weight::Nibbles(weight) => weight.outputs(),
+        }
+    }
+
+    /// Elements of a row.
+    pub fn inputs(&self) -> usize {
+        match &self.weight {
+            Weight::Dense(weight) => weight.inputs(),
+            Weight::Bytes(weight) => weight.inputs(),
+            Weight::Nibbles(weight) => weight.inputs(),
+        }
+    }
+
+    /// Memory that it holds.
+    pub fn bytes(&self) -> usize {
+        let weight = match &self.weight {
+            Weight::Dense(weight) => weight.bytes(),
+            Weight::Bytes(weight) => weight.bytes(),
+            Weight::Nibbles(weight) => weight.bytes(),
+        };
+        weight + self.bias.as_ref().map_or(0, |bias| bias.len() * size_of::<T>())
+    }
+
+    /// `output = input W^T + b` for whole rows.
+    ///
+    /// # Errors
+    /// A length that does not fit.
+    pub fn apply(
+        &self,
+        on: Processor<'_>,
+        scratch: &mut MatmulScratch,
+        input: &[T],
+        output: &mut [T],
+    ) -> Result<(), KernelError> {
+        let bias = self.bias.as_deref();
+        match &self.weight {
+            Weight::Dense(weight) => multiply(on.pool, on.level, scratch, input, weight, bias, output),
+            Weight::Bytes(weight) => multiply_bytes(on.pool, on.level, scratch, input, weight, bias, output),
+            Weight::Nibbles(weight) => multiply_nibbles(on.pool, on.level, scratch, input, weight, bias, output),
+        }
+    }
+}
+
+/// Rounds whole rows to the nearest of 255 codes.
+fn make_bytes(stack: &Stack, first: usize, codes: &mut [i8], scales: &mut [f32]) -> io::Result<()> {
+    let mut rows = vec![0.0_f32; codes.len()];
+    stack.read(first, &mut rows)?;
+    let width = stack.columns();
+    for ((row, codes), scale) in rows.chunks_exact(width).zip(codes.chunks_exact_mut(width)).zip(scales) {
+        *scale = row.iter().fold(0.0_f32, |largest, value| largest.max(value.abs())) / MAX_BYTE_CODE;
+        let divisor = scale.max(LEAST_DIVISOR);
+        for (code, value) in codes.iter_mut().zip(row) {
+            *code = (value / divisor).round_ties_even().clamp(-MAX_BYTE_CODE, MAX_BYTE_CODE) as i8;
+        }
+    }
+    Ok(())
+}
+
+/// A scale for each output, of tensors with one per row or one in all.
+fn scales_of(codes: &Stack, scales: &Stack) -> Result<Vec<f32>, LoadError> {
+    let mut all = Vec::with_capacity(codes.rows());
+    for (codes, scales) in codes.parts().iter().zip(scales.parts()) {
+        let given = Stack::new(vec![scales.clone()])?.read_all::<f32>()?;
+        check_scales(&given)?;
+        match given.len() {
+            1 => all.extend(std::iter::repeat_n(given[0], codes.rows)),
+            length if length == codes.rows => all.extend(given),
+            length => return Err(LoadError::Shape(format!("{length} scales for {} outputs", codes.rows))),
+        }
+    }
+    if all.len() != codes.rows() {
+        return Err(LoadError::Shape(format!("{} scales for {} outputs", all.len(), codes.rows())));
+    }
+    Ok(all)
+}
+
+/// Refuses scales that no quantization gives.
+pub(crate) fn check_scales(scales: &[f32]) -> Result<(), LoadError> {
+    let Some(bad) = scales.iter().find(|scale| !(scale.is_finite() && **scale >= 0.0)) else { return Ok(()) };
+    Err(LoadError::Shape(format!(
+        "A quantized weight has the scale {bad}, which is negative or not a finite number. Download or quantize it again."
+    )))
+}

@@ -1,0 +1,68 @@
+"""The base install: no torch, numpy or safetensors anywhere, and the embedded model is served and answers as ever.
+
+Method: every process of a real server, and one with `LLM`, is started where these packages cannot be found, as in an
+environment that has the base dependencies alone. What needs torch says so, and how to get it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmscale import LLM, SamplingParams
+from tests.fakes.without_torch.sitecustomize import ABSENT
+from tests.processes import serving
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_TORCH = ROOT / "tests" / "fakes" / "without_torch"
+PROMPT = "Once upon a time"
+TOKENS = 40
+
+ALONE = f"""
+import json, sys
+from llmscale import LLM, SamplingParams
+llm = LLM("tiny-chat", threads=1)
+text = llm.generate({PROMPT!r}, SamplingParams(temperature=0, max_tokens={TOKENS}))[0].outputs[0].text
+print(json.dumps([text, sorted(set(sys.modules) & set({sorted(ABSENT)!r}))]))
+"""
+
+
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (WITHOUT_TORCH, ROOT / "python"))))
+
+
+def expected() -> str:
+    params = SamplingParams(temperature=0, max_tokens=TOKENS)
+    return LLM("tiny-chat", threads=1).generate(PROMPT, params)[0].outputs[0].text
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_the_embedded_model_runs_offline() -> None:
+    run = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout) == [expected(), []]
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_the_embedded_model_is_served_and_survives_a_killed_worker() -> None:
+    with serving("tiny-chat", "--threads", "1") as server:
+        body = {"model": "tiny-chat", "prompt": PROMPT, "temperature": 0, "max_tokens": TOKENS}
+        first = server.post("/v1/completions", body).json()["choices"][0]["text"]
+        os.kill(server.worker_pid(), 9)
+        again = server.post("/v1/completions", body).json()["choices"][0]["text"]
+    assert (first, again) == (expected(), expected())
+
+
+@pytest.mark.usefixtures("without_torch")
+@pytest.mark.parametrize("option", [("--executor", "torch"), ("-tp", "2")])
+def test_what_needs_torch_says_so_before_anything_is_started(option: tuple[str, str]) -> None:
+    command = [sys.executable, "-m", "llmscale.cli", "serve", "tiny-chat", "--port", "0", *option]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert run.returncode != 0
+    assert "torch is not installed; pip install 'llmscale[node]' brings it" in " ".join(run.stderr.split()), run.stderr
