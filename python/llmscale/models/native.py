@@ -88,11 +88,12 @@ class WeightPlaces:
         return self._stack(norm.weight), norm.epsilon
 
     def head(self) -> LinearPlace:
-        """A head is quantized where the checkpoint has it so, never by us: every token's choice hangs on it."""
+        """A dense head of a quantized model is held in eight bits: in sixteen it is half of what a decode step reads."""
         head = self._spec.head.weight
         if head.name in self._stored:
             return self._linear(LinearSpec(head))
-        return "dense", [self._stack(head)], None, head.shape[1], 0
+        scheme = "dense" if self._spec.quantization is None else "int8"
+        return scheme, [self._stack(head)], None, head.shape[1], 0
 
     def embedding(self) -> StackPlaces | None:
         """None where the head's table is the embedding's."""

@@ -1,17 +1,17 @@
 //! One layer, ready to run: `x += attention(norm(x)); x += mlp(norm(x))`. What a part gives is added to the stream by the
-//! norm of the next one, in one pass. Linear in the rows but for attention, which is the kernels'. It does not know its
+//! norm of the next one, and norms and activations are made row by row while the product behind them packs its rows. Linear in the rows but for attention, which is the kernels'. It does not know its
 //! neighbours: the stream and what is to be added to it are in the caller's buffers.
 
 use crate::description::{BlockDescription, ModelShape, NormDescription};
 use crate::error::LoadError;
 use crate::linear::{Linear, Processor};
 use crate::rope::RopeTable;
-use llmscale_kernels::activation::silu_and_multiply;
+use llmscale_kernels::activation::GatedRows;
 use llmscale_kernels::element::Element;
 use llmscale_kernels::error::KernelError;
 use llmscale_kernels::kv_region::SlotMapping;
 use llmscale_kernels::matmul::MatmulScratch;
-use llmscale_kernels::norm::{add_rms_norm, rms_norm};
+use llmscale_kernels::norm::NormedRows;
 use llmscale_kernels::paged_attention::AttentionPlan;
 use llmscale_kernels::pool::Pool;
 use llmscale_kernels::rope_cache::{HeadNorms, RopeCacheInput, rope_and_cache};
@@ -33,18 +33,13 @@ impl<T: Element> Norm<T> {
         Ok(Self { weight, epsilon: description.epsilon })
     }
 
-    /// `normed = norm(residual)`, after `delta` was added to the stream if there is one.
-    pub(crate) fn apply(
-        &self,
-        on: Processor<'_>,
-        delta: Option<&[T]>,
-        residual: &mut [T],
-        normed: &mut [T],
-    ) -> Result<(), KernelError> {
-        match delta {
-            None => rms_norm(on.pool, on.level, residual, &self.weight, self.epsilon, normed),
-            Some(delta) => add_rms_norm(on.pool, on.level, delta, residual, &self.weight, self.epsilon, normed),
-        }
+    /// The rows `norm(residual)`, after `delta` was added to the stream if there is one.
+    pub(crate) fn rows<'a>(
+        &'a self,
+        delta: Option<&'a [T]>,
+        residual: &'a mut [T],
+    ) -> Result<NormedRows<'a, T>, KernelError> {
+        NormedRows::new(delta, residual, &self.weight, self.epsilon)
     }
 }
 
@@ -52,13 +47,11 @@ impl<T: Element> Norm<T> {
 #[derive(Debug)]
 pub(crate) struct Activations<T> {
     pub(crate) residual: Vec<T>,
-    pub(crate) normed: Vec<T>,
     pub(crate) delta: Vec<T>,
     pub(crate) qkv: Vec<T>,
     pub(crate) query: Vec<T>,
     pub(crate) heads: Vec<T>,
     pub(crate) gate_up: Vec<T>,
-    pub(crate) inner: Vec<T>,
     pub(crate) scratch: MatmulScratch,
 }
 
@@ -67,13 +60,11 @@ impl<T: Element> Activations<T> {
         let room = |width: usize| vec![T::default(); rows * width];
         Self {
             residual: room(hidden),
-            normed: room(hidden),
             delta: room(hidden),
             qkv: room(widest.qkv),
             query: room(widest.query),
             heads: room(widest.query),
             gate_up: room(2 * widest.inner),
-            inner: room(widest.inner),
             scratch: MatmulScratch::default(),
         }
     }
@@ -187,11 +178,10 @@ impl<T: Element> Block<T> {
         let count = step.positions.len();
         let hidden = self.qkv.inputs();
         let Widths { qkv: qkv_width, query: query_width, .. } = self.widths();
-        let normed = &mut rows.normed[..count * hidden];
         let delta = has_delta.then_some(&rows.delta[..count * hidden]);
-        self.attention_norm.apply(on, delta, &mut rows.residual[..count * hidden], normed)?;
+        let normed = self.attention_norm.rows(delta, &mut rows.residual[..count * hidden])?;
         let qkv = &mut rows.qkv[..count * qkv_width];
-        self.qkv.apply(on, &mut rows.scratch, normed, qkv)?;
+        self.qkv.apply(on, &mut rows.scratch, &normed, qkv)?;
         let input = RopeCacheInput {
             qkv,
             query_heads: self.query_heads,
@@ -216,12 +206,8 @@ impl<T: Element> Block<T> {
         let Widths { query: query_width, inner: inner_width, .. } = self.widths();
         let (residual, delta) = (&mut rows.residual[..count * hidden], &mut rows.delta[..count * hidden]);
         self.output.apply(on, &mut rows.scratch, &rows.heads[..count * query_width], delta)?;
-        let normed = &mut rows.normed[..count * hidden];
-        self.mlp_norm.apply(on, Some(delta), residual, normed)?;
         let gate_up = &mut rows.gate_up[..count * 2 * inner_width];
-        self.gate_up.apply(on, &mut rows.scratch, normed, gate_up)?;
-        let inner = &mut rows.inner[..count * inner_width];
-        silu_and_multiply(on.pool, on.level, gate_up, inner_width, inner)?;
-        self.down.apply(on, &mut rows.scratch, inner, delta)
+        self.gate_up.apply(on, &mut rows.scratch, &self.mlp_norm.rows(Some(delta), residual)?, gate_up)?;
+        self.down.apply(on, &mut rows.scratch, &GatedRows::new(gate_up, inner_width)?, delta)
     }
 }

@@ -8,11 +8,12 @@ use crate::source::Stack;
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::Element;
 use llmscale_kernels::error::KernelError;
-use llmscale_kernels::matmul::MatmulScratch;
 use llmscale_kernels::matmul::bytes::{PackedBytes, multiply_bytes};
 use llmscale_kernels::matmul::dense::{PackedWeights, multiply};
 use llmscale_kernels::matmul::nibbles::{PackedNibbles, multiply_nibbles};
+use llmscale_kernels::matmul::{MatmulScratch, PackError};
 use llmscale_kernels::pool::Pool;
+use llmscale_kernels::row_source::RowSource;
 use std::io;
 
 /// Codes of eight bits lie between minus this and this.
@@ -51,11 +52,7 @@ impl<T: Element> Linear<T> {
             WeightSource::Dense(stack) => {
                 Weight::Dense(PackedWeights::read(pool, outputs, inputs, |first, rows| stack.read(first, rows))?)
             }
-            WeightSource::MadeBytes(stack) => {
-                Weight::Bytes(PackedBytes::read(pool, outputs, inputs, |first, codes, scales| {
-                    make_bytes(stack, first, codes, scales)
-                })?)
-            }
+            WeightSource::MadeBytes(stack) => Weight::Bytes(made_bytes(pool, stack)?),
             WeightSource::StoredBytes { codes, scales } => {
                 let scales = scales_of(codes, scales)?;
                 Weight::Bytes(PackedBytes::read(pool, outputs, inputs, |first, rows, row_scales| {
@@ -79,11 +76,23 @@ impl<T: Element> Linear<T> {
         Ok(Self { weight, bias })
     }
 
-    /// The weight if it is dense, to look rows up.
-    pub fn table(&self) -> Option<&PackedWeights<T>> {
+    /// Whether rows of the weight can be looked up.
+    pub fn is_table(&self) -> bool {
+        !matches!(self.weight, Weight::Nibbles(_))
+    }
+
+    /// Copies rows of the weight: `out[i]` is row `ids[i]`.
+    ///
+    /// # Errors
+    /// An id that there is not, another length, or a weight that is no table; nothing has been written then.
+    pub fn gather(&self, on: Processor<'_>, ids: &[i32], out: &mut [T]) -> Result<(), KernelError> {
         match &self.weight {
-            Weight::Dense(weight) => Some(weight),
-            Weight::Bytes(_) | Weight::Nibbles(_) => None,
+            Weight::Dense(weight) => weight.gather(on.pool, ids, out),
+            Weight::Bytes(weight) => weight.gather(on.pool, ids, out),
+            Weight::Nibbles(_) => {
+                let rule = "eight or more: rows of four bits are not looked up";
+                Err(KernelError::Unsupported { argument: "bits", given: 4, rule })
+            }
         }
     }
 
@@ -123,7 +132,7 @@ impl<T: Element> Linear<T> {
         &self,
         on: Processor<'_>,
         scratch: &mut MatmulScratch,
-        input: &[T],
+        input: &(impl RowSource<T> + ?Sized),
         output: &mut [T],
     ) -> Result<(), KernelError> {
         let bias = self.bias.as_deref();
@@ -133,6 +142,12 @@ impl<T: Element> Linear<T> {
             Weight::Nibbles(weight) => multiply_nibbles(on.pool, on.level, scratch, input, weight, bias, output),
         }
     }
+}
+
+fn made_bytes(pool: &Pool, stack: &Stack) -> Result<PackedBytes, PackError> {
+    PackedBytes::read(pool, stack.rows(), stack.columns(), |first, codes, scales| {
+        make_bytes(stack, first, codes, scales)
+    })
 }
 
 /// Rounds whole rows to the nearest of 255 codes.

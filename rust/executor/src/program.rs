@@ -95,8 +95,8 @@ impl<T: Element + Number> ProgramBuilder<T> {
         }
         let table = match embedding {
             Some(stack) => Table::Plain(read_table(pool, &shape, stack)?),
-            None if head.table().is_some() => Table::Tied,
-            None => return Err(LoadError::Shape("a quantized head cannot be the embedding too".into())),
+            None if head.is_table() => Table::Tied,
+            None => return Err(LoadError::Shape("a head of four bits cannot be the embedding too".into())),
         };
         let region_shape = KvRegionShape {
             blocks: limits.blocks,
@@ -262,17 +262,17 @@ impl<T: Element + Number> Program<T> {
         let out = &mut self.activations.residual[..ids.len() * self.shape.hidden];
         match &self.table {
             Table::Plain(table) => gather_rows(on.pool, table, self.shape.hidden, ids, out),
-            Table::Tied => self.head.table().expect("checked when it was made").gather(on.pool, ids, out),
+            Table::Tied => self.head.gather(on, ids, out),
         }
     }
 
     /// Norm and head for the rows that are left.
     fn sample(&mut self, on: Processor<'_>, samples: usize) -> Result<(), KernelError> {
-        let Activations { residual, normed, delta, scratch, .. } = &mut self.activations;
+        let Activations { residual, delta, scratch, .. } = &mut self.activations;
         let elements = samples * self.shape.hidden;
-        self.norm.apply(on, Some(&delta[..elements]), &mut residual[..elements], &mut normed[..elements])?;
+        let normed = self.norm.rows(Some(&delta[..elements]), &mut residual[..elements])?;
         let logits = &mut self.logits[..samples * self.shape.vocabulary];
-        self.head.apply(on, scratch, &normed[..elements], logits)?;
+        self.head.apply(on, scratch, &normed, logits)?;
         self.samples = samples;
         Ok(())
     }
@@ -287,7 +287,7 @@ fn keep_rows<T: Element>(rows: &mut Activations<T>, query_width: usize, hidden: 
     };
     // What these two held is not needed any more.
     take(&rows.heads, &mut rows.query, query_width);
-    take(&rows.residual, &mut rows.normed, hidden);
+    take(&rows.residual, &mut rows.delta, hidden);
     core::mem::swap(&mut rows.heads, &mut rows.query);
-    core::mem::swap(&mut rows.residual, &mut rows.normed);
+    core::mem::swap(&mut rows.residual, &mut rows.delta);
 }

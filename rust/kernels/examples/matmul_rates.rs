@@ -63,11 +63,11 @@ fn main() {
             let used = if rows >= 64 { (copies / rows * 8).max(1) } else { copies };
             let shape = (rows, outputs, inputs);
             let took = seconds(used, |copy| {
-                multiply(&pool, level, &mut scratch, &input, &dense[copy], None, &mut output).expect("shapes fit");
+                multiply(&pool, level, &mut scratch, &input[..], &dense[copy], None, &mut output).expect("shapes fit");
             });
             print("bf16", shape, dense[0].bytes(), took);
             let took = seconds(used, |copy| {
-                multiply_bytes(&pool, level, &mut scratch, &input, &bytes[copy], None, &mut output)
+                multiply_bytes(&pool, level, &mut scratch, &input[..], &bytes[copy], None, &mut output)
                     .expect("shapes fit");
             });
             print("int8", shape, bytes[0].bytes(), took);

@@ -2,12 +2,13 @@
 //! Computed in f32 and rounded once at the end. For gates in [-87, inf) the f32 result is within 4 units in the last
 //! place of the exact product (2 of the exponential, 2 of division and products); below -87, where |silu| < 2e-36, it is
 //! off by at most 1e-35 absolutely. The bits are the same at every level. O(rows x ffn), each element read once.
-#![expect(unsafe_code, reason = "vector loads and stores on raw pointers")]
+#![expect(unsafe_code, reason = "vector loads and stores on raw pointers, and a source of rows")]
 
 use crate::dispatch::{Kernel, Level};
 use crate::element::Element;
 use crate::error::{KernelError, require_length};
 use crate::pool::Pool;
+use crate::row_source::RowSource;
 use crate::rows::RowChunks;
 use crate::shared_output::SharedOutput;
 use crate::simd::{Simd, exact, load_element, load_element_partial, store_element, store_element_partial};
@@ -41,6 +42,38 @@ pub fn silu_and_multiply<T: Element>(
             level.run(SiluRow { gate, up, output });
         }
     })
+}
+
+/// Rows `silu(gate) * up` for a product, as [`silu_and_multiply`] gives them.
+pub struct GatedRows<'a, T> {
+    gate_up: &'a [T],
+    ffn: usize,
+}
+
+impl<'a, T: Element> GatedRows<'a, T> {
+    /// Of rows `gate, up`, `rows x 2 ffn`.
+    ///
+    /// # Errors
+    /// A length that is no whole number of rows.
+    pub fn new(gate_up: &'a [T], ffn: usize) -> Result<Self, KernelError> {
+        if ffn == 0 {
+            return Err(KernelError::Unsupported { argument: "ffn", given: 0, rule: "at least 1" });
+        }
+        require_length("gate_up", gate_up.len() / (2 * ffn) * 2 * ffn, gate_up.len())?;
+        Ok(Self { gate_up, ffn })
+    }
+}
+
+impl<T: Element> RowSource<T> for GatedRows<'_, T> {
+    fn elements(&self) -> usize {
+        self.gate_up.len() / 2
+    }
+
+    unsafe fn row<'a>(&'a self, level: Level, row: usize, room: &'a mut [T]) -> &'a [T] {
+        let (gate, up) = self.gate_up[row * 2 * self.ffn..][..2 * self.ffn].split_at(self.ffn);
+        level.run(SiluRow { gate, up, output: room });
+        room
+    }
 }
 
 struct SiluRow<'a, T> {

@@ -11,6 +11,7 @@
 //! - [`mapping`]: files that processes map together
 //! - [`matmul`]: products of rows with packed weights, one layout for all phases
 //! - [`paged_attention`]: causal attention over paged KV for mixed batches
+//! - [`row_source`]: where products take their rows from
 //! - [`rope_cache`]: query/key norms, rotary embedding and KV write in one pass
 //! - [`rank_channel`]: messages from one rank of a host to another
 //! - [`rank_memory`]: sums and gathers among the ranks of one host
@@ -46,6 +47,7 @@ pub mod rank_parts;
 mod rank_wait;
 pub mod reference;
 pub mod rope_cache;
+pub mod row_source;
 mod rows;
 pub mod sampler;
 mod scratch;

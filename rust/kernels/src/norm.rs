@@ -2,12 +2,13 @@
 //! Sums are in f32; for bf16 the roundings are those of Hugging Face's Llama: the residual sum is rounded, the row is
 //! normalised in f32 and rounded, then multiplied by the weight and rounded again. O(rows x hidden), each row read once
 //! from memory. A row's bits depend on that row alone. Knows nothing of layers.
-#![expect(unsafe_code, reason = "vector loads and stores on raw pointers")]
+#![expect(unsafe_code, reason = "vector loads and stores on raw pointers, and a source of rows")]
 
 use crate::dispatch::{Kernel, Level};
 use crate::element::Element;
 use crate::error::{KernelError, require_length};
 use crate::pool::Pool;
+use crate::row_source::RowSource;
 use crate::rows::RowChunks;
 use crate::shared_output::SharedOutput;
 use crate::simd::{Simd, load_element, load_element_partial, round_to_element, store_element, store_element_partial};
@@ -68,6 +69,52 @@ pub fn add_rms_norm<T: Element>(
             level.run(NormRow { input: residual, weight, epsilon, output });
         }
     })
+}
+
+/// The rows of a residual stream after their norm, for a product: `normed(residual + delta)`, as [`add_rms_norm`] and
+/// [`rms_norm`] give them. Asking for a row adds to the stream.
+pub struct NormedRows<'a, T> {
+    delta: Option<&'a [T]>,
+    residual: SharedOutput<'a, T>,
+    rows: usize,
+    weight: &'a [T],
+    epsilon: f32,
+}
+
+impl<'a, T: Element> NormedRows<'a, T> {
+    /// Of a stream `rows x hidden`, to which `delta` is added first where there is one.
+    ///
+    /// # Errors
+    /// A length that is no multiple of the weight's or not the stream's.
+    pub fn new(
+        delta: Option<&'a [T]>,
+        residual: &'a mut [T],
+        weight: &'a [T],
+        epsilon: f32,
+    ) -> Result<Self, KernelError> {
+        let (_, rows) = row_shape("residual", residual.len(), weight.len())?;
+        if let Some(delta) = delta {
+            require_length("delta", residual.len(), delta.len())?;
+        }
+        Ok(Self { delta, residual: SharedOutput::new(residual), rows, weight, epsilon })
+    }
+}
+
+impl<T: Element> RowSource<T> for NormedRows<'_, T> {
+    fn elements(&self) -> usize {
+        self.rows * self.weight.len()
+    }
+
+    unsafe fn row<'a>(&'a self, level: Level, row: usize, room: &'a mut [T]) -> &'a [T] {
+        let hidden = self.weight.len();
+        // SAFETY: the caller asks for each row once.
+        let residual = unsafe { self.residual.part(row * hidden, hidden) };
+        if let Some(delta) = self.delta {
+            level.run(AddRow { input: &delta[row * hidden..][..hidden], residual });
+        }
+        level.run(NormRow { input: residual, weight: self.weight, epsilon: self.epsilon, output: room });
+        room
+    }
 }
 
 fn row_shape(argument: &'static str, elements: usize, hidden: usize) -> Result<(usize, usize), KernelError> {

@@ -1,7 +1,9 @@
 //! Cache-line aligned scratch memory that a thread keeps between kernels.
 //! Unaligned scratch would make every 64-byte vector load touch two cache lines. Growing is O(size), reuse is O(1);
 //! the contents are whatever the last user left, so kernels write before they read.
+#![expect(unsafe_code, reason = "one buffer is lent as arrays of two types")]
 
+use crate::element::Element;
 use core::cell::RefCell;
 
 /// One cache line; the alignment of the whole buffer follows from it.
@@ -31,6 +33,22 @@ impl Scratch {
             self.lines.resize(lines, Line([0; Line::WORDS]));
         }
         self.lines.as_mut_ptr().cast()
+    }
+}
+
+impl Scratch {
+    /// A line of words and a row of elements, side by side, with whatever earlier use left in them.
+    pub(crate) fn line_and_row<T: Element>(&mut self, words: usize, elements: usize) -> (&mut [u32], &mut [T]) {
+        let row = line_rounded(words);
+        let start = self.words(row + (elements * size_of::<T>()).div_ceil(4));
+        // SAFETY: both lie in the buffer, which is borrowed as long as they are, and do not overlap; every bit pattern is an
+        // element, and a cache line is aligned for it.
+        unsafe {
+            (
+                core::slice::from_raw_parts_mut(start, words),
+                core::slice::from_raw_parts_mut(start.add(row).cast(), elements),
+            )
+        }
     }
 }
 

@@ -33,4 +33,21 @@ impl<'a, T> SharedOutput<'a, T> {
         // SAFETY: in bounds by the assertion, disjoint by the caller's promise, alive by the borrow.
         unsafe { core::slice::from_raw_parts_mut(self.start.add(from), length) }
     }
+
+    /// Writes elements `stride` apart, the first to `from`.
+    ///
+    /// # Safety
+    /// Nobody else uses these elements at the same time.
+    #[inline(always)]
+    pub(crate) unsafe fn write_strided(&self, from: usize, stride: usize, values: &[T])
+    where
+        T: Copy,
+    {
+        let Some(last) = values.len().checked_sub(1) else { return };
+        assert!(from + last * stride < self.length, "{from} and {last} steps of {stride} in {}", self.length);
+        for (index, &value) in values.iter().enumerate() {
+            // SAFETY: in bounds by the assertion, the caller's alone.
+            unsafe { self.start.add(from + index * stride).write(value) };
+        }
+    }
 }

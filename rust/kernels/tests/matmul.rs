@@ -37,8 +37,8 @@ impl<T: Element> Case<T> {
         let (pool, mut scratch) = (pool(threads), MatmulScratch::default());
         // What a product before has left must not matter.
         let other = PackedWeights::pack(&pool, &[T::from_f32(9.0); 66 * 5], 5, 66).unwrap();
-        let dirt = vec![T::from_f32(f32::NAN); 7 * 66];
-        multiply(&pool, level, &mut scratch, &dirt, &other, None, &mut [T::default(); 35]).unwrap();
+        let dirt = [T::from_f32(f32::NAN); 7 * 66];
+        multiply(&pool, level, &mut scratch, &dirt[..], &other, None, &mut [T::default(); 35]).unwrap();
         multiply(&pool, level, &mut scratch, input, packed, bias, &mut output).unwrap();
         output
     }
@@ -160,9 +160,9 @@ fn shapes_that_do_not_fit_are_refused_before_anything_is_written() {
     let mut output = [7.0; 2];
     let level = Level::detected();
     let mut scratch = MatmulScratch::default();
-    assert!(multiply(&shared, level, &mut scratch, &[1.0; 5], &packed, None, &mut output).is_err());
-    assert!(multiply(&shared, level, &mut scratch, &[1.0; 8], &packed, None, &mut output).is_err());
-    assert!(multiply(&shared, level, &mut scratch, &[1.0; 4], &packed, Some(&[1.0]), &mut output).is_err());
+    assert!(multiply(&shared, level, &mut scratch, &[1.0; 5][..], &packed, None, &mut output).is_err());
+    assert!(multiply(&shared, level, &mut scratch, &[1.0; 8][..], &packed, None, &mut output).is_err());
+    assert!(multiply(&shared, level, &mut scratch, &[1.0; 4][..], &packed, Some(&[1.0]), &mut output).is_err());
     assert!(output.iter().all(|value| value.to_bits() == 7.0_f32.to_bits()));
-    multiply(&shared, level, &mut scratch, &[], &packed, None, &mut []).unwrap();
+    multiply(&shared, level, &mut scratch, &[][..], &packed, None, &mut []).unwrap();
 }

@@ -41,7 +41,7 @@ impl<T: Element> Case<T> {
         let (packed, mut scratch) = (self.packed(), MatmulScratch::default());
         // What a product before has left must not matter.
         let dirt = vec![T::from_f32(9.0); 7 * self.inputs];
-        multiply_bytes(&pool, level, &mut scratch, &dirt, &packed, None, &mut vec![T::default(); 7 * self.outputs])
+        multiply_bytes(&pool, level, &mut scratch, &dirt[..], &packed, None, &mut vec![T::default(); 7 * self.outputs])
             .unwrap();
         let mut output = vec![T::from_f32(f32::NAN); input.len() / self.inputs * self.outputs];
         let bias = biased.then_some(self.bias.as_slice());
@@ -91,6 +91,37 @@ proptest! {
         Case::<Bf16>::new(rows, outputs, inputs, seed).check(threads);
         Case::<f32>::new(rows, outputs, inputs, seed).check(threads);
     }
+
+    #[test]
+    fn rows_of_a_table_are_its_codes_times_their_scale(
+        outputs in 1_usize..100,
+        inputs in 1_usize..200,
+        ids in prop::collection::vec(0_usize..100, 0..9),
+        seed in any::<u64>(),
+    ) {
+        let case = Case::<Bf16>::new(1, outputs, inputs, seed);
+        let ids: Vec<i32> = ids.into_iter().map(|id| (id % outputs) as i32).collect();
+        let mut rows = vec![Bf16::default(); ids.len() * inputs];
+        case.packed().gather(&pool(2), &ids, &mut rows).unwrap();
+        for (&id, row) in ids.iter().zip(rows.chunks(inputs)) {
+            let (codes, scale) = (&case.codes[id as usize * inputs..][..inputs], case.scales[id as usize]);
+            let expected: Vec<Bf16> = codes.iter().map(|&code| Bf16::from_f32(f32::from(code) * scale)).collect();
+            prop_assert_eq!(row, expected);
+        }
+        prop_assert!(case.packed().gather(&pool(1), &[outputs as i32], &mut vec![Bf16::default(); inputs]).is_err());
+    }
+}
+
+#[test]
+fn a_row_that_is_not_a_number_gives_none() {
+    let mut case = Case::<Bf16>::new(3, 40, 300, 9);
+    case.input[305] = Bf16::from_f32(f32::NAN);
+    for level in Level::available() {
+        let products = case.multiply(level, 2, &case.input, false);
+        for (row, products) in products.chunks(40).enumerate() {
+            assert!(products.iter().all(|value| value.to_f32().is_nan() == (row == 1)), "{level}: {products:?}");
+        }
+    }
 }
 
 #[test]
@@ -139,7 +170,7 @@ fn shapes_that_do_not_fit_are_refused_before_anything_is_written() {
     assert!(PackedBytes::pack(&shared, &[1; 8], &[1.0; 3], 2, 4).is_err());
     let packed = PackedBytes::pack(&shared, &[1; 8], &[1.0; 2], 2, 4).unwrap();
     let (mut scratch, mut output) = (MatmulScratch::default(), [7.0; 2]);
-    assert!(multiply_bytes(&shared, level, &mut scratch, &[1.0_f32; 5], &packed, None, &mut output).is_err());
-    assert!(multiply_bytes(&shared, level, &mut scratch, &[1.0_f32; 8], &packed, None, &mut output).is_err());
+    assert!(multiply_bytes(&shared, level, &mut scratch, &[1.0_f32; 5][..], &packed, None, &mut output).is_err());
+    assert!(multiply_bytes(&shared, level, &mut scratch, &[1.0_f32; 8][..], &packed, None, &mut output).is_err());
     assert!(output.iter().all(|value| value.to_bits() == 7.0_f32.to_bits()));
 }

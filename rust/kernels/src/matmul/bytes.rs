@@ -7,11 +7,13 @@
 use super::micro::{Arithmetic, WordArithmetic, Words};
 use super::panels::{PANEL, PackError, Panels};
 use super::sweep::{Sweep, rows_of};
-use super::tiles::{MatmulScratch, RowFormat, lanes};
+use super::tiles::{MatmulScratch, Packing, RowFormat, lanes};
 use crate::dispatch::{Kernel, Level};
 use crate::element::Element;
-use crate::error::{KernelError, require_length};
+use crate::error::{KernelError, require_index, require_length};
 use crate::pool::Pool;
+use crate::row_source::RowSource;
+use crate::rows::RowChunks;
 use crate::shared_output::SharedOutput;
 use crate::simd::{Simd, load_element, load_element_partial};
 use std::io;
@@ -84,6 +86,33 @@ impl PackedBytes {
         Ok(Self { panels, scales })
     }
 
+    /// Copies rows of the weight, as a table: `out[i]` is row `ids[i]`, rounded to its format, `ids.len() x inputs`.
+    ///
+    /// # Errors
+    /// An id that the table does not have, or another length; nothing has been written then.
+    pub fn gather<T: Element>(&self, pool: &Pool, ids: &[i32], out: &mut [T]) -> Result<(), KernelError> {
+        let inputs = self.inputs();
+        require_length("out", ids.len() * inputs, out.len())?;
+        for (position, &id) in ids.iter().enumerate() {
+            require_index("ids", position, id, self.outputs())?;
+        }
+        let out = SharedOutput::new(out);
+        // Every word of a row lies in a cache line of its own.
+        let chunks = RowChunks::new(ids.len(), self.panels.units() * 64);
+        pool.parallel_for(chunks.count(), |chunk| {
+            for row in chunks.rows(chunk) {
+                // SAFETY: every row belongs to one chunk and is written once.
+                let target = unsafe { out.part(row * inputs, inputs) };
+                let scale = self.scales[ids[row] as usize];
+                for (values, word) in target.chunks_mut(UNIT).zip(self.panels.output_words(ids[row] as usize)) {
+                    for (value, byte) in values.iter_mut().zip(word.to_le_bytes()) {
+                        *value = T::from_f32(f32::from((byte ^ 0x80) as i8) * scale);
+                    }
+                }
+            }
+        })
+    }
+
     /// Outputs, without padding.
     pub fn outputs(&self) -> usize {
         self.panels.outputs()
@@ -117,23 +146,10 @@ impl<T: Element> Kernel for QuantizeRow<'_, T> {
         let (whole, rest) = (length - length % S::LANES, length % S::LANES);
         let input = self.input.as_ptr();
         let codes = self.words.as_mut_ptr().cast::<i8>();
-        let mut largest = simd.splat_u32(0);
-        let mut lanes = [0_u32; 16];
-        // SAFETY: accesses cover `whole` elements in vectors and `rest` more in a partial one; codes fit their words.
-        unsafe {
-            let mut at = 0;
-            while at < whole {
-                largest = larger(simd, largest, load_element(simd, input.add(at)));
-                at += S::LANES;
-            }
-            if rest > 0 {
-                largest = larger(simd, largest, load_element_partial(simd, input.add(whole), rest));
-            }
-            simd.store_u32(lanes.as_mut_ptr(), largest);
-        }
-        let largest = f32::from_bits(lanes.into_iter().fold(0, u32::max));
+        let largest = largest_of(simd, self.input);
         let factor = simd.splat(MAX_CODE / largest.max(LEAST));
-        // SAFETY: as above; what remains goes through the stack, since a vector of codes would leave the row.
+        // SAFETY: accesses cover `whole` elements in vectors and `rest` more in a partial one; codes fit their words. What
+        // remains goes through the stack, since a vector of codes would leave the row.
         unsafe {
             let mut at = 0;
             while at < whole {
@@ -163,6 +179,25 @@ impl Kernel for SumOfCodes<'_> {
     fn run<S: Simd>(self, simd: S) -> i32 {
         sum_of_codes(simd, self.words)
     }
+}
+
+/// The greatest magnitude of a row; NaN where the row has one.
+#[inline(always)]
+fn largest_of<S: Simd, T: Element>(simd: S, row: &[T]) -> f32 {
+    let (whole, rest) = (row.len() - row.len() % S::LANES, row.len() % S::LANES);
+    let mut largest = simd.splat_u32(0);
+    let mut lanes = [0_u32; 16];
+    // SAFETY: accesses cover `whole` elements in vectors and `rest` more in a partial one; there are `LANES` lanes.
+    unsafe {
+        for at in (0..whole).step_by(S::LANES) {
+            largest = larger(simd, largest, load_element(simd, row.as_ptr().add(at)));
+        }
+        if rest > 0 {
+            largest = larger(simd, largest, load_element_partial(simd, row.as_ptr().add(whole), rest));
+        }
+        simd.store_u32(lanes.as_mut_ptr(), largest);
+    }
+    f32::from_bits(lanes.into_iter().fold(0, u32::max))
 }
 
 /// The larger magnitudes, as bits: these are ordered like numbers, with NaN above all.
@@ -199,7 +234,7 @@ pub fn multiply_bytes<T: Element>(
     pool: &Pool,
     level: Level,
     scratch: &mut MatmulScratch,
-    input: &[T],
+    input: &(impl RowSource<T> + ?Sized),
     weights: &PackedBytes,
     bias: Option<&[T]>,
     output: &mut [T],
@@ -207,7 +242,8 @@ pub fn multiply_bytes<T: Element>(
     let panels = &weights.panels;
     let rows = rows_of(input, panels, bias, output)?;
     let max_rows = Words::<Bytes>::max_rows(lanes(level));
-    scratch.fill(pool, rows, max_rows, panels.units(), 1, &AsCodes { level, input, inputs: panels.inputs() })?;
+    let packing = Packing { rows, width: panels.inputs(), max_rows, units: panels.units(), sums: 1 };
+    scratch.fill(pool, level, packing, input, &AsCodes)?;
     let rows = &*scratch;
     Sweep { rows, panels, bias, output }.run(pool, level, |panel| {
         Words(Bytes {
@@ -219,17 +255,12 @@ pub fn multiply_bytes<T: Element>(
 }
 
 /// Rows as codes; the number of a row is minus 128 times their sum.
-struct AsCodes<'a, T> {
-    level: Level,
-    input: &'a [T],
-    inputs: usize,
-}
+struct AsCodes;
 
-impl<T: Element> RowFormat for AsCodes<'_, T> {
-    fn convert(&self, row: usize, line: &mut [u32], sums: &mut [i32]) -> f32 {
-        let input = &self.input[row * self.inputs..][..self.inputs];
-        let scale = self.level.run(QuantizeRow { input, words: line });
-        sums[0] = -128 * self.level.run(SumOfCodes { words: line });
+impl<T: Element> RowFormat<T> for AsCodes {
+    fn convert(&self, level: Level, input: &[T], line: &mut [u32], sums: &mut [i32]) -> f32 {
+        let scale = level.run(QuantizeRow { input, words: line });
+        sums[0] = -128 * level.run(SumOfCodes { words: line });
         scale
     }
 }

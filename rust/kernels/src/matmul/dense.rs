@@ -5,11 +5,12 @@
 use super::micro::{Arithmetic, WordArithmetic, Words};
 use super::panels::{PackError, Panels};
 use super::sweep::{Sweep, rows_of};
-use super::tiles::{MatmulScratch, RowFormat, lanes};
+use super::tiles::{MatmulScratch, Packing, RowFormat, lanes};
 use crate::dispatch::Level;
 use crate::element::Element;
 use crate::error::{KernelError, require_index, require_length};
 use crate::pool::Pool;
+use crate::row_source::RowSource;
 use crate::rows::RowChunks;
 use crate::shared_output::SharedOutput;
 use crate::simd::Simd;
@@ -123,7 +124,7 @@ pub fn multiply<T: Element>(
     pool: &Pool,
     level: Level,
     scratch: &mut MatmulScratch,
-    input: &[T],
+    input: &(impl RowSource<T> + ?Sized),
     weights: &PackedWeights<T>,
     bias: Option<&[T]>,
     output: &mut [T],
@@ -131,19 +132,16 @@ pub fn multiply<T: Element>(
     let panels = &weights.panels;
     let rows = rows_of(input, panels, bias, output)?;
     let max_rows = Words::<Floats<T>>::max_rows(lanes(level));
-    scratch.fill(pool, rows, max_rows, panels.units(), 0, &AsTheyAre { input, inputs: panels.inputs() })?;
+    let packing = Packing { rows, width: panels.inputs(), max_rows, units: panels.units(), sums: 0 };
+    scratch.fill(pool, level, packing, input, &AsTheyAre)?;
     Sweep { rows: scratch, panels, bias, output }.run(pool, level, |_| Words(Floats::<T>(PhantomData)))
 }
 
 /// Rows in the format of the weights.
-struct AsTheyAre<'a, T> {
-    input: &'a [T],
-    inputs: usize,
-}
+struct AsTheyAre;
 
-impl<T: Element> RowFormat for AsTheyAre<'_, T> {
-    fn convert(&self, row: usize, line: &mut [u32], _: &mut [i32]) -> f32 {
-        let row = &self.input[row * self.inputs..][..self.inputs];
+impl<T: Element> RowFormat<T> for AsTheyAre {
+    fn convert(&self, _: Level, row: &[T], line: &mut [u32], _: &mut [i32]) -> f32 {
         assert!(line.len() * 4 >= size_of_val(row));
         if let Some(last) = line.last_mut() {
             *last = 0;

@@ -9,12 +9,13 @@ use super::bytes::{QuantizeRow, SumOfCodes};
 use super::micro::{Arithmetic, TileProduct, TileWords, block_of};
 use super::panels::{PANEL, PackError, Panels};
 use super::sweep::{Sweep, rows_of};
-use super::tiles::{MatmulScratch, RowFormat, lanes};
+use super::tiles::{MatmulScratch, Packing, RowFormat, lanes};
 use crate::dispatch::Level;
 use crate::element::{Bf16, Element};
 use crate::error::{KernelError, require_length};
 use crate::huge_pages::{HugeArray, Number};
 use crate::pool::Pool;
+use crate::row_source::RowSource;
 use crate::shared_output::SharedOutput;
 use crate::simd::{Simd, load_element};
 use std::io;
@@ -153,16 +154,16 @@ pub fn multiply_nibbles<T: Element>(
     pool: &Pool,
     level: Level,
     scratch: &mut MatmulScratch,
-    input: &[T],
+    input: &(impl RowSource<T> + ?Sized),
     weights: &PackedNibbles,
     bias: Option<&[T]>,
     output: &mut [T],
 ) -> Result<(), KernelError> {
     let panels = &weights.panels;
     let rows = rows_of(input, panels, bias, output)?;
-    let max_rows = max_rows(lanes(level));
-    let format = AsGroups { level, input, inputs: panels.inputs(), group_words: weights.group / UNIT * ROW_WORDS };
-    scratch.fill(pool, rows, max_rows, panels.units() * ROW_WORDS, weights.groups, &format)?;
+    let (max_rows, units) = (max_rows(lanes(level)), panels.units() * ROW_WORDS);
+    let packing = Packing { rows, width: panels.inputs(), max_rows, units, sums: weights.groups };
+    scratch.fill(pool, level, packing, input, &AsGroups { words: weights.group / UNIT * ROW_WORDS })?;
     let rows = &*scratch;
     let sweep = Sweep { rows, panels, bias, output };
     match &weights.scales {
@@ -177,19 +178,16 @@ fn max_rows(lanes: usize) -> usize {
 }
 
 /// Rows as codes; the numbers of a row are the sums of its codes in each group.
-struct AsGroups<'a, T> {
-    level: Level,
-    input: &'a [T],
-    inputs: usize,
-    group_words: usize,
+struct AsGroups {
+    /// Of a group.
+    words: usize,
 }
 
-impl<T: Element> RowFormat for AsGroups<'_, T> {
-    fn convert(&self, row: usize, line: &mut [u32], sums: &mut [i32]) -> f32 {
-        let input = &self.input[row * self.inputs..][..self.inputs];
-        let scale = self.level.run(QuantizeRow { input, words: line });
-        for (sum, words) in sums.iter_mut().zip(line.chunks(self.group_words)) {
-            *sum = self.level.run(SumOfCodes { words });
+impl<T: Element> RowFormat<T> for AsGroups {
+    fn convert(&self, level: Level, input: &[T], line: &mut [u32], sums: &mut [i32]) -> f32 {
+        let scale = level.run(QuantizeRow { input, words: line });
+        for (sum, words) in sums.iter_mut().zip(line.chunks(self.words)) {
+            *sum = level.run(SumOfCodes { words });
         }
         scale
     }

@@ -5,8 +5,11 @@
 #![expect(unsafe_code, reason = "tiles are written by several threads")]
 
 use crate::dispatch::{Kernel, Level};
+use crate::element::Element;
 use crate::error::KernelError;
 use crate::pool::Pool;
+use crate::row_source::RowSource;
+use crate::scratch::with_thread_scratch;
 use crate::shared_output::SharedOutput;
 use crate::simd::Simd;
 use core::ops::Range;
@@ -47,52 +50,58 @@ pub struct MatmulScratch {
 }
 
 /// What a format does to a row.
-pub(super) trait RowFormat: Sync {
+pub(super) trait RowFormat<T>: Sync {
     /// Fills `line`, whatever is in it, with a row's words; `sums` are the row's own. Returns its scale.
-    fn convert(&self, row: usize, line: &mut [u32], sums: &mut [i32]) -> f32;
+    fn convert(&self, level: Level, row: &[T], line: &mut [u32], sums: &mut [i32]) -> f32;
+}
+
+/// What [`MatmulScratch::fill`] makes of rows.
+#[derive(Clone, Copy)]
+pub(super) struct Packing {
+    pub(super) rows: usize,
+    /// Elements of a row.
+    pub(super) width: usize,
+    /// Rows of a tile, at most.
+    pub(super) max_rows: usize,
+    /// Words of a row.
+    pub(super) units: usize,
+    /// Numbers of a row besides its scale.
+    pub(super) sums: usize,
 }
 
 impl MatmulScratch {
-    /// Takes rows of `units` words in tiles of at most `max_rows`, with `sums` numbers each.
-    pub(super) fn fill(
+    /// Takes rows and packs them. A chunk is a whole tile: threads that shared the rows
+    /// of one handed its cache lines to and fro, which cost a step of eight rows a tenth.
+    pub(super) fn fill<T: Element>(
         &mut self,
         pool: &Pool,
-        rows: usize,
-        max_rows: usize,
-        units: usize,
-        sums: usize,
-        format: &impl RowFormat,
+        level: Level,
+        packing: Packing,
+        input: &(impl RowSource<T> + ?Sized),
+        format: &impl RowFormat<T>,
     ) -> Result<(), KernelError> {
+        let Packing { rows, width, max_rows, units, sums } = packing;
         let tiling = Tiling::new(rows, max_rows);
         (self.tiling, self.units) = (tiling, units);
-        self.words.resize(rows * units, 0);
-        self.scales.resize(rows, 0.0);
-        self.sums.resize(rows * sums, 0);
+        // Never made smaller, or the next larger product would fill it with zeros first.
+        self.words.resize(self.words.len().max(rows * units), 0);
+        self.scales.resize(self.scales.len().max(rows), 0.0);
+        self.sums.resize(self.sums.len().max(rows * sums), 0);
         let words = SharedOutput::new(&mut self.words);
         let (scales, all_sums) = (SharedOutput::new(&mut self.scales), SharedOutput::new(&mut self.sums));
         pool.parallel_for(tiling.count(), |tile| {
-            let rows = tiling.rows(tile);
-            let count = rows.len();
-            // SAFETY: every tile is written once, and its rows belong to it alone, in all three arrays.
-            let (words, scales) =
-                unsafe { (words.part(rows.start * units, count * units), scales.part(rows.start, count)) };
-            // SAFETY: as above.
-            let sums_of = |row: usize| unsafe { all_sums.part(row * sums, sums) };
-            if count == 1 {
-                scales[0] = format.convert(rows.start, words, sums_of(rows.start));
-                return;
-            }
-            // Not a multiple of 4 KiB apart, see above.
-            let stride = units + 16;
-            let mut lines = vec![0; count * stride];
-            for (index, row) in rows.enumerate() {
-                scales[index] = format.convert(row, &mut lines[index * stride..][..units], sums_of(row));
-            }
-            for (unit, target) in words.chunks_exact_mut(count).enumerate() {
-                for (target, line) in target.iter_mut().zip(lines[unit..].iter().step_by(stride)) {
-                    *target = *line;
+            let tile = tiling.rows(tile);
+            with_thread_scratch(|scratch| {
+                let (line, room) = scratch.line_and_row::<T>(units, width);
+                for row in tile.clone() {
+                    // SAFETY: every row belongs to one tile, whose thread asks for it and writes its part of the three arrays.
+                    unsafe {
+                        let values = input.row(level, row, room);
+                        scales.part(row, 1)[0] = format.convert(level, values, line, all_sums.part(row * sums, sums));
+                        words.write_strided(tile.start * units + row - tile.start, tile.len(), line);
+                    }
                 }
-            }
+            });
         })
     }
 
