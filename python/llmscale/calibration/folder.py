@@ -19,8 +19,8 @@ from llmscale.calibration.dense_block import DenseBlock, HiddenBatch
 from llmscale.errors import ConfigError
 from llmscale.layers.ops import RopeTable
 from llmscale.layers.rotary import rope_table
-from llmscale.models.checkpoint import match_tensors, open_checkpoint
-from llmscale.models.open_files import OpenFiles, Progress
+from llmscale.models.checkpoint import Progress, match_tensors, open_checkpoint
+from llmscale.models.open_files import OpenFiles
 from llmscale.models.quantizer import (
     Shards,
     Written,

@@ -7,6 +7,7 @@ headers only, O(n log n) in the number of tensors. It does not know torch and re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,6 +24,9 @@ MAX_SHARDS = 4_096
 MAX_NAMED_PROBLEMS = 20
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
 COMPUTE_DTYPES = ("bfloat16", "float32")
+
+Progress = Callable[[int, int], None]
+"""Called with bytes of weights that have been read so far, and of all that will be."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from llmscale.errors import ConfigError, InvalidCheckpoint, ModelError
-from llmscale.models.checkpoint import Checkpoint, compute_dtype, match_tensors, open_checkpoint
+from llmscale.models.checkpoint import Checkpoint, Progress, compute_dtype, match_tensors, open_checkpoint
 from llmscale.models.fingerprint import weights_fingerprint
 from llmscale.models.folder import ModelFolder
-from llmscale.models.open_files import OpenFiles, Progress
+from llmscale.models.open_files import OpenFiles
 from llmscale.models.shard import RankModel, TensorSlice, whole_model
 from llmscale.models.spec import ModelSpec, TensorSpec, WeightSpec
 from llmscale.models.stored import stored_weights

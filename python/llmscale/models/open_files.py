@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmscale.errors import InvalidCheckpoint
-from llmscale.models.checkpoint import Checkpoint
+from llmscale.models.checkpoint import Checkpoint, Progress
 
 MAX_MAPPED = 16
 
-Progress = Callable[[int, int], None]
-"""Called with bytes of the tensors that have been read so far, and of all that will be."""
 Span = tuple[int, int] | None
 """First and last entry (excluded) along an axis; None for all."""
 

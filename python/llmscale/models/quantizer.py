@@ -21,9 +21,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmscale.errors import ConfigError, UnsupportedModel
-from llmscale.models.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, match_tensors, open_checkpoint
+from llmscale.models.checkpoint import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    Progress,
+    match_tensors,
+    open_checkpoint,
+)
 from llmscale.models.config import CONFIG_NAME
-from llmscale.models.open_files import OpenFiles, Progress
+from llmscale.models.open_files import OpenFiles
 from llmscale.models.registry import ModelDescription, describe_model
 from llmscale.quant.layouts import Fp8Scales, Int4Layout, Layout, compressed_fp8, compressed_int4, compressed_int8
 from llmscale.quant.method import QuantMethod, method_for

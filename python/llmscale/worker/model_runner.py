@@ -15,7 +15,7 @@ from llmscale import env
 from llmscale._core import CpuKernels, EngineLimits, StepCounts
 from llmscale.devices.interface import OpsNeeds
 from llmscale.devices.registry import open_device
-from llmscale.errors import ConfigError
+from llmscale.models.checkpoint import Progress
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.registry import describe_model
 from llmscale.models.shard import shard_model
@@ -26,9 +26,9 @@ from llmscale.worker.device_start import DeviceStart
 from llmscale.worker.device_steps import DeviceStepper, DeviceSteps
 from llmscale.worker.executor_torch import Ranks, TorchExecutor
 from llmscale.worker.host_steps import HostSteps
-from llmscale.worker.host_tier import CopySource, HostTier
+from llmscale.worker.host_tier import CopySource
 from llmscale.worker.kv_region import KvRegion, kv_layout
-from llmscale.worker.runner import Progress, RunnerOptions, make_copies
+from llmscale.worker.runner import RunnerOptions, make_copies, open_tiers
 from llmscale.worker.sample_exchange import SampleExchange
 from llmscale.worker.step import StepInputs, StepLimits
 from llmscale.worker.steps import Steps, StepSource
@@ -46,7 +46,7 @@ class ModelRunner:
         """
         self.device = open_device(options.device, options.device_index)
         self.place = place = options.place
-        meeting, disk = options.meeting, options.disk
+        meeting = options.meeting
         if meeting.rendezvous is not None:
             env.prepare_for_torch_distributed(interface_towards(meeting.rendezvous))
         world = join_world(place, meeting, env.GLOO_INTERFACE.read() or "lo", self.device.torch_device.type)
@@ -87,14 +87,7 @@ class ModelRunner:
         sums = f"{self.tensor.kind}{place.tensor_size}"
         kernels = self.device.numerics(self.kernels)
         self.numerics = f"torch-{torch.__version__}/{self._executor.linear_kind}/{kernels}/{self.dtype}/{sums}"
-        if limits.disk_blocks > 0 and disk is None:
-            raise ConfigError("the replica has a disk tier and this host has no folder for it; give every host kv_disk")
-        self.host: HostTier | None = None
-        if limits.host_blocks > 0:
-            below = None if disk is None else (disk, limits.disk_blocks)
-            self.host = HostTier(
-                self.region, limits.host_blocks, self.numerics, place, options.host_memory, accelerator, below
-            )
+        self.host = open_tiers(self.region, limits, self.numerics, options, accelerator)
 
     @property
     def max_steps_ahead(self) -> int:

@@ -13,14 +13,14 @@ from pathlib import Path
 from llmscale import env
 from llmscale._core import CpuKernels, EngineLimits, NativeProgram, ProgramBuilder, StepCounts
 from llmscale.errors import ConfigError
-from llmscale.models.checkpoint import compute_dtype, match_tensors, open_checkpoint
+from llmscale.models.checkpoint import Progress, compute_dtype, match_tensors, open_checkpoint
 from llmscale.models.native import WeightPlaces, native_refusal
 from llmscale.models.registry import describe_model
 from llmscale.models.rope import inverse_frequencies
 from llmscale.models.spec import ModelSpec
-from llmscale.worker.host_tier import CopySource, HostTier
+from llmscale.worker.host_tier import CopySource
 from llmscale.worker.kv_layout import KvLayout, kv_layout_of
-from llmscale.worker.runner import Progress, RunnerOptions, make_copies
+from llmscale.worker.runner import RunnerOptions, make_copies, open_tiers
 from llmscale.worker.steps import Memory, Steps, StepSource
 
 
@@ -64,16 +64,9 @@ class NativeRunner:
         self.layers = len(spec.blocks)
         weights = "dense" if spec.quantization is None else spec.quantization.label
         self.numerics = f"native/{weights}/cpu-{self.kernels.level}/{self.dtype}"
-        if limits.disk_blocks > 0 and options.disk is None:
-            raise ConfigError("the replica has a disk tier and this host has no folder for it; give every host kv_disk")
-        self.host: HostTier | None = None
-        if limits.host_blocks > 0:
-            layout = kv_layout_of(spec, self.dtype, limits.block_tokens)
-            region = NativeRegion(layout, limits.total_blocks, self.program)
-            below = None if options.disk is None else (options.disk, limits.disk_blocks)
-            self.host = HostTier(
-                region, limits.host_blocks, self.numerics, self.place, options.host_memory, None, below
-            )
+        layout = kv_layout_of(spec, self.dtype, limits.block_tokens)
+        region = NativeRegion(layout, limits.total_blocks, self.program)
+        self.host = open_tiers(region, limits, self.numerics, options)
 
     def steps(self, source: StepSource) -> Steps:
         """See `Runner`."""

@@ -7,19 +7,22 @@ knows neither's insides, and imports only the one that is asked for.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from llmscale._core import CpuKernels, EngineLimits, StepCounts
+from llmscale.errors import ConfigError
+from llmscale.models.checkpoint import Progress
 from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import DiskPlace, Meeting
 from llmscale.worker.host_tier import CopySource, HostTier
+from llmscale.worker.kv_layout import BlockMemory
 from llmscale.worker.steps import Steps, StepSource
 
-Progress = Callable[[int, int], None]
-"""Called with bytes of weights that have been read so far, and of all that will be."""
+if TYPE_CHECKING:
+    from llmscale.devices.interface import Accelerator
 
 
 class Exchange(Protocol):
@@ -90,6 +93,23 @@ def make_runner(
     from llmscale.worker.model_runner import ModelRunner
 
     return ModelRunner(folder, limits, options, progress)
+
+
+def open_tiers(
+    region: BlockMemory,
+    limits: EngineLimits,
+    numerics: str,
+    options: RunnerOptions,
+    accelerator: Accelerator | None = None,
+) -> HostTier | None:
+    """The host tier of a runner with this region, and the disk tier below it, as far as limits have them. A region that
+    is not the processor's is copied by its accelerator. Raises ConfigError, WorkerError."""
+    if limits.disk_blocks > 0 and options.disk is None:
+        raise ConfigError("the replica has a disk tier and this host has no folder for it; give every host kv_disk")
+    if limits.host_blocks == 0:
+        return None
+    disk = None if options.disk is None else (options.disk, limits.disk_blocks)
+    return HostTier(region, limits.host_blocks, numerics, options.place, options.host_memory, accelerator, disk)
 
 
 def make_copies(host: HostTier | None, counts: StepCounts, source: CopySource) -> bool:
