@@ -17,9 +17,8 @@ from llmscale.models.shard import RankPlace
 MAX_ASSIGNMENT_BYTES = 4_096
 ROOM_BYTES = 1 << 20
 """Room for one rank's part in shared memory: larger tensors go in pieces, and 1 MiB stays in the second-level cache."""
-
-
-EXECUTORS = ("native", "torch")
+WORKER_EXECUTORS = ("native", "torch")
+"""What a worker may be: "auto" of the settings has been decided by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device_index: int = 0
     """Which of this host's."""
     executor: str = "torch"
-    """What computes its steps, one of `EXECUTORS`."""
+    """What computes its steps, one of `WORKER_EXECUTORS`."""
 
     @property
     def who(self) -> str:

@@ -9,10 +9,11 @@ import argparse
 import os
 import socket
 import sys
+from importlib import import_module
 
 from llmscale import env, logs
 from llmscale._core import WorkerSession, end_with_parent
-from llmscale.parallel.assignment import EXECUTORS
+from llmscale.parallel.assignment import WORKER_EXECUTORS, read_assignment
 from llmscale.worker.template import name_process, wait_to_be_born
 
 
@@ -24,13 +25,12 @@ def main() -> int:
     parser.add_argument(
         "--orders", type=int, required=True, help="number of the socket on which the node asks for copies"
     )
-    parser.add_argument("--executor", choices=EXECUTORS, default="torch", help="what copies compute with")
+    parser.add_argument("--executor", choices=WORKER_EXECUTORS, default="torch", help="what copies compute with")
     arguments = parser.parse_args()
     end_with_parent(arguments.parent)
     orders = socket.socket(fileno=arguments.orders)
     name_process("llmscale-spare")
     logs.configure()
-    from llmscale.parallel.assignment import read_assignment
     from llmscale.worker.loop import WorkerLoop
 
     import_executor(arguments.executor)
@@ -48,8 +48,7 @@ def main() -> int:
 def import_executor(executor: str) -> None:
     """What copies will need, so that none of them has to import it."""
     if executor == "native":
-        from llmscale.worker import native_runner  # noqa: F401
-
+        import_module("llmscale.worker.native_runner")
         return
     env.prepare_for_torch()
     from llmscale.worker.model_runner import warm_up
