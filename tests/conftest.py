@@ -1,4 +1,4 @@
-"""What holds for every test: how Hypothesis looks for examples, and a fixture for tests of tiny products."""
+"""What holds for every test: how Hypothesis looks for examples, and how fast the processor is where that matters."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def slow_processor() -> Iterator[None]:
+    """The kernels' slowest level, in this process and those that it starts: streams of a small model last long enough
+    to be seen in the middle, and its blocks are worth a disk, which they are not where computing one takes a tenth of
+    reading it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMSCALE_CPU_LEVEL", "portable")
+        yield

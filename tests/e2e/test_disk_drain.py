@@ -17,16 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from llmscale import LLM
-from tests.e2e.test_disk_tier import (
-    DISK_BYTES,
-    counted,
-    first_turns,
-    node_of,
-    places,
-    texts,
-)
-from tests.e2e.test_host_tier import MAX_TOKENS, ask, block_bytes
+from tests.e2e.test_disk_tier import counted, disk_llm, disk_options, first_turns, node_of, places, texts
+from tests.e2e.test_host_tier import ask
 from tests.processes import Server, serving, wait_until
 
 CONVERSATIONS = 12
@@ -34,38 +26,7 @@ POOL_BLOCKS = 128
 PROMPT_BLOCKS = 6
 """Full ones of a prompt of 200 tokens; its answer of 24 fills no other, because its last token is never computed."""
 
-
-@pytest.fixture(autouse=True)
-def slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of so small a model are not worth a disk otherwise: computing them takes a tenth of reading them."""
-    monkeypatch.setenv("LLMSCALE_CPU_LEVEL", "portable")
-
-
-def roomy_llm(folder: Path) -> LLM:
-    return LLM(
-        "tiny-chat",
-        dtype="float32",
-        max_model_len=MAX_TOKENS,
-        max_num_seqs=8,
-        kv_cache_bytes=POOL_BLOCKS * block_bytes(),
-        kv_host_bytes=32 * block_bytes(),
-        kv_disk=folder,
-        kv_disk_bytes=DISK_BYTES,
-        threads=1,
-    )
-
-
-def options(folder: Path) -> tuple[str, ...]:
-    words = {
-        "--dtype": "float32",
-        "--threads": 1,
-        "--max-model-len": MAX_TOKENS,
-        "--kv-cache-bytes": POOL_BLOCKS * block_bytes(),
-        "--kv-host-bytes": 32 * block_bytes(),
-        "--kv-disk": folder,
-        "--kv-disk-bytes": DISK_BYTES,
-    }
-    return tuple(str(word) for pair in words.items() for word in pair)
+pytestmark = pytest.mark.usefixtures("slow_processor")
 
 
 def asked(server: Server) -> list[tuple[list[str], int]]:
@@ -73,13 +34,13 @@ def asked(server: Server) -> list[tuple[list[str], int]]:
 
 
 def test_offline_conversations_that_were_never_evicted_are_found_after_close(tmp_path: Path) -> None:
-    model = roomy_llm(tmp_path)
+    model = disk_llm(tmp_path, POOL_BLOCKS)
     first = first_turns(model, range(CONVERSATIONS))
     assert model._replica.copied_blocks()[0] == 0, "nothing was evicted"
     assert model._replica.disk_blocks()[0] == 0
     model.close()
     assert model._replica.drained() == (CONVERSATIONS * PROMPT_BLOCKS, 0)
-    again = roomy_llm(tmp_path)
+    again = disk_llm(tmp_path, POOL_BLOCKS)
     assert first_turns(again, range(CONVERSATIONS)) == first
     assert again._replica.load()[5] >= CONVERSATIONS * PROMPT_BLOCKS * 32
     _, read, bad, _, waits = again._replica.disk_blocks()
@@ -89,7 +50,7 @@ def test_offline_conversations_that_were_never_evicted_are_found_after_close(tmp
 
 
 def test_close_saves_nothing_when_it_has_no_time_and_says_so(tmp_path: Path) -> None:
-    model = roomy_llm(tmp_path)
+    model = disk_llm(tmp_path, POOL_BLOCKS)
     first_turns(model, range(2))
     model.close(max_saving_seconds=0)
     assert model._replica.drained() == (0, 2 * PROMPT_BLOCKS)
@@ -97,12 +58,12 @@ def test_close_saves_nothing_when_it_has_no_time_and_says_so(tmp_path: Path) -> 
 
 
 def test_a_served_conversation_that_was_never_evicted_is_found_after_sigterm_and_a_start(tmp_path: Path) -> None:
-    with serving("tiny-chat", *options(tmp_path)) as server:
+    with serving("tiny-chat", *disk_options(tmp_path, pool_blocks=POOL_BLOCKS)) as server:
         first = asked(server)
         assert counted(server, "written_blocks") == 0
         assert all(cached == 0 for _, cached in first)
     assert "saved_blocks" in server.log()
-    with serving("tiny-chat", *options(tmp_path)) as server:
+    with serving("tiny-chat", *disk_options(tmp_path, pool_blocks=POOL_BLOCKS)) as server:
         again = asked(server)
         assert texts(again) == texts(first)
         assert all(cached == PROMPT_BLOCKS * 32 for _, cached in again), again
@@ -121,7 +82,7 @@ def stop_when_it_writes(folder: Path, worker: psutil.Process) -> None:
 
 
 def test_a_node_that_is_killed_while_it_saves_leaves_nothing_that_is_half_there(tmp_path: Path) -> None:
-    with serving("tiny-chat", *options(tmp_path)) as server:
+    with serving("tiny-chat", *disk_options(tmp_path, pool_blocks=POOL_BLOCKS)) as server:
         first = asked(server)
         (folder,) = tmp_path.iterdir()
         node, worker = node_of(server), psutil.Process(server.worker_pid())

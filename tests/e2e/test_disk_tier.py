@@ -41,20 +41,16 @@ DISK_BLOCKS = 256
 DISK_BYTES = DISK_BLOCKS * (block_bytes() + 4_096 + 32 + 216) + 2 * (4_096 + 32)
 MORE_CONVERSATIONS = 24
 
-
-@pytest.fixture(autouse=True)
-def slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of so small a model are not worth a disk otherwise: computing them takes a tenth of reading them."""
-    monkeypatch.setenv("LLMSCALE_CPU_LEVEL", "portable")
+pytestmark = pytest.mark.usefixtures("slow_processor")
 
 
-def disk_llm(folder: Path) -> LLM:
+def disk_llm(folder: Path, pool_blocks: int = POOL_BLOCKS) -> LLM:
     return LLM(
         "tiny-chat",
         dtype="float32",
         max_model_len=MAX_TOKENS,
         max_num_seqs=8,
-        kv_cache_bytes=POOL_BLOCKS * block_bytes(),
+        kv_cache_bytes=pool_blocks * block_bytes(),
         kv_host_bytes=HOST_BLOCKS * block_bytes(),
         kv_disk=folder,
         kv_disk_bytes=DISK_BYTES,
@@ -152,9 +148,9 @@ def test_another_model_on_the_same_folder_finds_nothing_and_does_no_harm(tmp_pat
     assert other._replica.load()[5] == 0
 
 
-def disk_options(folder: Path, *more: str) -> tuple[str, ...]:
+def disk_options(folder: Path, *more: str, pool_blocks: int = POOL_BLOCKS) -> tuple[str, ...]:
     disk = ("--kv-disk", str(folder), "--kv-disk-bytes", str(DISK_BYTES))
-    return serve_options(*disk, *more, host_blocks=HOST_BLOCKS)
+    return serve_options(*disk, *more, host_blocks=HOST_BLOCKS, pool_blocks=pool_blocks)
 
 
 def counted(server: Server, which: str) -> float:

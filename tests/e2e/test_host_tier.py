@@ -108,7 +108,7 @@ def ask(server: Server, number: int) -> tuple[list[str], int]:
     return list(said["choices"][0]["text"]), cached
 
 
-def serve_options(*more: str, host_blocks: int = 512) -> tuple[str, ...]:
+def serve_options(*more: str, host_blocks: int = 512, pool_blocks: int = POOL_BLOCKS) -> tuple[str, ...]:
     return (
         "--dtype",
         "float32",
@@ -117,7 +117,7 @@ def serve_options(*more: str, host_blocks: int = 512) -> tuple[str, ...]:
         "--max-model-len",
         str(MAX_TOKENS),
         "--kv-cache-bytes",
-        str(POOL_BLOCKS * block_bytes()),
+        str(pool_blocks * block_bytes()),
         "--kv-host-bytes",
         str(host_blocks * block_bytes()),
         *more,

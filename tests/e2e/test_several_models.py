@@ -41,12 +41,9 @@ QUESTION: Any = [{"role": "user", "content": "What is 23 + 45?"}]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    # At the slowest level, so that streams last long enough to be seen in the middle.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMSCALE_CPU_LEVEL", "portable")
-        with serving_fleet(tmp_path_factory.mktemp("fleet"), BOTH) as server:
-            yield server
+def server(tmp_path_factory: pytest.TempPathFactory, slow_processor: None) -> Iterator[Server]:
+    with serving_fleet(tmp_path_factory.mktemp("fleet"), BOTH) as server:
+        yield server
 
 
 def replicas(server: Server) -> dict[str, dict[str, Any]]:
