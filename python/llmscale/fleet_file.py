@@ -20,6 +20,7 @@ from llmscale.config import (
     EXECUTORS,
     LEAST_EJECTION_SECONDS,
     LEAST_NODE_SILENCE_SECONDS,
+    MAX_DRAIN_SECONDS,
     MAX_NODES,
     MAX_REPLICAS,
     MAX_STEP_SECONDS,
@@ -72,6 +73,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     """A folder; every replica has one of its own in it."""
     kv_disk_bytes: Annotated[int, Meta(ge=1, le=1 << 60)] | None = None
     """Of each replica."""
+    max_saving_seconds: Annotated[float, Meta(ge=0, le=MAX_DRAIN_SECONDS)] = 5.0
+    """How long a drain may write what is cached above the disk; 0 for not at all."""
     threads: Annotated[int, Meta(ge=1, le=1_024)] | None = None
     """Of a worker; None: its share of the CPUs."""
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1

@@ -134,6 +134,7 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         pipeline_parallel_size=entry.pipeline_parallel_size,
         fleet=fleet.fleet,
         max_step_seconds=entry.max_step_seconds,
+        max_saving_seconds=entry.max_saving_seconds,
     )
 
 

@@ -85,6 +85,7 @@ def _command(fleet: FleetFile, model: str, address: str, replica: int, first_dev
         # A folder is of one node at a time. A replica that is started again finds its own.
         "--kv-disk": None if entry.kv_disk is None else f"{entry.kv_disk}/{quote(model, safe='')}-{replica}",
         "--kv-disk-bytes": entry.kv_disk_bytes,
+        "--max-saving-seconds": entry.max_saving_seconds,
         "--threads": threads_per_worker(fleet, model),
         "--tensor-parallel-size": entry.tensor_parallel_size,
         "--pipeline-parallel-size": entry.pipeline_parallel_size,

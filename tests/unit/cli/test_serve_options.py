@@ -59,6 +59,7 @@ def test_every_option_has_its_name_in_the_file() -> None:
     entry = msgspec.structs.asdict(options.fleet().models["a"])
     assert {name for name in entry if name not in ServeOptions.__slots__} == {
         "nodes",
+        "max_saving_seconds",
         "max_step_seconds",
         "spare_worker",
     }

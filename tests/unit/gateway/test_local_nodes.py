@@ -23,7 +23,7 @@ TWO = FleetFile(
             model="/models/a", replicas=2, dtype="float32", max_model_len=64, kv_cache_bytes=9, spare_worker=False
         ),
         "-b": ModelEntry(model="tiny-chat", nodes=("tcp://10.0.0.1:7000",)),
-        "c": ModelEntry(model="tiny-chat", tensor_parallel_size=2, threads=3),
+        "c": ModelEntry(model="tiny-chat", tensor_parallel_size=2, threads=3, max_saving_seconds=0),
     },
     keys=KeysEntry(folder="/keys", gateway="edge"),
 )
@@ -46,7 +46,8 @@ def test_a_command_line_says_what_the_file_says() -> None:
     assert (read.dtype, read.max_model_len, read.kv_cache_bytes) == ("float32", 64, 9)
     assert (read.spare_worker, read.parent) == (False, os.getpid())
     assert (read.key_file, read.allow_list) == (Path("/keys/node.key"), Path("/keys/allowed"))
-    assert _parser().parse_args(list(local_nodes(TWO, "/run")[2].command[3:])).tensor_parallel_size == 2
+    other = _parser().parse_args(list(local_nodes(TWO, "/run")[2].command[3:]))
+    assert (other.tensor_parallel_size, read.max_saving_seconds, other.max_saving_seconds) == (2, 5.0, 0.0)
 
 
 def test_a_name_that_begins_with_a_dash_is_a_value() -> None:
