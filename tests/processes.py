@@ -20,13 +20,25 @@ from typing import Any
 
 import httpx2
 import psutil
+import pytest
 
 from tests import family
 from tests.network import Host
 
+ROOT = Path(__file__).parents[1]
+WITHOUT_TORCH = ROOT / "tests" / "fakes" / "without_torch"
+
 START_SECONDS = 60.0
 # A gateway that other hosts reach has keys.
 API_KEY = "a-key-for-tests"
+
+
+@contextmanager
+def base_install() -> Iterator[None]:
+    """Processes that start meanwhile find the packages of the base install alone: no torch, numpy or safetensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (WITHOUT_TORCH, ROOT / "python"))))
+        yield
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:

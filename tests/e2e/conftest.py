@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
 
-from tests.processes import Server, serving
+from tests.processes import Server, base_install, serving
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
-    """tiny-chat, ready."""
-    with serving("tiny-chat") as server:
-        yield server
+    """tiny-chat, ready, in the base install."""
+    with contextlib.ExitStack() as stack:
+        with base_install():
+            started = stack.enter_context(serving("tiny-chat"))
+        yield started

@@ -11,7 +11,7 @@ import zmq
 
 from llmscale import AsyncClient, Client, SamplingParams, errors
 from llmscale.client import CurveKeys
-from tests.processes import serving, wait_until
+from tests.processes import base_install, serving, wait_until
 from tests.support_processes import node
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -31,7 +31,10 @@ def read_to_the_end(stream):
 
 @pytest.fixture(scope="module")
 def shared_node(tmp_path_factory):
-    with node(tmp_path_factory.mktemp("node"), "--threads", "1") as started:
+    """In the base install."""
+    with contextlib.ExitStack() as stack:
+        with base_install():
+            started = stack.enter_context(node(tmp_path_factory.mktemp("node"), "--threads", "1"))
         yield started
 
 

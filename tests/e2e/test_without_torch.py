@@ -1,7 +1,8 @@
 """The base install: no torch, numpy or safetensors anywhere, and the embedded model is served and answers as ever.
 
 Method: every process of a real server, and one with `LLM`, is started where these packages cannot be found, as in an
-environment that has the base dependencies alone. What needs torch says so, and how to get it.
+environment that has the base dependencies alone. What needs torch says so, and how to get it. The servers of the client
+suites are started in the same way.
 """
 
 from __future__ import annotations
@@ -10,16 +11,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from llmscale import LLM, SamplingParams
 from tests.fakes.without_torch.sitecustomize import ABSENT
-from tests.processes import serving
+from tests.processes import base_install, serving
 
-ROOT = Path(__file__).parents[2]
-WITHOUT_TORCH = ROOT / "tests" / "fakes" / "without_torch"
 PROMPT = "Once upon a time"
 TOKENS = 40
 
@@ -33,8 +32,9 @@ print(json.dumps([text, sorted(set(sys.modules) & set({sorted(ABSENT)!r}))]))
 
 
 @pytest.fixture
-def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (WITHOUT_TORCH, ROOT / "python"))))
+def without_torch() -> Iterator[None]:
+    with base_install():
+        yield
 
 
 def expected() -> str:
