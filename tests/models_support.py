@@ -105,6 +105,9 @@ def _qwen3(**changes: Any) -> Any:
 TINY_CONFIGS: dict[str, Callable[[], Any]] = {
     "llama_grouped": _llama,
     "llama2_without_grouping": lambda: _llama(num_attention_heads=4, num_key_value_heads=4, head_dim=8, hidden_size=32),
+    "llama_of_whole_groups": lambda: _llama(
+        hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    ),
     "llama_with_biases": lambda: _llama(attention_bias=True, mlp_bias=True),
     "llama3_scaled_rope_tied": lambda: _llama(
         tie_word_embeddings=True,

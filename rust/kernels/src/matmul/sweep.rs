@@ -14,11 +14,9 @@ use crate::simd::Simd;
 
 /// Rows that share a panel before the next panel is read: half of a second-level cache of 1 MiB.
 const BLOCK_BYTES: usize = 512 << 10;
-/// Weights of a chunk, at most: claiming takes 50 ns, reading these 5 us.
+/// Weights of a chunk, about: claiming takes 50 ns, reading these 5 us. Half of it was slower: memory is read ahead within a
+/// chunk, and not from one to the next.
 const CHUNK_BYTES: usize = 128 << 10;
-/// Chunks per thread, at least, while there are panels: two threads that shared a small weight as 14 panels and 4 were no
-/// faster than one and a half.
-const CHUNKS_PER_THREAD: usize = 4;
 
 /// The memory of a product.
 pub(super) struct Sweep<'a, T> {
@@ -45,18 +43,19 @@ impl<T: Element> Sweep<'_, T> {
         }
         let most_rows = tiling.rows(0).len();
         let tiles_per_block = (BLOCK_BYTES / rows.tile(0).len().max(1) / 4).max(1);
-        let fair_share = panels.count() / (CHUNKS_PER_THREAD * pool.threads());
-        let panels_per_chunk = (CHUNK_BYTES / (units * PANEL * 4)).min(fair_share).max(1);
-        let (blocks, panel_chunks) =
-            (tiling.count().div_ceil(tiles_per_block), panels.count().div_ceil(panels_per_chunk));
+        // Dealt evenly: 14 panels for one thread and 4 for the other would be no faster than one and a half threads.
+        let panel_chunks = (panels.count() * units * PANEL * 4).div_ceil(CHUNK_BYTES);
+        let panel_chunks = panel_chunks.next_multiple_of(pool.threads()).min(panels.count());
+        let panels_of =
+            |chunk: usize| chunk * panels.count() / panel_chunks..(chunk + 1) * panels.count() / panel_chunks;
+        let blocks = tiling.count().div_ceil(tiles_per_block);
         assert!(most_rows <= A::max_rows(super::tiles::lanes(level)), "tiles were made for this arithmetic");
         assert_eq!(output.len(), tiling.rows(tiling.count() - 1).end * outputs, "checked before rows were taken");
         let target = Target(output.as_mut_ptr());
         pool.parallel_for(blocks * panel_chunks, |chunk| {
             let first_tile = chunk / panel_chunks * tiles_per_block;
             let tiles = first_tile..(first_tile + tiles_per_block).min(tiling.count());
-            let first_panel = chunk % panel_chunks * panels_per_chunk;
-            for panel in first_panel..(first_panel + panels_per_chunk).min(panels.count()) {
+            for panel in panels_of(chunk % panel_chunks) {
                 let column = panel * PANEL;
                 let bias = bias.map_or(core::ptr::null(), |bias| bias[column..].as_ptr());
                 for tile in tiles.clone() {
