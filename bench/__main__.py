@@ -11,6 +11,7 @@ from pathlib import Path
 from bench.result import RESULTS, Report
 
 BENCHES = (
+    "cpu",
     "failover",
     "gpu",
     "layouts",
@@ -65,11 +66,16 @@ def _parser() -> argparse.ArgumentParser:
         "--cases",
         help="comma-separated, such as prefill512,decode1,batch8,c16, or of quantization int8,int4-64 (default: all)",
     )
+    group = parser.add_argument_group("cpu").add_argument
+    group("--peers", type=Path, metavar="FOLDER", help="other runtimes and their models; see bench/README.md")
+    group("--schemes", help="comma-separated: bf16,int8,int4 (default: all)")
+    group("--runtimes", help="comma-separated: llmscale,llama.cpp,openvino,vllm (default: all)")
+    group("--markdown", type=Path, metavar="FILE", help="write the table there too")
     group = parser.add_argument_group("failover").add_argument
     group("--kills", type=int, default=10, help="harms per case, 3 at least (default: %(default)s)")
-    group = parser.add_argument_group("gpu").add_argument
-    group("--sections", help="comma-separated, such as correctness,int4,copies (default: all)")
-    group("--section-seconds", type=float, default=480.0, help="limit of a section (default: %(default)s)")
+    group = parser.add_argument_group("cpu and gpu").add_argument
+    group("--sections", help="comma-separated, such as offline,served or correctness,int4 (default: all)")
+    group("--section-seconds", type=float, default=480.0, help="limit of one of gpu (default: %(default)s)")
     group = parser.add_argument_group("serving").add_argument
     group("--url", help="a server that runs already (default: start llmscale serve)")
     group("--vocabulary", type=int, default=2_000, help="prompt ids are below this (default: %(default)s)")

@@ -12,10 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.statistics import spread
+from bench.statistics import Spread, spread
 
 VARIABLE = "LLMSCALE_BENCH_PEERS"
 PYTHON_PEERS = ("transformers", "vllm", "openvino")
@@ -33,6 +34,8 @@ class Task:
     repeats: int
     seed: int
     threads: int | None
+    scheme: str = "bf16"
+    """Of the weights; for runtimes that choose it while they load."""
 
 
 def configured(setting: str | None = None) -> dict[str, str]:
@@ -52,18 +55,33 @@ def run_all(task: Task) -> dict[str, dict[str, float | str] | str]:
     pythons = configured()
     results: dict[str, dict[str, float | str] | str] = {}
     for name in PYTHON_PEERS:
-        results[name] = _run(pythons[name], name, task) if name in pythons else NOT_INSTALLED
-    results["llama.cpp"] = _run(sys.executable, "llamacpp", task) if shutil.which("llama-bench") else NOT_INSTALLED
+        results[name] = _medians(pythons[name], name, task) if name in pythons else NOT_INSTALLED
+    has_llamacpp = shutil.which("llama-bench") is not None
+    results["llama.cpp"] = _medians(sys.executable, "llamacpp", task) if has_llamacpp else NOT_INSTALLED
     return results
 
 
-def _run(python: str, name: str, task: Task) -> dict[str, float | str] | str:
+def _medians(python: str, name: str, task: Task) -> dict[str, float | str] | str:
+    found = measure(python, name, task)
+    return found if isinstance(found, str) else {case: measured.median for case, measured in found.items()}
+
+
+def measure(
+    python: str | Path, name: str, task: Task, *, environment: Mapping[str, str] | None = None
+) -> dict[str, Spread] | str:
+    """Runs the script `name` of this folder with this Python, in this process's environment with `environment` over it.
+    What was measured before a failure is kept; "failed" where nothing was.
+    """
     root = Path(__file__).parent.parent.parent
-    command = [python, "-m", f"bench.peers.{name}", "--model", str(task.model), "--vocabulary", str(task.vocabulary)]
+    command = [str(python), "-m", f"bench.peers.{name}", "--model", str(task.model)]
+    command += ["--vocabulary", str(task.vocabulary), "--scheme", task.scheme]
     command += ["--cases", ",".join(task.cases), "--repeats", str(task.repeats), "--seed", str(task.seed)]
     command += ["--threads", str(task.threads or len(os.sched_getaffinity(0)))]
+    given = os.environ | (environment or {})
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=MAX_SECONDS, check=False)
+        done = subprocess.run(
+            command, cwd=root, capture_output=True, text=True, timeout=MAX_SECONDS, env=given, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return "failed"
@@ -73,12 +91,12 @@ def _run(python: str, name: str, task: Task) -> dict[str, float | str] | str:
     return found if found else "failed"
 
 
-def parse(output: str) -> dict[str, float | str]:
-    """The medians in a peer's output; lines that are not its JSON are its library's chatter."""
-    found: dict[str, float | str] = {}
+def parse(output: str) -> dict[str, Spread]:
+    """What a peer's output says by case; lines that are not its JSON are its library's chatter."""
+    found: dict[str, Spread] = {}
     for line in output.splitlines():
         if not line.startswith('{"case"'):
             continue
         entry = json.loads(line)
-        found[entry["case"]] = spread(entry["values"]).median
+        found[entry["case"]] = spread(entry["values"])
     return found

@@ -19,6 +19,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--scheme", default="bf16", help="of the weights, where they are not written in the model")
     return parser.parse_args()
 
 

@@ -9,7 +9,7 @@ from bench.offline import limit_of
 from bench.offline_cases import Prompts, run_cases
 from bench.result import Report, Row
 from bench.shapes import SHAPES
-from bench.statistics import percentile, spread
+from bench.statistics import Spread, percentile, spread
 
 
 def test_percentiles_are_values_that_were_measured():
@@ -95,7 +95,7 @@ def test_peers_are_found_by_name_and_others_are_refused():
 
 def test_a_peers_chatter_is_not_its_result():
     output = 'Loading weights...\n{"case": "c1", "values": [3, 1, 2]}\n{"other": 1}\n'
-    assert peers.parse(output) == {"c1": 2}
+    assert peers.parse(output) == {"c1": Spread(2, 1, 3, 3)}
 
 
 def test_a_peer_that_is_not_there_is_a_column_that_says_so(tmp_path, monkeypatch):

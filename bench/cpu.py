@@ -1,0 +1,142 @@
+"""Where does the CPU executor stand beside its peers? Every case of S, M and L, servers, mixed load and starts, in one run.
+
+Sections: limits, offline, served, mixed, tiny, start, odd. Peers are measured in the same run (`--peers FOLDER`, see
+bench/README.md) and stand beside us as columns. Prints Markdown: the questions with their least and their aim, then
+every variant. `--quick` takes fewer cases and three repetitions, otherwise there are five at least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from bench import cpu_limits
+from bench.cpu_cases import OURS, Lineup, Measured, Variant, choose, machine_for_us, run_offline
+from bench.cpu_table import QUESTIONS, markdown
+from bench.result import Report, Row
+from bench.shapes import SHAPES
+from bench.statistics import Spread
+
+CASES = ("prefill512", "prefill2048", "decode1", "batch8", "batch32")
+QUICK_CASES = ("prefill512", "decode1", "batch8")
+MODELS = ("S", "M", "L")
+REPEATS = 5
+QUICK_REPEATS = 3
+
+UNITS = {(question.model, question.case): question.unit for question in QUESTIONS}
+
+
+@dataclass
+class Run:
+    """What sections are given, and where they put what they measure."""
+
+    lineup: Lineup
+    models: tuple[str, ...]
+    cases: tuple[str, ...]
+    repeats: int
+    seed: int
+    threads: int
+    quick: bool
+    measured: Measured = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuReport(Report):
+    """A report whose table is Markdown."""
+
+    measured: Measured = field(default_factory=dict)
+
+    def table(self) -> str:
+        """The heading, the limits, the questions and the grid."""
+        limits = ", ".join(f"{name} {value:.4g}" for name, value in self.limits.items())
+        shares = {_key(row): row.limit_share for row in self.rows}
+        head = f"cpu at {self.commit} on {self.machine}, {self.date}, seed {self.seed}"
+        return f"{head}\n\nlimits: {limits or 'not measured'}\n\n{markdown(self.measured, shares)}"
+
+
+def main(arguments: argparse.Namespace) -> Report:
+    """Runs the sections that `--sections` names, all by default."""
+    run = _run_of(arguments)
+    names = tuple(SECTIONS) if arguments.sections is None else tuple(arguments.sections.split(","))
+    if unknown := sorted(set(names) - {"limits", *SECTIONS}):
+        raise SystemExit(f"--sections has {', '.join(unknown)}; there are limits, {', '.join(SECTIONS)}")
+    limits = _limits("before", run.threads)
+    for name in names:
+        if name in SECTIONS:
+            SECTIONS[name](run)
+    # Bandwidth of virtual machines drifts within minutes: a run that it changed in is not one run.
+    after = _limits("after", run.threads)
+    rows = _rows(run, limits)
+    everything = limits | {f"{name}_after": value for name, value in after.items()}
+    report = CpuReport("cpu", arguments.seed, rows, everything, measured=run.measured)
+    if arguments.markdown is not None:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        arguments.markdown.write_text(report.table() + "\n", encoding="utf-8")
+    return report
+
+
+def _run_of(arguments: argparse.Namespace) -> Run:
+    models = MODELS if arguments.model is None else tuple(arguments.model.split(","))
+    if unknown := sorted(set(models) - set(SHAPES)):
+        raise SystemExit(f"--model has {', '.join(unknown)}; there are {', '.join(SHAPES)}")
+    cases = QUICK_CASES if arguments.quick else CASES
+    try:
+        lineup = choose(arguments.peers, arguments.schemes, arguments.runtimes)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    return Run(
+        lineup=lineup,
+        models=models,
+        cases=tuple(arguments.cases.split(",")) if arguments.cases else cases,
+        repeats=QUICK_REPEATS if arguments.quick else max(REPEATS, arguments.repeats),
+        seed=arguments.seed,
+        threads=arguments.threads or 2,
+        quick=arguments.quick,
+    )
+
+
+def _limits(when: str, threads: int) -> dict[str, float]:
+    with machine_for_us():
+        found = cpu_limits.measure(threads)
+    print(f"limits {when}: {', '.join(f'{name} {value:.4g}' for name, value in found.items())}", file=sys.stderr)
+    return found
+
+
+def _offline(run: Run) -> None:
+    for model in run.models:
+        run.measured |= run_offline(run.lineup, model, run.cases, run.repeats, run.seed, run.threads)
+
+
+SECTIONS: dict[str, Callable[[Run], None]] = {"offline": _offline}
+
+
+def _rows(run: Run, limits: dict[str, float]) -> list[Row]:
+    """A row per variant and case; ours have the same case of every peer in the same class beside them."""
+    return [
+        Row.of(
+            f"{model}/{case}/{variant.label}" + ("" if variant.runtime == OURS else f"@{variant.runtime}"),
+            UNITS.get((model, case), "tokens/s"),
+            value,
+            limit=cpu_limits.limit_of(case, variant.scheme, SHAPES[model], limits),
+            peers=_peers(run.measured, variant, model, case) if variant.runtime == OURS else None,
+        )
+        for (variant, model, case), value in run.measured.items()
+        if isinstance(value, Spread)
+    ]
+
+
+def _peers(measured: Measured, ours: Variant, model: str, case: str) -> dict[str, float | str]:
+    return {
+        variant.name: value if isinstance(value, str) else value.median
+        for (variant, of_model, of_case), value in measured.items()
+        if variant.runtime != OURS and variant.scheme == ours.scheme and (of_model, of_case) == (model, case)
+    }
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    """(scheme, model, case) of one of our rows."""
+    model, _, rest = row.case.partition("/")
+    case, _, scheme = rest.rpartition("/")
+    return scheme, model, case
