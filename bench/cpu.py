@@ -1,19 +1,19 @@
-"""Where does the CPU executor stand beside its peers? Every case of S, M and L, servers, mixed load and starts, in one run.
+"""Where does the CPU executor stand beside its peers? Cases of S, M and L, servers, mixed load, starts, in one run.
 
-Sections: limits, offline, served, mixed, tiny, start, odd. Peers are measured in the same run (`--peers FOLDER`, see
-bench/README.md) and stand beside us as columns. Prints Markdown: the questions with their least and their aim, then
-every variant. `--quick` takes fewer cases and three repetitions, otherwise there are five at least.
+Sections: limits (always), offline, served, mixed, tiny, start. Peers are measured in the same run (`--peers FOLDER`,
+see bench/README.md) and stand beside us as columns. Prints Markdown: the questions with their least and their aim,
+then every variant. `--quick` takes fewer cases and three repetitions, otherwise there are five at least.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bench import cpu_limits
 from bench.cpu_cases import OURS, Lineup, Measured, Variant, choose, machine_for_us, run_offline
+from bench.cpu_servers import Measure, measure_servers, measure_starts, mixed, served, tiny
 from bench.cpu_table import QUESTIONS, markdown
 from bench.result import Report, Row
 from bench.shapes import SHAPES
@@ -24,6 +24,7 @@ QUICK_CASES = ("prefill512", "decode1", "batch8")
 MODELS = ("S", "M", "L")
 REPEATS = 5
 QUICK_REPEATS = 3
+SECTIONS = ("limits", "offline", "served", "mixed", "tiny", "start")
 
 UNITS = {(question.model, question.case): question.unit for question in QUESTIONS}
 
@@ -59,13 +60,13 @@ class CpuReport(Report):
 def main(arguments: argparse.Namespace) -> Report:
     """Runs the sections that `--sections` names, all by default."""
     run = _run_of(arguments)
-    names = tuple(SECTIONS) if arguments.sections is None else tuple(arguments.sections.split(","))
-    if unknown := sorted(set(names) - {"limits", *SECTIONS}):
-        raise SystemExit(f"--sections has {', '.join(unknown)}; there are limits, {', '.join(SECTIONS)}")
+    names = SECTIONS if arguments.sections is None else tuple(arguments.sections.split(","))
+    if unknown := sorted(set(names) - set(SECTIONS)):
+        raise SystemExit(f"--sections has {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     limits = _limits("before", run.threads)
-    for name in names:
-        if name in SECTIONS:
-            SECTIONS[name](run)
+    if "offline" in names:
+        _offline(run)
+    _servers(run, names)
     # Bandwidth of virtual machines drifts within minutes: a run that it changed in is not one run.
     after = _limits("after", run.threads)
     rows = _rows(run, limits)
@@ -109,7 +110,16 @@ def _offline(run: Run) -> None:
         run.measured |= run_offline(run.lineup, model, run.cases, run.repeats, run.seed, run.threads)
 
 
-SECTIONS: dict[str, Callable[[Run], None]] = {"offline": _offline}
+def _servers(run: Run, names: tuple[str, ...]) -> None:
+    """Loads on S share a server: vLLM takes minutes to start."""
+    loads: dict[str, Measure] = {"served": served, "mixed": mixed}
+    settings = (run.repeats, run.seed, run.threads)
+    if measures := [measure for name, measure in loads.items() if name in names]:
+        run.measured |= measure_servers(run.lineup, "S", measures, *settings)
+    if "tiny" in names:
+        run.measured |= measure_servers(run.lineup.only("bf16"), "tiny", [tiny], *settings)
+    if "start" in names:
+        run.measured |= measure_starts(run.lineup, "S", *settings)
 
 
 def _rows(run: Run, limits: dict[str, float]) -> list[Row]:

@@ -86,6 +86,10 @@ class Lineup:
             return model_folder(model)
         return self.folder / "models" / f"{model}-{variant.label}"
 
+    def only(self, scheme: str) -> Lineup:
+        """The variants of one scheme."""
+        return Lineup(tuple(variant for variant in self.variants if variant.scheme == scheme), self.folder)
+
     def _needed(self, variant: Variant, model: str) -> Path:
         suffix = {"llama.cpp": ".gguf", "openvino": "-openvino"}.get(variant.runtime, "")
         path = self.model(variant, model)
@@ -93,7 +97,7 @@ class Lineup:
 
 
 def choose(peers_folder: Path | None, schemes: str | None, runtimes: str | None) -> Lineup:
-    """All variants of these schemes and runtimes (comma-separated; None for all). Raises ValueError for unknown ones."""
+    """Variants of these schemes and runtimes (comma-separated; None for all). Raises ValueError for unknown ones."""
     wanted_schemes = _chosen("schemes", schemes, SCHEMES)
     wanted_runtimes = _chosen("runtimes", runtimes, (OURS, *PEERS))
     chosen = [v for v in VARIANTS if v.scheme in wanted_schemes and v.runtime in wanted_runtimes]
@@ -122,7 +126,9 @@ def run_offline(lineup: Lineup, model: str, cases: tuple[str, ...], repeats: int
 
 def tell(case: str, variant: Variant, value: Spread | str) -> None:
     """On standard error, at once: a run takes long, and one that is cut off has still said something."""
-    text = value if isinstance(value, str) else f"{value.median:.5g} ({value.low:.5g}-{value.high:.5g}, n={value.repeats})"
+    text = (
+        value if isinstance(value, str) else f"{value.median:.5g} ({value.low:.5g}-{value.high:.5g}, n={value.repeats})"
+    )
     print(f"{case} {variant.name}: {text}", file=sys.stderr, flush=True)
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 MAX_START_SECONDS = 180.0
@@ -51,11 +51,22 @@ def serving(
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], ready_url: str, max_start_seconds: float = MAX_START_SECONDS
+    command: Sequence[str],
+    ready_url: str,
+    max_start_seconds: float = MAX_START_SECONDS,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """Starts any server: its process group, and the seconds until `ready_url` answered 200."""
+    """Starts any server, in this environment with `environment` over it: its process group, and the seconds until
+    `ready_url` answered 200.
+    """
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=os.environ | (environment or {}),
+    )
     try:
         while not _is_ready(ready_url):
             if process.poll() is not None:

@@ -1,7 +1,8 @@
 """Writes a made Llama checkpoint (`bench.shapes`) as a bfloat16 GGUF file, for llama.cpp: the same weights, unrounded.
 
-Rows of the query and key projections change their order, because llama.cpp rotates neighbours where Hugging Face rotates
-halves. The tokenizer is written as byte pairs with one merge that nothing uses: benchmarks send ids. O(parameters).
+Rows of the query and key projections change their order, because llama.cpp rotates neighbours where Hugging Face
+rotates halves. The tokenizer is written as byte pairs with one merge that nothing uses: benchmarks send ids.
+O(parameters).
 """
 
 from __future__ import annotations
@@ -33,10 +34,9 @@ def write_gguf(folder: Path, target: Path) -> None:
     writer = gguf.GGUFWriter(target, "llama")
     _describe(writer, config, folder)
     heads = {"self_attn.q_proj": config["num_attention_heads"], "self_attn.k_proj": config["num_key_value_heads"]}
-    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+    for name, stored in sorted(load_file(folder / "model.safetensors").items()):
         own, part = own_name(name)
-        if part in heads:
-            tensor = neighbours(tensor, heads[part])
+        tensor = neighbours(stored, heads[part]) if part in heads else stored
         if tensor.ndim == 1:
             writer.add_tensor(own, tensor.float().numpy())
         else:

@@ -1,9 +1,9 @@
 """Makes what peers read from the checkpoints that we read: `python -m bench.peers.models FOLDER --model S,L`.
 
 Into FOLDER/models, for every shape: NAME-bf16.gguf and, by llama.cpp's own `llama-quantize`, NAME-Q8_0.gguf and
-NAME-Q4_0.gguf (embedding and head in the same type); NAME-fp16-openvino, -int8- and -int4-openvino by Optimum; NAME-int8,
-the compressed-tensors folder that `llmscale quantize` writes, for vLLM. What is there is left alone, and what a missing
-peer would have to make is left out. See bench/README.md for how FOLDER is laid out.
+NAME-Q4_0.gguf (embedding and head in the same type); NAME-fp16-openvino, -int8- and -int4-openvino by Optimum; and
+NAME-int8, the compressed-tensors folder of `llmscale quantize`, for vLLM. What is there is left alone, and what
+a missing peer would have to make is left out. See bench/README.md for how FOLDER is laid out.
 """
 
 from __future__ import annotations
