@@ -1,7 +1,7 @@
 """Where does the CPU executor stand beside its peers? Cases of S, M and L, servers, mixed load, starts, in one run.
 
-Sections: limits (always), offline, served, mixed, tiny, start. Peers are measured in the same run (`--peers FOLDER`,
-see bench/README.md) and stand beside us as columns. Prints Markdown: the questions with their least and their aim,
+Sections: limits (always), offline, odd, served, mixed, tiny, start. Peers are measured in the same run (`--peers
+FOLDER`, see bench/README.md) and stand beside us as columns. Prints Markdown: the questions with their least and their aim,
 then every variant. `--quick` takes fewer cases and three repetitions, otherwise there are five at least.
 """
 
@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 
 from bench import cpu_limits
-from bench.cpu_cases import OURS, Lineup, Measured, Variant, choose, machine_for_us, run_offline
+from bench.cpu_cases import MAX_OTHERS_SHARE, OURS, Lineup, Measured, Variant, choose, machine_for_us, run_offline
 from bench.cpu_servers import Measure, measure_servers, measure_starts, mixed, served, tiny
 from bench.cpu_table import QUESTIONS, markdown
 from bench.result import Report, Row
@@ -24,7 +24,8 @@ QUICK_CASES = ("prefill512", "decode1", "batch8")
 MODELS = ("S", "M", "L")
 REPEATS = 5
 QUICK_REPEATS = 3
-SECTIONS = ("limits", "offline", "served", "mixed", "tiny", "start")
+SECTIONS = ("limits", "offline", "odd", "served", "mixed", "tiny", "start")
+ODD_CASES = ("prefill512", "decode1", "batch8")
 
 UNITS = {(question.model, question.case): question.unit for question in QUESTIONS}
 
@@ -48,13 +49,21 @@ class CpuReport(Report):
     """A report whose table is Markdown."""
 
     measured: Measured = field(default_factory=dict)
+    others: dict[str, float] = field(default_factory=dict)
 
     def table(self) -> str:
         """The heading, the limits, the questions and the grid."""
         limits = ", ".join(f"{name} {value:.4g}" for name, value in self.limits.items())
         shares = {_key(row): row.limit_share for row in self.rows}
         head = f"cpu at {self.commit} on {self.machine}, {self.date}, seed {self.seed}"
-        return f"{head}\n\nlimits: {limits or 'not measured'}\n\n{markdown(self.measured, shares)}"
+        parts = [head, f"limits: {limits}", self._disturbances(), markdown(self.measured, shares)]
+        return "\n\n".join(parts)
+
+    def _disturbances(self) -> str:
+        disturbed = {name: share for name, share in self.others.items() if share > MAX_OTHERS_SHARE}
+        if not disturbed:
+            return f"Nothing else used more than {MAX_OTHERS_SHARE:.0%} of the machine while anything was measured."
+        return f"Disturbed: {', '.join(f'{name} ({share:.0%})' for name, share in disturbed.items())}."
 
 
 def main(arguments: argparse.Namespace) -> Report:
@@ -63,15 +72,18 @@ def main(arguments: argparse.Namespace) -> Report:
     names = SECTIONS if arguments.sections is None else tuple(arguments.sections.split(","))
     if unknown := sorted(set(names) - set(SECTIONS)):
         raise SystemExit(f"--sections has {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
-    limits = _limits("before", run.threads)
+    limits = _limits(run, "before")
     if "offline" in names:
         _offline(run)
+    if "odd" in names:
+        # Ours alone: it is held to our own share of the limits on S.
+        run.measured |= run_offline(run.lineup.of(OURS), "odd", ODD_CASES, run.repeats, run.seed, run.threads)
     _servers(run, names)
     # Bandwidth of virtual machines drifts within minutes: a run that it changed in is not one run.
-    after = _limits("after", run.threads)
-    rows = _rows(run, limits)
+    after = _limits(run, "after")
+    rows = [*_rows(run, limits), *_others(run.lineup.others)]
     everything = limits | {f"{name}_after": value for name, value in after.items()}
-    report = CpuReport("cpu", arguments.seed, rows, everything, measured=run.measured)
+    report = CpuReport("cpu", arguments.seed, rows, everything, measured=run.measured, others=run.lineup.others)
     if arguments.markdown is not None:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
         arguments.markdown.write_text(report.table() + "\n", encoding="utf-8")
@@ -98,9 +110,9 @@ def _run_of(arguments: argparse.Namespace) -> Run:
     )
 
 
-def _limits(when: str, threads: int) -> dict[str, float]:
-    with machine_for_us():
-        found = cpu_limits.measure(threads)
+def _limits(run: Run, when: str) -> dict[str, float]:
+    with machine_for_us(run.lineup.others, f"limits {when}"):
+        found = cpu_limits.measure(run.threads)
     print(f"limits {when}: {', '.join(f'{name} {value:.4g}' for name, value in found.items())}", file=sys.stderr)
     return found
 
@@ -135,6 +147,10 @@ def _rows(run: Run, limits: dict[str, float]) -> list[Row]:
         for (variant, model, case), value in run.measured.items()
         if isinstance(value, Spread)
     ]
+
+
+def _others(shares: dict[str, float]) -> list[Row]:
+    return [Row(f"others/{name}", share, "of the machine", share, share, 1) for name, share in shares.items()]
 
 
 def _peers(measured: Measured, ours: Variant, model: str, case: str) -> dict[str, float | str]:

@@ -12,16 +12,19 @@ import fcntl
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench import peers
+from bench.disturbance import Watch
 from bench.shapes import SHAPES, model_folder
 from bench.statistics import Spread
 
 OURS = "llmscale"
 SCHEMES = ("bf16", "int8", "int4")
 LOCK_VARIABLE = "LLMSCALE_BENCH_LOCK"
+MAX_OTHERS_SHARE = 0.05
+"""Above it figures are disturbed, and the report says so."""
 NO_MODEL = "no model"
 """Of a peer that is there without this model in this format."""
 
@@ -63,6 +66,8 @@ class Lineup:
 
     variants: tuple[Variant, ...]
     folder: Path | None
+    others: dict[str, float] = field(default_factory=dict)
+    """Filled while variants run: the share of the machine that was used by anything else, by what ran."""
 
     def missing(self, variant: Variant, model: str) -> str | None:
         """Why this variant cannot run on this model; None where it can."""
@@ -88,7 +93,11 @@ class Lineup:
 
     def only(self, scheme: str) -> Lineup:
         """The variants of one scheme."""
-        return Lineup(tuple(variant for variant in self.variants if variant.scheme == scheme), self.folder)
+        return Lineup(tuple(variant for variant in self.variants if variant.scheme == scheme), self.folder, self.others)
+
+    def of(self, runtime: str) -> Lineup:
+        """The variants of one runtime."""
+        return Lineup(tuple(variant for variant in self.variants if variant.runtime == runtime), None, self.others)
 
     def _needed(self, variant: Variant, model: str) -> Path:
         suffix = {"llama.cpp": ".gguf", "openvino": "-openvino"}.get(variant.runtime, "")
@@ -144,17 +153,24 @@ def _run(
         program = str(lineup.program(variant.runtime))
         # A peer must not see our packages, which may be built for another Python.
         environment["PYTHONPATH"] = ""
-    with machine_for_us():
+    with machine_for_us(lineup.others, f"{model}/offline {variant.name}"):
         return peers.measure(program, variant.runtime.replace(".", ""), task, environment=environment)
 
 
 @contextlib.contextmanager
-def machine_for_us() -> Iterator[None]:
-    """Waits for the file that LLMSCALE_BENCH_LOCK names, where it names one."""
-    path = os.environ.get(LOCK_VARIABLE)
-    if not path:
-        yield
-        return
-    with Path(path).open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def machine_for_us(others: dict[str, float], name: str) -> Iterator[None]:
+    """Waits for the file that LLMSCALE_BENCH_LOCK names, where it names one; notes what others used meanwhile all the
+    same, the most of several times.
+    """
+    with contextlib.ExitStack() as stack:
+        if path := os.environ.get(LOCK_VARIABLE):
+            lock = stack.enter_context(Path(path).open("w", encoding="utf-8"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        watch = Watch()
+        try:
+            yield
+        finally:
+            if (share := watch.others_share()) is not None:
+                others[name] = max(share, others.get(name, 0.0))
+                if share > MAX_OTHERS_SHARE:
+                    print(f"{name}: others used {share:.0%} of the machine", file=sys.stderr, flush=True)

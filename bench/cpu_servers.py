@@ -111,7 +111,7 @@ def measure_servers(
         if reason is not None:
             continue
         try:
-            with _started(lineup, variant, model, threads) as server:
+            with _started(lineup, variant, model, threads, "served") as server:
                 for measure in measures:
                     _keep(found, variant, model, measure(server, repeats, seed))
         except (LoadFailed, RuntimeError) as error:
@@ -131,7 +131,7 @@ def measure_starts(lineup: Lineup, model: str, repeats: int, seed: int, threads:
         values: Values = {case: [] for case in START_CASES}
         for number in range(0 if reason else 1 if variant.runtime == "vllm" else repeats):
             try:
-                with _started(lineup, variant, model, threads) as server:
+                with _started(lineup, variant, model, threads, "start") as server:
                     first = server.load(seed + number, streams=1, prompt=8, output=1, requests=1)
                     values["start/first-token"].append(server.ready_seconds + first.first_token_ms(100) / 1e3)
                     values["start/resident"].append(resident_bytes(server.group) / (1 << 20))
@@ -168,7 +168,7 @@ def _keep(found: Measured, variant: Variant, model: str, values: Values) -> None
 
 
 @contextlib.contextmanager
-def _started(lineup: Lineup, variant: Variant, model: str, threads: int) -> Iterator[Server]:
+def _started(lineup: Lineup, variant: Variant, model: str, threads: int, section: str) -> Iterator[Server]:
     """A server that is ready, alone on the machine, ended afterwards."""
     # Built before anything is timed.
     program()
@@ -177,7 +177,7 @@ def _started(lineup: Lineup, variant: Variant, model: str, threads: int) -> Iter
     health = "health/ready" if variant.runtime == OURS else "health"
     url = f"http://127.0.0.1:{port}"
     with (
-        machine_for_us(),
+        machine_for_us(lineup.others, f"{model}/{section} {variant.name}"),
         running(command, f"{url}/{health}", MAX_START_SECONDS, environment) as (group, seconds),
     ):
         yield Server(port, model_of(url)[0], SHAPES[model].vocabulary, group, seconds)

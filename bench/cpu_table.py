@@ -15,6 +15,9 @@ from bench.cpu_cases import OURS, PEERS, Measured, Variant
 from bench.statistics import Spread
 
 Best = tuple[Variant, Spread]
+Shares = dict[tuple[str, str, str], float | None]
+"""Of a limit of the machine, by scheme, model and case of ours."""
+ODD_SHARE = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +136,12 @@ def answers(measured: Measured, questions: Sequence[Question] = QUESTIONS) -> li
     ]
 
 
-def markdown(measured: Measured, shares: dict[tuple[str, str, str], float | None]) -> str:
-    """The questions with their verdicts, then every variant of every case. `shares` of limits are by (scheme, model,
-    case).
-    """
-    return "\n".join([*_questions(measured, shares), "", *_grid(measured)])
+def markdown(measured: Measured, shares: Shares) -> str:
+    """The questions with their verdicts, every variant of every case, and the odd shape beside S."""
+    return "\n".join([*_questions(measured, shares), "", *_grid(measured), *_odd(shares)])
 
 
-def _questions(measured: Measured, shares: dict[tuple[str, str, str], float | None]) -> list[str]:
+def _questions(measured: Measured, shares: Shares) -> list[str]:
     head = ["case", "unit", "llmscale", "of limit", *PEERS, "reached", "must", "aim", "verdict"]
     lines = [_row(head), _row(["---"] * len(head))]
     for answer in answers(measured):
@@ -154,6 +155,18 @@ def _questions(measured: Measured, shares: dict[tuple[str, str, str], float | No
         cells.append("-" if answer.reached is None else number(answer.reached) + suffix)
         lines.append(_row([*cells, f"{question.must:g}{suffix}", f"{question.aim:g}{suffix}", answer.verdict]))
     return lines
+
+
+def _odd(shares: Shares) -> list[str]:
+    """What the shape that nothing is tuned for reaches of its limits, beside what S reaches of its own."""
+    head = ["share of the limit", "odd", "S", "odd / S", "must"]
+    lines = []
+    for (scheme, model, case), share in shares.items():
+        other = shares.get((scheme, "S", case))
+        if model == "odd" and share is not None and other is not None:
+            cells = [f"{case} {scheme}", f"{share:.0%}", f"{other:.0%}", f"{number(share / other)}x", f"{ODD_SHARE:g}x"]
+            lines.append(_row(cells))
+    return ["", _row(head), _row(["---"] * len(head)), *lines] if lines else []
 
 
 def _grid(measured: Measured) -> list[str]:

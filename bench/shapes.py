@@ -29,11 +29,13 @@ class Shape:
     kv_heads: int
     ffn: int
     vocabulary: int
+    own_head_size: int | None = None
+    """Where it is not the width divided by the heads."""
 
     @property
     def head_size(self) -> int:
         """Elements of one head."""
-        return self.hidden // self.heads
+        return self.own_head_size or self.hidden // self.heads
 
     @property
     def layer_parameters(self) -> int:
@@ -52,6 +54,7 @@ SHAPES = {
     "S": Shape(30, 576, 9, 3, 1_536, 49_152),
     "M": Shape(24, 896, 14, 2, 4_864, 32_000),
     "L": Shape(16, 2_048, 32, 8, 8_192, 32_000),
+    "odd": Shape(48, 320, 6, 2, 864, 50_257, own_head_size=48),
     "8B": Shape(32, 4_096, 32, 8, 14_336, 128_256),
 }
 
@@ -116,7 +119,7 @@ def _write_weights(shape: Shape, folder: Path) -> None:
         # Scaled like a trained model's, so that activations neither vanish nor overflow in bfloat16.
         return (torch.randn(rows, columns, generator=generator) * 0.02).to(torch.bfloat16)
 
-    hidden, kv = shape.hidden, shape.kv_heads * shape.head_size
+    hidden, query, kv = shape.hidden, shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     tensors = {
         "model.embed_tokens.weight": random(shape.vocabulary, hidden),
         "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
@@ -124,10 +127,10 @@ def _write_weights(shape: Shape, folder: Path) -> None:
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
         for name, rows, columns in (
-            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.q_proj", query, hidden),
             ("self_attn.k_proj", kv, hidden),
             ("self_attn.v_proj", kv, hidden),
-            ("self_attn.o_proj", hidden, hidden),
+            ("self_attn.o_proj", hidden, query),
             ("mlp.gate_proj", shape.ffn, hidden),
             ("mlp.up_proj", shape.ffn, hidden),
             ("mlp.down_proj", hidden, shape.ffn),
