@@ -1,8 +1,8 @@
 """Where does the CPU executor stand beside its peers? Cases of S, M and L, servers, mixed load, starts, in one run.
 
-Sections: limits (always), offline, odd, served, mixed, tiny, start. Peers are measured in the same run (`--peers
-FOLDER`, see bench/README.md) and stand beside us as columns. Prints Markdown: the questions with their least and their aim,
-then every variant. `--quick` takes fewer cases and three repetitions, otherwise there are five at least.
+Sections: limits (always), kernels, offline, odd, served, mixed, tiny, start. Peers are measured in the same run
+(`--peers FOLDER`, see bench/README.md) and stand beside us as columns. Prints Markdown: the questions with their least
+and their aim, then every variant. `--quick` takes fewer cases and three repetitions, otherwise there are five at least.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import sys
 from dataclasses import dataclass, field
 
-from bench import cpu_limits
+from bench import cpu_kernels, cpu_limits
 from bench.cpu_cases import MAX_OTHERS_SHARE, OURS, Lineup, Measured, Variant, choose, machine_for_us, run_offline
 from bench.cpu_servers import Measure, measure_servers, measure_starts, mixed, served, tiny
 from bench.cpu_table import QUESTIONS, markdown
@@ -24,7 +24,7 @@ QUICK_CASES = ("prefill512", "decode1", "batch8")
 MODELS = ("S", "M", "L")
 REPEATS = 5
 QUICK_REPEATS = 3
-SECTIONS = ("limits", "offline", "odd", "served", "mixed", "tiny", "start")
+SECTIONS = ("limits", "kernels", "offline", "odd", "served", "mixed", "tiny", "start")
 ODD_CASES = ("prefill512", "decode1", "batch8")
 
 UNITS = {(question.model, question.case): question.unit for question in QUESTIONS}
@@ -56,8 +56,9 @@ class CpuReport(Report):
         limits = ", ".join(f"{name} {value:.4g}" for name, value in self.limits.items())
         shares = {_key(row): row.limit_share for row in self.rows}
         head = f"cpu at {self.commit} on {self.machine}, {self.date}, seed {self.seed}"
+        kernels = [row for row in self.rows if row.case.startswith("kernels/")]
         parts = [head, f"limits: {limits}", self._disturbances(), markdown(self.measured, shares)]
-        return "\n\n".join(parts)
+        return "\n\n".join([*parts, *([cpu_kernels.markdown(kernels)] if kernels else [])])
 
     def _disturbances(self) -> str:
         disturbed = {name: share for name, share in self.others.items() if share > MAX_OTHERS_SHARE}
@@ -73,6 +74,10 @@ def main(arguments: argparse.Namespace) -> Report:
     if unknown := sorted(set(names) - set(SECTIONS)):
         raise SystemExit(f"--sections has {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     limits = _limits(run, "before")
+    kernels: list[Row] = []
+    if "kernels" in names:
+        with machine_for_us(run.lineup.others, "kernels"):
+            kernels = cpu_kernels.measure(run.threads)
     if "offline" in names:
         _offline(run)
     if "odd" in names:
@@ -81,7 +86,7 @@ def main(arguments: argparse.Namespace) -> Report:
     _servers(run, names)
     # Bandwidth of virtual machines drifts within minutes: a run that it changed in is not one run.
     after = _limits(run, "after")
-    rows = [*_rows(run, limits), *_others(run.lineup.others)]
+    rows = [*kernels, *_rows(run, limits), *_others(run.lineup.others)]
     everything = limits | {f"{name}_after": value for name, value in after.items()}
     report = CpuReport("cpu", arguments.seed, rows, everything, measured=run.measured, others=run.lineup.others)
     if arguments.markdown is not None:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bench.cpu_cases import machine_for_us
 from bench.peers.gguf_file import write_gguf
 from bench.shapes import SHAPES, model_folder
 
@@ -33,7 +34,9 @@ def main() -> None:
 
 def make(peers: Path, name: str) -> None:
     """All formats of one shape that are not there yet."""
-    source, models = model_folder(name), peers / "models"
+    with machine_for_us({}, name):
+        source = model_folder(name)
+    models = peers / "models"
     models.mkdir(parents=True, exist_ok=True)
     quantize = peers / "llama.cpp/bin/llama-quantize"
     if quantize.is_file():
@@ -72,7 +75,8 @@ def _make(target: Path, write: Callable[[Path], None]) -> None:
     print(f"making {target}", file=sys.stderr, flush=True)
     # Renamed when complete, so that an interrupted run leaves nothing that looks whole.
     part = target.with_name(f"part-{target.name}")
-    write(part)
+    with machine_for_us({}, str(target)):
+        write(part)
     part.rename(target)
 
 

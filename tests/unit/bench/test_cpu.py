@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import cpu_cases, cpu_limits, peers
+from bench import cpu_cases, cpu_kernels, cpu_limits, peers
 from bench.cpu_cases import OURS, Variant, choose
 from bench.cpu_servers import server_command
 from bench.cpu_table import QUESTIONS, Question, answers, best, markdown, number
@@ -204,3 +204,22 @@ def test_every_row_of_ours_has_its_peers_beside_it():
     assert [row.case for row in rows] == ["S/decode1/int8", "S/decode1/Q8_0@llama.cpp", "S/decode1/Q4_0@llama.cpp"]
     assert rows[0].peers == {"llama.cpp Q8_0": 100.0, "vllm int8": "not installed"}
     assert json.loads(json.dumps(rows[0].to_json()))["limit_share"] == pytest.approx(300 * 134_479_872 / 1e11)
+
+
+def test_the_kernels_lines_are_read_and_others_are_refused():
+    text = """bf16    960 x   576,    1 rows:     33.0 us   33.5 GB/s    67.0 GOP/s (best 70.0)
+int8  16384 x  2048,  512 rows:  40000.0 us    0.8 GB/s   858.9 GOP/s (best 870.1)
+int8  16384 x  2048,   16 rows:   1000.0 us   33.0 GB/s   600.0 GOP/s (best 610.0)
+"""
+    one, many = cpu_kernels.parse(text)
+    assert (one.case, one.value, one.unit, one.high) == ("kernels/bf16/960x576/1-rows", 33.5, "GB/s", 35.0)
+    assert (many.case, many.value, many.high) == ("kernels/int8/16384x2048/512-rows", 858.9, 870.1)
+    assert "| int8 16384x2048 | - | - | - | 859 (870) GOP/s |" in cpu_kernels.markdown([one, many])
+    with pytest.raises(ValueError, match="no line of matmul_rates"):
+        list(cpu_kernels.parse("warning: unused"))
+
+
+def test_the_odd_shape_stands_beside_s():
+    shares = {("int8", "odd", "decode1"): 0.3, ("int8", "S", "decode1"): 0.4, ("bf16", "odd", "decode1"): None}
+    assert "| decode1 int8 | 30% | 40% | 0.75x | 0.7x |" in markdown({}, shares).splitlines()
+    assert SHAPES["odd"].layer_parameters == 48 * (320 * 48 * 16 + 3 * 320 * 864)
