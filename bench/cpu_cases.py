@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from bench.statistics import Spread
 OURS = "llmscale"
 SCHEMES = ("bf16", "int8", "int4")
 LOCK_VARIABLE = "LLMSCALE_BENCH_LOCK"
+MAX_TURN_SECONDS = 100.0
+"""After it the lock is given back when a process ends."""
 MAX_OTHERS_SHARE = 0.05
 """Above it figures are disturbed, and the report says so."""
 NO_MODEL = "no model"
@@ -157,20 +160,45 @@ def _run(
         return peers.measure(program, variant.runtime.replace(".", ""), task, environment=environment)
 
 
+class _Turn:
+    """The lock on the file that LLMSCALE_BENCH_LOCK names. It is kept from one process to the next until a turn is
+    over, so that one variant can follow the other where many wait for the machine.
+    """
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+        self._since = 0.0
+
+    def take(self, path: str) -> None:
+        """Waits until the machine is ours."""
+        if self._descriptor is None:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            self._since = time.monotonic()
+
+    def give(self) -> None:
+        """Lets others have it, where this turn is over."""
+        if self._descriptor is not None and time.monotonic() - self._since > MAX_TURN_SECONDS:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+_TURN = _Turn()
+
+
 @contextlib.contextmanager
 def machine_for_us(others: dict[str, float], name: str) -> Iterator[None]:
     """Waits for the file that LLMSCALE_BENCH_LOCK names, where it names one; notes what others used meanwhile all the
     same, the most of several times.
     """
-    with contextlib.ExitStack() as stack:
-        if path := os.environ.get(LOCK_VARIABLE):
-            lock = stack.enter_context(Path(path).open("w", encoding="utf-8"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        watch = Watch()
-        try:
-            yield
-        finally:
-            if (share := watch.others_share()) is not None:
-                others[name] = max(share, others.get(name, 0.0))
-                if share > MAX_OTHERS_SHARE:
-                    print(f"{name}: others used {share:.0%} of the machine", file=sys.stderr, flush=True)
+    if path := os.environ.get(LOCK_VARIABLE):
+        _TURN.take(path)
+    watch = Watch()
+    try:
+        yield
+    finally:
+        if (share := watch.others_share()) is not None:
+            others[name] = max(share, others.get(name, 0.0))
+            if share > MAX_OTHERS_SHARE:
+                print(f"{name}: others used {share:.0%} of the machine", file=sys.stderr, flush=True)
+        _TURN.give()

@@ -1,5 +1,6 @@
 """`bench cpu`: who takes part, what is asked, ratios and verdicts, what the load generator's lines mean."""
 
+import fcntl
 import json
 from dataclasses import replace
 
@@ -223,3 +224,28 @@ def test_the_odd_shape_stands_beside_s():
     shares = {("int8", "odd", "decode1"): 0.3, ("int8", "S", "decode1"): 0.4, ("bf16", "odd", "decode1"): None}
     assert "| decode1 int8 | 30% | 40% | 0.75x | 0.7x |" in markdown({}, shares).splitlines()
     assert SHAPES["odd"].layer_parameters == 48 * (320 * 48 * 16 + 3 * 320 * 864)
+
+
+def test_a_turn_keeps_the_lock_until_it_is_over(tmp_path, monkeypatch):
+    path = tmp_path / "lock"
+    now = [0.0]
+    monkeypatch.setattr(cpu_cases.time, "monotonic", lambda: now[0])
+    turn = cpu_cases._Turn()
+
+    def is_free():
+        with path.open("w") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    turn.take(str(path))
+    now[0] = cpu_cases.MAX_TURN_SECONDS
+    turn.give()
+    assert not is_free()
+    now[0] += 1
+    turn.give()
+    assert is_free()
+    turn.take(str(path))
+    assert not is_free()
