@@ -3,6 +3,7 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longer than any answer should take; a server that hangs must not hang the benchmark.
@@ -27,8 +28,9 @@ impl<'a> Connection<'a> {
         Self { address, open: None }
     }
 
-    /// Sends a completion and reads its answer; times count from `begin`. Any failure closes the connection.
-    pub fn complete(&mut self, body: &str, begin: Instant) -> io::Result<Answer> {
+    /// Sends a completion and reads its answer; times count from `begin`. Any failure closes the connection, and so does
+    /// `stop`, which ends a streamed answer at its next event with what has come until then.
+    pub fn complete(&mut self, body: &str, begin: Instant, stop: Option<&AtomicBool>) -> io::Result<Answer> {
         let request = format!(
             "POST /v1/completions HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             self.address,
@@ -45,7 +47,9 @@ impl<'a> Connection<'a> {
         let mut text = Vec::new();
         let mut events_us = Vec::new();
         if head.is_chunked {
-            read_chunks(&mut stream, begin, &mut events_us, &mut text)?;
+            if !read_chunks(&mut stream, begin, stop, &mut events_us, &mut text)? {
+                return Ok(Answer { tokens: events_us.len() as u64, events_us });
+            }
         } else {
             text.resize(head.length, 0);
             stream.read_exact(&mut text)?;
@@ -61,11 +65,7 @@ impl<'a> Connection<'a> {
     }
 
     /// Writes the request and reads the first line of the answer.
-    fn start(
-        &self,
-        kept: Option<BufReader<TcpStream>>,
-        request: &str,
-    ) -> io::Result<(BufReader<TcpStream>, String)> {
+    fn start(&self, kept: Option<BufReader<TcpStream>>, request: &str) -> io::Result<(BufReader<TcpStream>, String)> {
         let mut stream = match kept {
             Some(stream) => stream,
             None => {
@@ -110,13 +110,14 @@ impl Head {
     }
 }
 
-/// Notes when events with text came; `last` becomes the chunk with the usage, or with an error.
+/// Notes when events with text came; `last` becomes the event with the usage, or with an error. False if it was stopped.
 fn read_chunks(
     stream: &mut impl BufRead,
     begin: Instant,
+    stop: Option<&AtomicBool>,
     events_us: &mut Vec<u128>,
     last: &mut Vec<u8>,
-) -> io::Result<()> {
+) -> io::Result<bool> {
     let (mut line, mut chunk) = (String::new(), Vec::new());
     loop {
         line.clear();
@@ -125,7 +126,10 @@ fn read_chunks(
         chunk.resize(size + 2, 0);
         stream.read_exact(&mut chunk)?;
         if size == 0 {
-            return Ok(());
+            return Ok(true);
+        }
+        if stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
+            return Ok(false);
         }
         let now = begin.elapsed().as_micros();
         for event in chunk[..size].split(|&byte| byte == b'\n') {
@@ -160,7 +164,12 @@ mod tests {
         let usage = "data: {\"text\":\"\"}\n\ndata: {\"choices\":[],\"usage\":{\"completion_tokens\":2}}\n\n";
         let body = format!("{:x}\r\n{events}\r\n{:x}\r\n{usage}\r\n0\r\n\r\n", events.len(), usage.len());
         let (mut times, mut last) = (Vec::new(), Vec::new());
-        read_chunks(&mut body.as_bytes(), Instant::now(), &mut times, &mut last).expect("whole chunks");
+        let mut read = |stop: bool, times: &mut Vec<u128>| {
+            read_chunks(&mut body.as_bytes(), Instant::now(), Some(&AtomicBool::new(stop)), times, &mut last)
+                .expect("whole chunks")
+        };
+        assert!(!read(true, &mut times) && times.is_empty());
+        assert!(read(false, &mut times));
         assert_eq!(times.len(), 2);
         assert_eq!(tokens_of(&String::from_utf8_lossy(&last)), Some(2));
     }

@@ -6,9 +6,10 @@
 //!
 //! Every stream is a closed loop of requests of random token ids. With `requests` the run ends after so many of them;
 //! with `seconds` it lasts so long after two seconds in which streams start one by one, and a prompt of `long` ids is
-//! sent every second of it, whatever became of the ones before. The first line of output is `window FROM TO`; then a line
-//! per request: `short|long START END TOKENS EVENT...`, where TOKENS is what the server says it made and every EVENT is
-//! the arrival of an event with text, or `short|long START END error TEXT`. Times are microseconds on one clock.
+//! sent every second of it, whatever became of the ones before; then the streams are cut. The first line of output is
+//! `window FROM TO`; then a line per request: `short|long START END TOKENS EVENT...`, where TOKENS is what the server
+//! says it made and every EVENT is the arrival of an event with text, or `short|long START END error TEXT`. Times are
+//! microseconds on one clock.
 #![allow(clippy::print_stdout, reason = "the lines are the result")]
 
 mod client;
@@ -59,7 +60,9 @@ impl<'a> Run<'a> {
         let ids = self.ids.lock().expect("no thread panics with it").draw(prompt_tokens);
         let body = self.plan.body(&ids, output_tokens);
         let start = self.begin.elapsed().as_micros();
-        let result = match connection.complete(&body, self.begin) {
+        // Long prompts are awaited: their first token may come after the window.
+        let stop = (kind == "short").then_some(&self.stop);
+        let result = match connection.complete(&body, self.begin, stop) {
             Ok(answer) => {
                 let events: Vec<String> = answer.events_us.iter().map(u128::to_string).collect();
                 format!("{} {}", answer.tokens, events.join(" "))
@@ -79,7 +82,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Sends long prompts until the time is over, then lets the streams end with the requests that they have.
+    /// Sends long prompts until the time is over, then cuts the streams.
     fn keep_time<'scope>(&'scope self, scope: &'scope thread::Scope<'scope, '_>, from: Instant, to: Instant) {
         let mut due = from;
         while due < to {

@@ -32,7 +32,8 @@ impl Plan {
         }
         let mut take = |name: &str| given.remove(name);
         let number = |name: &str, text: Option<String>| -> Result<Option<u64>, String> {
-            text.map(|text| text.parse().map_err(|_| format!("{name} is {text}, it must be a whole number"))).transpose()
+            text.map(|text| text.parse().map_err(|_| format!("{name} is {text}, it must be a whole number")))
+                .transpose()
         };
         let needed = |name: &str, value: Option<u64>| value.ok_or_else(|| format!("{name}=N is missing"));
         let size = |value: u64| usize::try_from(value).map_err(|_| format!("{value} is too large"));
@@ -126,7 +127,10 @@ mod tests {
         let plan = parse(&format!("{WORDS} seconds=5 long=9 long_output=2")).expect("a whole plan");
         assert_eq!((plan.streams, plan.seconds, plan.long), (2, Some(5), Some((9, 2))));
         assert_eq!(parse(WORDS).err().as_deref(), Some("give one of requests=N and seconds=N"));
-        assert_eq!(parse(&format!("{WORDS} requests=x")).err().as_deref(), Some("requests is x, it must be a whole number"));
+        assert_eq!(
+            parse(&format!("{WORDS} requests=x")).err().as_deref(),
+            Some("requests is x, it must be a whole number")
+        );
         assert_eq!(parse(&format!("{WORDS} requests=1 more=1")).err().as_deref(), Some("more is not known"));
     }
 
