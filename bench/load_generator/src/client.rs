@@ -2,35 +2,57 @@
 //! framing: chunks, or a content length.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Longer than any answer should take; a server that hangs must not hang the benchmark.
 const MAX_SILENCE: Duration = Duration::from_secs(120);
 
-/// What a request brought.
-pub struct Answer {
-    /// As the server's usage says.
-    pub tokens: u64,
-    /// When each event with text came.
-    pub events_us: Vec<u128>,
+/// Connections that end all at once, also those that wait for a silent server.
+#[derive(Default)]
+pub struct Cut {
+    sockets: Mutex<Vec<TcpStream>>,
+    is_made: AtomicBool,
+}
+
+impl Cut {
+    /// Ends them all, now and for ever.
+    pub fn make(&self) {
+        self.is_made.store(true, Ordering::SeqCst);
+        for socket in self.sockets.lock().expect("no thread panics with it").iter() {
+            // One that the server has closed is cut already.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+
+    pub fn is_made(&self) -> bool {
+        self.is_made.load(Ordering::SeqCst)
+    }
+
+    /// Will end this one too; refuses it when it is too late for that.
+    fn add(&self, socket: &TcpStream) -> io::Result<()> {
+        self.sockets.lock().expect("no thread panics with it").push(socket.try_clone()?);
+        if self.is_made() { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
+    }
 }
 
 /// To one server, opened when it is needed.
 pub struct Connection<'a> {
     address: &'a str,
+    cut: Option<&'a Cut>,
     open: Option<BufReader<TcpStream>>,
 }
 
 impl<'a> Connection<'a> {
-    pub fn new(address: &'a str) -> Self {
-        Self { address, open: None }
+    pub fn new(address: &'a str, cut: Option<&'a Cut>) -> Self {
+        Self { address, cut, open: None }
     }
 
-    /// Sends a completion and reads its answer; times count from `begin`. Any failure closes the connection, and so does
-    /// `stop`, which ends a streamed answer at its next event with what has come until then.
-    pub fn complete(&mut self, body: &str, begin: Instant, stop: Option<&AtomicBool>) -> io::Result<Answer> {
+    /// Sends a completion and reads its answer; returns how many tokens the server says it made. `events_us` becomes the
+    /// times of events with text, counted from `begin`, also when it fails. Any failure closes the connection.
+    pub fn complete(&mut self, body: &str, begin: Instant, events_us: &mut Vec<u128>) -> io::Result<u64> {
         let request = format!(
             "POST /v1/completions HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
             self.address,
@@ -45,11 +67,8 @@ impl<'a> Connection<'a> {
         };
         let head = Head::read(&mut stream)?;
         let mut text = Vec::new();
-        let mut events_us = Vec::new();
         if head.is_chunked {
-            if !read_chunks(&mut stream, begin, stop, &mut events_us, &mut text)? {
-                return Ok(Answer { tokens: events_us.len() as u64, events_us });
-            }
+            read_chunks(&mut stream, begin, events_us, &mut text)?;
         } else {
             text.resize(head.length, 0);
             stream.read_exact(&mut text)?;
@@ -61,7 +80,7 @@ impl<'a> Connection<'a> {
         if !head.closes {
             self.open = Some(stream);
         }
-        Ok(Answer { tokens, events_us })
+        Ok(tokens)
     }
 
     /// Writes the request and reads the first line of the answer.
@@ -70,6 +89,9 @@ impl<'a> Connection<'a> {
             Some(stream) => stream,
             None => {
                 let stream = TcpStream::connect(self.address)?;
+                if let Some(cut) = self.cut {
+                    cut.add(&stream)?;
+                }
                 stream.set_nodelay(true)?;
                 stream.set_read_timeout(Some(MAX_SILENCE))?;
                 BufReader::new(stream)
@@ -110,14 +132,13 @@ impl Head {
     }
 }
 
-/// Notes when events with text came; `last` becomes the event with the usage, or with an error. False if it was stopped.
+/// Notes when events with text came; `last` becomes the event with the usage, or with an error.
 fn read_chunks(
     stream: &mut impl BufRead,
     begin: Instant,
-    stop: Option<&AtomicBool>,
     events_us: &mut Vec<u128>,
     last: &mut Vec<u8>,
-) -> io::Result<bool> {
+) -> io::Result<()> {
     let (mut line, mut chunk) = (String::new(), Vec::new());
     loop {
         line.clear();
@@ -126,10 +147,7 @@ fn read_chunks(
         chunk.resize(size + 2, 0);
         stream.read_exact(&mut chunk)?;
         if size == 0 {
-            return Ok(true);
-        }
-        if stop.is_some_and(|stop| stop.load(Ordering::Relaxed)) {
-            return Ok(false);
+            return Ok(());
         }
         let now = begin.elapsed().as_micros();
         for event in chunk[..size].split(|&byte| byte == b'\n') {
@@ -157,6 +175,9 @@ fn tokens_of(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::TcpListener;
+    use std::sync::mpsc;
+    use std::thread;
 
     #[test]
     fn events_with_text_are_counted_and_the_usage_is_kept() {
@@ -164,12 +185,7 @@ mod tests {
         let usage = "data: {\"text\":\"\"}\n\ndata: {\"choices\":[],\"usage\":{\"completion_tokens\":2}}\n\n";
         let body = format!("{:x}\r\n{events}\r\n{:x}\r\n{usage}\r\n0\r\n\r\n", events.len(), usage.len());
         let (mut times, mut last) = (Vec::new(), Vec::new());
-        let mut read = |stop: bool, times: &mut Vec<u128>| {
-            read_chunks(&mut body.as_bytes(), Instant::now(), Some(&AtomicBool::new(stop)), times, &mut last)
-                .expect("whole chunks")
-        };
-        assert!(!read(true, &mut times) && times.is_empty());
-        assert!(read(false, &mut times));
+        read_chunks(&mut body.as_bytes(), Instant::now(), &mut times, &mut last).expect("whole chunks");
         assert_eq!(times.len(), 2);
         assert_eq!(tokens_of(&String::from_utf8_lossy(&last)), Some(2));
     }
@@ -179,6 +195,33 @@ mod tests {
         let head = Head::read(&mut &b"Content-Length: 12\r\nConnection: close\r\n\r\nrest"[..]).expect("a whole head");
         assert_eq!((head.length, head.is_chunked, head.closes), (12, false, true));
         assert!(Head::read(&mut &b"Transfer-Encoding: chunked\r\n\r\n"[..]).expect("a whole head").is_chunked);
+    }
+
+    #[test]
+    fn a_cut_ends_streams_that_wait_and_keeps_what_came() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("a bound socket").to_string();
+        let cut = Cut::default();
+        let (sent, came) = mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut socket, _) = listener.accept().expect("a client");
+                let head = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+                socket.write_all(format!("{head}d\r\n{{\"text\":\"a\"}}\r\n").as_bytes()).expect("a client");
+                sent.send(()).expect("a waiting test");
+                // Silent until the client is gone.
+                socket.read_to_end(&mut Vec::new()).expect("the client's end");
+            });
+            let cut = &cut;
+            scope.spawn(move || {
+                came.recv().expect("a server");
+                cut.make();
+            });
+            let mut events = Vec::new();
+            Connection::new(&address, Some(cut)).complete("{}", Instant::now(), &mut events).expect_err("it was cut");
+            assert!(events.len() <= 1);
+        });
+        assert!(Connection::new(&address, Some(&cut)).complete("{}", Instant::now(), &mut Vec::new()).is_err());
     }
 
     #[test]
