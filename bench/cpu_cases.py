@@ -24,7 +24,7 @@ from bench.statistics import Spread
 OURS = "llmscale"
 SCHEMES = ("bf16", "int8", "int4")
 LOCK_VARIABLE = "LLMSCALE_BENCH_LOCK"
-MAX_TURN_SECONDS = 100.0
+MAX_TURN_SECONDS = 120.0
 """After it the lock is given back when a process ends."""
 MAX_OTHERS_SHARE = 0.05
 """Above it figures are disturbed, and the report says so."""
@@ -187,7 +187,7 @@ _TURN = _Turn()
 
 
 @contextlib.contextmanager
-def machine_for_us(others: dict[str, float], name: str) -> Iterator[None]:
+def machine_for_us(others: dict[str, float], name: str) -> Iterator[Watch]:
     """Waits for the file that LLMSCALE_BENCH_LOCK names, where it names one; notes what others used meanwhile all the
     same, the most of several times.
     """
@@ -195,9 +195,9 @@ def machine_for_us(others: dict[str, float], name: str) -> Iterator[None]:
         _TURN.take(path)
     watch = Watch()
     try:
-        yield
+        yield watch
     finally:
-        if (share := watch.others_share()) is not None:
+        if (share := watch.stop()) is not None:
             others[name] = max(share, others.get(name, 0.0))
             if share > MAX_OTHERS_SHARE:
                 print(f"{name}: others used {share:.0%} of the machine", file=sys.stderr, flush=True)

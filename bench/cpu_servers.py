@@ -177,10 +177,13 @@ def _started(lineup: Lineup, variant: Variant, model: str, threads: int, section
     health = "health/ready" if variant.runtime == OURS else "health"
     url = f"http://127.0.0.1:{port}"
     with (
-        machine_for_us(lineup.others, f"{model}/{section} {variant.name}"),
+        machine_for_us(lineup.others, f"{model}/{section} {variant.name}") as watch,
         running(command, f"{url}/{health}", MAX_START_SECONDS, environment) as (group, seconds),
     ):
-        yield Server(port, model_of(url)[0], SHAPES[model].vocabulary, group, seconds)
+        try:
+            yield Server(port, model_of(url)[0], SHAPES[model].vocabulary, group, seconds)
+        finally:
+            watch.stop(group)
 
 
 def server_command(
