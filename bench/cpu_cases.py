@@ -28,6 +28,8 @@ MAX_TURN_SECONDS = 120.0
 """After it the lock is given back when a process ends."""
 MAX_OTHERS_SHARE = 0.05
 """Above it figures are disturbed, and the report says so."""
+NO_SERVER = "no server"
+"""Of a peer that is a library."""
 NO_MODEL = "no model"
 """Of a peer that is there without this model in this format."""
 

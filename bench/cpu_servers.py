@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cpu_cases import OURS, Lineup, Measured, Variant, machine_for_us, tell
+from bench.cpu_cases import NO_SERVER, OURS, Lineup, Measured, Variant, machine_for_us, tell
 from bench.server import free_port, resident_bytes, running
 from bench.serving import model_of
 from bench.shapes import SHAPES
@@ -104,7 +104,7 @@ def measure_servers(
     for variant in lineup.variants:
         reason = lineup.missing(variant, model)
         if variant.runtime == "openvino":
-            reason = reason or "no server"
+            reason = NO_SERVER
         for measure in measures:
             for case in CASES[measure]:
                 found[variant, model, case] = reason or "failed"
@@ -127,7 +127,7 @@ def measure_starts(lineup: Lineup, model: str, repeats: int, seed: int, threads:
     for variant in lineup.variants:
         reason = lineup.missing(variant, model)
         if variant.runtime == "openvino":
-            reason = reason or "no server"
+            reason = NO_SERVER
         values: Values = {case: [] for case in START_CASES}
         for number in range(0 if reason else 1 if variant.runtime == "vllm" else repeats):
             try:

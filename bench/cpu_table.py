@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.cpu_cases import OURS, PEERS, Measured, Variant
+from bench.cpu_cases import OURS, PEERS, VARIANTS, Measured, Variant
 from bench.statistics import Spread
 
 Best = tuple[Variant, Spread]
@@ -37,6 +37,11 @@ class Question:
     def name(self) -> str:
         """Of its row."""
         return f"{self.model}/{self.case}" + (f" {self.scheme}" if self.scheme else "")
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server is asked for, which OpenVINO is not."""
+        return self.case.startswith(("served", "mixed", "start"))
 
     def better(self, left: float, right: float) -> bool:
         """Whether `left` is strictly better."""
@@ -153,8 +158,17 @@ def _questions(measured: Measured, shares: Shares) -> list[str]:
         cells = [question.name, question.unit, _best_cell(answer.ours), "-" if share is None else f"{share:.0%}"]
         cells += [_peer_cell(question, measured, peer) for peer in PEERS]
         cells.append("-" if answer.reached is None else number(answer.reached) + suffix)
-        lines.append(_row([*cells, f"{question.must:g}{suffix}", f"{question.aim:g}{suffix}", answer.verdict]))
+        lacking = [] if question.is_absolute or answer.reached is None else _lacking(question, measured)
+        verdict = f"{answer.verdict}, without {' and '.join(lacking)}" if lacking else answer.verdict
+        lines.append(_row([*cells, f"{question.must:g}{suffix}", f"{question.aim:g}{suffix}", verdict]))
     return lines
+
+
+def _lacking(question: Question, measured: Measured) -> list[str]:
+    """Peers that could have been the best one and were not measured: a ratio without them is no answer yet."""
+    able = {variant.runtime for variant in VARIANTS if question.scheme in (None, variant.scheme)}
+    able -= {"openvino"} if question.is_served else set()
+    return [peer for peer in PEERS if peer in able and best(question, measured, (peer,)) is None]
 
 
 def _odd(shares: Shares) -> list[str]:

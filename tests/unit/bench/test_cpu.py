@@ -95,11 +95,24 @@ def test_the_table_has_a_line_per_question_and_a_cell_per_variant():
         "3x",
         "1.8x",
         "2.5x",
-        "aim",
+        "aim, without openvino and vllm",
     ]
     assert lines[-3] == "| case | llmscale int8 | llama.cpp Q8_0 | vllm int8 |"
     assert lines[-1] == "| S/decode1 | 300 (290-310) | 100 (100-100) | not installed |"
     assert {line.count("|") for line in lines if line.startswith("| S/decode1 int")} == {12}
+
+
+def test_a_ratio_names_the_peers_that_it_lacks():
+    served = Question("S", "served64", None, 1.4, 2.0)
+    found = {(INT8, "S", case): exactly(3.0) for case in ("served64", "decode1", GAP.case)}
+    found |= {(VLLM, "S", case): exactly(1.0) for case in ("served64", "decode1")}
+    questions, _, _ = markdown(found, {}).partition("\n\n")
+    lines = {line.split(" |")[0]: line.rpartition(" | ")[2] for line in questions.splitlines()}
+    assert lines["| S/served64"] == "aim, without llama.cpp |"
+    assert lines["| S/decode1 int8"] == "aim, without llama.cpp and openvino |"
+    # Waits are not compared with anybody's.
+    assert lines["| S/mixed/gap-p99"] == "aim |"
+    assert served in QUESTIONS
 
 
 def test_aims_are_beyond_what_must_be():
