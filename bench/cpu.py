@@ -42,6 +42,8 @@ class Run:
     threads: int
     quick: bool
     measured: Measured = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    kernels: list[Row] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +75,34 @@ def main(arguments: argparse.Namespace) -> Report:
     names = SECTIONS if arguments.sections is None else tuple(arguments.sections.split(","))
     if unknown := sorted(set(names) - set(SECTIONS)):
         raise SystemExit(f"--sections has {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
-    limits = _limits(run, "before")
-    kernels: list[Row] = []
+    run.limits |= _limits(run, "before")
+    try:
+        _sections(run, names)
+        # Bandwidth of virtual machines drifts within minutes: a run that it changed in is not one run.
+        run.limits |= {f"{name}_after": value for name, value in _limits(run, "after").items()}
+    except (KeyboardInterrupt, SystemExit):
+        # A run takes an hour: what one that is ended has measured is told.
+        print(f"ended before all was measured\n{_report(run, arguments).table()}", file=sys.stderr)
+        raise
+    return _report(run, arguments)
+
+
+def _sections(run: Run, names: tuple[str, ...]) -> None:
     if "kernels" in names:
         with machine_for_us(run.lineup.others, "kernels"):
-            kernels = cpu_kernels.measure(run.threads)
+            run.kernels += cpu_kernels.measure(run.threads)
     if "offline" in names:
-        _offline(run)
+        for model in run.models:
+            run_offline(run.lineup, model, run.cases, run.repeats, run.seed, run.threads, run.measured)
     if "odd" in names:
         # Ours alone: it is held to our own share of the limits on S.
-        run.measured |= run_offline(run.lineup.of(OURS), "odd", ODD_CASES, run.repeats, run.seed, run.threads)
+        run_offline(run.lineup.of(OURS), "odd", ODD_CASES, run.repeats, run.seed, run.threads, run.measured)
     _servers(run, names)
-    # Bandwidth of virtual machines drifts within minutes: a run that it changed in is not one run.
-    after = _limits(run, "after")
-    rows = [*kernels, *_rows(run, limits), *_others(run.lineup.others)]
-    everything = limits | {f"{name}_after": value for name, value in after.items()}
-    report = CpuReport("cpu", arguments.seed, rows, everything, measured=run.measured, others=run.lineup.others)
+
+
+def _report(run: Run, arguments: argparse.Namespace) -> CpuReport:
+    rows = [*run.kernels, *_rows(run, run.limits), *_others(run.lineup.others)]
+    report = CpuReport("cpu", run.seed, rows, run.limits, measured=run.measured, others=run.lineup.others)
     if arguments.markdown is not None:
         arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
         arguments.markdown.write_text(report.table() + "\n", encoding="utf-8")
@@ -122,21 +136,16 @@ def _limits(run: Run, when: str) -> dict[str, float]:
     return found
 
 
-def _offline(run: Run) -> None:
-    for model in run.models:
-        run.measured |= run_offline(run.lineup, model, run.cases, run.repeats, run.seed, run.threads)
-
-
 def _servers(run: Run, names: tuple[str, ...]) -> None:
     """Loads on S share a server: vLLM takes minutes to start."""
     loads: dict[str, Measure] = {"served": served, "mixed": mixed}
     settings = (run.repeats, run.seed, run.threads)
     if measures := [measure for name, measure in loads.items() if name in names]:
-        run.measured |= measure_servers(run.lineup, "S", measures, *settings)
+        measure_servers(run.lineup, "S", measures, *settings, run.measured)
     if "tiny" in names:
-        run.measured |= measure_servers(run.lineup.only("bf16"), "tiny", [tiny], *settings)
+        measure_servers(run.lineup.only("bf16"), "tiny", [tiny], *settings, run.measured)
     if "start" in names:
-        run.measured |= measure_starts(run.lineup, "S", *settings)
+        measure_starts(run.lineup, "S", *settings, run.measured)
 
 
 def _rows(run: Run, limits: dict[str, float]) -> list[Row]:

@@ -125,9 +125,10 @@ def _chosen(option: str, given: str | None, known: tuple[str, ...]) -> tuple[str
     return names
 
 
-def run_offline(lineup: Lineup, model: str, cases: tuple[str, ...], repeats: int, seed: int, threads: int) -> Measured:
-    """The offline cases (`bench.offline_cases`) of one model on all variants, in their order."""
-    found: Measured = {}
+def run_offline(
+    lineup: Lineup, model: str, cases: tuple[str, ...], repeats: int, seed: int, threads: int, found: Measured
+) -> None:
+    """The offline cases (`bench.offline_cases`) of one model on all variants, in their order, into `found`."""
     for variant in lineup.variants:
         result: dict[str, Spread] | str | None = lineup.missing(variant, model)
         if result is None:
@@ -135,7 +136,6 @@ def run_offline(lineup: Lineup, model: str, cases: tuple[str, ...], repeats: int
         for case in cases:
             found[variant, model, case] = result if isinstance(result, str) else result.get(case, "failed")
             tell(f"{model}/{case}", variant, found[variant, model, case])
-    return found
 
 
 def tell(case: str, variant: Variant, value: Spread | str) -> None:

@@ -97,10 +97,9 @@ def tiny(server: Server, repeats: int, seed: int) -> Values:
 
 
 def measure_servers(
-    lineup: Lineup, model: str, measures: Sequence[Measure], repeats: int, seed: int, threads: int
-) -> Measured:
-    """Every variant's server once, with all measures on it."""
-    found: Measured = {}
+    lineup: Lineup, model: str, measures: Sequence[Measure], repeats: int, seed: int, threads: int, found: Measured
+) -> None:
+    """Every variant's server once, with all measures on it; into `found`."""
     for variant in lineup.variants:
         reason = lineup.missing(variant, model)
         if variant.runtime == "openvino":
@@ -116,14 +115,13 @@ def measure_servers(
                     _keep(found, variant, model, measure(server, repeats, seed))
         except (LoadFailed, RuntimeError) as error:
             print(f"{model} {variant.name}: {error}", file=sys.stderr, flush=True)
-    return found
 
 
-def measure_starts(lineup: Lineup, model: str, repeats: int, seed: int, threads: int) -> Measured:
-    """From the command to the first token of a first request, with the model in the page cache; vLLM takes minutes, so
-    it starts once.
+def measure_starts(lineup: Lineup, model: str, repeats: int, seed: int, threads: int, found: Measured) -> None:
+    """From the command to the first token of a first request, with the model in the page cache; into `found`.
+
+    vLLM takes minutes, so it starts once.
     """
-    found: Measured = {}
     for variant in lineup.variants:
         reason = lineup.missing(variant, model)
         if variant.runtime == "openvino":
@@ -140,7 +138,6 @@ def measure_starts(lineup: Lineup, model: str, repeats: int, seed: int, threads:
         for case in START_CASES:
             found[variant, model, case] = reason or "failed"
         _keep(found, variant, model, {case: kept for case, kept in values.items() if kept})
-    return found
 
 
 START_CASES = ("start/first-token", "start/resident")

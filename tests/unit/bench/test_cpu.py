@@ -1,12 +1,13 @@
 """`bench cpu`: who takes part, what is asked, ratios and verdicts, what the load generator's lines mean."""
 
+import argparse
 import fcntl
 import json
 from dataclasses import replace
 
 import pytest
 
-from bench import cpu_cases, cpu_kernels, cpu_limits, peers
+from bench import cpu, cpu_cases, cpu_kernels, cpu_limits, peers
 from bench.cpu_cases import OURS, Variant, choose
 from bench.cpu_servers import server_command
 from bench.cpu_table import QUESTIONS, Question, answers, best, markdown, number
@@ -147,7 +148,8 @@ def test_a_peer_takes_part_when_it_and_its_model_are_there(tmp_path):
 
 
 def test_a_peer_that_is_not_there_is_measured_as_such_and_nothing_runs(tmp_path):
-    found = cpu_cases.run_offline(choose(tmp_path, None, "vllm"), "S", ("decode1",), 3, 0, 1)
+    found = {}
+    cpu_cases.run_offline(choose(tmp_path, None, "vllm"), "S", ("decode1",), 3, 0, 1, found)
     assert set(found.values()) == {"not installed"}
     assert {key[1:] for key in found} == {("S", "decode1")}
 
@@ -204,7 +206,6 @@ def test_a_failed_request_ends_the_run():
 
 
 def test_every_row_of_ours_has_its_peers_beside_it():
-    from bench.cpu import Run, _rows
 
     measured = {
         (INT8, "S", "decode1"): exactly(300.0),
@@ -213,8 +214,8 @@ def test_every_row_of_ours_has_its_peers_beside_it():
         (Q4, "S", "decode1"): exactly(250.0),
     }
     limits = {"read_bytes_per_second": 1e11, "bf16_flops_per_second": 1e12, "int8_ops_per_second": 1e12}
-    run = Run(choose(None, None, None), ("S",), ("decode1",), 5, 0, 2, quick=False, measured=measured)
-    rows = _rows(run, limits)
+    run = cpu.Run(choose(None, None, None), ("S",), ("decode1",), 5, 0, 2, quick=False, measured=measured)
+    rows = cpu._rows(run, limits)
     assert [row.case for row in rows] == ["S/decode1/int8", "S/decode1/Q8_0@llama.cpp", "S/decode1/Q4_0@llama.cpp"]
     assert rows[0].peers == {"llama.cpp Q8_0": 100.0, "vllm int8": "not installed"}
     assert json.loads(json.dumps(rows[0].to_json()))["limit_share"] == pytest.approx(300 * 134_479_872 / 1e11)
@@ -262,3 +263,28 @@ def test_a_turn_keeps_the_lock_until_it_is_over(tmp_path, monkeypatch):
     assert is_free()
     turn.take(str(path))
     assert not is_free()
+
+
+def test_a_run_that_is_ended_tells_what_it_has(monkeypatch, capsys, tmp_path):
+    limits = {"read_bytes_per_second": 1e11, "bf16_flops_per_second": 1e12, "int8_ops_per_second": 1e12}
+    monkeypatch.setattr(cpu_limits, "measure", lambda threads: limits)
+    monkeypatch.delenv(cpu_cases.LOCK_VARIABLE, raising=False)
+    asked = []
+
+    def measure(program, name, task, *, environment):
+        asked.append((name, task.scheme))
+        if len(asked) == 2:
+            raise SystemExit(143)
+        return {"decode1": exactly(300.0)}
+
+    monkeypatch.setattr(peers, "measure", measure)
+    monkeypatch.setenv("LLMSCALE_BENCH_CACHE", str(tmp_path))
+    (tmp_path / "S-seed0").mkdir()
+    (tmp_path / "S-seed0/config.json").touch()
+    options = {"model": "S", "sections": "offline", "cases": "decode1", "runtimes": OURS, "schemes": None, "seed": 0}
+    options |= {"quick": False, "repeats": 3, "threads": None, "peers": None, "markdown": tmp_path / "table.md"}
+    with pytest.raises(SystemExit):
+        cpu.main(argparse.Namespace(**options))
+    assert asked == [("llmscale", "bf16"), ("llmscale", "int8")]
+    assert "| S/decode1 | 300 (300-300) |" in capsys.readouterr().err
+    assert "300 (300-300) bf16" in (tmp_path / "table.md").read_text()
