@@ -108,6 +108,12 @@ class ReplicaStatus:
     @property
     def lost_disk_records(self) -> int: ...
     @property
+    def predicted_step_ns(self) -> int: ...
+    @property
+    def step_error_ns(self) -> int: ...
+    @property
+    def paced_steps(self) -> int: ...
+    @property
     def preemptions(self) -> int: ...
     @property
     def model(self) -> str: ...
@@ -634,6 +640,7 @@ class Engine:
         link_folder: str,
         max_fronts: int = 64,
         max_step_us: int = 120_000_000,
+        step_target_us: int = 20_000,
         key_file: str | None = None,
         allow_list: str | None = None,
         disk_index: str | None = None,

@@ -15,6 +15,7 @@ EXECUTORS = ("auto", "native", "torch")
 # Of weights that the checkpoint has dense. int4 has groups of 32 inputs with one scale, unless the name says otherwise.
 QUANTIZATIONS = ("int8", "int4", "int4-64", "int4-128")
 MAX_STEP_SECONDS = 3_600.0
+MAX_STEP_TARGET_MILLISECONDS = 60_000.0
 # From SIGTERM to a node until it ends whatever still runs.
 MAX_DRAIN_SECONDS = 30.0
 # On one machine, of all models together.
@@ -76,6 +77,9 @@ class NodeSettings:
     max_fronts: int = 64
     max_step_seconds: float = 120.0
     """A worker whose step takes longer is hung: it is killed, and its sequences are computed again."""
+    step_target_milliseconds: float = 20.0
+    """What a prompt may add to a step that streams wait for, by prediction, and a quarter of what a step may take that only
+    computes prompts; 0 for no bound but `max_step_tokens`."""
     key_file: Path | None = None
     """The node's CURVE key pair; needed to listen beyond this machine."""
     allow_list: Path | None = None
@@ -111,6 +115,9 @@ class NodeSettings:
         self._check_tiers()
         if self.max_step_seconds > MAX_STEP_SECONDS:
             raise ConfigError(f"max_step_seconds is {self.max_step_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
+        if not 0 <= self.step_target_milliseconds <= MAX_STEP_TARGET_MILLISECONDS:
+            limit = f"0, for no bound, to {MAX_STEP_TARGET_MILLISECONDS:g}"
+            raise ConfigError(f"step_target_milliseconds is {self.step_target_milliseconds:g}, it must be {limit}")
         if self.max_join_seconds > MAX_STEP_SECONDS:
             raise ConfigError(f"max_join_seconds is {self.max_join_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
         if not 0 <= self.max_saving_seconds <= MAX_DRAIN_SECONDS:

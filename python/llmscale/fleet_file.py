@@ -24,6 +24,7 @@ from llmscale.config import (
     MAX_NODES,
     MAX_REPLICAS,
     MAX_STEP_SECONDS,
+    MAX_STEP_TARGET_MILLISECONDS,
     MOST_EJECTION_SECONDS,
     MOST_NODE_SILENCE_SECONDS,
     QUANTIZATIONS,
@@ -63,6 +64,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: Annotated[int, Meta(ge=1, le=1 << 14)] = 256
     max_num_batched_tokens: _Count = 512
     max_step_seconds: Annotated[float, Meta(gt=0, le=MAX_STEP_SECONDS)] = 120.0
+    step_target_milliseconds: Annotated[float, Meta(ge=0, le=MAX_STEP_TARGET_MILLISECONDS)] = 20.0
+    """What a prompt may add to a step that streams wait for; 0 for no bound."""
     kv_cache_bytes: Annotated[int, Meta(ge=1, le=1 << 50)] | None = None
     kv_host_bytes: Annotated[int, Meta(ge=0, le=1 << 50)] | None = None
     device: Annotated[str, Meta(pattern=f"^({'|'.join(DEVICES)})\\Z")] = "auto"

@@ -163,6 +163,12 @@ class _Replica(Protocol):
     @property
     def lost_disk_records(self) -> int: ...
     @property
+    def predicted_step_ns(self) -> int: ...
+    @property
+    def step_error_ns(self) -> int: ...
+    @property
+    def paced_steps(self) -> int: ...
+    @property
     def preemptions(self) -> int: ...
     @property
     def steps(self) -> int: ...
@@ -251,6 +257,19 @@ _OF_REPLICA: Final[tuple[tuple[_Kind, str, str, Callable[[_Replica], float]], ..
     (CounterMetricFamily, "worker_restarts", "Times a worker process was replaced", lambda one: one.worker_restarts),
     (CounterMetricFamily, "steps", "Steps of the model", lambda one: one.steps),
     (CounterMetricFamily, "step_seconds", "Time that steps took", lambda one: one.step_ns / 1e9),
+    (
+        CounterMetricFamily,
+        "predicted_step_seconds",
+        "Time that steps were predicted to take, copies of KV blocks apart",
+        lambda one: one.predicted_step_ns / 1e9,
+    ),
+    (
+        CounterMetricFamily,
+        "step_prediction_error_seconds",
+        "By how much each step took longer or shorter than predicted, added up",
+        lambda one: one.step_error_ns / 1e9,
+    ),
+    (CounterMetricFamily, "paced_steps", "Steps whose prefill was cut for the streams beside", lambda one: one.paced_steps),
     (
         CounterMetricFamily,
         "pipeline_bubble_seconds",

@@ -93,6 +93,9 @@ class FakeReplica:
     failed_disk_writes: int = 0
     disk_waits: int = 0
     lost_disk_records: int = 0
+    predicted_step_ns: int = 0
+    step_error_ns: int = 0
+    paced_steps: int = 0
     preemptions: int = 0
     model: str = "tiny"
     weights_digest: str = "aa" * 32

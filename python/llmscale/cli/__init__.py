@@ -42,6 +42,9 @@ TensorParallelOption = Annotated[
 PipelineParallelOption = Annotated[
     int, typer.Option("--pipeline-parallel-size", "-pp", help="Workers that divide the layers.")
 ]
+StepTargetOption = Annotated[
+    float, typer.Option(help="What a prompt may add to a step that streams wait for; 0 for no bound.")
+]
 DiskOption = Annotated[
     str | None, typer.Option(help="Folder for what the host has no room for; it outlives the process.")
 ]
@@ -74,6 +77,7 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens per step.")] = 512,
+    step_target_milliseconds: StepTargetOption = 20.0,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
     kv_host_bytes: Annotated[int | None, typer.Option(help="Memory for what the KV cache evicts; 0 for none.")] = None,
     device: DeviceOption = "auto",
@@ -114,6 +118,7 @@ def serve(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            step_target_milliseconds=step_target_milliseconds,
             kv_cache_bytes=kv_cache_bytes,
             kv_host_bytes=kv_host_bytes,
             device=device,

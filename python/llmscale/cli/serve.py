@@ -41,6 +41,7 @@ class ServeOptions:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
+    step_target_milliseconds: float = 20.0
     kv_cache_bytes: int | None = None
     kv_host_bytes: int | None = None
     device: str = "auto"
@@ -69,6 +70,7 @@ class ServeOptions:
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
+            step_target_milliseconds=self.step_target_milliseconds,
             kv_cache_bytes=self.kv_cache_bytes,
             kv_host_bytes=self.kv_host_bytes,
             device=self.device,
@@ -135,6 +137,7 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         fleet=fleet.fleet,
         max_step_seconds=entry.max_step_seconds,
         max_saving_seconds=entry.max_saving_seconds,
+        step_target_milliseconds=entry.step_target_milliseconds,
     )
 
 

@@ -180,6 +180,9 @@ class Status(Record, frozen=True):
     failed_disk_writes: U64
     disk_waits: U64
     lost_disk_records: U64
+    predicted_step_ns: U64
+    step_error_ns: U64
+    paced_steps: U64
 
 
 class Pong(Record, frozen=True):

@@ -77,6 +77,7 @@ def _command(fleet: FleetFile, model: str, address: str, replica: int, first_dev
         "--max-num-seqs": entry.max_num_seqs,
         "--max-num-batched-tokens": entry.max_num_batched_tokens,
         "--max-step-seconds": entry.max_step_seconds,
+        "--step-target-milliseconds": entry.step_target_milliseconds,
         "--kv-cache-bytes": entry.kv_cache_bytes,
         "--kv-host-bytes": entry.kv_host_bytes,
         "--device": device_of(fleet, model),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import secrets
 import sys
 import tempfile
@@ -100,6 +101,7 @@ async def _lead(
         link_folder=folder,
         max_fronts=settings.max_fronts,
         max_step_us=int(settings.max_step_seconds * 1e6),
+        step_target_us=math.ceil(settings.step_target_milliseconds * 1e3),
         key_file=None if settings.key_file is None else str(settings.key_file),
         allow_list=None if settings.allow_list is None else str(settings.allow_list),
         disk_index=None if disk is None else disk.index,
@@ -166,6 +168,7 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         max_sequences=arguments.max_num_seqs,
         max_step_tokens=arguments.max_num_batched_tokens,
         max_step_seconds=arguments.max_step_seconds,
+        step_target_milliseconds=arguments.step_target_milliseconds,
         kv_cache_bytes=arguments.kv_cache_bytes,
         kv_host_bytes=arguments.kv_host_bytes,
         device=arguments.device,
@@ -210,6 +213,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=120.0,
         help="a worker whose step takes longer is hung and is replaced (default: %(default)g)",
+    )
+    add(
+        "--step-target-milliseconds",
+        type=float,
+        default=20.0,
+        help="what a prompt may add to a step that streams wait for; 0 for no bound (default: %(default)g)",
     )
     add("--kv-cache-bytes", type=int, help="memory for the KV cache (default: about 64k tokens)")
     add(

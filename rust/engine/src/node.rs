@@ -13,7 +13,7 @@ use crate::report::{FIRST_STATE, NodeEvent, NodeReport, Noticeboard};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use llmscale_net::link::WorkerLink;
 use llmscale_net::{Address, Context, EndpointOptions, NetError, Poller, ServerEndpoint, ServerKeys, Waker};
-use llmscale_scheduler::{Actions, FirstComeFirstServed, Replica};
+use llmscale_scheduler::{Actions, FirstComeFirstServed, Pace, Replica};
 use llmscale_types::{Duration, EngineLimits, Epoch, LimitError, NodeId, StepId, StepResult, Time};
 use llmscale_wire::{CodecLimits, Configure, ModelIdentity, NodeState};
 use std::collections::VecDeque;
@@ -43,6 +43,8 @@ pub struct NodeConfig {
     pub status_interval: Duration,
     /// A worker whose step takes longer is hung.
     pub max_step: Duration,
+    /// How long prefill may make its steps.
+    pub pace: Pace,
 }
 
 /// Why a node does not start.
@@ -120,7 +122,8 @@ impl NodeHandle {
         keys: Option<&ServerKeys>,
         options: &EndpointOptions,
     ) -> Result<Self, NodeError> {
-        let mut replica = Replica::new(config.limits.clone(), config.secret, Box::new(FirstComeFirstServed))?;
+        let replica = Replica::new(config.limits.clone(), config.secret, Box::new(FirstComeFirstServed))?;
+        let mut replica = replica.with_pace(config.pace);
         let mut disk_index = None;
         if let Some(path) = &config.disk_index {
             let failed = |error| NodeError::DiskIndex { path: path.clone(), error };

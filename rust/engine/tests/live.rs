@@ -8,6 +8,7 @@ use llmscale_front::{EndReason, FrontEvent, FrontOptions, NewRequest, ReplicaSta
 use llmscale_net::link::socket::{SocketLink, SocketWorker};
 use llmscale_net::link::{LinkError, WorkerSide};
 use llmscale_net::{Address, AllowList, Context, EndpointOptions};
+use llmscale_scheduler::Pace;
 use llmscale_sim::{HashWorker, StepFailure, hash_token};
 use llmscale_types::{Class, Delta, Duration, EngineLimits, Epoch, FinishReason, NodeId, RequestId, Sampling, Token};
 use llmscale_wire::{
@@ -183,6 +184,7 @@ impl Node {
             max_front_silence: Duration::from_millis(10_000),
             status_interval: Duration::from_millis(50),
             max_step: Duration::from_millis(60_000),
+            pace: Pace::of(Duration::from_millis(20)),
         };
         let context = Context::new(AllowList::default(), 1).unwrap();
         let address = address.unwrap_or(&own);

@@ -145,6 +145,12 @@ pub struct Report {
     pub disk_waits: u64,
     /// Records of what the disk holds that were not written beside it, since the start: misses after the next start.
     pub lost_disk_records: u64,
+    /// What those steps were predicted to take without their copies, since the start.
+    pub predicted_step_ns: u64,
+    /// By how much each of them took longer or shorter, added up.
+    pub step_error_ns: u64,
+    /// Steps whose prefill was cut so that streams beside it wait less, since the start.
+    pub paced_steps: u64,
 }
 
 /// What one front has on one replica.
@@ -262,7 +268,13 @@ impl Member {
 
     /// Predicted time to compute this many prompt tokens.
     pub fn prefill_ns(&self, tokens: u64) -> u64 {
-        if tokens == 0 { 0 } else { self.cost.predict_prefill(u32::try_from(tokens).unwrap_or(u32::MAX)) }
+        self.prompts_ns(tokens, 1)
+    }
+
+    /// Predicted time to compute several prompts of this many tokens in all.
+    fn prompts_ns(&self, tokens: u64, prompts: u32) -> u64 {
+        let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
+        if tokens == 0 { 0 } else { self.cost.predict_prompts(tokens, prompts) }
     }
 
     /// Predicted time to decode this many tokens with `sequences` of them side by side.
@@ -274,7 +286,7 @@ impl Member {
 
     /// Predicted time until a request sent now would start: what waits there already, by our count or by the replica's.
     pub fn backlog_ns(&self, now: Time) -> u64 {
-        let ours = self.prefill_ns(self.load.unstarted_tokens);
+        let ours = self.prompts_ns(self.load.unstarted_tokens, self.load.unstarted_sequences);
         let reported = self.report.map_or(0, |(at, report)| {
             report.predicted_backlog_ns.saturating_sub(now.since(at).0.saturating_mul(1_000))
         });

@@ -28,7 +28,7 @@ fn a_slow_replica_is_passed_over_though_it_has_less_to_do() {
     let (mut fleet, pool) = fleet(2);
     for step in 0..60 {
         set(&mut fleet, 0, |member| {
-            let shape = StepShape { decodes: 1, prefill_tokens: 0, context_tokens: 500 };
+            let shape = StepShape { decodes: 1, context_tokens: 500, ..StepShape::default() };
             member.observe(StepId(step), Time(step * 100_000), shape);
         });
     }
@@ -129,6 +129,9 @@ fn a_reported_backlog_counts_and_wears_off_with_time() {
         failed_disk_writes: 0,
         disk_waits: 0,
         lost_disk_records: 0,
+        predicted_step_ns: 0,
+        step_error_ns: 0,
+        paced_steps: 0,
     };
     set(&mut fleet, 0, |member| member.report = Some((Time(1_000), report)));
     assert_eq!(choose(&fleet, &need(pool)), None);

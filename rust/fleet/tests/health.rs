@@ -196,7 +196,7 @@ fn a_replica_whose_steps_take_many_times_the_median_is_ejected_and_two_alone_hav
     let learn = |fleet: &mut Fleet, replica, step_us: u64| {
         set(fleet, replica, |member| {
             for step in 0..100 {
-                let shape = StepShape { decodes: 4, prefill_tokens: 0, context_tokens: 400 };
+                let shape = StepShape { decodes: 4, context_tokens: 400, ..StepShape::default() };
                 member.observe(StepId(step), Time(step * step_us), shape);
             }
         });

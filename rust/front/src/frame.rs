@@ -133,12 +133,14 @@ impl Front {
             if row == 3 && Planted::LosesATokenOfALargeFrame.is_here() {
                 continue;
             }
+            let context_tokens = request.context_tokens();
             let Place::Sent(sent) = &mut request.place else { unreachable!("it was just found here") };
             sent.heard = now;
             // It has a place on the worker again: what was asked back stays.
             sent.recalled = false;
             if sent.started {
                 findings.shape.decodes += 1;
+                findings.shape.context_tokens += u64::from(context_tokens);
             } else {
                 sent.started = true;
                 request.hedge_at = None;
@@ -150,7 +152,7 @@ impl Front {
                     self.counters.numerics_changes += 1;
                 }
                 request.numerics = Some(Arc::clone(&member.numerics));
-                findings.shape.prefill_tokens = findings.shape.prefill_tokens.saturating_add(sent.context_tokens);
+                findings.shape.add_prefill(context_tokens - sent.context_tokens, sent.context_tokens);
                 member.load.unstarted_sequences -= 1;
                 member.load.unstarted_tokens -= u64::from(sent.context_tokens);
             }
@@ -159,7 +161,6 @@ impl Front {
                 member.load.output_tokens -= 1;
             }
             request.push(token, logprobs.as_ref());
-            findings.shape.context_tokens += u64::from(request.context_tokens());
             self.counters.tokens += 1;
             if request.reader == Reader::Attached {
                 deliveries.push(id, index, token, logprobs);

@@ -8,6 +8,7 @@ use llmscale_engine::{Command, GroupKeys, NodeConfig, NodeEvent, NodeHandle, Nod
 use llmscale_net::link::WorkerLink;
 use llmscale_net::link::socket::SocketLink;
 use llmscale_net::{Address, AllowList, Context, EndpointOptions, KeyPair, Role, Roles, ServerKeys};
+use llmscale_scheduler::Pace;
 use llmscale_types::{Duration, EngineLimits, Epoch, NodeId};
 use llmscale_wire::{Configure, Dtype, ModelIdentity};
 use pyo3::prelude::*;
@@ -63,10 +64,11 @@ pub(crate) struct PyNodeReport {
 #[pymethods]
 impl Engine {
     /// Binds and starts. `link_folder` is a folder that only this user can enter; worker links are made in it. `disk_index`
-    /// is where what the disk tier holds is kept, a file of this process alone.
+    /// is where what the disk tier holds is kept, a file of this process alone. Prefill adds `step_target_us` at most to a step
+    /// that streams wait for, by prediction; zero bounds nothing.
     #[new]
     #[pyo3(signature = (*, limits, name, revision, weights_digest, tokenizer_digest, fleet, listen, link_folder,
-        max_fronts = 64, max_step_us = 120_000_000, key_file = None, allow_list = None, disk_index = None))]
+        max_fronts = 64, max_step_us = 120_000_000, step_target_us = 20_000, key_file = None, allow_list = None, disk_index = None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments, named by the caller")]
     fn new(
         limits: &PyEngineLimits,
@@ -79,6 +81,7 @@ impl Engine {
         link_folder: String,
         max_fronts: u32,
         max_step_us: u64,
+        step_target_us: u64,
         key_file: Option<&str>,
         allow_list: Option<&str>,
         disk_index: Option<&str>,
@@ -109,6 +112,7 @@ impl Engine {
             max_front_silence: Duration::from_millis(10_000),
             status_interval: Duration::from_millis(250),
             max_step: Duration(max_step_us),
+            pace: Pace::of(Duration(step_target_us)),
         };
         let handle = NodeHandle::start(config, &context, &address, keys.as_ref(), &EndpointOptions::default())
             .map_err(|error| text(&error))?;

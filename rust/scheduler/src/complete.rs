@@ -47,7 +47,11 @@ impl Replica {
     fn learn_costs(&mut self, flight: &Flight, result: &StepResult) {
         self.copy_cost.observe(flight.copies, result.copied_ns);
         if flight.shape.decodes > 0 || flight.shape.prefill_tokens > 0 {
-            self.cost.observe(flight.shape, result.elapsed_ns.saturating_sub(result.copied_ns));
+            let computed_ns = result.elapsed_ns.saturating_sub(result.copied_ns);
+            self.counters.predicted_step_ns = self.counters.predicted_step_ns.saturating_add(flight.predicted_ns);
+            let error_ns = flight.predicted_ns.abs_diff(computed_ns);
+            self.counters.step_error_ns = self.counters.step_error_ns.saturating_add(error_ns);
+            self.cost.observe(flight.shape, computed_ns);
         }
     }
 

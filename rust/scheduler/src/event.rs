@@ -169,6 +169,12 @@ pub struct ReplicaCounters {
     pub unknown_orders: u64,
     /// Records that waited for the disk as long as computing would have taken, and were computed then.
     pub late_fetches: u64,
+    /// Steps whose prefill was cut by the pace.
+    pub paced_steps: u64,
+    /// What completed steps were predicted to take when they were planned, without their copies.
+    pub predicted_step_ns: u64,
+    /// By how much they took longer or shorter, added up.
+    pub step_error_ns: u64,
 }
 
 /// How full the replica is.

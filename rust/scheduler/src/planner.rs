@@ -1,7 +1,8 @@
 //! Makes the next step. A steady decoding step costs the sequences that end, the sequences that need a block and the
-//! delta that names them; nobody else is touched. Prefill chunks share what the decodes leave of the step's token budget,
+//! delta that names them; nobody else is touched. Prefill chunks share what the decodes leave of the step's budget,
 //! then waiting records are admitted while slots, blocks, budget and the delta's frame last.
 
+use crate::budget::Budget;
 use crate::event::Actions;
 use crate::groups::Group;
 use crate::queue::Place;
@@ -54,11 +55,12 @@ impl Replica {
             }
             draft.group = group;
             self.plan_decodes(draft);
-            let decodes = if draft.decodes { self.groups.get(group).decoding } else { 0 };
-            let budget = self.plan_chunks(draft, self.limits.max_step_tokens - decodes);
-            let budget = self.admit_waiting(draft, budget);
-            self.plan_long_contexts(draft, budget);
+            let mut budget = self.step_budget(self.decoded_shape(draft));
+            self.plan_chunks(draft, &mut budget);
+            self.admit_waiting(draft, &mut budget);
+            self.plan_long_contexts(draft, &mut budget);
             if self.has_work(draft) {
+                self.counters.paced_steps += u64::from(budget.is_cut());
                 return;
             }
         }
@@ -71,17 +73,13 @@ impl Replica {
 
     /// Notes what a planned step will answer.
     fn take_off(&mut self, draft: &Delta) {
-        let samples = if draft.decodes { self.round_rows } else { 0 }
-            + draft.chunks.iter().filter(|chunk| self.ends_context(chunk)).count() as u32;
-        let group = self.groups.get(draft.group);
-        let shape = StepShape {
-            decodes: if draft.decodes { group.decoding } else { 0 },
-            prefill_tokens: draft.chunks.iter().map(|chunk| chunk.tokens).sum(),
-            context_tokens: group.decoding_tokens,
-        };
+        let mut shape = self.decoded_shape(draft);
+        let samples = shape.decodes + draft.chunks.iter().filter(|chunk| self.ends_context(chunk)).count() as u32;
+        draft.chunks.iter().for_each(|chunk| shape.add_prefill(chunk.start_tokens, chunk.tokens));
         let out = draft.copies.iter().filter(|copy| copy.direction == CopyDirection::Offload);
         self.flights.push_back(Flight {
             shape,
+            predicted_ns: self.cost.predict_step(shape),
             restored: std::mem::take(&mut self.restored),
             copies: draft.copies.len() as u32,
             offloaded: out.map(|copy| copy.host).collect(),
@@ -93,6 +91,11 @@ impl Replica {
             samples,
             preempted: Vec::new(),
         });
+    }
+
+    /// Its decoding part.
+    fn decoded_shape(&self, draft: &Delta) -> StepShape {
+        if draft.decodes { self.round } else { StepShape::default() }
     }
 
     fn ends_context(&self, chunk: &Chunk) -> bool {
@@ -117,7 +120,8 @@ impl Replica {
         }
         draft.decodes = true;
         let group = self.groups.get_mut(draft.group);
-        self.round_rows = group.decoding;
+        let context_tokens = group.decoding_tokens;
+        self.round = StepShape { decodes: group.decoding, context_tokens, ..StepShape::default() };
         group.decoding_tokens += u64::from(group.decoding);
         group.round += 1;
     }
@@ -158,18 +162,17 @@ impl Replica {
         true
     }
 
-    /// Continues contexts that are partly computed, in order. Returns what is left of the budget.
-    fn plan_chunks(&mut self, draft: &mut Delta, mut budget: u32) -> u32 {
-        while budget > 0 {
+    /// Continues contexts that are partly computed, in order.
+    fn plan_chunks(&mut self, draft: &mut Delta, budget: &mut Budget) {
+        while !budget.is_spent() {
             let Some(&slot) = self.groups.get(draft.group).prefilling.front() else { break };
-            budget -= self.plan_chunk(draft, slot, budget);
+            self.plan_chunk(draft, slot, u32::MAX, budget);
         }
-        budget
     }
 
     /// Gives what is left of the budget to contexts of other groups that no single step can compute, so that a long
     /// prompt alone keeps every stage busy. Their last step stays their own group's: there they sample.
-    fn plan_long_contexts(&mut self, draft: &mut Delta, mut budget: u32) {
+    fn plan_long_contexts(&mut self, draft: &mut Delta, budget: &mut Budget) {
         let own = draft.group;
         for group in self.groups.in_turn().filter(|&group| group != own) {
             let Some(&slot) = self.groups.get(group).prefilling.front() else { continue };
@@ -179,24 +182,25 @@ impl Replica {
             }
             let rest =
                 self.sequences.contexts[slot.index()].len() as u32 - self.sequences.cold[slot.index()].planned_tokens;
-            let tokens = budget.min(rest.saturating_sub(self.limits.max_step_tokens));
-            if tokens > 0 {
-                budget -= self.plan_chunk(draft, slot, tokens);
+            let tokens = rest.saturating_sub(self.limits.max_step_tokens);
+            if tokens > 0 && !budget.is_spent() {
+                self.plan_chunk(draft, slot, tokens, budget);
             }
         }
     }
 
     /// The next chunk of the first prefilling sequence, what is cached on the host first; when it reaches the end, the
-    /// sequence starts to decode. Returns how much of the budget it takes.
-    fn plan_chunk(&mut self, draft: &mut Delta, slot: Slot, budget: u32) -> u32 {
-        let restored = self.plan_restores(slot, budget);
-        if restored == budget || self.is_restoring(slot) {
-            return budget;
-        }
-        let budget = budget - restored;
+    /// sequence starts to decode. Takes `most` tokens at most, and the whole budget if there is more of it to come.
+    fn plan_chunk(&mut self, draft: &mut Delta, slot: Slot, most: u32, budget: &mut Budget) {
+        self.plan_restores(slot, most, budget);
         let context = self.sequences.contexts[slot.index()].len() as u32;
         let cold = &mut self.sequences.cold[slot.index()];
-        let tokens = budget.min(context - cold.planned_tokens);
+        let tokens = budget.fitting(&self.cost, cold.planned_tokens, most.min(context - cold.planned_tokens));
+        if tokens == 0 {
+            budget.exhaust();
+            return;
+        }
+        budget.take(&self.cost, cold.planned_tokens, tokens);
         draft.chunks.push(Chunk { slot, start_tokens: cold.planned_tokens, tokens });
         cold.planned_tokens += tokens;
         self.prefill_backlog -= u64::from(tokens);
@@ -207,7 +211,6 @@ impl Replica {
             assert_eq!(first, Some(slot), "chunks are planned in order");
             self.start_decoding(slot);
         }
-        restored + tokens
     }
 
     /// The row that samples the first token is planned: decode rows follow from the next round on, if any are needed.
@@ -236,11 +239,11 @@ impl Replica {
     /// Admits in order while budget, slots, blocks and room in the frame last. Nobody overtakes: a first record that does
     /// not fit waits, and so does everybody behind it. What waits while the node drains had run before and was preempted,
     /// or lost its worker: it is finished here like everything else that runs. Who joins another group than this step's is
-    /// computed in that one's; as much is admitted for the others as for this step. Returns what is left of the budget.
-    fn admit_waiting(&mut self, draft: &mut Delta, mut budget: u32) -> u32 {
+    /// computed in that one's; as much is admitted for the others as for this step.
+    fn admit_waiting(&mut self, draft: &mut Delta, budget: &mut Budget) {
         let mut frame_bytes = 0;
         let mut budget_of_others = self.limits.max_step_tokens;
-        while budget > 0 && budget_of_others > 0 && self.sequences.has_free_slot() {
+        while !budget.is_spent() && budget_of_others > 0 && self.sequences.has_free_slot() {
             let Some(place) = self.next_to_admit() else { break };
             let record = self.queue.get(place).expect("it was just found there");
             // A long context may be found in the prefix cache whole: then it costs the step's budget next to nothing and
@@ -258,14 +261,13 @@ impl Replica {
             let group = if has_rows(draft) { self.groups.smallest(draft.group) } else { draft.group };
             let slot = self.admit(draft, group, place);
             if group == draft.group {
-                budget -= self.plan_chunk(draft, slot, budget);
+                self.plan_chunk(draft, slot, u32::MAX, budget);
             } else {
                 let context = self.sequences.contexts[slot.index()].len() as u32;
                 let computed = self.sequences.cold[slot.index()].planned_tokens;
                 budget_of_others = budget_of_others.saturating_sub(context - computed);
             }
         }
-        budget
     }
 
     /// Most bytes that a waiting record takes in a delta.
@@ -386,7 +388,8 @@ impl Replica {
             slot
         };
         draft.group = self.sequences.cold[slot.index()].group;
-        self.plan_chunk(draft, slot, self.limits.max_step_tokens);
+        let mut budget = self.step_budget(StepShape::default());
+        self.plan_chunk(draft, slot, u32::MAX, &mut budget);
     }
 
     /// Takes a sequence out of the running set and puts it back into the queue, with its tokens. Its blocks are free at

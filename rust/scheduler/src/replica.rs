@@ -6,6 +6,7 @@ use crate::event::{Actions, Event, GiveBack, ReplicaCounters, RequestKey, reques
 use crate::fetch::DiskSide;
 use crate::groups::Groups;
 use crate::kv_feed::KvFeed;
+use crate::pace::Pace;
 use crate::policy::{OrderKey, Policy};
 use crate::queue::{Place, WaitingQueue};
 use crate::record::Record;
@@ -36,6 +37,8 @@ pub(crate) struct Flight {
     pub(crate) samples: u32,
     /// What its time depends on.
     pub(crate) shape: StepShape,
+    /// What it should take without its copies.
+    pub(crate) predicted_ns: u64,
     /// Parts of contexts that it copies back instead of computing them.
     pub(crate) restored: Vec<Chunk>,
     /// Blocks that it copies between tiers.
@@ -79,12 +82,13 @@ pub struct Replica {
     pub(crate) step: StepId,
     /// The step that the next one builds on, as far as the workers know.
     pub(crate) base: StepId,
-    /// Decode rows of the step that was planned last.
-    pub(crate) round_rows: u32,
+    /// The decoding part of the last step that had one.
+    pub(crate) round: StepShape,
     pub(crate) prefill_backlog: u64,
     /// What the step that is being planned copies back.
     pub(crate) restored: Vec<Chunk>,
     pub(crate) cost: CostModel,
+    pub(crate) pace: Pace,
     pub(crate) copy_cost: CopyCost,
     /// What reading a block from the disk takes.
     pub(crate) disk_cost: CopyCost,
@@ -123,10 +127,11 @@ impl Replica {
             flights: VecDeque::new(),
             step: StepId(0),
             base: Delta::NOTHING,
-            round_rows: 0,
+            round: StepShape::default(),
             prefill_backlog: 0,
             restored: Vec::new(),
             cost: CostModel::new(),
+            pace: Pace::NONE,
             copy_cost: CopyCost::default(),
             disk_cost: CopyCost::default(),
             disk: DiskSide::default(),

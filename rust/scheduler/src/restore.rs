@@ -2,6 +2,7 @@
 //! host are copied back in the place of the prefill that they save, a part per step like any other work, unless computing
 //! them is cheaper. A decision costs a few predictions. Knows nothing of who copies.
 
+use crate::budget::Budget;
 use crate::replica::Replica;
 use llmscale_blocks::PrefixHit;
 use llmscale_cost::{CopyCost, CostModel};
@@ -71,17 +72,18 @@ impl Replica {
         self.blocks.allow_offloads(offloads);
     }
 
-    /// Has the next blocks of a prefilling sequence copied back, as far as the budget lasts. Returns how much of it they
-    /// take; `is_restoring` says whether there are more.
-    pub(crate) fn plan_restores(&mut self, slot: Slot, budget: u32) -> u32 {
+    /// Has the next blocks of a prefilling sequence copied back, as far as the budget lasts: they take as many tokens of it,
+    /// `most` at most, as are computed in the same time. If there are more of them, they take all of it.
+    pub(crate) fn plan_restores(&mut self, slot: Slot, most: u32, budget: &mut Budget) {
         let restore_tokens = self.copy_prices().restore_tokens();
         let block_tokens = self.limits.block_tokens;
         let cold = &mut self.sequences.cold[slot.index()];
         if cold.restores.is_empty() {
-            return 0;
+            return;
         }
         let (start, mut spent) = (cold.planned_tokens, 0);
-        while spent < budget && self.blocks.copies() < Delta::MAX_COPIES {
+        let fitting = budget.fitting(&self.cost, 0, most);
+        while spent < fitting && self.blocks.copies() < Delta::MAX_COPIES {
             let Some((place, host)) = cold.restores.pop_front() else { break };
             self.blocks.restore(host, cold.table[place as usize]);
             spent += restore_tokens;
@@ -97,7 +99,10 @@ impl Replica {
         if tokens > 0 {
             self.restored.push(Chunk { slot, start_tokens: start, tokens });
         }
-        spent.min(budget)
+        budget.take(&self.cost, 0, spent.min(fitting));
+        if self.is_restoring(slot) {
+            budget.exhaust();
+        }
     }
 
     /// Whether blocks of a sequence are still to be copied back.

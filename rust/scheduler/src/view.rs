@@ -42,6 +42,18 @@ impl Replica {
         &self.cost
     }
 
+    /// Predicted time until everything that waits has started.
+    pub fn predicted_backlog_ns(&self) -> u64 {
+        let tokens = self.queue.tokens() + self.prefill_backlog;
+        if tokens == 0 {
+            return 0;
+        }
+        let prefilling: usize = self.groups.iter().map(|group| group.prefilling.len()).sum();
+        let prompts = self.queue.len() + prefilling;
+        let prefill_ns = self.cost.predict_prompts(tokens.min(u64::from(u32::MAX)) as u32, prompts as u32);
+        prefill_ns.saturating_add(self.decoding_beside_ns(prefill_ns))
+    }
+
     /// What has to be changed in the records of the disk tier, in order.
     pub fn take_index_changes(&mut self) -> Vec<IndexChange> {
         self.blocks.take_index_changes()

@@ -84,6 +84,7 @@ pub const EXPECTED: &[&str] = &[
     "replica_late_fetches",
     "replica_offloaded",
     "replica_poisoned",
+    "replica_paced_steps",
     "replica_preemptions",
     "replica_prefix_hits",
     "replica_queue_full",

@@ -98,6 +98,8 @@ pub struct Mix {
     pub faults: Vec<(Fault, Duration)>,
     /// Sizes of every replica.
     pub engine: EngineLimits,
+    /// What prefill may add to a step that streams wait for; zero bounds nothing.
+    pub step_target: Duration,
     /// Most bytes that the admissions of one delta take, unless it has only one.
     pub max_admission_bytes: u64,
     /// Nodes of odd places compute otherwise than those of even ones.
@@ -173,7 +175,9 @@ impl Mix {
             let often = |&fault: &Fault| added.chance(600).then(|| (fault, added.span(50_000, 400_000)));
             faults.extend(Fault::OF_DISKS.iter().filter_map(often));
         }
+        let step_target = Duration(if added.chance(500) { added.between(1, 5_000) } else { 0 });
         Self {
+            step_target,
             fronts: 1 + usize::from(random.chance(400)),
             nodes: random.between(1, 3) as usize,
             faults,
@@ -213,11 +217,11 @@ impl Mix {
         }
     }
 
-    /// The same without upgrades, host tiers and the faults that were added last.
+    /// The same without upgrades, host tiers, bounds on the time of steps and the faults that were added last.
     pub(crate) fn kept(mut self) -> Self {
         self.faults.retain(|(fault, _)| !Fault::ADDED_LAST.contains(fault) && !Fault::OF_DISKS.contains(fault));
         (self.engine.host_blocks, self.engine.disk_blocks) = (0, 0);
-        Self { upgrade: None, ..self }
+        Self { upgrade: None, step_target: Duration(0), ..self }
     }
 
     /// The same sizes without faults: two nodes, one front, half a second of requests whose clients read and stay.

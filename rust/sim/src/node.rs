@@ -18,7 +18,7 @@ use crate::peers::{PROBE, Peers};
 use crate::versions;
 use crate::worker::{Condition, Ending, Lapse, WorkerProcess, open};
 use llmscale_blocks::ContentId;
-use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Replica};
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, Pace, Replica};
 use llmscale_types::{
     Attempt, Class, Duration, Epoch, HostBlockId, NodeId, RequestId, Sampling, SequenceKey, StepId, StepResult,
     Submission, Time,
@@ -104,7 +104,8 @@ impl NodeProcess {
         let replica = Replica::new(around.mix.engine.clone(), SECRET, Box::new(FirstComeFirstServed));
         let mut replica = replica
             .expect("a mix draws sizes that fit together")
-            .with_max_admission_bytes(around.mix.max_admission_bytes);
+            .with_max_admission_bytes(around.mix.max_admission_bytes)
+            .with_pace(Pace::of(around.mix.step_target));
         let left = around.disks[place].take();
         let LeftDisk { disk, book, saved } = left.unwrap_or_else(|| LeftDisk::new(around.new_disk()));
         // Prompts are short here, so every block has a name.

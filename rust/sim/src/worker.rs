@@ -117,9 +117,10 @@ impl WorkerProcess {
             around.reach("worker_lost_mirror", [self.epoch.0, delta.step.0, 0, 0]);
             self.model.lose_mirror();
         }
-        // What a step is said to take is the same for all where nobody weighs it against copies, as it always was.
+        // What a step is said to take is the same for all where nobody decides anything by it, as it always was.
         let tokens: u64 = delta.chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum();
-        let computed_ns = if around.mix.engine.host_blocks == 0 { 0 } else { tokens * 40_000 };
+        let weighed = around.mix.engine.host_blocks > 0 || around.mix.step_target > Duration(0);
+        let computed_ns = if weighed { tokens * 40_000 } else { 0 };
         let outcome = self.model.run(delta, 500_000 + computed_ns);
         let message = match outcome {
             Ok(_) if self.lapse.take_if(|lapse| *lapse == Lapse::Raises).is_some() => {

@@ -315,6 +315,12 @@ pub struct Status {
     pub disk_waits: u64,
     /// Records of what the disk holds that were not written beside it, since the start: misses after the next start.
     pub lost_disk_records: u64,
+    /// What those steps were predicted to take without their copies, since the start.
+    pub predicted_step_ns: u64,
+    /// By how much each of them took longer or shorter, added up.
+    pub step_error_ns: u64,
+    /// Steps whose prefill was cut so that streams beside it wait less, since the start.
+    pub paced_steps: u64,
 }
 
 /// The answer to a ping.
@@ -428,6 +434,9 @@ record!(Status {
     failed_disk_writes: u64,
     disk_waits: u64,
     lost_disk_records: u64,
+    predicted_step_ns: u64,
+    step_error_ns: u64,
+    paced_steps: u64,
 });
 record!(Pong { node: NodeId, epoch: Epoch, nonce: u64 });
 codes!(RejectCode {

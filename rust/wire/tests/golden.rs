@@ -118,6 +118,9 @@ fn status() -> Status {
         failed_disk_writes: 3,
         disk_waits: 4,
         lost_disk_records: 5,
+        predicted_step_ns: 158_000_000_000,
+        step_error_ns: 9_000_000_000,
+        paced_steps: 321,
     }
 }
 

@@ -29,6 +29,7 @@ def test_every_option_has_its_name_in_the_file() -> None:
         max_model_len=99,
         max_num_seqs=3,
         max_num_batched_tokens=44,
+        step_target_milliseconds=7.5,
         kv_cache_bytes=1 << 24,
         threads=2,
         tensor_parallel_size=2,
@@ -49,6 +50,7 @@ def test_every_option_has_its_name_in_the_file() -> None:
         max_model_len = 99
         max_num_seqs = 3
         max_num_batched_tokens = 44
+        step_target_milliseconds = 7.5
         kv_cache_bytes = 16_777_216
         threads = 2
         tensor_parallel_size = 2

@@ -139,7 +139,6 @@ impl Node {
 
     pub(super) fn status(&self) -> Status {
         let (load, counters, cache) = (self.replica.load(), self.replica.counters(), self.replica.cache_counters());
-        let backlog = (load.waiting_tokens + load.prefill_backlog_tokens).min(u64::from(u32::MAX)) as u32;
         Status {
             node: self.config.node,
             epoch: self.epoch,
@@ -147,7 +146,7 @@ impl Node {
             running: load.running,
             waiting: load.waiting,
             queued_tokens: load.waiting_tokens,
-            predicted_backlog_ns: if backlog == 0 { 0 } else { self.replica.cost().predict_prefill(backlog) },
+            predicted_backlog_ns: self.replica.predicted_backlog_ns(),
             free_blocks: load.free_blocks,
             steps: counters.steps,
             preemptions: counters.preemptions,
@@ -166,6 +165,9 @@ impl Node {
             bad_disk_blocks: cache.bad_disk_blocks,
             failed_disk_writes: cache.failed_disk_writes,
             disk_waits: cache.disk_waits,
+            predicted_step_ns: counters.predicted_step_ns,
+            step_error_ns: counters.step_error_ns,
+            paced_steps: counters.paced_steps,
             lost_disk_records: self.disk_index.as_ref().map_or(0, DiskIndex::lost_changes),
         }
     }

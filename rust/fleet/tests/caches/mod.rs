@@ -118,7 +118,7 @@ impl Model {
             let mut now = 0;
             for step in 0..64 {
                 let tokens = 256 * (1 + step % 16);
-                let shape = StepShape { decodes: 0, prefill_tokens: tokens as u32, context_tokens: tokens };
+                let shape = StepShape { prefill_tokens: tokens as u32, ..StepShape::default() };
                 now += tokens * sizes.token_ns / 1_000;
                 let mut member = fleet.get_mut(ReplicaId(replica)).expect("it joined");
                 member.observe(StepId(step), Time(now), shape);

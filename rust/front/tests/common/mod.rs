@@ -70,6 +70,9 @@ pub(crate) fn report(state: ReplicaState) -> Report {
         failed_disk_writes: 0,
         disk_waits: 0,
         lost_disk_records: 0,
+        predicted_step_ns: 0,
+        step_error_ns: 0,
+        paced_steps: 0,
     }
 }
 

@@ -176,6 +176,9 @@ impl World {
             failed_disk_writes: 0,
             disk_waits: 0,
             lost_disk_records: 0,
+            predicted_step_ns: 0,
+            step_error_ns: 0,
+            paced_steps: 0,
         };
         let (node, epoch) = (self.replicas[replica].node, self.replicas[replica].epoch);
         self.mail(replica, Mail { node, epoch, frame: ReplicaFrame::Status(report) });

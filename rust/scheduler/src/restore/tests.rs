@@ -29,7 +29,7 @@ fn limits(host_blocks: u32) -> EngineLimits {
 fn computing() -> CostModel {
     let mut cost = CostModel::new();
     for tokens in [1, 8, 64, 16, 32, 64, 2, 4].repeat(8) {
-        let shape = StepShape { decodes: 0, prefill_tokens: tokens, context_tokens: u64::from(tokens) };
+        let shape = StepShape { prefill_tokens: tokens, ..StepShape::default() };
         cost.observe(shape, 20_000 + TOKEN_NS * u64::from(tokens));
     }
     cost

@@ -209,5 +209,8 @@ fn report(status: &Status) -> Report {
         failed_disk_writes: status.failed_disk_writes,
         disk_waits: status.disk_waits,
         lost_disk_records: status.lost_disk_records,
+        predicted_step_ns: status.predicted_step_ns,
+        step_error_ns: status.step_error_ns,
+        paced_steps: status.paced_steps,
     }
 }

@@ -141,7 +141,6 @@ impl NodeProcess {
 
     pub(super) fn status(&self) -> Status {
         let (load, counters, cache) = (self.replica.load(), self.replica.counters(), self.replica.cache_counters());
-        let backlog = (load.waiting_tokens + load.prefill_backlog_tokens).min(u64::from(u32::MAX)) as u32;
         Status {
             node: self.node,
             epoch: self.epoch,
@@ -149,7 +148,7 @@ impl NodeProcess {
             running: load.running,
             waiting: load.waiting,
             queued_tokens: load.waiting_tokens,
-            predicted_backlog_ns: if backlog == 0 { 0 } else { self.replica.cost().predict_prefill(backlog) },
+            predicted_backlog_ns: self.replica.predicted_backlog_ns(),
             free_blocks: load.free_blocks,
             steps: counters.steps,
             preemptions: counters.preemptions,
@@ -169,6 +168,9 @@ impl NodeProcess {
             failed_disk_writes: cache.failed_disk_writes,
             disk_waits: cache.disk_waits,
             lost_disk_records: 0,
+            predicted_step_ns: counters.predicted_step_ns,
+            step_error_ns: counters.step_error_ns,
+            paced_steps: counters.paced_steps,
         }
     }
 }

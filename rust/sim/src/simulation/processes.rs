@@ -257,6 +257,7 @@ impl Simulation {
         let (counters, cache) = (process.replica.counters(), process.replica.cache_counters());
         for (name, count) in [
             ("replica_poisoned", counters.poisoned),
+            ("replica_paced_steps", counters.paced_steps),
             ("replica_preemptions", counters.preemptions),
             ("replica_stale_results", counters.stale_results),
             ("replica_steps_lost", counters.steps_lost),

@@ -4,9 +4,10 @@
 
 mod disk;
 mod host;
+mod pace;
 mod world;
 
-use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Replica};
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Pace, Replica};
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
     Attempt, Class, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, RequestId, Sampling, SequenceKey,
@@ -72,13 +73,15 @@ proptest! {
         pipeline in any::<bool>(),
         deadly in prop::option::weighted(0.2, Just(49)),
         max_admission_bytes in prop::sample::select(vec![1, 400, 700, MAX_ADMISSION_BYTES]),
+        target_us in prop::sample::select(vec![0, 1, 100, 400]),
         operations in prop::collection::vec(operation(), 0..150),
     ) {
         let disk_blocks = if host_blocks == 0 { 0 } else { disk_blocks };
         let groups = if pipeline { steps } else { 1 };
         let limits = EngineLimits { groups, host_blocks, disk_blocks, ..limits(total_blocks, max_sequences, max_step_tokens, steps) };
         let mut world = World::with_deadly_token(limits, deadly)
-            .with_max_admission_bytes(max_admission_bytes);
+            .with_max_admission_bytes(max_admission_bytes)
+            .with_pace(Pace::of(Duration(target_us)));
         for operation in operations {
             let keys: Vec<SequenceKey> = world.wanted.keys().copied().collect();
             match operation {

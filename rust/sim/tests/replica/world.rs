@@ -1,12 +1,12 @@
 //! One replica with its worker, the steps between them and what the fronts have seen; every token and every end is held
 //! against the model as it comes.
 
-use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Replica};
+use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Mirror, Pace, Replica};
 use llmscale_sim::{DiskBook, DiskMemory, HashWorker, HostMemory, StepFailure, hash_token};
 use llmscale_types::frame::{MAX_ADMISSION_BYTES, admission_bytes};
 use llmscale_types::{
-    Admission, Attempt, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, RequestId, Sampling,
-    SequenceKey, StepId, Submission, Time, Token,
+    Admission, Attempt, Class, Delta, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, RequestId,
+    Sampling, SequenceKey, StepId, Submission, Time, Token,
 };
 use std::collections::{BTreeMap, VecDeque};
 
@@ -28,6 +28,11 @@ pub(crate) fn limits(total_blocks: u32, max_sequences: u32, max_step_tokens: u32
         eos_tokens: vec![EOS],
         vocabulary: 50,
     }
+}
+
+/// Tokens that a step prefills.
+pub(crate) fn prefill_tokens(delta: &Delta) -> u64 {
+    delta.chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum()
 }
 
 /// One attempt as its front knows it.
@@ -83,6 +88,11 @@ pub(crate) struct World {
     pub(crate) disk_harms: u32,
     /// What the workers to come take for a copied block. A token that is computed takes 40,000.
     pub(crate) copy_ns: u64,
+    /// What a worker takes for a step with so many decoding rows, its copies apart.
+    pub(crate) step_ns: fn(&Delta, u32) -> u64,
+    /// Decoding rows of the steps in flight.
+    decodes: BTreeMap<StepId, u32>,
+    pace: Pace,
     pub(crate) replica: Replica,
     worker: Option<HashWorker>,
     first_stage: FirstStage,
@@ -115,6 +125,9 @@ impl World {
             book: DiskBook::default(),
             disk_harms: 0,
             copy_ns: 2_000,
+            step_ns: |delta, _| 1_000 + 40_000 * prefill_tokens(delta),
+            decodes: BTreeMap::new(),
+            pace: Pace::NONE,
             replica,
             worker: None,
             first_stage,
@@ -135,8 +148,8 @@ impl World {
         let Some(delta) = self.sent.pop_front() else { return false };
         let leads = self.leads();
         let worker = self.worker.as_mut().expect("steps are sent to a live worker");
-        let tokens: u64 = delta.chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum();
-        let outcome = worker.run(&delta, 1_000 + 40_000 * tokens);
+        let decodes = self.decodes.remove(&delta.step).expect("it was planned");
+        let outcome = worker.run(&delta, (self.step_ns)(&delta, decodes));
         match outcome {
             Ok(_) if raises => {
                 worker.lose_mirror();
@@ -225,7 +238,7 @@ impl World {
         self.disk_harms += u32::from(torn);
         self.book.cut(usize::MAX);
         let replica = Replica::new(limits.clone(), [9; 32], Box::new(FirstComeFirstServed)).unwrap();
-        let replica = replica.with_max_admission_bytes(self.max_admission_bytes);
+        let replica = replica.with_max_admission_bytes(self.max_admission_bytes).with_pace(self.pace);
         self.replica = replica.with_disk(self.book.incarnation, self.book.records());
         (self.host, self.disk) = (Some(HostMemory::new(limits.host_blocks, 1)), Some(disk));
         self.sent.clear();
@@ -247,6 +260,13 @@ impl World {
     pub(crate) fn with_max_admission_bytes(mut self, bytes: u64) -> Self {
         self.max_admission_bytes = bytes;
         self.replica = self.replica.with_max_admission_bytes(bytes);
+        self
+    }
+
+    /// Prefill is bounded in time.
+    pub(crate) fn with_pace(mut self, pace: Pace) -> Self {
+        self.pace = pace;
+        self.replica = self.replica.with_pace(pace);
         self
     }
 
@@ -338,6 +358,9 @@ impl World {
     }
 
     pub(crate) fn plan(&mut self) -> bool {
+        // Upper bounds: some of them may have had their last row.
+        let before: Vec<u32> =
+            (0..self.replica.limits().groups).map(|group| self.replica.decoding(GroupId(group))).collect();
         let planned = self.replica.plan(&mut self.out);
         if let Some(delta) = self.out.execute.take() {
             let bytes = |admission: &Admission| {
@@ -348,10 +371,17 @@ impl World {
             if self.leads() {
                 self.first_stage.expand(&delta);
             }
+            let decoding = if delta.decodes { before[delta.group.index()] } else { 0 };
+            self.decodes.insert(delta.step, decoding);
             self.sent.push_back(delta);
         }
         self.collect();
         planned
+    }
+
+    /// Decoding rows of a step in flight.
+    pub(crate) fn decodes_of(&self, delta: &Delta) -> u32 {
+        self.decodes[&delta.step]
     }
 
     /// Whether there is a pipeline.

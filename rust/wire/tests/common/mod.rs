@@ -249,6 +249,9 @@ fn status() -> impl Strategy<Value = Status> {
             failed_disk_writes: totals[15],
             disk_waits: totals[16],
             lost_disk_records: totals[17],
+            predicted_step_ns: totals[18],
+            step_error_ns: totals[19],
+            paced_steps: totals[20],
         })
 }
 
