@@ -78,8 +78,8 @@ class NodeSettings:
     max_step_seconds: float = 120.0
     """A worker whose step takes longer is hung: it is killed, and its sequences are computed again."""
     step_target_milliseconds: float = 20.0
-    """What a prompt may add to a step that streams wait for, by prediction, and a quarter of what a step may take that only
-    computes prompts; 0 for no bound but `max_step_tokens`."""
+    """What prompts may add to a step that streams wait for, by prediction: this, or as much as the streams take. A step
+    without streams may take four times as long. 0 for no bound but `max_step_tokens`."""
     key_file: Path | None = None
     """The node's CURVE key pair; needed to listen beyond this machine."""
     allow_list: Path | None = None

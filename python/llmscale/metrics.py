@@ -269,7 +269,12 @@ _OF_REPLICA: Final[tuple[tuple[_Kind, str, str, Callable[[_Replica], float]], ..
         "By how much each step took longer or shorter than predicted, added up",
         lambda one: one.step_error_ns / 1e9,
     ),
-    (CounterMetricFamily, "paced_steps", "Steps whose prefill was cut for the streams beside", lambda one: one.paced_steps),
+    (
+        CounterMetricFamily,
+        "paced_steps",
+        "Steps whose prefill was cut for the streams beside",
+        lambda one: one.paced_steps,
+    ),
     (
         CounterMetricFamily,
         "pipeline_bubble_seconds",
