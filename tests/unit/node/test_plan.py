@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from llmscale.config import NodeSettings
+from llmscale.errors import ConfigError
 from llmscale.node.plan import ReplicaPlan, plan_replica
 from llmscale.parallel.layout import HostLayout
 
@@ -26,6 +29,12 @@ def test_threads_are_a_share_of_the_cpus_and_no_more_than_the_weights_are_worth(
     assert with_cpus(plan, 16, weight_bytes=16 << 30, layout=HostLayout(4)) == 4
     assert with_cpus(plan, 2, weight_bytes=16 << 30, layout=HostLayout(2, 2)) == 1
     assert with_cpus(plan, 16, weight_bytes=16 << 30, layout=HostLayout(2, 2, 2)) == 8, "two ranks on this host"
+
+
+@pytest.mark.parametrize("milliseconds", [-0.1, 60_001.0, float("nan")])
+def test_a_target_that_no_step_can_have_is_refused_with_its_limit(milliseconds: float) -> None:
+    with pytest.raises(ConfigError, match=r"step_target_milliseconds is .*, it must be 0, for no bound, to 60000"):
+        NodeSettings(model="tiny-chat", listen="tcp://127.0.0.1:0", step_target_milliseconds=milliseconds)
 
 
 def test_the_configuration_has_one_digest_in_every_process() -> None:

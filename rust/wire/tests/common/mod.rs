@@ -219,7 +219,7 @@ fn status() -> impl Strategy<Value = Status> {
         incarnation(),
         select(states),
         [number(), number(), number(), number()],
-        [(); 18].map(|()| long_number()),
+        [(); 21].map(|()| long_number()),
         option::of(number()),
     )
         .prop_map(|((node, epoch), state, counts, totals, worker_pid)| Status {
