@@ -51,10 +51,12 @@ class NodeSettings:
     max_sequences: int = 256
     max_step_tokens: int = 512
     kv_cache_bytes: int | None = None
-    """None: room for about 64k tokens, at most a quarter of the machine's memory."""
+    """None: room for about 64k tokens, at most this replica's part of a quarter of the machine's memory."""
     kv_host_bytes: int | None = None
     """Memory of the host that takes what the KV cache evicts; 0 for none. None: four times the KV cache, at most an
-    eighth of the machine's memory; pages that are never written take none."""
+    eighth of the machine's memory, which `replicas_here` share too; pages that are never written take none."""
+    replicas_here: int = 1
+    """How many replicas there are on this host, this one included: what is taken of its memory unasked is for all."""
     device: str = "auto"
     """What workers compute on, one of `DEVICES`; auto: CUDA where torch sees a device for each, else the CPU."""
     executor: str = "auto"
@@ -104,6 +106,7 @@ class NodeSettings:
             "max_fronts",
             "max_step_seconds",
             "max_join_seconds",
+            "replicas_here",
             "tensor_parallel_size",
             "pipeline_parallel_size",
         ):

@@ -24,6 +24,23 @@ def memory_bytes(root: Path = ROOT) -> int:
     return min(limits)
 
 
+def free_bytes(root: Path = ROOT) -> int:
+    """What could be taken now without anybody being killed: the machine's available memory, or what is left of the
+    smallest limit where that is less. Pages of files count as free, because they are dropped first."""
+    available = _figure(root / "proc/meminfo", "MemAvailable:")
+    left = [memory_bytes(root) if available is None else available << 10]
+    for group in _groups(root, "memory"):
+        for limit_name, used_name, files_name in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ):
+            limit, used = _words(group / limit_name), _words(group / used_name)
+            if limit and used and limit[0].isdecimal():
+                files = _figure(group / "memory.stat", files_name) or 0
+                left.append(int(limit[0]) - int(used[0]) + files)
+    return max(0, min(left))
+
+
 def cpus(root: Path = ROOT) -> int:
     """CPUs that this process may run on, or what its quota amounts to where that is less; 1 at least."""
     limits = [float(len(os.sched_getaffinity(0)))]
@@ -57,6 +74,12 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         if ".." not in Path(path).parts:
             group = top / path.lstrip("/")
             yield from (above for above in (group, *group.parents) if top in above.parents)
+
+
+def _figure(path: Path, name: str) -> int | None:
+    """Of a file of names and numbers; None where it does not say."""
+    words = _words(path)
+    return int(words[words.index(name) + 1]) if name in words else None
 
 
 def _words(path: Path) -> list[str]:

@@ -16,7 +16,8 @@ import uvicorn
 
 from llmscale.gateway.app import Gateway
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
-from llmscale.gateway.serve import listen, make_gateway, make_server
+from llmscale.gateway.listener import listen
+from llmscale.gateway.serve import make_gateway, make_server
 from llmscale.tokenizer import Tokenizer
 from tests.fakes.fake_front import FakeFront, FakeSampling
 

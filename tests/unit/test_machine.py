@@ -64,3 +64,28 @@ def test_groups_of_the_first_version_are_read_by_their_controller(tmp_path: Path
     root = tree(tmp_path, "4:memory:/docker/one\n3:cpu,cpuacct:/docker/one\n9:name=systemd:/", files)
     assert machine.memory_bytes(root) == GIB
     assert machine.cpus(root) == 1
+
+
+def test_what_is_free_is_what_the_smallest_limit_leaves_and_pages_of_files_are_free(tmp_path: Path) -> None:
+    meminfo = {"proc/meminfo": "MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable: 3145728 kB"}
+    assert machine.free_bytes(tree(tmp_path / "none", "0::/", meminfo)) == 3 * GIB
+    files = {
+        **meminfo,
+        "sys/fs/cgroup/pod/memory.max": str(2 * GIB),
+        "sys/fs/cgroup/pod/memory.current": str(GIB + 5),
+        "sys/fs/cgroup/pod/memory.stat": f"anon 7\ninactive_file {GIB // 2}\nactive_file 3",
+        "sys/fs/cgroup/pod/container/memory.max": "max",
+        "sys/fs/cgroup/pod/container/memory.current": "7",
+    }
+    assert machine.free_bytes(tree(tmp_path / "new", "0::/pod/container", files)) == GIB + GIB // 2 - 5
+    files = {
+        **meminfo,
+        "sys/fs/cgroup/memory/one/memory.limit_in_bytes": str(GIB),
+        "sys/fs/cgroup/memory/one/memory.usage_in_bytes": str(GIB + 4_096),
+        "sys/fs/cgroup/memory/one/memory.stat": "cache 5\ntotal_inactive_file 0",
+    }
+    assert machine.free_bytes(tree(tmp_path / "old", "5:memory:/one", files)) == 0
+
+
+def test_without_figures_all_of_the_machine_is_free(tmp_path: Path) -> None:
+    assert machine.free_bytes(tmp_path) == MACHINE_BYTES

@@ -20,8 +20,7 @@ from llmscale.config import MAX_REPLICAS, NodeSettings
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, GatewayEntry, ModelEntry, read_fleet_file
 from llmscale.gateway.fleet import gateway_config, serve_fleet
-from llmscale.gateway.local_nodes import device_of, threads_per_worker
-from llmscale.gateway.replicas import model_states
+from llmscale.gateway.local_nodes import device_of, local_replicas, threads_per_worker
 from llmscale.models.locate import locate_model, model_name
 from llmscale.node.plan import plan_replica
 
@@ -125,6 +124,7 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         max_step_tokens=entry.max_num_batched_tokens,
         kv_cache_bytes=entry.kv_cache_bytes,
         kv_host_bytes=entry.kv_host_bytes,
+        replicas_here=local_replicas(fleet),
         device=device_of(fleet, name),
         executor=entry.executor,
         first_device=fleet.first_device(name),
@@ -153,6 +153,8 @@ def _announce(front: Front, fleet: FleetFile, port: int) -> None:
 
 
 def _announce_ready(front: Front, names: Sequence[str], base: str) -> None:
+    from llmscale.gateway.replicas import model_states
+
     began = time.monotonic()
     while set(model_states(names, front.status().replicas).values()) != {"ready"}:
         time.sleep(0.02)

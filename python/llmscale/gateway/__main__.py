@@ -15,8 +15,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import structlog
-
 from llmscale import logs
 from llmscale._core import Front, ReplicaStatus, Sampling
 from llmscale.config import (
@@ -32,11 +30,12 @@ from llmscale.fleet_file import read_fleet_file
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.gateway.fleet import serve_fleet
 from llmscale.gateway.serve import run
+from llmscale.logs import get_logger
 from llmscale.models.fingerprint import tokenizer_digest
 from llmscale.models.locate import locate_model, model_name
 from llmscale.tokenizer import Tokenizer
 
-_log = structlog.get_logger("llmscale.gateway")
+_log = get_logger("llmscale.gateway")
 _POLL_SECONDS = 0.05
 
 

@@ -13,8 +13,6 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-import structlog
-
 from llmscale.errors import ForeignHost, LlmscaleError, MethodNotAllowed, NotFound
 from llmscale.gateway import generate, info
 from llmscale.gateway.asgi import Receive, Scope, Send
@@ -24,8 +22,9 @@ from llmscale.gateway.config import GatewayConfig, ServedModel, is_loopback
 from llmscale.gateway.front import Front, SamplingFactory
 from llmscale.gateway.http import Exchange
 from llmscale.gateway.services import Services
+from llmscale.logs import get_logger
 
-_log = structlog.get_logger("llmscale.gateway")
+_log = get_logger("llmscale.gateway")
 Endpoint = Callable[[Services, Exchange, str], Awaitable[None]]
 
 OPEN: Final = False

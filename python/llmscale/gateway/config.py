@@ -9,9 +9,12 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmscale.errors import ConfigError
-from llmscale.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llmscale.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import structlog
-
 from llmscale.choice import ENDED_WELL, Choice, Delivery, failure
 from llmscale.errors import LlmscaleError, Unavailable, UnknownModel
 from llmscale.gateway.front import Front
 from llmscale.gateway.http import trace_of
 from llmscale.gateway.reply import Reply
+from llmscale.logs import get_logger
 from llmscale.metrics import RequestMetrics
 
-_log = structlog.get_logger("llmscale.gateway")
+_log = get_logger("llmscale.gateway")
 
 
 class FrontDriver:

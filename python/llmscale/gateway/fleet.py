@@ -8,9 +8,8 @@ replica and reads each model's tokenizer once. Knows nothing of HTTP, and of a m
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -18,14 +17,10 @@ import msgspec
 
 from llmscale._core import Front, Sampling
 from llmscale.errors import ConfigError
-from llmscale.fleet_file import FleetFile, KeysEntry, ModelEntry
-from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
-from llmscale.gateway.local_nodes import LocalNode, NodeKeeper, local_nodes
-from llmscale.gateway.serve import run
-from llmscale.models.fingerprint import tokenizer_digest
-from llmscale.models.locate import locate_model
-from llmscale.models.registry import describe_model
-from llmscale.tokenizer import Tokenizer
+from llmscale.fleet_file import FleetFile, KeysEntry
+from llmscale.gateway.config import GatewayConfig, GatewayLimits
+from llmscale.gateway.listener import listen
+from llmscale.gateway.local_nodes import kept, local_nodes
 
 # A public key is 40 characters.
 _MAX_KEY_BYTES = 1_024
@@ -45,34 +40,22 @@ def gateway_config(fleet: FleetFile, api_keys: Sequence[str] = ()) -> GatewayCon
     )
 
 
-def load_model(name: str, entry: ModelEntry) -> ServedModel:
-    """A model as its folder on this host describes it. Raises `ModelError` and `ConfigError`."""
-    folder = locate_model(entry.model)
-    spec = describe_model(folder).spec
-    return ServedModel(
-        name=name,
-        tokenizer=Tokenizer(folder, vocabulary=spec.vocabulary),
-        vocabulary=spec.vocabulary,
-        max_sequence_tokens=spec.sequence_limit(entry.max_model_len),
-        created=int(time.time()),
-        tokenizer_digest=tokenizer_digest(folder).hex(),
-    )
-
-
 def serve_fleet(
     fleet: FleetFile, *, api_keys: Sequence[str] = (), on_started: Callable[[Front, int], None] | None = None
 ) -> None:
     """Serves until SIGTERM or SIGINT. `on_started` is called with the front and the port once connections are accepted.
 
-    Raises `ConfigError` and `ModelError` before any node is started.
+    Raises `ConfigError` for what is wrong in the file before any node is started. Nodes start while this process still
+    imports and reads what a gateway needs, which takes both as long: where a tokenizer cannot be read, they end again,
+    and `ModelError` is raised.
     """
     config = gateway_config(fleet, api_keys)
-    models = [load_model(name, entry) for name, entry in fleet.models.items()]
+    has_local_nodes = any(entry.local_replicas for entry in fleet.models.values())
+    key_file, node_key = _front_keys(fleet.keys, has_local_nodes=has_local_nodes)
     with tempfile.TemporaryDirectory(prefix="llmscale-serve-") as folder:
         nodes = local_nodes(fleet, folder)
         addresses = [node.address for node in nodes]
         addresses += [address for entry in fleet.models.values() for address in entry.nodes]
-        key_file, node_key = _front_keys(fleet.keys, has_local_nodes=bool(nodes))
         front = Front(
             addresses,
             fleet=fleet.fleet,
@@ -82,23 +65,13 @@ def serve_fleet(
             key_file=key_file,
             node_key=node_key,
         )
-        started = None if on_started is None else partial(on_started, front)
-        run(config, front, Sampling, models, behind=_kept(nodes), on_started=started)
+        with closing(listen(config)) as listener, kept(nodes):
+            from llmscale.gateway.serve import run
+            from llmscale.gateway.served_model import load_model
 
-
-@contextmanager
-def _kept(nodes: Sequence[LocalNode]) -> Iterator[None]:
-    """The nodes run while the block does; afterwards all drain at once, and are gone."""
-    keepers = [NodeKeeper(node) for node in nodes]
-    for keeper in keepers:
-        keeper.start()
-    try:
-        yield
-    finally:
-        for keeper in keepers:
-            keeper.ask_to_stop()
-        for keeper in keepers:
-            keeper.stop()
+            models = [load_model(name, entry) for name, entry in fleet.models.items()]
+            started = None if on_started is None else partial(on_started, front)
+            run(config, front, Sampling, models, listener=listener, on_started=started)
 
 
 def _front_keys(keys: KeysEntry | None, *, has_local_nodes: bool) -> tuple[str | None, str | None]:

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-import structlog
 
 from llmscale.errors import LlmscaleError, Overloaded, RequestError
 from llmscale.gateway.asgi import Receive, Scope, Send
 from llmscale.gateway.body import header
 from llmscale.gateway.openai import Error, ErrorResponse
+from llmscale.logs import get_logger
 from llmscale.metrics import GatewayMetrics
 
-_log = structlog.get_logger("llmscale.gateway")
+_log = get_logger("llmscale.gateway")
 _SANE_ID: Final = re.compile(rb"[A-Za-z0-9_.-]{1,64}")
 _json = msgspec.json.Encoder()
 _process: Final = secrets.token_hex(6)

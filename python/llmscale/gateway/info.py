@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-import structlog
 
 from llmscale.errors import NotFound, Unavailable
 from llmscale.gateway.config import ServedModel
@@ -22,8 +21,9 @@ from llmscale.gateway.openai import ModelList, ModelObject
 from llmscale.gateway.openapi import document
 from llmscale.gateway.replicas import SERVING, fleet_state, model_states
 from llmscale.gateway.services import Services
+from llmscale.logs import get_logger
 
-_log = structlog.get_logger("llmscale.gateway")
+_log = get_logger("llmscale.gateway")
 _json = msgspec.json.Encoder()
 _KINDS: Final = {
     ".html": b"text/html; charset=utf-8",

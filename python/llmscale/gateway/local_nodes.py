@@ -11,17 +11,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote
 
-import structlog
-
 from llmscale import machine
 from llmscale.devices.registry import choose
 from llmscale.fleet_file import FleetFile
+from llmscale.logs import get_logger
 
-_log = structlog.get_logger("llmscale.serve")
+_log = get_logger("llmscale.serve")
 
 FIRST_BACKOFF_SECONDS: Final = 0.2
 MAX_BACKOFF_SECONDS: Final = 30.0
@@ -42,9 +43,14 @@ class LocalNode:
 def threads_per_worker(fleet: FleetFile, model: str) -> int | None:
     """What was asked for, or each worker's share of the CPUs; None lets a single replica decide."""
     asked = fleet.models[model].threads
-    if asked is not None or sum(entry.local_replicas for entry in fleet.models.values()) == 1:
+    if asked is not None or local_replicas(fleet) == 1:
         return asked
     return max(1, machine.cpus() // fleet.local_workers)
+
+
+def local_replicas(fleet: FleetFile) -> int:
+    """Of all models, on this host."""
+    return sum(entry.local_replicas for entry in fleet.models.values())
 
 
 def device_of(fleet: FleetFile, model: str) -> str:
@@ -80,6 +86,7 @@ def _command(fleet: FleetFile, model: str, address: str, replica: int, first_dev
         "--step-target-milliseconds": entry.step_target_milliseconds,
         "--kv-cache-bytes": entry.kv_cache_bytes,
         "--kv-host-bytes": entry.kv_host_bytes,
+        "--replicas-here": local_replicas(fleet),
         "--device": device_of(fleet, model),
         "--first-device": first_device,
         "--executor": entry.executor,
@@ -162,3 +169,18 @@ class NodeKeeper:
             _log.warning("node ended, starting it again", model=self._node.model, code=code, in_seconds=backoff)
             self._stopping.wait(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+
+@contextmanager
+def kept(nodes: Sequence[LocalNode]) -> Iterator[None]:
+    """The nodes run while the block does; afterwards all drain at once, and are gone."""
+    keepers = [NodeKeeper(node) for node in nodes]
+    for keeper in keepers:
+        keeper.start()
+    try:
+        yield
+    finally:
+        for keeper in keepers:
+            keeper.ask_to_stop()
+        for keeper in keepers:
+            keeper.stop()

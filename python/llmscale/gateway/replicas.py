@@ -13,12 +13,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Final
 
-import structlog
-
 from llmscale.gateway.config import ServedModel
 from llmscale.gateway.front import Front, ReplicaStatus
+from llmscale.logs import get_logger
 
-_log = structlog.get_logger("llmscale.gateway")
+_log = get_logger("llmscale.gateway")
 SERVING: Final = ("ready", "recovering")
 # The best first.
 _STATES: Final = (*SERVING, "starting", "down")

@@ -15,17 +15,18 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Final
 
-import structlog
 import uvicorn
 
-from llmscale.errors import ConfigError, Unavailable
+from llmscale.errors import Unavailable
 from llmscale.gateway.app import Gateway
 from llmscale.gateway.auth import load_keys
 from llmscale.gateway.config import GatewayConfig, ServedModel
 from llmscale.gateway.front import Front, SamplingFactory
+from llmscale.gateway.listener import listen
 from llmscale.gateway.protocol import GuardedProtocol
+from llmscale.logs import get_logger
 
-_log = structlog.get_logger("llmscale.gateway")
+_log = get_logger("llmscale.gateway")
 _BACKLOG: Final = 2_048
 # After the streams were ended with an error, their last bytes need a moment to leave.
 _LAST_WORDS_SECONDS: Final = 2
@@ -107,49 +108,27 @@ def run(
     sampling: SamplingFactory,
     models: Sequence[ServedModel],
     *,
-    behind: contextlib.AbstractContextManager[object] | None = None,
+    listener: socket.socket | None = None,
     on_started: Callable[[int], None] | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT. `on_started` is called with the port once connections are accepted.
 
-    `behind` is what has to run behind the gateway: entered when nothing can be wrong any more, left at the end. Raises
-    `ConfigError` before that, also when it cannot listen.
+    `listener` is the configuration's, for whoever had to know earlier that there is one. Raises `ConfigError` before
+    that, also when it cannot listen.
     """
     gateway = make_gateway(config, front, sampling, models)
     if not gateway.services.keys.required:
         _log.warning(
             "no API key is set: everyone on this machine may use the model (listening on %s only)", config.host
         )
-    listener = listen(config)
+    listener = listener or listen(config)
     server = make_server(gateway, lambda: on_started(listener.getsockname()[1]) if on_started is not None else None)
 
     # What exists now lives as long as the process: the collector need not walk it again.
     gc.collect()
     gc.freeze()
     with (
-        behind or contextlib.nullcontext(),
         contextlib.closing(front),
         asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner,
     ):
         runner.run(server.serve(sockets=[listener]))
-
-
-def listen(config: GatewayConfig) -> socket.socket:
-    """The listening socket of a configuration. Raises `ConfigError`."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror or error}; choose another port or"
-            " address, or end what uses it"
-        ) from error
-    return listener

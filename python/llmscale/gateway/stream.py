@@ -11,16 +11,15 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-import structlog
-
 from llmscale.gateway import connection
 from llmscale.gateway.answers import DONE, Format
 from llmscale.gateway.config import GatewayLimits
 from llmscale.gateway.http import Exchange, error_body
 from llmscale.gateway.reply import Reply
+from llmscale.logs import get_logger
 from llmscale.metrics import GatewayMetrics
 
-_log = structlog.get_logger("llmscale.gateway")
+_log = get_logger("llmscale.gateway")
 _HEADERS: Final = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),

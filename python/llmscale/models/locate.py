@@ -11,7 +11,6 @@ from pathlib import Path
 from llmscale import env
 from llmscale.embedded import EMBEDDED_MODELS, embedded_model_path
 from llmscale.errors import InvalidCheckpoint
-from llmscale.models.gguf_cache import imported_folder
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
@@ -24,6 +23,9 @@ def locate_model(model: str) -> Path:
     if folder.is_dir():
         return folder.resolve()
     if is_gguf(model):
+        # What reads and converts such files is not loaded for others.
+        from llmscale.models.gguf_cache import imported_folder
+
         return imported_folder(folder.resolve())
     if _HUB_ID.fullmatch(model) and (snapshot := _cached_snapshot(model)) is not None:
         return snapshot

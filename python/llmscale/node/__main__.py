@@ -17,12 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import structlog
-
 from llmscale import env, logs, machine
 from llmscale._core import Engine, end_with_parent
 from llmscale.config import DEVICES, DTYPES, EXECUTORS, MAX_DRAIN_SECONDS, QUANTIZATIONS, NodeSettings
 from llmscale.errors import LlmscaleError
+from llmscale.logs import get_logger
 from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.follower import Follower
 from llmscale.node.membership import Membership
@@ -33,7 +32,7 @@ from llmscale.node.supervisor import WorkerSupervisor
 from llmscale.node.worker_process import WorkerProcesses
 from llmscale.parallel.hosts import HostFlags, Hosts, resolve_hosts
 
-_log = structlog.get_logger("llmscale.node")
+_log = get_logger("llmscale.node")
 
 
 def main() -> int:
@@ -171,6 +170,7 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         step_target_milliseconds=arguments.step_target_milliseconds,
         kv_cache_bytes=arguments.kv_cache_bytes,
         kv_host_bytes=arguments.kv_host_bytes,
+        replicas_here=arguments.replicas_here,
         device=arguments.device,
         executor=arguments.executor,
         first_device=arguments.first_device,
@@ -225,6 +225,12 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-host-bytes",
         type=int,
         help="memory for what the KV cache evicts; 0 for none (default: four times as much)",
+    )
+    add(
+        "--replicas-here",
+        type=int,
+        default=1,
+        help="replicas on this host, which share what is taken of its memory unasked (default: %(default)s)",
     )
     add(
         "--device",

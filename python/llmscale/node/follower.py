@@ -11,11 +11,10 @@ import asyncio
 import contextlib
 import time
 
-import structlog
-
 from llmscale._core import GroupDoor
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, TransportError, WorkerError
+from llmscale.logs import get_logger
 from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.group_messages import Wanted, decode_leader, encode
 from llmscale.node.host_memory import HostMemory
@@ -28,7 +27,7 @@ from llmscale.node.worker_process import WorkerProcesses
 from llmscale.parallel.assignment import Assignment
 from llmscale.parallel.hosts import Hosts, tcp_address
 
-_log = structlog.get_logger("llmscale.node")
+_log = get_logger("llmscale.node")
 
 LOG_SECONDS = 5.0
 

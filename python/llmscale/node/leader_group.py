@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import time
 
-import structlog
-
 from llmscale._core import GroupDoor
 from llmscale.errors import TransportError, WorkerError
+from llmscale.logs import get_logger
 from llmscale.node.group_messages import HostFacts, RankLink, Refused, decode_follower, encode
 from llmscale.node.roster import BEAT_SECONDS, Outgoing, Roster
 
-_log = structlog.get_logger("llmscale.node")
+_log = get_logger("llmscale.node")
 
 LOG_SECONDS = 5.0
 

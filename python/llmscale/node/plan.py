@@ -186,14 +186,14 @@ def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens:
         return blocks
     if device_bytes is not None:
         return max(needed, min(MAX_DEVICE_BLOCKS, device_bytes // block_bytes))
-    share = machine.memory_bytes() // MAX_MEMORY_SHARE // block_bytes
+    share = machine.memory_bytes() // MAX_MEMORY_SHARE // settings.replicas_here // block_bytes
     return max(needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, share))
 
 
 def _host_blocks(settings: NodeSettings, block_bytes: int, total_blocks: int) -> int:
     if settings.kv_host_bytes is not None:
         return min(settings.kv_host_bytes // block_bytes, EngineLimits.MAX_HOST_BLOCKS)
-    share = machine.memory_bytes() // MAX_HOST_MEMORY_SHARE // block_bytes
+    share = machine.memory_bytes() // MAX_HOST_MEMORY_SHARE // settings.replicas_here // block_bytes
     return min(HOST_BLOCKS_PER_BLOCK * total_blocks, share, EngineLimits.MAX_HOST_BLOCKS)
 
 

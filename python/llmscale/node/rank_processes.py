@@ -10,13 +10,12 @@ import asyncio
 import signal
 from collections.abc import Sequence
 
-import structlog
-
+from llmscale.logs import get_logger
 from llmscale.node.rank_meeting import RankMeeting
 from llmscale.node.worker_process import WorkerProcess, WorkerProcesses
 from llmscale.parallel.assignment import Assignment
 
-_log = structlog.get_logger("llmscale.node")
+_log = get_logger("llmscale.node")
 
 
 class RankProcesses:

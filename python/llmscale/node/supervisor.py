@@ -15,10 +15,9 @@ import socket
 import time
 from dataclasses import dataclass, field
 
-import structlog
-
 from llmscale._core import Engine, NodeEvent
 from llmscale.errors import ConfigError, WorkerError
+from llmscale.logs import get_logger
 from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.group_messages import RankLink
 from llmscale.node.host_memory import HostMemory
@@ -31,7 +30,7 @@ from llmscale.node.worker_process import WorkerProcesses
 from llmscale.parallel.assignment import Assignment
 from llmscale.parallel.hosts import tcp_address
 
-_log = structlog.get_logger("llmscale.node")
+_log = get_logger("llmscale.node")
 
 MAX_FRUITLESS_DEATHS = 5
 FRUITLESS_WINDOW_SECONDS = 60.0

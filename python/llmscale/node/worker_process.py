@@ -14,12 +14,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import structlog
-
+from llmscale.logs import get_logger
 from llmscale.node.worker_template import WorkerTemplate
 from llmscale.parallel.assignment import Assignment, write_assignment
 
-_log = structlog.get_logger("llmscale.node")
+_log = get_logger("llmscale.node")
 
 STOP_SECONDS = 2.0
 WORKER_MODULE = "llmscale.worker"

@@ -11,12 +11,11 @@ import contextlib
 import socket
 from collections.abc import Sequence
 
-import structlog
-
 from llmscale._core import adopt_orphans
 from llmscale.errors import WorkerError
+from llmscale.logs import get_logger
 
-_log = structlog.get_logger("llmscale.node")
+_log = get_logger("llmscale.node")
 
 PID_BYTES = 4
 

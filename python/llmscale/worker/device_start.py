@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import structlog
 import torch
 from torch import Tensor
 
 from llmscale.devices.interface import Accelerator, MemoryFigures
 from llmscale.errors import ConfigError
+from llmscale.logs import get_logger
 from llmscale.parallel.groups import World
 from llmscale.parallel.tensor import TensorGroup
 from llmscale.worker.device_steps import DeviceStepper
@@ -25,7 +25,7 @@ from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
 from llmscale.worker.step_memory import StepMemory
 
-_log = structlog.get_logger("llmscale.worker")
+_log = get_logger("llmscale.worker")
 
 MARGIN_SHARE = 32
 """A 32nd of the device is left free: fragments of the allocator, libraries' workspaces, other processes."""

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
-import structlog
 import torch
 from torch import Tensor
 
 from llmscale._core import DiskRegion, HostRegion
 from llmscale.devices.interface import Accelerator, Event, Stream
+from llmscale.logs import get_logger
 from llmscale.worker.kv_region import KvRegion
 
-_log = structlog.get_logger("llmscale.worker")
+_log = get_logger("llmscale.worker")
 
 MAX_CALIBRATION_NS = 200_000_000
 """Of a start that takes seconds for weights; two directions of 4 MiB blocks take 50 ms at 50 GB/s."""

@@ -6,12 +6,11 @@ It knows no contents, and costs a step nothing.
 
 from __future__ import annotations
 
-import structlog
-
 from llmscale._core import DiskRegion
+from llmscale.logs import get_logger
 from llmscale.parallel.assignment import DiskPlace
 
-_log = structlog.get_logger("llmscale.worker")
+_log = get_logger("llmscale.worker")
 
 
 def open_disk(disk: DiskPlace, blocks: int, host: tuple[str, int], block_bytes: int, layout: int) -> DiskRegion:

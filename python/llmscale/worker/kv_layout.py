@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from llmscale import machine
 from llmscale.errors import ConfigError
 from llmscale.models.spec import ModelSpec
 
@@ -42,6 +43,23 @@ class KvLayout:
                 f"({needed * self.block_bytes:,} bytes). Raise the budget or lower max_sequence_tokens."
             )
         return blocks
+
+
+def require_room(region_bytes: int) -> None:
+    """Raises MemoryError where a KV region has no room now.
+
+    Pages of a region are taken as blocks are first written, so that an idle server holds none, and what a container may
+    use is not asked for until it is needed. That ends nobody later: the plan gives all replicas of a host a quarter
+    of what the machine or its container has, unless somebody says otherwise, and what somebody says is refused here, at
+    the start, if it is not there. Scheduling promises no more blocks than a region has. Whoever takes the memory of a
+    running server from outside of its container takes it from its weights and its requests all the same.
+    """
+    free = machine.free_bytes()
+    if region_bytes > free:
+        raise MemoryError(
+            f"the KV cache is to have {region_bytes:,} bytes, and {free:,} are free; lower kv_cache_bytes, or end what"
+            " takes the memory"
+        )
 
 
 class BlockMemory(Protocol):

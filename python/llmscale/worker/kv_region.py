@@ -1,13 +1,13 @@
 """The KV region of a worker: one contiguous tensor `[blocks, layers, 2, kv_heads, block_tokens, head_dim]`.
 
 A block holds the keys and values of its tokens for all layers of the stage, so that it moves in one copy. The region is
-sized from a byte budget and is all there, as zeros, when it is made: memory that is not there fails the start, not a
-request hours later, and no kernel can meet a NaN in a slot that was never filled. Does not know who owns which block.
+sized from a byte budget. On a processor its pages come, as zeros, when blocks are first written: see `require_room` for
+why that is safe. No kernel can meet a NaN in a slot that was never filled. Does not know who owns which block.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import mmap
 
 import torch
@@ -15,9 +15,7 @@ from torch import Tensor
 
 from llmscale.layers.ops import KvLayer
 from llmscale.models.spec import ModelSpec
-from llmscale.worker.kv_layout import DEFAULT_BLOCK_TOKENS, KvLayout, kv_layout_of
-
-_MADV_POPULATE_WRITE = 23
+from llmscale.worker.kv_layout import DEFAULT_BLOCK_TOKENS, KvLayout, kv_layout_of, require_room
 
 
 def kv_layout(spec: ModelSpec, dtype: torch.dtype, block_tokens: int = DEFAULT_BLOCK_TOKENS) -> KvLayout:
@@ -54,25 +52,14 @@ class KvRegion:
 
 
 def _zeroed_memory(size: int) -> mmap.mmap:
-    """Pages that the kernel has zeroed and mapped, huge ones where it has them.
-
-    384 MiB take 54 ms like this; written by torch they took 173 to 280 ms, most of the pause of a killed worker's
-    streams. Raises MemoryError.
-    """
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    _advise(memory, mmap.MADV_HUGEPAGE)
-    if not _advise(memory, _MADV_POPULATE_WRITE):
-        # Linux before 5.14: written like any memory.
-        torch.frombuffer(memory, dtype=torch.uint8).zero_()
-    return memory
-
-
-def _advise(memory: mmap.mmap, advice: int) -> bool:
-    """False if this kernel does not know the advice. Raises MemoryError."""
+    """Address space whose pages the kernel zeroes when they are touched, huge ones where it has them. Raises
+    MemoryError."""
+    require_room(size)
     try:
-        memory.madvise(advice)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return False
-        raise MemoryError(f"{len(memory):,} bytes for the KV region cannot be had: {error}") from error
-    return True
+        raise MemoryError(f"{size:,} bytes for the KV region cannot be had: {error}") from error
+    # A kernel without huge pages keeps small ones.
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

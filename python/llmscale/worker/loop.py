@@ -12,17 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import structlog
-
 from llmscale._core import DiskRegion, WorkerOrder, WorkerSession
 from llmscale.errors import LlmscaleError, ModelError, OutOfDeviceMemory
+from llmscale.logs import get_logger
 from llmscale.parallel.assignment import Assignment
 from llmscale.worker.disk_tier import say_trouble
 from llmscale.worker.runner import Runner, RunnerOptions, make_runner
 from llmscale.worker.sampling import StepSampling
 from llmscale.worker.step_queue import StepQueue
 
-_log = structlog.get_logger("llmscale.worker")
+_log = get_logger("llmscale.worker")
 
 WAIT_US = 1_000_000
 OPEN_WAIT_US = 100

@@ -19,7 +19,7 @@ from llmscale.models.registry import describe_model
 from llmscale.models.rope import inverse_frequencies
 from llmscale.models.spec import ModelSpec
 from llmscale.worker.host_tier import CopySource
-from llmscale.worker.kv_layout import KvLayout, kv_layout_of
+from llmscale.worker.kv_layout import KvLayout, kv_layout_of, require_room
 from llmscale.worker.runner import RunnerOptions, make_copies, open_tiers
 from llmscale.worker.steps import Memory, Steps, StepSource
 
@@ -144,6 +144,8 @@ def load_program(
         done_bytes += here.total_bytes
         if progress is not None:
             progress(done_bytes, places.total_bytes)
+    layout = kv_layout_of(spec, dtype, limits.block_tokens)
+    require_room(limits.total_blocks * layout.block_bytes)
     program = builder.finish(kernels, places.norm(spec.norm), places.head(), places.embedding())
     if progress is not None:
         progress(places.total_bytes, places.total_bytes)

@@ -6,6 +6,7 @@
 //! - [`nibbles`]: weights of four bits on their way from files
 //! - [`block`]: one layer, ready to run
 //! - [`program`]: the whole model, its KV region and its buffers
+//! - [`kv_memory`]: memory of keys and values, taken as it is written
 //! - [`rope`]: the table of cosines and sines
 //! - [`error`]: why a model could not be made ready
 //!
@@ -14,6 +15,7 @@
 pub mod block;
 pub mod description;
 pub mod error;
+pub mod kv_memory;
 pub mod linear;
 mod nibbles;
 pub mod program;

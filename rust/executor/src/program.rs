@@ -6,6 +6,7 @@
 use crate::block::{Activations, Block, Norm, StepPlace, Widths};
 use crate::description::{BlockDescription, LinearDescription, ModelShape, NormDescription, ProgramLimits};
 use crate::error::LoadError;
+use crate::kv_memory::KvMemory;
 use crate::linear::{Linear, Processor};
 use crate::rope::RopeTable;
 use crate::source::Stack;
@@ -105,9 +106,7 @@ impl<T: Element + Number> ProgramBuilder<T> {
             block_tokens: limits.block_tokens,
             head_dim: shape.head_dim,
         };
-        let what = "the KV region";
-        let region = HugeArray::populated(region_shape.elements());
-        let region = region.map_err(|problem| LoadError::Memory { what, problem })?;
+        let region = KvMemory::new(&region_shape)?;
         let widest = blocks.iter().map(Block::widths).fold(Widths::default(), Widths::max);
         Ok(Program {
             shape,
@@ -159,7 +158,7 @@ pub struct Program<T> {
     norm: Norm<T>,
     head: Linear<T>,
     region_shape: KvRegionShape,
-    region: HugeArray<T>,
+    region: KvMemory<T>,
     activations: Activations<T>,
     logits: Vec<T>,
     /// Rows of logits that are there.
@@ -196,6 +195,7 @@ impl<T: Element + Number> Program<T> {
         }
         let slots = SlotMapping::new(self.region_shape, step.slot_mapping)?;
         let plans = self.plans(on, step)?;
+        self.region.reached(step.slot_mapping);
         self.embed(on, step.token_ids)?;
         let last = self.blocks.len() - 1;
         for (layer, block) in self.blocks.iter().enumerate() {

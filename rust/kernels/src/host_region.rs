@@ -7,6 +7,7 @@
 mod by_device;
 
 use crate::mapping::{LINE_BYTES, Mapping, MappingError};
+use crate::touch_ahead::{Ahead, TouchAhead};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,20 +33,9 @@ pub struct HostRegion {
     incarnation: u64,
 }
 
-/// The pages of a region, which stay mapped as long as this value lives.
-#[derive(Debug)]
-pub(crate) struct HostPages {
-    mapping: Arc<Mapping>,
-    start: usize,
-    stride: usize,
-}
-
-impl HostPages {
-    /// Has the pages of a block made. False if the system cannot.
-    pub(crate) fn touch(&self, block: u32) -> bool {
-        self.mapping.populate(self.start + self.stride * block as usize, self.stride)
-    }
-}
+/// Two conversations of 2,000 tokens of a small model, a third of a second of zeroing; little of a tier that may never be
+/// needed.
+const AHEAD: Ahead = Ahead { unused_bytes: 8 << 20, used_bytes: 128 << 20 };
 
 /// Words of the preface.
 enum Preface {
@@ -107,10 +97,15 @@ impl HostRegion {
         self.incarnation
     }
 
-    /// Its pages, for whoever makes them ahead.
-    pub(crate) fn pages(&self) -> HostPages {
+    /// Has pages made ahead of copies.
+    ///
+    /// # Errors
+    /// The operating system's, where it starts no thread.
+    pub fn touch_ahead(&self) -> std::io::Result<TouchAhead> {
         let stride = stride(self.block_bytes).expect("it was checked when the file was opened");
-        HostPages { mapping: Arc::clone(&self.mapping), start: data_start(self.blocks), stride }
+        let (mapping, start) = (Arc::clone(&self.mapping), data_start(self.blocks));
+        let touch = move |block: u32| mapping.populate(start + stride * block as usize, stride);
+        TouchAhead::start(self.blocks, stride, AHEAD, touch)
     }
 
     /// Copies a block here, under a tag.

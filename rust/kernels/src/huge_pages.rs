@@ -1,7 +1,9 @@
-//! Memory in huge pages for arrays that are read at random places: the KV region, packed weights.
+//! Memory in huge pages for arrays that are read at random places or again and again: the KV region, packed weights.
 //! With 4 KiB pages every head of every block is a page of its own, and attention over 1.5 GB spends most of its time
 //! in page walks. Linux grants huge pages on request (`madvise`) and silently keeps small ones where it cannot, so this
-//! is a hint; elsewhere it is ordinary memory. Owns its mapping; allocation is O(1), pages are zeroed at first touch.
+//! is a hint; elsewhere it is ordinary memory. A page is made, zeroed, when it is first touched. Small arrays share
+//! mappings, so that hundreds of them waste no more than one huge page; a mapping ends with the last of its arrays.
+//! Allocation is O(1).
 #![expect(unsafe_code, reason = "maps memory and views it as a slice")]
 
 use crate::element::Bf16;
@@ -9,6 +11,7 @@ use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 /// Size of a huge page on x86-64 and on 64-bit ARM with 4 KiB base pages.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -20,29 +23,28 @@ impl Number for f32 {}
 impl Number for Bf16 {}
 impl Number for u32 {}
 
-/// A zeroed array that starts at a huge page.
+/// Arrays below this share a mapping.
+const SHARED_BYTES: usize = 32 << 20;
+/// Address space that they share; what nobody has touched takes no memory.
+const CHUNK_BYTES: usize = 64 << 20;
+/// Where an array begins in it: at a small page, so that no two share a line.
+const ALIGNMENT: usize = 4_096;
+
+/// Address space, unmapped with its last user.
 #[derive(Debug)]
-pub struct HugeArray<T> {
-    start: NonNull<T>,
-    length: usize,
-    mapping: NonNull<libc::c_void>,
-    mapping_bytes: usize,
-    owned: PhantomData<T>,
+struct Mapping {
+    start: NonNull<libc::c_void>,
+    bytes: usize,
 }
 
-// SAFETY: the array owns its memory alone, like a boxed slice; elements are plain numbers.
-unsafe impl<T: Number> Send for HugeArray<T> {}
+// SAFETY: the mapping is only computed with here; its parts belong to one array each.
+unsafe impl Send for Mapping {}
 // SAFETY: as above.
-unsafe impl<T: Number> Sync for HugeArray<T> {}
+unsafe impl Sync for Mapping {}
 
-impl<T: Number> HugeArray<T> {
-    /// Maps room for `length` elements, all zero.
-    ///
-    /// # Errors
-    /// The operating system's, where it refuses the mapping.
-    pub fn zeroed(length: usize) -> io::Result<Self> {
-        let bytes = length.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize - HUGE_PAGE_BYTES);
-        let bytes = bytes.ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+impl Mapping {
+    /// Room for so many bytes from the first huge page on, and the address of that.
+    fn new(bytes: usize) -> io::Result<(Self, NonNull<u8>)> {
         // One page more than needed, so that a huge page boundary lies inside.
         let mapping_bytes = bytes.next_multiple_of(HUGE_PAGE_BYTES) + HUGE_PAGE_BYTES;
         let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
@@ -60,45 +62,102 @@ impl<T: Number> HugeArray<T> {
             libc::madvise(aligned, bytes.next_multiple_of(HUGE_PAGE_BYTES), libc::MADV_HUGEPAGE);
         }
         let start = NonNull::new(aligned.cast()).expect("an address inside the mapping is not null");
-        Ok(Self { start, length, mapping, mapping_bytes, owned: PhantomData })
-    }
-
-    /// As [`Self::zeroed`], with all pages there: memory that is not to be had is an error now, and not the end of the
-    /// process when it is written. 384 MiB take 54 ms.
-    ///
-    /// # Errors
-    /// The operating system's.
-    pub fn populated(length: usize) -> io::Result<Self> {
-        let mut array = Self::zeroed(length)?;
-        let bytes = length * size_of::<T>();
-        #[cfg(target_os = "linux")]
-        {
-            // SAFETY: the range lies inside the mapping, which nobody else has yet; its contents stay zero.
-            let refused = bytes > 0
-                && unsafe { libc::madvise(array.start.as_ptr().cast(), bytes, libc::MADV_POPULATE_WRITE) } != 0;
-            if !refused {
-                return Ok(array);
-            }
-            let error = io::Error::last_os_error();
-            // Linux before 5.14 does not know the advice.
-            if error.raw_os_error() != Some(libc::EINVAL) {
-                return Err(error);
-            }
-        }
-        let (start, step) = (array.as_mut_ptr().cast::<u8>(), 4_096);
-        for at in (0..bytes).step_by(step) {
-            // SAFETY: within the array, whose bytes are zero already; a volatile write makes the page.
-            unsafe { start.add(at).write_volatile(0) };
-        }
-        Ok(array)
+        Ok((Self { start: mapping, bytes: mapping_bytes }, start))
     }
 }
 
-impl<T> Drop for HugeArray<T> {
+impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `zeroed` with these numbers and nobody else unmaps it.
-        let outcome = unsafe { libc::munmap(self.mapping.as_ptr(), self.mapping_bytes) };
+        // SAFETY: the mapping was made by `new` with these numbers, and no array of it is left.
+        let outcome = unsafe { libc::munmap(self.start.as_ptr(), self.bytes) };
         assert_eq!(outcome, 0, "unmapping memory that was mapped");
+    }
+}
+
+/// The mapping that small arrays are cut from at the moment. Room is handed out once, so it is always zero.
+struct Chunk {
+    mapping: Weak<Mapping>,
+    start: usize,
+    used: usize,
+}
+
+static OPEN_CHUNK: Mutex<Chunk> = Mutex::new(Chunk { mapping: Weak::new(), start: 0, used: 0 });
+
+/// A part of a shared mapping.
+fn cut(bytes: usize) -> io::Result<(Arc<Mapping>, NonNull<u8>)> {
+    let mut chunk = OPEN_CHUNK.lock().unwrap_or_else(PoisonError::into_inner);
+    let needed = bytes.next_multiple_of(ALIGNMENT);
+    let open = chunk.mapping.upgrade().filter(|_| chunk.used + needed <= CHUNK_BYTES);
+    let mapping = match open {
+        Some(mapping) => mapping,
+        None => {
+            let (mapping, start) = Mapping::new(CHUNK_BYTES)?;
+            let mapping = Arc::new(mapping);
+            *chunk = Chunk { mapping: Arc::downgrade(&mapping), start: start.as_ptr() as usize, used: 0 };
+            mapping
+        }
+    };
+    let place = (chunk.start + chunk.used) as *mut u8;
+    chunk.used += needed;
+    Ok((mapping, NonNull::new(place).expect("an address inside the mapping is not null")))
+}
+
+/// A zeroed array, large ones from a huge page on.
+#[derive(Debug)]
+pub struct HugeArray<T> {
+    start: NonNull<T>,
+    length: usize,
+    mapping: Arc<Mapping>,
+    owned: PhantomData<T>,
+}
+
+// SAFETY: the array owns its memory alone, like a boxed slice; elements are plain numbers.
+unsafe impl<T: Number> Send for HugeArray<T> {}
+// SAFETY: as above.
+unsafe impl<T: Number> Sync for HugeArray<T> {}
+
+impl<T: Number> HugeArray<T> {
+    /// Maps room for `length` elements, all zero. Memory is taken when it is touched.
+    ///
+    /// # Errors
+    /// The operating system's, where it refuses the mapping.
+    pub fn zeroed(length: usize) -> io::Result<Self> {
+        let bytes = length.checked_mul(size_of::<T>()).filter(|&bytes| bytes <= isize::MAX as usize - HUGE_PAGE_BYTES);
+        let bytes = bytes.ok_or_else(|| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let (mapping, start) = if bytes < SHARED_BYTES {
+            cut(bytes)?
+        } else {
+            let (mapping, start) = Mapping::new(bytes)?;
+            (Arc::new(mapping), start)
+        };
+        Ok(Self { start: start.cast(), length, mapping, owned: PhantomData })
+    }
+
+    /// The pages of the array, which stay mapped as long as that value lives.
+    pub fn pages(&self) -> HugePages {
+        let bytes = self.length * size_of::<T>();
+        HugePages { mapping: Arc::clone(&self.mapping), start: self.start.as_ptr() as usize, bytes }
+    }
+}
+
+/// The pages of an array, for whoever makes them before they are written.
+#[derive(Debug)]
+pub struct HugePages {
+    mapping: Arc<Mapping>,
+    start: usize,
+    bytes: usize,
+}
+
+impl HugePages {
+    /// Has the pages of `bytes` bytes at an offset made, which changes nothing that they hold. False if the system cannot.
+    pub fn touch(&self, offset: usize, bytes: usize) -> bool {
+        assert!(offset + bytes <= self.bytes, "pages lie inside the array");
+        let first = (self.start + offset) / ALIGNMENT * ALIGNMENT;
+        let length = self.start + offset + bytes - first;
+        debug_assert!(first >= self.mapping.start.as_ptr() as usize);
+        // SAFETY: arrays begin with a page, so these are pages of the mapping, which this value keeps; those that are
+        // there stay as they are, and others are zeroed by the system as they would be when they are written.
+        unsafe { libc::madvise(first as *mut libc::c_void, length, libc::MADV_POPULATE_WRITE) == 0 }
     }
 }
 
@@ -119,14 +178,15 @@ impl<T> DerefMut for HugeArray<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{HUGE_PAGE_BYTES, HugeArray};
+    use super::{ALIGNMENT, HUGE_PAGE_BYTES, HugeArray, SHARED_BYTES};
     use crate::element::Bf16;
 
     #[test]
     fn an_array_is_zeroed_aligned_and_writable_to_its_end() {
-        for length in [0, 1, 1000, HUGE_PAGE_BYTES, HUGE_PAGE_BYTES + 3] {
+        for length in [0, 1, 1000, HUGE_PAGE_BYTES, SHARED_BYTES / 2, SHARED_BYTES / 2 + 3] {
             let mut array = HugeArray::<Bf16>::zeroed(length).unwrap();
-            assert_eq!(array.as_ptr() as usize % HUGE_PAGE_BYTES, 0);
+            let alignment = if 2 * length < SHARED_BYTES { ALIGNMENT } else { HUGE_PAGE_BYTES };
+            assert_eq!(array.as_ptr() as usize % alignment, 0);
             assert_eq!(array.len(), length);
             assert!(array.iter().all(|value| value.0 == 0));
             if let Some(last) = array.last_mut() {
@@ -134,6 +194,34 @@ mod tests {
                 assert_eq!(array[length - 1], Bf16(7));
             }
         }
+    }
+
+    #[test]
+    fn small_arrays_lie_apart_and_are_zero_whatever_others_held() {
+        let filled = |length: usize, value: u32| {
+            let mut array = HugeArray::<u32>::zeroed(length).unwrap();
+            assert!(array.iter().all(|value| *value == 0));
+            array.fill(value);
+            array
+        };
+        // More than a chunk, in sizes that divide nothing; some end while others live.
+        let mut arrays: Vec<_> = (1..60).map(|value| filled(value as usize * 10_007, value)).collect();
+        arrays.retain(|array| array[0] % 3 != 0);
+        arrays.extend((60..90).map(|value| filled(500_009, value)));
+        for array in &arrays {
+            assert!(array.iter().all(|value| *value == array[0]));
+        }
+    }
+
+    #[test]
+    fn pages_are_made_ahead_without_a_change_to_what_is_there() {
+        let mut array = HugeArray::<u32>::zeroed(3 * HUGE_PAGE_BYTES / 4 + 5).unwrap();
+        array.fill(9);
+        let pages = array.pages();
+        assert!(pages.touch(0, 1) && pages.touch(4_097, HUGE_PAGE_BYTES) && pages.touch(array.len() * 4 - 1, 1));
+        assert!(array.iter().all(|value| *value == 9));
+        drop(array);
+        assert!(pages.touch(0, 8), "the mapping lives as long as its pages are known");
     }
 
     #[test]

@@ -5,8 +5,7 @@
 //! - [`disk_region`], [`disk_thread`]: the disk tier's file, and who moves blocks to and from it
 //! - [`element`]: f32 and bf16
 //! - [`host_region`]: the host tier's blocks, with checksums
-//! - [`host_touch`]: makes the pages of those ahead of copies
-//! - [`huge_pages`]: memory for arrays read at random places
+//! - [`huge_pages`]: memory for arrays read at random places, taken as it is touched
 //! - [`kv_region`]: geometry of the paged KV region, validated slots
 //! - [`mapping`]: files that processes map together
 //! - [`matmul`]: products of rows with packed weights, one layout for all phases
@@ -18,6 +17,7 @@
 //! - [`norm`], [`activation`], [`embedding`]: the row-wise parts of a layer
 //! - [`sampler`]: tokens from logits, independent of batch and machine
 //! - [`reference`](mod@reference): the same results in plain scalar Rust, for tests
+//! - [`touch_ahead`]: makes pages of blocks before they are written
 //! - [`error`]: why a call was refused
 
 #![expect(
@@ -33,7 +33,6 @@ pub mod element;
 pub mod embedding;
 pub mod error;
 pub mod host_region;
-pub mod host_touch;
 pub mod huge_pages;
 pub mod kv_region;
 pub mod mapping;
@@ -53,3 +52,4 @@ pub mod sampler;
 mod scratch;
 mod shared_output;
 mod simd;
+pub mod touch_ahead;

@@ -8,7 +8,7 @@ use crate::error;
 use crate::kernels::{Memory, view_mut};
 use crate::sampling::random_bytes;
 use llmscale_kernels::host_region::HostRegion;
-use llmscale_kernels::host_touch::TouchAhead;
+use llmscale_kernels::touch_ahead::TouchAhead;
 use llmscale_types::{BlockCopy, CopyDirection, HostBlockId};
 use pyo3::prelude::*;
 use std::path::Path;
@@ -33,7 +33,7 @@ impl PyHostRegion {
         Self::bytes_for(blocks, block_bytes)?;
         let region = HostRegion::open(Path::new(path), blocks, block_bytes, layout, fresh);
         let region = region.map_err(|problem| error::worker(problem.to_string()))?;
-        let touch = TouchAhead::start(&region);
+        let touch = region.touch_ahead();
         let touch = touch.map_err(|problem| error::worker(format!("starting a thread: {problem}")))?;
         Ok(Self { inner: Mutex::new(region), touch })
     }

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from structlog.testing import capture_logs
 
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, KeysEntry, ModelEntry, parse_fleet_file
 from llmscale.gateway.fleet import gateway_config, serve_fleet
 from llmscale.gateway.local_nodes import LocalNode, NodeKeeper, local_nodes, threads_per_worker
 from llmscale.node.__main__ import _parser
+from tests.captured_logs import captured_logs
 from tests.processes import wait_until
 
 TWO = FleetFile(
@@ -44,7 +44,7 @@ def test_a_command_line_says_what_the_file_says() -> None:
     read = _parser().parse_args(list(command[3:]))
     assert (read.model, read.served_name, read.listen, read.fleet) == ("/models/a", "a", "ipc:///run/node-1", "lab")
     assert (read.dtype, read.max_model_len, read.kv_cache_bytes) == ("float32", 64, 9)
-    assert (read.spare_worker, read.parent) == (False, os.getpid())
+    assert (read.spare_worker, read.parent, read.replicas_here) == (False, os.getpid(), 3)
     assert (read.key_file, read.allow_list) == (Path("/keys/node.key"), Path("/keys/allowed"))
     other = _parser().parse_args(list(local_nodes(TWO, "/run")[2].command[3:]))
     assert (other.tensor_parallel_size, read.max_saving_seconds, other.max_saving_seconds) == (2, 5.0, 0.0)
@@ -71,7 +71,7 @@ def test_a_node_that_ends_is_started_again_until_it_is_asked_to_stop(tmp_path: P
     counted = tmp_path / "starts"
     script = f"open({str(counted)!r}, 'a').write('x')"
     keeper = NodeKeeper(LocalNode("a", "ipc:///nowhere", (sys.executable, "-c", f"{script}; raise SystemExit(3)")))
-    with capture_logs() as said:
+    with captured_logs() as said:
         keeper.start()
         wait_until(lambda: counted.exists() and len(counted.read_text()) >= 2, 30, "it was started again")
         keeper.stop()

@@ -11,12 +11,12 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from structlog.testing import capture_logs
 
 from llmscale.errors import UnknownModel
 from llmscale.gateway.config import ServedModel
 from llmscale.gateway.replicas import ReplicaWatch, differences, fleet_state, model_states
 from llmscale.tokenizer import Tokenizer
+from tests.captured_logs import captured_logs
 from tests.fakes.fake_front import FakeFront, FakeReplica
 from tests.fakes.gateway_server import Serving, serving
 from tests.fakes.tiny_tokenizer import write_metaspace
@@ -213,11 +213,11 @@ def test_a_model_takes_what_its_widest_replica_takes_and_no_more_than_it_was_giv
 def test_what_differs_between_replicas_of_one_name_is_said_once(other: ServedModel) -> None:
     front = FakeFront(replicas=replicas())
     watch = ReplicaWatch(front, {"second": other})
-    with capture_logs() as before:
+    with captured_logs() as before:
         watch.look()
     assert [line["what"] for line in before] == ["nodes serve 'tiny', which this gateway does not: name it to serve it"]
     front.replicas.append(FakeReplica(node="c", model="second", vocabulary=512, max_sequence_tokens=32))
-    with capture_logs() as after:
+    with captured_logs() as after:
         watch.look()
         watch.look()
     assert [line["log_level"] for line in after] == ["warning", "warning"]
@@ -259,7 +259,7 @@ def test_a_tokenizer_that_all_replicas_share_and_the_gateway_does_not_is_named(o
 def test_names_that_change_for_ever_do_not_fill_the_memory(other: ServedModel) -> None:
     front = FakeFront()
     watch = ReplicaWatch(front, {"second": other})
-    with capture_logs() as said:
+    with captured_logs() as said:
         for number in range(2_000):
             front.replicas = [FakeReplica(model=f"m{number}")]
             watch.look()

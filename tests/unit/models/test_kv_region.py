@@ -1,4 +1,4 @@
-"""The KV region: shape, budget, and memory that is there from the start."""
+"""The KV region: shape, budget, and memory that must be free when it is made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmscale import machine
 from llmscale.errors import ConfigError
 from llmscale.models.registry import describe_model
 from llmscale.worker.kv_region import KvRegion, kv_layout
@@ -38,3 +39,12 @@ def test_a_budget_is_filled_and_must_hold_the_longest_sequence(tmp_path: Path) -
     assert layout.blocks_within(8 * layout.block_bytes, max_sequence_tokens=128) == 8
     with pytest.raises(ConfigError, match=r"holds 7 blocks of 16 tokens.*128 needs 8 \(16,384 bytes\)"):
         layout.blocks_within(8 * layout.block_bytes - 1, max_sequence_tokens=128)
+
+
+def test_a_region_that_has_no_room_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path)
+    layout = kv_layout(describe_model(tmp_path).spec, torch.float32)
+    monkeypatch.setattr(machine, "free_bytes", lambda: 5 * layout.block_bytes)
+    assert KvRegion(layout, blocks=5).blocks == 5
+    with pytest.raises(MemoryError, match=r"the KV cache is to have .* are free; lower kv_cache_bytes"):
+        KvRegion(layout, blocks=6)

@@ -80,7 +80,8 @@ impl PackedNibbles {
         }
         let groups = inputs.div_ceil(group);
         let padded = outputs.next_multiple_of(PANEL) * groups;
-        let mut scales = HugeArray::<f32>::zeroed(padded).map_err(PackError::Memory)?;
+        // They are copied as soon as their format is known: huge arrays that share a mapping leave holes in it.
+        let mut scales = vec![0.0_f32; padded];
         let mut zeros = HugeArray::<f32>::zeroed(if has_zeros { padded } else { 0 }).map_err(PackError::Memory)?;
         let (all_scales, all_zeros) = (SharedOutput::new(&mut scales), SharedOutput::new(&mut zeros));
         let panels = Panels::pack(pool, outputs, inputs, UNIT, |first, count, words| {
@@ -109,7 +110,7 @@ impl PackedNibbles {
             }
             Ok(())
         })?;
-        Ok(Self { panels, group, groups, scales: Scales::new(scales)?, zeros })
+        Ok(Self { panels, group, groups, scales: Scales::new(&scales)?, zeros })
     }
 
     /// Outputs, without padding.
@@ -133,9 +134,11 @@ impl PackedNibbles {
 }
 
 impl Scales {
-    fn new(scales: HugeArray<f32>) -> Result<Self, PackError> {
+    fn new(scales: &[f32]) -> Result<Self, PackError> {
         if scales.iter().any(|scale| Bf16::from_f32(*scale).to_f32().to_bits() != scale.to_bits()) {
-            return Ok(Self::F32(scales));
+            let mut long = HugeArray::zeroed(scales.len()).map_err(PackError::Memory)?;
+            long.copy_from_slice(scales);
+            return Ok(Self::F32(long));
         }
         let mut short = HugeArray::zeroed(scales.len()).map_err(PackError::Memory)?;
         for (short, scale) in short.iter_mut().zip(scales.iter()) {
