@@ -233,6 +233,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Most items; 2,000 of tiny-chat, all of a file.")] = None,
     seed: Annotated[int, typer.Option(help="Which items are drawn.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    executor: ExecutorOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure MODEL on items: perplexity, exact match of greedy answers, and both beside a reference.
@@ -241,7 +242,7 @@ def evaluate(
     """
     from llmscale.cli.eval import EvalOptions, run
 
-    run(EvalOptions(model, tasks, against, dtype, quantization, limit, seed, threads, as_json))
+    run(EvalOptions(model, tasks, against, dtype, quantization, limit, seed, threads, executor, as_json))
 
 
 @app.command()

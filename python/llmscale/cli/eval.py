@@ -26,13 +26,15 @@ class EvalOptions:
     limit: int | None
     seed: int
     threads: int | None
+    executor: str
     as_json: bool
 
 
 def run(options: EvalOptions) -> None:
     """Prints a table, or one JSON object. Raises ModelError and ConfigError."""
     env.prepare_for_torch()
-    from llmscale.evaluation.evaluation import ModelChoice, evaluate
+    from llmscale.evaluation.evaluation import evaluate
+    from llmscale.evaluation.executors import ModelChoice
     from llmscale.evaluation.items import evaluation_items
     from llmscale.models.locate import locate_model
     from llmscale.models.registry import describe_model
@@ -42,10 +44,10 @@ def run(options: EvalOptions) -> None:
     spec = describe_model(folder, options.quantization).spec
     tokenizer = Tokenizer(folder, vocabulary=spec.vocabulary)
     items = evaluation_items(options.tasks, tokenizer, options.limit, options.seed, spec.max_sequence_tokens)
-    model = ModelChoice(folder, options.dtype, options.quantization, options.threads)
+    model = ModelChoice(folder, options.dtype, options.quantization, options.threads, options.executor)
     reference = None
     if options.against is not None:
-        reference = ModelChoice(locate_model(options.against), options.dtype, None, options.threads)
+        reference = ModelChoice(locate_model(options.against), options.dtype, None, options.threads, options.executor)
     # On standard error, so that a JSON object stands alone on the output.
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ProgressBars(*columns, console=Console(stderr=True), transient=True) as bars:
@@ -70,8 +72,13 @@ def _as_data(options: EvalOptions, items: int, evaluation: Any) -> dict[str, Any
         "tasks": options.tasks,
         "items": items,
         "seed": options.seed,
+        "executor": options.executor,
         "scored_tokens": evaluation.model.scored_tokens,
-        "model": {"name": options.model, "quantization": options.quantization, **_scores(evaluation.model)},
+        "model": {
+            "name": options.model,
+            "quantization": options.quantization,
+            **_scores(evaluation.model),
+        },
     }
     if evaluation.reference is not None:
         data["reference"] = {"name": options.against, **_scores(evaluation.reference)}

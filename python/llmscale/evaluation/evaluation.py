@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from llmscale.errors import ConfigError
 from llmscale.evaluation.comparison import PairedCounts, paired
+from llmscale.evaluation.executors import ModelChoice
 from llmscale.evaluation.items import EvaluationItem
 from llmscale.evaluation.scorer import Scorer
 from llmscale.llm import LLM
@@ -26,16 +26,6 @@ ANSWERED_TOGETHER = 512
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, items that are done, and all of them."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelChoice:
-    """A model folder and how to hold it."""
-
-    folder: Path
-    dtype: str = "auto"
-    quantization: str | None = None
-    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +97,7 @@ def graded_answers(
         dtype=model.dtype,
         quantization=model.quantization,
         threads=model.threads,
+        executor=model.executor,
         device="cpu",
         kv_host_bytes=0,
     )
@@ -147,14 +138,14 @@ def _scores(
     known: Sequence[bool] | None,
     told: Progress,
 ) -> tuple[Scores, Scores | None, Divergence | None]:
-    own, sums = _scorer(model), _Sums()
+    own, sums = Scorer(model), _Sums()
     requests = [item.scored for item in items]
     if reference is None or known is None:
         for index, first, rows in own.log_probabilities(requests):
             sums.add(rows, requests[index].targets[first : first + rows.shape[0]])
             told("probabilities", index + 1, len(requests))
         return _model_scores(own, sums, items, answers), None, None
-    other, other_sums = _scorer(reference), _Sums()
+    other, other_sums = Scorer(reference), _Sums()
     if own.vocabulary != other.vocabulary:
         raise ConfigError(
             f"the model has a vocabulary of {own.vocabulary:,} ids, the reference of {other.vocabulary:,}: their"
@@ -171,10 +162,6 @@ def _scores(
         told("probabilities", index + 1, len(requests))
     divergence = Divergence(nats / sums.tokens, same / sums.tokens)
     return _model_scores(own, sums, items, answers), _model_scores(other, other_sums, items, known), divergence
-
-
-def _scorer(choice: ModelChoice) -> Scorer:
-    return Scorer(choice.folder, dtype=choice.dtype, quantization=choice.quantization, threads=choice.threads)
 
 
 def _model_scores(scorer: Scorer, sums: _Sums, items: Sequence[EvaluationItem], graded: Sequence[bool]) -> Scores:

@@ -1,4 +1,4 @@
-"""Log probabilities of given tokens under a model, by the executor and the products that serve it.
+"""Log probabilities of given tokens under a model, by the executor and the products that serve it, native or torch.
 
 Sequences are packed into steps as prefill, long ones in chunks, and only rows that are asked for go to the head. Costs
 one prefill of all tokens; memory is the model's, a KV region for one pack, and the logits of one step. It runs on the
@@ -9,20 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llmscale import env
-from llmscale._core import CpuKernels
-from llmscale.devices.cpu import CpuDevice
-from llmscale.devices.interface import OpsNeeds
-from llmscale.models.loader import LoadOptions, load_weights
+from llmscale.evaluation.executors import ModelChoice, scoring_executor
 from llmscale.models.registry import describe_model
-from llmscale.worker.executor_torch import TorchExecutor
 from llmscale.worker.kv_layout import DEFAULT_BLOCK_TOKENS
-from llmscale.worker.kv_region import KvRegion, kv_layout
 from llmscale.worker.step import StepInputs, StepLimits
 
 MAX_STEP_TOKENS = 512
@@ -47,33 +40,17 @@ class ScoredRequest:
 class Scorer:
     """A model on the CPU that says how likely tokens are."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        dtype: str = "auto",
-        quantization: str | None = None,
-        threads: int | None = None,
-        max_sequence_tokens: int | None = None,
-    ) -> None:
+    def __init__(self, choice: ModelChoice, *, max_sequence_tokens: int | None = None) -> None:
         """Raises ModelError and ConfigError as serving the folder would."""
-        model = describe_model(folder, quantization)
-        spec = model.spec
+        spec = describe_model(choice.folder, choice.quantization).spec
         self.vocabulary = spec.vocabulary
         self.max_sequence_tokens = spec.sequence_limit(max_sequence_tokens)
-        weights = load_weights(model.folder, spec, LoadOptions(dtype=dtype))
-        self.weight_bytes = weights.total_bytes
-        kernels = CpuKernels(
-            "bfloat16" if weights.dtype is torch.bfloat16 else "float32", threads=threads, level=env.CPU_LEVEL.read()
-        )
-        torch.set_num_threads(kernels.threads)
         limits = StepLimits(MAX_STEP_TOKENS, MAX_STEP_TOKENS, self.max_sequence_tokens)
         blocks = -(-self.max_sequence_tokens // DEFAULT_BLOCK_TOKENS) + MAX_STEP_TOKENS // DEFAULT_BLOCK_TOKENS
-        region = KvRegion(kv_layout(spec, weights.dtype), blocks + MAX_PACKED)
-        device = CpuDevice()
-        needs = OpsNeeds(spec.blocks[0].attention, weights.dtype, MAX_STEP_TOKENS, self.max_sequence_tokens, kernels)
-        self._executor = TorchExecutor(spec, weights, region, device.ops(needs), limits, device=device)
-        self._tables = torch.arange(region.blocks, dtype=torch.int32)
+        blocks += MAX_PACKED
+        self._executor = scoring_executor(choice, limits, blocks)
+        self.weight_bytes = self._executor.weight_bytes
+        self._tables = torch.arange(blocks, dtype=torch.int32)
 
     def log_probabilities(self, requests: Sequence[ScoredRequest]) -> Iterator[tuple[int, int, Tensor]]:
         """(request's index, first of its targets that is here, log probabilities [n, vocabulary] float32), in order.

@@ -20,6 +20,7 @@ from llmscale.calibration.statistics import SampledRows, chosen_rows
 from llmscale.calibration.texts import TextLimits, calibration_texts
 from llmscale.embedded import embedded_model_path
 from llmscale.errors import ConfigError, UnsupportedModel
+from llmscale.evaluation.executors import ModelChoice
 from llmscale.evaluation.scorer import ScoredRequest, Scorer
 from llmscale.layers.norm import rms_norm
 from llmscale.layers.rotary import rope_table
@@ -119,7 +120,9 @@ def test_a_calibrated_family_is_served_and_nearer_than_rounding(family: str, tmp
 def divergence(folder: Path, dense: Path, texts: list[list[int]]) -> float:
     """Mean Kullback-Leibler divergence of a model from the dense one, in nats per token."""
     requests = [ScoredRequest(tuple(text), 1) for text in texts]
-    one, other = (Scorer(path, threads=1, dtype="float32").log_probabilities(requests) for path in (folder, dense))
+    one, other = (
+        Scorer(ModelChoice(path, threads=1, dtype="float32")).log_probabilities(requests) for path in (folder, dense)
+    )
     total, tokens = 0.0, 0
     for (_, _, rows), (_, _, exact) in zip(one, other, strict=True):
         total += float((exact.exp() * (exact - rows)).sum())

@@ -16,7 +16,8 @@ from llmscale.embedded import embedded_model_path
 from llmscale.errors import ConfigError
 from llmscale.evaluation import scorer as scorer_module
 from llmscale.evaluation.comparison import PairedCounts, paired
-from llmscale.evaluation.evaluation import ModelChoice, evaluate
+from llmscale.evaluation.evaluation import evaluate
+from llmscale.evaluation.executors import ModelChoice
 from llmscale.evaluation.items import evaluation_items
 from llmscale.evaluation.scorer import ScoredRequest, Scorer
 from llmscale.tokenizer import Tokenizer
@@ -33,13 +34,16 @@ def scored(scorer: Scorer, requests: list[ScoredRequest]) -> list[torch.Tensor]:
     return [torch.cat(part) for part in parts]
 
 
-def test_probabilities_are_those_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", ["native", "torch"])
+def test_probabilities_are_those_of_transformers(executor: str, tmp_path: Path) -> None:
     oracle = write_tiny_model("llama_grouped", tmp_path)
     generator = torch.Generator().manual_seed(0)
     requests = []
     for length, first in ((2, 1), (40, 1), (33, 30), (300, 290), (64, 64), (7, 3)):
         requests.append(ScoredRequest(tuple(torch.randint(VOCABULARY, (length,), generator=generator).tolist()), first))
-    found = scored(Scorer(tmp_path, dtype="float32", threads=1), [one for one in requests if one.targets])
+    found = scored(
+        Scorer(ModelChoice(tmp_path, "float32", threads=1, executor=executor)), [one for one in requests if one.targets]
+    )
     for request, rows in zip([one for one in requests if one.targets], found, strict=True):
         with torch.no_grad():
             logits = oracle(torch.tensor([request.tokens])).logits[0]
@@ -47,12 +51,14 @@ def test_probabilities_are_those_of_transformers(tmp_path: Path) -> None:
         assert torch.allclose(rows, expected, atol=1e-3)
 
 
-def test_a_long_text_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("executor", ["native", "torch"])
+def test_a_long_text_is_the_same_in_chunks(executor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = tuple(torch.randint(2_048, (300,), generator=torch.Generator().manual_seed(1)).tolist())
     requests = [ScoredRequest(tokens, 1), ScoredRequest(tokens, 150), ScoredRequest(tokens[:50], 10)]
-    whole = scored(Scorer(MINI, dtype="float32", threads=1), requests)
+    choice = ModelChoice(MINI, "float32", threads=1, executor=executor)
+    whole = scored(Scorer(choice), requests)
     monkeypatch.setattr(scorer_module, "MAX_STEP_TOKENS", 96)
-    pieces = scored(Scorer(MINI, dtype="float32", threads=1), requests)
+    pieces = scored(Scorer(choice), requests)
     for one, other in zip(whole, pieces, strict=True):
         assert one.shape == other.shape
         assert torch.allclose(one, other, atol=1e-3)
