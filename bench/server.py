@@ -37,6 +37,11 @@ def resident_bytes(group: int) -> int:
     return total
 
 
+def installed_environment() -> dict[str, str]:
+    """This process's, but that Python may keep the bytecode that it makes: an installed package has its own."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 @contextlib.contextmanager
 def serving(
     model: str, *options: str, threads: int | None = None, max_start_seconds: float = MAX_START_SECONDS
@@ -65,7 +70,7 @@ def running(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
-        env=os.environ | (environment or {}),
+        env=installed_environment() | (environment or {}),
     )
     try:
         while not _is_ready(ready_url):

@@ -15,6 +15,7 @@ from typing import Any
 from llmscale import env, machine
 from llmscale._core import LocalReplica, Sampling, StepCounts, WorkerSession
 from llmscale.choice import ENDED_WELL, Choice, failure, ranked
+from llmscale.collector import paused_collector
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError, InvalidField
 from llmscale.node.disk_folder import DiskFolder
@@ -97,7 +98,8 @@ class LLM:
                 " at auto, or serve a model that the native executor runs"
             )
         self.max_model_len: int = plan.limits.max_sequence_tokens
-        self.tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
+        with paused_collector():
+            self.tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
         self._seed = seed
         self._requests = 0
         threads = plan.usual_threads(machine.cpus()) if threads is None else threads

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from llmscale._core import Front, Sampling
+from llmscale.collector import paused_collector
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, KeysEntry
 from llmscale.gateway.config import GatewayConfig, GatewayLimits
@@ -66,10 +67,11 @@ def serve_fleet(
             node_key=node_key,
         )
         with closing(listen(config)) as listener, kept(nodes):
-            from llmscale.gateway.serve import run
-            from llmscale.gateway.served_model import load_model
+            with paused_collector():
+                from llmscale.gateway.serve import run
+                from llmscale.gateway.served_model import load_model
 
-            models = [load_model(name, entry) for name, entry in fleet.models.items()]
+                models = [load_model(name, entry) for name, entry in fleet.models.items()]
             started = None if on_started is None else partial(on_started, front)
             run(config, front, Sampling, models, listener=listener, on_started=started)
 
