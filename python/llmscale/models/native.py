@@ -88,7 +88,7 @@ class WeightPlaces:
         return self._stack(norm.weight), norm.epsilon
 
     def head(self) -> LinearPlace:
-        """A dense head of a quantized model is held in eight bits: in sixteen it is half of what a decode step reads."""
+        """A dense head of a quantized model is held in eight bits: in sixteen it is half of what decode steps read."""
         head = self._spec.head.weight
         if head.name in self._stored:
             return self._linear(LinearSpec(head))
