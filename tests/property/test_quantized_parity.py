@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmscale._core import CpuKernels
-from llmscale.errors import ConfigError
+from llmscale.errors import ConfigError, UnsupportedModel
 from llmscale.layers.native import NativeOps
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.quantizer import layout_for, quantize_folder
@@ -45,6 +46,22 @@ CASES = {
     "fp8_blocks": "fp8",
     "compressed_fp8_channel": "fp8",
 }
+
+NATIVE = (
+    "compressed_int4_with_zero_points",
+    "compressed_int4_symmetric",
+    "compressed_int8",
+    "awq",
+    "gptq",
+    "gptq_v2",
+    "gptq_one_group",
+    "fp8_blocks",
+    "fp8_tensor",
+    "compressed_fp8_channel",
+)
+# Evenly drawn zero points, one more than codes are in the mean, leave groups with a mean that is not zero, and bytes
+# for rows lose more of their sums: 0.069 was measured. Trained weights have no such groups.
+NATIVE_BOUNDS = {"gptq": 0.1, "gptq_one_group": 0.1}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,20 +100,45 @@ def test_logits_are_those_of_the_weights_that_are_meant(name: str, tmp_path: Pat
     assert_near(computed(alone(tmp_path / "quantized")), model, BOUNDS[CASES[name]])
 
 
-@pytest.mark.parametrize("name", ["compressed_int4_with_zero_points", "compressed_int4_symmetric", "compressed_int8"])
+@pytest.mark.parametrize("name", NATIVE)
 def test_the_native_executor_computes_the_weights_that_are_meant(name: str, tmp_path: Path) -> None:
-    """Rows are rounded to bytes for both, which sets the bound."""
+    """Rows are rounded to bytes for integer codes, which sets the bound; e4m3 becomes dense."""
     dense = write_quantized_model(tmp_path / "quantized", name, num_hidden_layers=2)
     model = oracle(tmp_path / "dense", dense, num_hidden_layers=2)
     executor = NativeExecutor(tmp_path / "quantized", "float32", LIMITS, BLOCKS)
-    assert_near(computed(RandomPlanner(executor, executor.region, LIMITS, seed=1)), model, BOUNDS["int8"])
+    bound = NATIVE_BOUNDS.get(name, BOUNDS["fp8" if "fp8" in name else "int8"])
+    assert_near(computed(RandomPlanner(executor, executor.region, LIMITS, seed=1)), model, bound)
+
+
+def test_the_native_executor_has_the_same_bits_of_two_formats_with_the_same_codes(tmp_path: Path) -> None:
+    """They are drawn in one order, and no number is stored otherwise."""
+    logits = []
+    for name in ("awq", "gptq_v2"):
+        write_quantized_model(tmp_path / name, name, num_hidden_layers=2)
+        executor = NativeExecutor(tmp_path / name, "float32", LIMITS, BLOCKS)
+        logits.append(computed(RandomPlanner(executor, executor.region, LIMITS, seed=1)))
+    assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
 
 
 def test_the_native_executor_refuses_what_only_torch_reads(tmp_path: Path) -> None:
-    for name in ("compressed_int4_ordered", "awq", "gptq", "fp8_blocks"):
+    for name in ("compressed_int4_ordered", "gptq_act_order"):
         write_quantized_model(tmp_path / name, name, num_hidden_layers=1)
         with pytest.raises(ConfigError, match="use --executor torch"):
             NativeExecutor(tmp_path / name, "float32", LIMITS, BLOCKS)
+
+
+def test_a_bias_that_an_architecture_does_not_have_is_refused_unless_it_is_zero(tmp_path: Path) -> None:
+    write_quantized_model(tmp_path, "gptq", num_hidden_layers=1)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("o_proj.bias"))
+    tensors[name] = -tensors[name]
+    save_file(tensors, path)
+    NativeExecutor(tmp_path, "float32", LIMITS, BLOCKS)
+    tensors[name][3] = 0.5
+    save_file(tensors, path)
+    with pytest.raises(UnsupportedModel, match=r"o_proj\.bias' is not zero, but this architecture has no bias there"):
+        NativeExecutor(tmp_path, "float32", LIMITS, BLOCKS)
 
 
 @pytest.mark.parametrize(

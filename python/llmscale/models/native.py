@@ -1,7 +1,8 @@
 """Which models the native executor runs, and where the numbers of their weights lie, as its builder takes it.
 
-Works on a spec and the headers of a checkpoint, without torch, and reads no weights. Linear in the number of weights.
-A scheme is one function here and one variant in `rust/executor`. It does not know devices or steps.
+Works on a spec and the headers of a checkpoint, without torch, and reads no weights but what `stored_values` must know.
+Linear in the number of weights. A scheme is one function here and one variant in `rust/executor`. It does not know
+devices or steps.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from llmscale.models.checkpoint import Checkpoint
 from llmscale.models.safetensors_header import DTYPE_BITS, TensorEntry
 from llmscale.models.spec import BlockSpec, LinearSpec, ModelSpec, NormSpec, TensorSpec, WeightSpec
 from llmscale.models.stored import StoredPart, stored_weights
-from llmscale.quant.layouts import Int4Layout, Int8Layout, Layout
+from llmscale.models.stored_values import ordered_inputs, refuse_unused_biases
+from llmscale.quant.layouts import Fp8Layout, Fp8Scales, Int4Layout, Int8Layout, Layout
 
 TensorPlace = tuple[str, int, str, int, int]
 """(path, first byte, dtype as in safetensors, rows, columns)"""
@@ -30,10 +32,12 @@ def native_refusal(spec: ModelSpec, checkpoint: Checkpoint) -> str | None:
     if quantization is None or isinstance(quantization.layout, Int8Layout):
         return None
     layout = quantization.layout
-    if isinstance(layout, Int4Layout) and layout.format == "compressed-tensors":
-        ordered = next((name for name in checkpoint.tensors if name.endswith(".weight_g_idx")), None)
-        return None if ordered is None else f"the native executor does not read inputs that are ordered ({ordered!r})"
-    return f"the native executor does not read {quantization.label} weights of {layout.format} checkpoints"
+    if isinstance(layout, Fp8Layout):
+        if layout.scales is Fp8Scales.BLOCK and layout.block[0] != layout.block[1]:
+            return f"the native executor reads scales of square blocks, not of {layout.block[0]} x {layout.block[1]}"
+        return None
+    ordered = ordered_inputs(layout, checkpoint)
+    return None if ordered is None else f"the native executor does not read inputs that are ordered ({ordered!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +115,23 @@ class WeightPlaces:
         if isinstance(layout, Int8Layout):
             stacks = [self._of_parts(parts, "weight"), self._of_parts(parts, "weight_scale")]
             return "int8-stored", stacks, bias, inputs, group
+        if isinstance(layout, Fp8Layout):
+            return self._fp8(layout, parts, bias, inputs)
         assert isinstance(layout, Int4Layout), layout
+        refuse_unused_biases(layout, parts, self._checkpoint)
         names = (layout.codes, layout.scales, *(() if layout.zeros is None else (layout.zeros,)))
+        if layout.is_transposed:
+            # Tensors of a part have a width of their own each, so the parts are one after the other.
+            stacks = [self._of_parts((part,), name) for part in parts for name in names]
+            return _turned_scheme(layout), stacks, bias, inputs, group
         return "int4-stored", [self._of_parts(parts, name) for name in names], bias, inputs, group
+
+    def _fp8(
+        self, layout: Fp8Layout, parts: tuple[StoredPart, ...], bias: StackPlaces | None, inputs: int
+    ) -> LinearPlace:
+        """Codes of all parts, then the scales of each."""
+        stacks = [self._of_parts(parts, "weight"), *(self._of_parts((part,), layout.scale_name) for part in parts)]
+        return f"fp8-{layout.scales.value}", stacks, bias, inputs, layout.block[1]
 
     def _dense_scheme(self, layout: Layout | None, weight: WeightSpec, group: int) -> str:
         """What becomes of a weight that the checkpoint has dense."""
@@ -143,6 +161,13 @@ class WeightPlaces:
         rows = entry.shape[0] if entry.shape else 1
         columns = entry.shape[1] if len(entry.shape) > 1 else 1
         return str(self._checkpoint.files[entry.file]), entry.begin, entry.dtype, rows, columns
+
+
+def _turned_scheme(layout: Int4Layout) -> str:
+    """Of codes that are stored inputs first."""
+    if layout.format == "awq":
+        return "int4-awq"
+    return "int4-gptq" if layout.zero_offset == 1 else "int4-gptq-v2"
 
 
 def _bytes(place: TensorPlace) -> int:

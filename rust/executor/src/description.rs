@@ -1,7 +1,9 @@
 //! A model as plain data: what its spec says, and where every tensor lies. Made by whoever read the config and the headers
 //! of its files; nothing here opens a file. A weight may be several tensors, stacked along their outputs.
 
+use crate::fp8::Fp8Scales;
 use crate::source::Stack;
+use crate::turned::{Packing, TurnedPart};
 
 /// How a projection's weight is held while it is served.
 #[derive(Debug)]
@@ -39,6 +41,26 @@ pub enum WeightSource {
         /// Inputs that share a scale.
         group: usize,
     },
+    /// Codes of four bits that are stored inputs first.
+    TurnedNibbles {
+        /// Tensors, one below the other.
+        parts: Vec<TurnedPart>,
+        /// How they are packed.
+        packing: Packing,
+        /// Inputs of the weight.
+        inputs: usize,
+        /// Inputs that share a scale.
+        group: usize,
+    },
+    /// Codes of e4m3, which become dense.
+    Fp8 {
+        /// `[outputs, inputs]`.
+        codes: Stack,
+        /// Of each tensor of them.
+        scales: Vec<Stack>,
+        /// What shares one.
+        kind: Fp8Scales,
+    },
 }
 
 impl WeightSource {
@@ -48,8 +70,10 @@ impl WeightSource {
             Self::Dense(stack)
             | Self::MadeBytes(stack)
             | Self::StoredBytes { codes: stack, .. }
-            | Self::MadeNibbles { stack, .. } => (stack.rows(), stack.columns()),
+            | Self::MadeNibbles { stack, .. }
+            | Self::Fp8 { codes: stack, .. } => (stack.rows(), stack.columns()),
             Self::StoredNibbles { codes, inputs, .. } => (codes.rows(), *inputs),
+            Self::TurnedNibbles { parts, inputs, .. } => (parts.iter().map(TurnedPart::outputs).sum(), *inputs),
         }
     }
 }

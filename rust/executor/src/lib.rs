@@ -4,6 +4,8 @@
 //! - [`source`]: reads rows of tensors from files, whatever format they are stored in
 //! - [`linear`]: a projection with its weight packed in one of the schemes
 //! - [`nibbles`]: weights of four bits on their way from files
+//! - [`fp8`]: weights of e4m3, which become dense
+//! - [`turned`]: weights of four bits that are stored inputs first
 //! - [`block`]: one layer, ready to run
 //! - [`program`]: the whole model, its KV region and its buffers
 //! - [`kv_memory`]: memory of keys and values, taken as it is written
@@ -15,9 +17,11 @@
 pub mod block;
 pub mod description;
 pub mod error;
+pub mod fp8;
 pub mod kv_memory;
 pub mod linear;
 mod nibbles;
 pub mod program;
 pub mod rope;
 pub mod source;
+pub mod turned;

@@ -3,8 +3,8 @@
 
 use crate::description::{LinearDescription, WeightSource};
 use crate::error::LoadError;
-use crate::nibbles;
 use crate::source::Stack;
+use crate::{fp8, nibbles, turned};
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::Element;
 use llmscale_kernels::error::KernelError;
@@ -66,6 +66,10 @@ impl<T: Element> Linear<T> {
             WeightSource::StoredNibbles { codes, scales, zeros, inputs, group } => {
                 Weight::Nibbles(nibbles::stored(pool, codes, scales, zeros.as_ref(), *inputs, *group)?)
             }
+            WeightSource::TurnedNibbles { parts, packing, inputs, group } => {
+                Weight::Nibbles(turned::load(pool, parts, *packing, *inputs, *group)?)
+            }
+            WeightSource::Fp8 { codes, scales, kind } => Weight::Dense(fp8::load(pool, codes, scales, *kind)?),
         };
         let bias = description.bias.as_ref().map(Stack::read_all).transpose()?;
         if let Some(bias) = &bias

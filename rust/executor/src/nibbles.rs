@@ -128,14 +128,14 @@ fn zero_points(codes: &Stack, zeros: &Stack, groups: usize) -> Result<Vec<u8>, L
 }
 
 /// Groups as kernels take them: parts of the checkpoint's, with its scales repeated.
-struct Groups {
-    group: usize,
+pub(crate) struct Groups {
+    pub(crate) group: usize,
     /// Of each scale.
-    repeats: usize,
+    pub(crate) repeats: usize,
 }
 
 impl Groups {
-    fn of(group: usize, inputs: usize) -> Result<Self, LoadError> {
+    pub(crate) fn of(group: usize, inputs: usize) -> Result<Self, LoadError> {
         if group >= inputs && inputs <= MAX_GROUP {
             return Ok(Self { group: inputs.next_multiple_of(CODES), repeats: 1 });
         }

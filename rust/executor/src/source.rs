@@ -24,6 +24,8 @@ pub enum Stored {
     I8,
     /// Words of several codes.
     I32,
+    /// Bytes of e4m3, which only `fp8` reads.
+    F8,
 }
 
 impl Stored {
@@ -32,7 +34,7 @@ impl Stored {
         match self {
             Self::F32 | Self::I32 => 4,
             Self::Bf16 | Self::F16 => 2,
-            Self::I8 => 1,
+            Self::I8 | Self::F8 => 1,
         }
     }
 }
@@ -177,12 +179,16 @@ fn read_numbers<T: Element>(tensor: &Tensor, row: usize, out: &mut [T]) -> io::R
     let is_same = match tensor.stored {
         Stored::F32 => !T::IS_BF16,
         Stored::Bf16 => T::IS_BF16,
-        Stored::F16 | Stored::I8 | Stored::I32 => false,
+        Stored::F16 | Stored::I8 | Stored::I32 | Stored::F8 => false,
     };
     if is_same && cfg!(target_endian = "little") {
         // SAFETY: elements are plain numbers of `size` bytes each, and any bytes are a number.
         let bytes = unsafe { core::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u8>(), out.len() * size) };
         return tensor.file.read(bytes, begin);
+    }
+    if tensor.stored == Stored::F8 {
+        let message = format!("{} has e4m3 codes where numbers are read", tensor.file.path);
+        return Err(io::Error::new(io::ErrorKind::InvalidData, message));
     }
     let mut bytes = vec![0; out.len() * size];
     tensor.file.read(&mut bytes, begin)?;
@@ -191,7 +197,7 @@ fn read_numbers<T: Element>(tensor: &Tensor, row: usize, out: &mut [T]) -> io::R
             Stored::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
             Stored::Bf16 => Bf16(u16::from_le_bytes([bytes[0], bytes[1]])).to_f32(),
             Stored::F16 => half_to_f32(u16::from_le_bytes([bytes[0], bytes[1]])),
-            Stored::I8 => f32::from(bytes[0] as i8),
+            Stored::I8 | Stored::F8 => f32::from(bytes[0] as i8),
             Stored::I32 => i32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as f32,
         });
     }

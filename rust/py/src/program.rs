@@ -10,9 +10,11 @@ use llmscale_executor::description::{
     RopeDescription, WeightSource,
 };
 use llmscale_executor::error::LoadError;
+use llmscale_executor::fp8::Fp8Scales;
 use llmscale_executor::linear::Processor;
 use llmscale_executor::program::{Program, ProgramBuilder, StepRows};
 use llmscale_executor::source::{Stack, Stored, Tensor, TensorFile};
+use llmscale_executor::turned::{Packing, TurnedPart};
 use llmscale_kernels::element::Bf16;
 use llmscale_kernels::error::KernelError;
 use llmscale_kernels::paged_attention::AttentionBatch;
@@ -187,6 +189,7 @@ impl Building {
                 "F16" => Stored::F16,
                 "I8" => Stored::I8,
                 "I32" | "U32" => Stored::I32,
+                "F8_E4M3" => Stored::F8,
                 other => return Err(LoadError::Shape(format!("numbers stored as {other:?} cannot be read"))),
             };
             parts.push(Tensor { file: self.file(&path)?, begin, stored, rows, columns });
@@ -201,7 +204,18 @@ impl Building {
     fn linear(&mut self, (scheme, stacks, bias, inputs, group): LinearPlace) -> Result<LinearDescription, LoadError> {
         let given = stacks.len();
         let stacks: Result<Vec<Stack>, LoadError> = stacks.into_iter().map(|places| self.stack(places)).collect();
-        let mut stacks = stacks?.into_iter();
+        let stacks = stacks?;
+        let bias = bias.map(|places| self.stack(places)).transpose()?;
+        if let Some(packing) = packing_of(&scheme) {
+            let parts = turned_parts(stacks)?;
+            let weight = WeightSource::TurnedNibbles { parts, packing, inputs, group };
+            return Ok(LinearDescription { weight, bias });
+        }
+        let mut stacks = stacks.into_iter();
+        if let Some(kind) = fp8_scales_of(&scheme, group) {
+            let codes = stacks.next().ok_or_else(|| LoadError::Shape("a weight in e4m3 without codes".into()))?;
+            return Ok(LinearDescription { weight: WeightSource::Fp8 { codes, scales: stacks.collect(), kind }, bias });
+        }
         let weight = match (scheme.as_str(), stacks.next(), stacks.next(), stacks.next()) {
             ("dense", Some(stack), None, None) => WeightSource::Dense(stack),
             ("int8", Some(stack), None, None) => WeightSource::MadeBytes(stack),
@@ -213,9 +227,42 @@ impl Building {
             }
             (other, ..) => return Err(LoadError::Shape(format!("there is no scheme {other:?} of {given} stacks"))),
         };
-        let bias = bias.map(|places| self.stack(places)).transpose()?;
         Ok(LinearDescription { weight, bias })
     }
+}
+
+/// How codes are packed that are stored inputs first; none for other schemes.
+fn packing_of(scheme: &str) -> Option<Packing> {
+    match scheme {
+        "int4-gptq" => Some(Packing::Gptq(1)),
+        "int4-gptq-v2" => Some(Packing::Gptq(0)),
+        "int4-awq" => Some(Packing::Awq),
+        _ => None,
+    }
+}
+
+/// What shares a scale of e4m3; none for other schemes.
+fn fp8_scales_of(scheme: &str, group: usize) -> Option<Fp8Scales> {
+    match scheme {
+        "fp8-tensor" => Some(Fp8Scales::Tensor),
+        "fp8-channel" => Some(Fp8Scales::Channel),
+        "fp8-block" => Some(Fp8Scales::Block(group)),
+        _ => None,
+    }
+}
+
+/// Codes, scales and zero points of each tensor in turn.
+fn turned_parts(stacks: Vec<Stack>) -> Result<Vec<TurnedPart>, LoadError> {
+    let given = stacks.len();
+    let mut stacks = stacks.into_iter();
+    let mut parts = Vec::with_capacity(given / 3);
+    while let Some(codes) = stacks.next() {
+        let (Some(scales), Some(zeros)) = (stacks.next(), stacks.next()) else {
+            return Err(LoadError::Shape(format!("{given} tensors are not codes, scales and zero points of some")));
+        };
+        parts.push(TurnedPart { codes, scales, zeros });
+    }
+    Ok(parts)
 }
 
 /// A model that is ready to run on the processor. One step at a time.
