@@ -92,11 +92,12 @@ class WeightPlaces:
         return self._stack(norm.weight), norm.epsilon
 
     def head(self) -> LinearPlace:
-        """A dense head of a quantized model is held in eight bits: in sixteen it is half of what decode steps read."""
+        """A dense head of a model of 4 or 8 bits is held in 8: in 16 it is half of what decode steps read."""
         head = self._spec.head.weight
         if head.name in self._stored:
             return self._linear(LinearSpec(head))
-        scheme = "dense" if self._spec.quantization is None else "int8"
+        layout = None if self._spec.quantization is None else self._spec.quantization.layout
+        scheme = "int8" if isinstance(layout, Int8Layout | Int4Layout) else "dense"
         return scheme, [self._stack(head)], None, head.shape[1], 0
 
     def embedding(self) -> StackPlaces | None:
