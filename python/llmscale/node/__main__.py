@@ -220,18 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         default=20.0,
         help="what a prompt may add to a step that streams wait for; 0 for no bound (default: %(default)g)",
     )
-    add("--kv-cache-bytes", type=int, help="memory for the KV cache (default: about 64k tokens)")
-    add(
-        "--kv-host-bytes",
-        type=int,
-        help="memory for what the KV cache evicts; 0 for none (default: four times as much)",
-    )
-    add(
-        "--replicas-here",
-        type=int,
-        default=1,
-        help="replicas on this host, which share what is taken of its memory unasked (default: %(default)s)",
-    )
+    _add_memory(parser)
     add(
         "--device",
         choices=DEVICES,
@@ -272,6 +261,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_hosts(parser)
     add("--parent", type=int, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--kv-cache-bytes", type=int, help="memory for the KV cache (default: about 64k tokens)")
+    add(
+        "--kv-host-bytes",
+        type=int,
+        help="memory for what the KV cache evicts; 0 for none (default: four times as much)",
+    )
+    add(
+        "--replicas-here",
+        type=int,
+        default=1,
+        help="replicas on this host, which share what is taken of its memory unasked (default: %(default)s)",
+    )
 
 
 def _add_hosts(parser: argparse.ArgumentParser) -> None:
