@@ -206,20 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, default="auto", help="number format (default: as the checkpoint)")
     add("--quantization", choices=QUANTIZATIONS, help="make dense weights this while loading (default: leave them)")
     add("--max-model-len", type=int, help="longest sequence in tokens (default: what the model allows)")
-    add("--max-num-seqs", type=int, default=256, help="most sequences that run at once (default: %(default)s)")
-    add("--max-num-batched-tokens", type=int, default=512, help="most tokens per step (default: %(default)s)")
-    add(
-        "--max-step-seconds",
-        type=float,
-        default=120.0,
-        help="a worker whose step takes longer is hung and is replaced (default: %(default)g)",
-    )
-    add(
-        "--step-target-milliseconds",
-        type=float,
-        default=20.0,
-        help="what a prompt may add to a step that streams wait for; 0 for no bound (default: %(default)g)",
-    )
+    _add_steps(parser)
     _add_memory(parser)
     add(
         "--device",
@@ -276,6 +263,24 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         help="replicas on this host, which share what is taken of its memory unasked (default: %(default)s)",
+    )
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--max-num-seqs", type=int, default=256, help="most sequences that run at once (default: %(default)s)")
+    add("--max-num-batched-tokens", type=int, default=512, help="most tokens per step (default: %(default)s)")
+    add(
+        "--max-step-seconds",
+        type=float,
+        default=120.0,
+        help="a worker whose step takes longer is hung and is replaced (default: %(default)g)",
+    )
+    add(
+        "--step-target-milliseconds",
+        type=float,
+        default=20.0,
+        help="what a prompt may add to a step that streams wait for; 0 for no bound (default: %(default)g)",
     )
 
 

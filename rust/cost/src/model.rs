@@ -9,9 +9,9 @@ const TERMS: usize = 5;
 /// Nanoseconds per unit of each coefficient, so that the coefficients of real devices are around one.
 const UNIT_NS: [u64; TERMS] = [1 << 20, 1 << 14, 1 << 14, 1 << 4, 1 << 4];
 /// Before anything was observed: 2 ms per step, 50 us per decoded token, 50 us per prefilled token, 8 ns per token of
-/// context and 8 ns per token that a prefilled one attends to; a small model on a CPU. A GPU is one to two orders faster
+/// context; a small model on a CPU. What a prefilled token attends to is free until it is seen to cost. A GPU is one to two orders faster
 /// and known after a few steps.
-const DEFAULT_NS: [u64; TERMS] = [2_000_000, 50_000, 50_000, 8, 8];
+const DEFAULT_NS: [u64; TERMS] = [2_000_000, 50_000, 50_000, 8, 0];
 /// Context of a sequence before any decoding step was observed.
 const DEFAULT_CONTEXT_TOKENS: u64 = 512;
 /// Fraction bits of a coefficient.

@@ -110,7 +110,7 @@ pub enum ReplicaFrame {
         suspect: bool,
     },
     /// How the node is doing.
-    Status(Report),
+    Status(Box<Report>),
     /// It is there.
     Pong,
     /// Its prefix cache has changed.

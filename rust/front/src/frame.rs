@@ -52,7 +52,7 @@ impl Front {
             ReplicaFrame::GiveBack { request, attempt, refusal, suspect } => {
                 self.given_back(now, replica, (request, attempt), refusal, suspect, out);
             }
-            ReplicaFrame::Status(report) => self.reported(now, replica, report, out),
+            ReplicaFrame::Status(report) => self.reported(now, replica, *report, out),
             ReplicaFrame::Pong => {}
             ReplicaFrame::KvChanges { number, events } => self.kv_changes(now, replica, number, &events, out),
             ReplicaFrame::KvSnapshot { number, keys } => self.kv_snapshot(replica, number, &keys),

@@ -321,7 +321,7 @@ fn an_idle_replica_takes_over_from_one_that_is_late() {
     bench.sent();
     bench.up(1);
     let late = llmscale_front::Report { predicted_backlog_ns: 900_000_000, ..report(ReplicaState::Ready) };
-    bench.frame(0, ReplicaFrame::Status(late));
+    bench.frame(0, ReplicaFrame::Status(Box::new(late)));
     assert_eq!(bench.sent(), [(0, ToReplica::Recall { request: requests[1], attempt: Attempt(1) })]);
 }
 

@@ -96,7 +96,9 @@ impl Connection {
         let (node, epoch, frame) = match frame {
             FromNode::Outputs(outputs) => (outputs.node, outputs.epoch, ReplicaFrame::Outputs(outputs.outputs)),
             FromNode::GiveBack(back) => (back.node, back.epoch, translate::give_back(&back)),
-            FromNode::Status(status) => (status.node, status.epoch, ReplicaFrame::Status(translate::report(&status))),
+            FromNode::Status(status) => {
+                (status.node, status.epoch, ReplicaFrame::Status(Box::new(translate::report(&status))))
+            }
             FromNode::Pong(pong) => (pong.node, pong.epoch, ReplicaFrame::Pong),
             FromNode::KvChanges(changes) => {
                 let (node, epoch, number) = (changes.node, changes.epoch, changes.number);

@@ -200,7 +200,7 @@ impl Bench {
     }
 
     pub(crate) fn status(&mut self, replica: u32, state: ReplicaState) {
-        self.frame(replica, ReplicaFrame::Status(report(state)));
+        self.frame(replica, ReplicaFrame::Status(Box::new(report(state))));
     }
 
     pub(crate) fn give_back(&mut self, replica: u32, request: RequestId, attempt: u32, refusal: Option<Refusal>) {

@@ -181,7 +181,7 @@ impl World {
             paced_steps: 0,
         };
         let (node, epoch) = (self.replicas[replica].node, self.replicas[replica].epoch);
-        self.mail(replica, Mail { node, epoch, frame: ReplicaFrame::Status(report) });
+        self.mail(replica, Mail { node, epoch, frame: ReplicaFrame::Status(Box::new(report)) });
     }
 
     fn submit(&mut self, mut new: NewRequest, timeout_us: Option<u64>) {

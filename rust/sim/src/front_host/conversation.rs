@@ -74,7 +74,7 @@ impl Conversation {
                 let (request, attempt, refusal, suspect) = (back.request, back.attempt, back.refusal, back.suspect);
                 (back.node, back.epoch, ReplicaFrame::GiveBack { request, attempt, refusal, suspect })
             }
-            FromNode::Status(status) => (status.node, status.epoch, ReplicaFrame::Status(report(&status))),
+            FromNode::Status(status) => (status.node, status.epoch, ReplicaFrame::Status(Box::new(report(&status)))),
             FromNode::Pong(pong) => (pong.node, pong.epoch, ReplicaFrame::Pong),
             FromNode::KvChanges(changes) => {
                 let (node, epoch, number) = (changes.node, changes.epoch, changes.number);
