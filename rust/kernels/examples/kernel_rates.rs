@@ -7,6 +7,7 @@ use llmscale_kernels::activation::silu_and_multiply;
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::{Bf16, Element};
 use llmscale_kernels::huge_pages::HugeArray;
+use llmscale_kernels::kv_format::KvFormat;
 use llmscale_kernels::kv_region::{KvRegionShape, SlotMapping};
 use llmscale_kernels::norm::add_rms_norm;
 use llmscale_kernels::paged_attention::{AttentionBatch, AttentionPlan, AttentionShape};
@@ -218,6 +219,7 @@ impl AttentionCase {
             kv_heads: KV_HEADS,
             block_tokens: BLOCK_TOKENS,
             head_dim: HEAD_DIM,
+            format: KvFormat::Activations,
         };
         let shape = AttentionShape { query_heads: QUERY_HEADS, softmax_scale: 0.125, window_tokens: None, region };
         // Blocks of different sequences take turns, as they do in a pool that has run for a while.

@@ -22,6 +22,7 @@ pub trait Number: Copy + Send + Sync + 'static {}
 impl Number for f32 {}
 impl Number for Bf16 {}
 impl Number for u32 {}
+impl Number for i8 {}
 
 /// Arrays below this share a mapping.
 const SHARED_BYTES: usize = 32 << 20;

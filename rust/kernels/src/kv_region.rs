@@ -1,9 +1,15 @@
 //! Where a token's key and value lie in the paged KV region of a stage.
-//! The region is one contiguous array `[block][layer][K, V][kv_head][token in block][dim]`, so that a block with all its
-//! layers moves in one copy. Addresses are O(1); validating a step's slots is O(rows log rows), once per step.
+//! The region is one contiguous array `[block][layer][K, V][kv_head][run][token in run][dim]`, so that a block with all its
+//! layers moves in one copy. A run is 8 tokens; where rows have scales, its eight follow its rows, so that they come with
+//! the block whoever copies it, and with the rows into the cache. Without scales runs are just tokens.
+//! Addresses are O(1); validating a step's slots is O(rows log rows), once per step.
 //! Knows nothing of sequences, ref counts or which blocks are in use.
 
 use crate::error::{KernelError, require_index};
+use crate::kv_format::KvFormat;
+
+/// Tokens that lie side by side whatever the block size.
+pub(crate) const RUN_TOKENS: usize = 8;
 
 /// Geometry of a KV region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,9 +24,14 @@ pub struct KvRegionShape {
     pub block_tokens: usize,
     /// Elements of one head's key or value: a multiple of 8, at most 256.
     pub head_dim: usize,
+    /// What rows are stored as. All sizes and offsets count stored elements, of which a scale takes some.
+    pub format: KvFormat,
 }
 
 impl KvRegionShape {
+    /// The largest head.
+    pub const MAX_HEAD_DIM: usize = 256;
+
     /// Checks the limits that the kernels rely on.
     pub fn validate(&self) -> Result<(), KernelError> {
         let unsupported =
@@ -28,7 +39,7 @@ impl KvRegionShape {
         if !self.block_tokens.is_power_of_two() || self.block_tokens < 8 {
             return Err(unsupported("block_tokens", self.block_tokens, "a power of two of at least 8"));
         }
-        if self.head_dim == 0 || !self.head_dim.is_multiple_of(8) || self.head_dim > 256 {
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(8) || self.head_dim > Self::MAX_HEAD_DIM {
             return Err(unsupported("head_dim", self.head_dim, "a multiple of 8 from 8 to 256"));
         }
         if self.kv_heads == 0 {
@@ -38,13 +49,22 @@ impl KvRegionShape {
             return Err(unsupported("layers", 0, "at least 1"));
         }
         let slots = self.blocks.checked_mul(self.block_tokens).filter(|&slots| i32::try_from(slots).is_ok());
-        let elements = [2, self.layers, self.kv_heads, self.head_dim]
+        let elements = [2, self.layers, self.kv_heads, self.head_dim + self.format.scale_elements()]
             .into_iter()
             .try_fold(slots.unwrap_or(usize::MAX), usize::checked_mul);
         if slots.is_none() || elements.is_none_or(|elements| elements > isize::MAX as usize / 4) {
             return Err(unsupported("blocks", self.blocks, "at most 2^31 - 1 slots and 2^61 elements in a region"));
         }
         Ok(())
+    }
+
+    /// Refuses memory of another format.
+    pub(crate) fn require_format(&self, given: KvFormat) -> Result<(), KernelError> {
+        if given == self.format {
+            return Ok(());
+        }
+        let rule = "of the format that the region was made for";
+        Err(KernelError::Unsupported { argument: "kv_region", given: given as i64, rule })
     }
 
     /// Elements of the whole region.
@@ -59,7 +79,24 @@ impl KvRegionShape {
 
     /// Elements of one head's keys (or values) in one block and layer.
     pub const fn head_elements(&self) -> usize {
-        self.block_tokens * self.head_dim
+        self.block_tokens * (self.head_dim + self.format.scale_elements())
+    }
+
+    /// Elements of 8 tokens' rows of one head, with their scales.
+    pub const fn run_elements(&self) -> usize {
+        RUN_TOKENS * (self.head_dim + self.format.scale_elements())
+    }
+
+    /// Offset in elements of a token's row from the first of its head and block.
+    pub const fn row_offset(&self, token: usize) -> usize {
+        token / RUN_TOKENS * self.run_elements() + token % RUN_TOKENS * self.head_dim
+    }
+
+    /// Offset in elements of the scale of a token's row from the first row of its head and block.
+    pub const fn scale_offset(&self, token: usize) -> usize {
+        token / RUN_TOKENS * self.run_elements()
+            + RUN_TOKENS * self.head_dim
+            + token % RUN_TOKENS * self.format.scale_elements()
     }
 
     /// Distance in elements from a key to the value of the same token and head.
@@ -114,11 +151,13 @@ impl SlotMapping {
         &self.shape
     }
 
-    /// Offset in elements of a row's key of head 0 in a layer. Heads are [`KvRegionShape::head_elements`] apart.
-    pub fn key_offset(&self, row: usize, layer: usize) -> usize {
+    /// Where a row's key of head 0 in a layer begins, and its scale, in elements. Heads are
+    /// [`KvRegionShape::head_elements`] apart.
+    pub fn key_offsets(&self, row: usize, layer: usize) -> (usize, usize) {
         let (block, token) =
             (self.slots[row] as usize / self.shape.block_tokens, self.slots[row] as usize % self.shape.block_tokens);
-        self.shape.layer_offset(block, layer) + token * self.shape.head_dim
+        let first = self.shape.layer_offset(block, layer);
+        (first + self.shape.row_offset(token), first + self.shape.scale_offset(token))
     }
 }
 
@@ -126,8 +165,16 @@ impl SlotMapping {
 mod tests {
     use super::{KvRegionShape, SlotMapping};
     use crate::error::KernelError;
+    use crate::kv_format::KvFormat;
 
-    const SHAPE: KvRegionShape = KvRegionShape { blocks: 4, layers: 3, kv_heads: 2, block_tokens: 8, head_dim: 16 };
+    const SHAPE: KvRegionShape = KvRegionShape {
+        blocks: 4,
+        layers: 3,
+        kv_heads: 2,
+        block_tokens: 8,
+        head_dim: 16,
+        format: KvFormat::Activations,
+    };
 
     #[test]
     fn offsets_follow_the_order_block_layer_part_head_token_dim() {
@@ -135,7 +182,28 @@ mod tests {
         let slots = SlotMapping::new(SHAPE, &[2 * 8 + 5]).unwrap();
         let (block, layer, part, head, token) = (2, 1, 1, 1, 5);
         let expected = ((((block * 3 + layer) * 2 + part) * 2 + head) * 8 + token) * 16;
-        assert_eq!(slots.key_offset(0, 1) + SHAPE.key_to_value() + SHAPE.head_elements(), expected);
+        assert_eq!(slots.key_offsets(0, 1).0 + SHAPE.key_to_value() + SHAPE.head_elements(), expected);
+    }
+
+    #[test]
+    fn scales_follow_the_rows_of_their_run_and_no_element_has_two_uses() {
+        let shape = KvRegionShape { block_tokens: 32, format: KvFormat::Bytes, ..SHAPE };
+        assert_eq!(shape.block_elements(), 3 * 2 * 2 * 32 * (16 + 4));
+        let mut uses = vec![0; shape.elements()];
+        let slots: Vec<i32> = (0..shape.slots() as i32).collect();
+        let slots = SlotMapping::new(shape, &slots).unwrap();
+        for row in 0..slots.rows() {
+            for layer in 0..shape.layers {
+                let (key, scale) = slots.key_offsets(row, layer);
+                assert_eq!(scale - key, 8 * 16 - row % 8 * 16 + row % 8 * 4);
+                for part in 0..2 * shape.kv_heads {
+                    let further = part * shape.head_elements();
+                    uses[key + further..][..16].iter_mut().for_each(|uses| *uses += 1);
+                    uses[scale + further..][..4].iter_mut().for_each(|uses| *uses += 1);
+                }
+            }
+        }
+        assert!(uses.iter().all(|&uses| uses == 1));
     }
 
     #[test]

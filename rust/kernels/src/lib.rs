@@ -6,6 +6,7 @@
 //! - [`element`]: f32 and bf16
 //! - [`host_region`]: the host tier's blocks, with checksums
 //! - [`huge_pages`]: memory for arrays read at random places, taken as it is touched
+//! - [`kv_format`]: what keys and values are stored as
 //! - [`kv_region`]: geometry of the paged KV region, validated slots
 //! - [`mapping`]: files that processes map together
 //! - [`matmul`]: products of rows with packed weights, one layout for all phases
@@ -34,6 +35,7 @@ pub mod embedding;
 pub mod error;
 pub mod host_region;
 pub mod huge_pages;
+pub mod kv_format;
 pub mod kv_region;
 pub mod mapping;
 pub mod matmul;

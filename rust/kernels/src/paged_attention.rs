@@ -3,7 +3,8 @@
 //! a query tile; O(query rows x context), memory O(query tile) per thread.
 //! Invariance by construction: tiles and splits lie at absolute KV positions, every split of 256 tokens is computed from
 //! scratch and splits are merged in order, so a row's bits depend on its own query and KV alone, not on other rows,
-//! chunking, block size or threads. They do depend on the level and on the element type.
+//! chunking, block size or threads. They do depend on the level, on the element type and on the region's format.
+//! Scales of rows never meet elements: a key's is brought to its scores, a value's to its weights, 64 at a time.
 //! Keys and values outside of a row's causal window are never multiplied, so stale or non-finite memory cannot leak in.
 
 mod layout;
@@ -19,6 +20,7 @@ pub use plan::AttentionPlan;
 use crate::dispatch::Level;
 use crate::element::Element;
 use crate::error::{KernelError, require_length};
+use crate::kv_format::KvElement;
 use crate::kv_region::KvRegionShape;
 use crate::pool::Pool;
 use crate::scratch::{Scratch, with_thread_scratch};
@@ -68,20 +70,21 @@ impl AttentionPlan {
     /// Computes one layer: `query` and `output` are `rows x query_heads x head_dim`, `kv_region` the whole region.
     ///
     /// # Errors
-    /// A buffer whose length does not fit the plan, or a layer that the region lacks.
-    pub fn run<T: Element>(
+    /// A buffer whose length or format does not fit the plan, or a layer that the region lacks.
+    pub fn run<T: Element, K: KvElement<T>>(
         &self,
         pool: &Pool,
         level: Level,
         layer: usize,
         query: &[T],
-        kv_region: &[T],
+        kv_region: &[K],
         output: &mut [T],
     ) -> Result<(), KernelError> {
         let shape = self.shape();
         let elements = self.rows() * shape.query_heads * shape.region.head_dim;
         require_length("query", elements, query.len())?;
         require_length("output", elements, output.len())?;
+        shape.region.require_format(K::FORMAT)?;
         require_length("kv_region", shape.region.elements(), kv_region.len())?;
         if layer >= shape.region.layers {
             let rule = "less than the layers of the region";
@@ -110,14 +113,14 @@ struct Partials(*mut u32);
 /// # Errors
 /// As [`AttentionPlan::new`] and [`AttentionPlan::run`].
 #[expect(clippy::too_many_arguments, reason = "the plan's constructor and its run in one call")]
-pub fn paged_attention<T: Element>(
+pub fn paged_attention<T: Element, K: KvElement<T>>(
     pool: &Pool,
     level: Level,
     shape: &AttentionShape,
     batch: &AttentionBatch<'_>,
     layer: usize,
     query: &[T],
-    kv_region: &[T],
+    kv_region: &[K],
     output: &mut [T],
 ) -> Result<(), KernelError> {
     AttentionPlan::new(shape, batch, pool.threads())?.run(pool, level, layer, query, kv_region, output)

@@ -3,18 +3,19 @@
 //! Inputs are trusted: a shape that does not fit panics at the index.
 
 use crate::element::Element;
+use crate::kv_format::KvElement;
 use crate::paged_attention::{AttentionBatch, AttentionShape};
 use crate::sampler::{MIN_TEMPERATURE, Purpose, RowError, SamplerRow, random_word};
 use crate::simd::exact;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Attention of every row over its causal window, as `rows x query_heads x head_dim` of f64.
-pub fn paged_attention<T: Element>(
+pub fn paged_attention<T: Element, K: KvElement<T>>(
     shape: &AttentionShape,
     batch: &AttentionBatch<'_>,
     layer: usize,
     query: &[T],
-    kv_region: &[T],
+    kv_region: &[K],
 ) -> Vec<f64> {
     let region = &shape.region;
     let (head_dim, group) = (region.head_dim, shape.query_heads / region.kv_heads);
@@ -27,32 +28,42 @@ pub fn paged_attention<T: Element>(
             let start = shape.window_tokens.map_or(0, |window| end.saturating_sub(window as usize));
             for head in 0..shape.query_heads {
                 let at = (row * shape.query_heads + head) * head_dim;
-                let key_offset = |position: usize| {
+                // The key (or the value) of a position.
+                let stored = |position: usize, is_value: usize| {
                     let entry = batch.table_offsets[sequence] as usize + position / region.block_tokens;
-                    let block = batch.block_tables[entry] as usize;
-                    region.layer_offset(block, layer)
+                    let first = region.layer_offset(batch.block_tables[entry] as usize, layer)
                         + head / group * region.head_elements()
-                        + position % region.block_tokens * head_dim
+                        + is_value * region.key_to_value();
+                    let token = position % region.block_tokens;
+                    let scale = &kv_region[first + region.scale_offset(token)..][..region.format.scale_elements()];
+                    let scale = f64::from(K::scale(scale));
+                    let row = &kv_region[first + region.row_offset(token)..][..head_dim];
+                    row.iter().map(move |&element| f64::from(element.value()) * scale)
                 };
                 let dot = |position: usize| {
-                    let key = &kv_region[key_offset(position)..][..head_dim];
-                    let terms = query[at..at + head_dim].iter().zip(key);
-                    terms.map(|(q, k)| f64::from(q.to_f32()) * f64::from(k.to_f32())).sum::<f64>()
+                    let terms = query[at..at + head_dim].iter().zip(stored(position, 0));
+                    terms.map(|(q, k)| f64::from(q.to_f32()) * k).sum::<f64>()
                 };
                 let scores: Vec<f64> =
                     (start..end).map(|position| dot(position) * f64::from(shape.softmax_scale)).collect();
                 let maximum = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let total: f64 = scores.iter().map(|score| (score - maximum).exp()).sum();
                 for (score, position) in scores.iter().zip(start..end) {
-                    let value = &kv_region[key_offset(position) + region.key_to_value()..][..head_dim];
-                    for (sum, v) in output[at..at + head_dim].iter_mut().zip(value) {
-                        *sum += (score - maximum).exp() / total * f64::from(v.to_f32());
+                    for (sum, v) in output[at..at + head_dim].iter_mut().zip(stored(position, 1)) {
+                        *sum += (score - maximum).exp() / total * v;
                     }
                 }
             }
         }
     }
     output
+}
+
+/// The codes and the scale of one row of a KV region of bytes.
+pub fn quantize_row<T: Element>(row: &[T]) -> (Vec<i8>, f32) {
+    let largest = row.iter().map(|x| x.to_f32().abs()).fold(0.0, f32::max);
+    let factor = 127.0 / largest.max(1e-36);
+    (row.iter().map(|x| (x.to_f32() * factor).round_ties_even() as i8).collect(), largest / 127.0)
 }
 
 /// RMS norm of one row with the roundings of Hugging Face: normalise, round, multiply by the weight, round.

@@ -7,7 +7,8 @@
 use crate::dispatch::{Kernel, Level};
 use crate::element::Element;
 use crate::error::{KernelError, require_index, require_length};
-use crate::kv_region::SlotMapping;
+use crate::kv_format::KvElement;
+use crate::kv_region::{KvRegionShape, SlotMapping};
 use crate::norm::norm_row;
 use crate::pool::Pool;
 use crate::rows::RowChunks;
@@ -56,17 +57,18 @@ pub struct RopeCacheInput<'a, T> {
 }
 
 /// Writes rotated queries to `query_output` (`rows x query_heads x head_dim`), and rotated keys and plain values to
-/// the slots of `kv_region`.
+/// the slots of `kv_region`, in its format.
 ///
 /// # Errors
-/// A length, layer or position that does not fit; nothing has been written then.
-pub fn rope_and_cache<T: Element>(
+/// A length, layer, position or format that does not fit; nothing has been written then.
+pub fn rope_and_cache<T: Element, K: KvElement<T>>(
     pool: &Pool,
     level: Level,
     input: &RopeCacheInput<'_, T>,
     query_output: &mut [T],
-    kv_region: &mut [T],
+    kv_region: &mut [K],
 ) -> Result<(), KernelError> {
+    input.slots.shape().require_format(K::FORMAT)?;
     validate(input, query_output.len(), kv_region.len())?;
     let shape = *input.slots.shape();
     let head_dim = shape.head_dim;
@@ -93,16 +95,21 @@ pub fn rope_and_cache<T: Element>(
                 let norm = input.norms.map(|norms| (norms.query, norms.epsilon));
                 level.run(RotateHead { source, target, norm, rotation });
             }
-            let first_key = input.slots.key_offset(row, input.layer);
+            let first = input.slots.key_offsets(row, input.layer);
+            let norm = input.norms.map(|norms| (norms.key, norms.epsilon));
+            let mut rotated = [T::default(); KvRegionShape::MAX_HEAD_DIM];
+            let rotated = &mut rotated[..head_dim];
             for head in 0..shape.kv_heads {
-                let offset = first_key + head * shape.head_elements();
-                // SAFETY: slots are all different (`SlotMapping`), so no other row writes these places.
-                let (target, value_target) =
-                    unsafe { (region.part(offset, head_dim), region.part(offset + shape.key_to_value(), head_dim)) };
-                let source = &keys[head * head_dim..][..head_dim];
-                let norm = input.norms.map(|norms| (norms.key, norms.epsilon));
-                level.run(RotateHead { source, target, norm, rotation });
-                value_target.copy_from_slice(&values[head * head_dim..][..head_dim]);
+                let further = head * shape.head_elements();
+                let (key, value) = (&keys[head * head_dim..][..head_dim], &values[head * head_dim..][..head_dim]);
+                level.run(RotateHead { source: key, target: &mut *rotated, norm, rotation });
+                for (row, further) in [(&*rotated, further), (value, further + shape.key_to_value())] {
+                    let (at, scale_at) = (first.0 + further, first.1 + further);
+                    // SAFETY: slots are all different (`SlotMapping`), so nobody else writes these places.
+                    let (stored, scale) =
+                        unsafe { (region.part(at, head_dim), region.part(scale_at, K::FORMAT.scale_elements())) };
+                    K::store(level, row, stored, scale);
+                }
             }
         }
     })

@@ -117,6 +117,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Rounds to the nearest integer, ties to even, and stores one signed byte per lane; beyond -128 to 127 the nearer of
     /// the two.
     unsafe fn store_signed_bytes(self, target: *mut i8, value: Self::F32);
+    /// Loads one signed byte per lane, as f32.
+    unsafe fn load_signed_bytes(self, source: *const i8) -> Self::F32;
     /// Interleaves two rows of bf16: lane `i` of the first (second) result holds `(even[i], odd[i])` for the first
     /// (second) `LANES` elements of the rows. Reads `count <= 2 * LANES` elements of each; the rest are zero.
     unsafe fn interleave_bf16(self, even: *const Bf16, odd: *const Bf16, count: usize) -> (Self::U32, Self::U32);

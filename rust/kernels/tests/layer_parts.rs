@@ -8,6 +8,7 @@ use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::{Bf16, Element};
 use llmscale_kernels::embedding::gather_rows;
 use llmscale_kernels::error::KernelError;
+use llmscale_kernels::kv_format::{KvElement, KvFormat};
 use llmscale_kernels::kv_region::{KvRegionShape, SlotMapping};
 use llmscale_kernels::norm::{add_rms_norm, rms_norm};
 use llmscale_kernels::reference;
@@ -137,6 +138,9 @@ fn gather_copies_the_named_rows_and_refuses_ids_outside_the_table() {
     assert_eq!(output, before);
 }
 
+/// Where the rows of the tests of the cache go.
+const CACHE_SLOTS: [i32; 6] = [5, 17, 0, 31, 8, 6];
+
 struct RopeCase {
     query_heads: usize,
     region: KvRegionShape,
@@ -148,7 +152,7 @@ fn check_rope<T: Element>(case: &RopeCase, max_steps: u32) {
     let mut random = Random(case.rotary_dim as u64);
     let region = case.region;
     let (head_dim, half, positions_in_table) = (region.head_dim, case.rotary_dim / 2, 40);
-    let slots = [5, 17, 0, 31, 8, 6];
+    let slots = CACHE_SLOTS;
     let rows = slots.len();
     let heads = case.query_heads + 2 * region.kv_heads;
     let qkv = random.elements::<T>(rows * heads * head_dim);
@@ -179,7 +183,7 @@ fn check_rope<T: Element>(case: &RopeCase, max_steps: u32) {
                 expected_query.extend(vector);
             } else {
                 let part = head - case.query_heads;
-                let offset = mapping.key_offset(row, layer)
+                let offset = mapping.key_offsets(row, layer).0
                     + part / region.kv_heads * region.key_to_value()
                     + part % region.kv_heads * region.head_elements();
                 expected_region[offset..offset + head_dim].copy_from_slice(&vector);
@@ -209,7 +213,32 @@ fn check_rope<T: Element>(case: &RopeCase, max_steps: u32) {
         };
         close(&query, &expected_query, &format!("query at {level}"));
         close(&region, &expected_region, &format!("region at {level}"));
+        check_bytes(&input, level, &region);
     }
+}
+
+/// A region of bytes gets the codes and scales of what `plain` got.
+fn check_bytes<T: Element>(input: &RopeCacheInput<'_, T>, level: Level, plain: &[T]) {
+    let shape = KvRegionShape { format: KvFormat::Bytes, ..*input.slots.shape() };
+    let slots: Vec<i32> = CACHE_SLOTS.to_vec();
+    let slots = SlotMapping::new(shape, &slots).unwrap();
+    let mut query = vec![T::default(); slots.rows() * input.query_heads * shape.head_dim];
+    let mut region = vec![55_i8; shape.elements()];
+    let mut expected = region.clone();
+    for row in 0..slots.rows() {
+        let (from, (to, scale_to)) = (input.slots.key_offsets(row, input.layer).0, slots.key_offsets(row, input.layer));
+        for part in 0..2 * shape.kv_heads {
+            let source = &plain[from + part * input.slots.shape().head_elements()..][..shape.head_dim];
+            let (codes, scale) = reference::quantize_row(source);
+            let further = part * shape.head_elements();
+            expected[to + further..][..shape.head_dim].copy_from_slice(&codes);
+            let target = &mut expected[scale_to + further..][..4];
+            target.copy_from_slice(&scale.to_ne_bytes().map(u8::cast_signed));
+            assert_eq!(<i8 as KvElement<T>>::scale(target).to_bits(), scale.to_bits());
+        }
+    }
+    rope_and_cache(&pool(2), level, &RopeCacheInput { slots: &slots, ..*input }, &mut query, &mut region).unwrap();
+    assert!(region == expected, "bytes at {level}");
 }
 
 #[test]
@@ -218,7 +247,14 @@ fn rotation_norms_and_cache_writes_match_the_reference() {
         [(9, 3, 64, 64), (4, 1, 40, 40), (2, 2, 80, 32), (6, 2, 48, 10), (2, 1, 128, 128), (1, 1, 8, 2)]
     {
         for with_norms in [false, true] {
-            let region = KvRegionShape { blocks: 4, layers: 2, kv_heads, block_tokens: 8, head_dim };
+            let region = KvRegionShape {
+                blocks: 4,
+                layers: 2,
+                kv_heads,
+                block_tokens: 8,
+                head_dim,
+                format: KvFormat::Activations,
+            };
             let case = RopeCase { query_heads, region, rotary_dim, with_norms };
             check_rope::<f32>(&case, 16);
             check_rope::<Bf16>(&case, 2);
@@ -228,7 +264,14 @@ fn rotation_norms_and_cache_writes_match_the_reference() {
 
 #[test]
 fn positions_past_the_table_and_odd_rotations_are_refused_before_anything_is_written() {
-    let region = KvRegionShape { blocks: 1, layers: 1, kv_heads: 1, block_tokens: 8, head_dim: 8 };
+    let region = KvRegionShape {
+        blocks: 1,
+        layers: 1,
+        kv_heads: 1,
+        block_tokens: 8,
+        head_dim: 8,
+        format: KvFormat::Activations,
+    };
     let slots = SlotMapping::new(region, &[0]).unwrap();
     let table = RotaryTable { cosines: &[1.0; 8], sines: &[0.0; 8], rotary_dim: 8 };
     let input = RopeCacheInput {

@@ -7,23 +7,29 @@ mod support;
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::{Bf16, Element};
 use llmscale_kernels::error::KernelError;
+use llmscale_kernels::kv_format::{KvElement, KvFormat};
 use llmscale_kernels::kv_region::KvRegionShape;
 use llmscale_kernels::paged_attention::{AttentionBatch, AttentionPlan, AttentionShape, paged_attention};
 use llmscale_kernels::reference;
 use proptest::prelude::*;
-use support::{Chunk, Random, Sequence, Step, pool};
+use support::{Chunk, Poison, Random, Sequence, Step, pool};
 
 fn shape(query_heads: usize, kv_heads: usize, head_dim: usize, block_tokens: usize) -> AttentionShape {
     AttentionShape {
         query_heads,
         softmax_scale: 1.0 / (head_dim as f32).sqrt(),
         window_tokens: None,
-        region: KvRegionShape { blocks: 1, layers: 2, kv_heads, block_tokens, head_dim },
+        region: KvRegionShape { blocks: 1, layers: 2, kv_heads, block_tokens, head_dim, format: KvFormat::Activations },
     }
 }
 
 /// The outputs of a step as f32, one vector per row.
-fn compute<T: Element>(step: &Step<T>, level: Level, threads: usize, layer: usize) -> Vec<Vec<f32>> {
+fn compute<T: Element, K: KvElement<T> + Poison>(
+    step: &Step<T, K>,
+    level: Level,
+    threads: usize,
+    layer: usize,
+) -> Vec<Vec<f32>> {
     let pool = pool(threads);
     let mut output = vec![T::from_f32(f32::NAN); step.query.len()];
     paged_attention(&pool, level, &step.shape, &step.batch(), layer, &step.query, &step.region, &mut output).unwrap();
@@ -31,13 +37,17 @@ fn compute<T: Element>(step: &Step<T>, level: Level, threads: usize, layer: usiz
     output.chunks_exact(row).map(|row| row.iter().map(|x| x.to_f32()).collect()).collect()
 }
 
-fn assert_matches_reference<T: Element>(shape: AttentionShape, chunks: &[(usize, usize)], tolerance: f64) {
+fn assert_matches_reference<T: Element, K: KvElement<T> + Poison>(
+    shape: AttentionShape,
+    chunks: &[(usize, usize)],
+    tolerance: f64,
+) {
     let mut random = Random(chunks.len() as u64 + shape.region.head_dim as u64);
     let sequences: Vec<Sequence<T>> =
         chunks.iter().map(|&(_, length)| Sequence::random(&mut random, &shape, length)).collect();
     let chunks: Vec<Chunk> =
         chunks.iter().enumerate().map(|(sequence, &(computed, length))| Chunk { sequence, computed, length }).collect();
-    let step = Step::new(&mut random, shape, &sequences, &chunks);
+    let step = Step::<T, K>::new(&mut random, shape, &sequences, &chunks);
     for layer in 0..shape.region.layers {
         let expected = reference::paged_attention(&step.shape, &step.batch(), layer, &step.query, &step.region);
         for level in Level::available() {
@@ -61,7 +71,7 @@ fn f32_matches_the_reference_for_every_head_size_and_group() {
         [(9, 3, 64), (2, 2, 8), (4, 1, 40), (6, 2, 48), (8, 8, 80), (14, 2, 96), (4, 2, 128), (3, 1, 256), (7, 1, 24)]
     {
         let chunks = [(0, 1), (70, 71), (0, 67), (30, 100), (255, 257), (520, 521), (0, 300)];
-        assert_matches_reference::<f32>(shape(query_heads, kv_heads, head_dim, 32), &chunks, F32_TOLERANCE);
+        assert_matches_reference::<f32, f32>(shape(query_heads, kv_heads, head_dim, 32), &chunks, F32_TOLERANCE);
     }
 }
 
@@ -71,7 +81,19 @@ fn bf16_matches_the_reference_for_every_head_size_and_group() {
         [(9, 3, 64), (2, 2, 8), (4, 1, 40), (6, 2, 48), (8, 8, 80), (14, 2, 96), (4, 2, 128), (3, 1, 256), (7, 1, 24)]
     {
         let chunks = [(0, 1), (70, 71), (0, 67), (30, 100), (255, 257), (520, 521), (0, 300)];
-        assert_matches_reference::<Bf16>(shape(query_heads, kv_heads, head_dim, 32), &chunks, BF16_TOLERANCE);
+        assert_matches_reference::<Bf16, Bf16>(shape(query_heads, kv_heads, head_dim, 32), &chunks, BF16_TOLERANCE);
+    }
+}
+
+#[test]
+fn bytes_match_the_reference_for_every_head_size_and_group() {
+    for (query_heads, kv_heads, head_dim) in
+        [(9, 3, 64), (2, 2, 8), (4, 1, 40), (6, 2, 48), (8, 8, 80), (14, 2, 96), (4, 2, 128), (3, 1, 256), (7, 1, 24)]
+    {
+        let chunks = [(0, 1), (70, 71), (0, 67), (30, 100), (255, 257), (520, 521), (0, 300)];
+        let shape = shape(query_heads, kv_heads, head_dim, 32);
+        assert_matches_reference::<f32, i8>(shape, &chunks, F32_TOLERANCE);
+        assert_matches_reference::<Bf16, i8>(shape, &chunks, BF16_TOLERANCE);
     }
 }
 
@@ -79,8 +101,9 @@ fn bf16_matches_the_reference_for_every_head_size_and_group() {
 fn every_block_size_matches_the_reference() {
     for block_tokens in [8, 16, 32, 64, 128, 1024] {
         let chunks = [(0, 9), (128, 129), (200, 290)];
-        assert_matches_reference::<f32>(shape(4, 2, 16, block_tokens), &chunks, F32_TOLERANCE);
-        assert_matches_reference::<Bf16>(shape(4, 2, 16, block_tokens), &chunks, BF16_TOLERANCE);
+        assert_matches_reference::<f32, f32>(shape(4, 2, 16, block_tokens), &chunks, F32_TOLERANCE);
+        assert_matches_reference::<Bf16, Bf16>(shape(4, 2, 16, block_tokens), &chunks, BF16_TOLERANCE);
+        assert_matches_reference::<Bf16, i8>(shape(4, 2, 16, block_tokens), &chunks, BF16_TOLERANCE);
     }
 }
 
@@ -89,13 +112,15 @@ fn sliding_windows_match_the_reference() {
     for window_tokens in [1, 2, 31, 64, 65, 100, 300, 5000] {
         let shape = AttentionShape { window_tokens: Some(window_tokens), ..shape(6, 2, 32, 16) };
         let chunks = [(0, 5), (399, 400), (0, 130), (290, 417)];
-        assert_matches_reference::<f32>(shape, &chunks, F32_TOLERANCE);
-        assert_matches_reference::<Bf16>(shape, &chunks, BF16_TOLERANCE);
+        assert_matches_reference::<f32, f32>(shape, &chunks, F32_TOLERANCE);
+        assert_matches_reference::<Bf16, Bf16>(shape, &chunks, BF16_TOLERANCE);
+        assert_matches_reference::<f32, i8>(shape, &chunks, F32_TOLERANCE);
+        assert_matches_reference::<Bf16, i8>(shape, &chunks, BF16_TOLERANCE);
     }
 }
 
 /// Rows of one sequence computed alone, one decode step each, on one thread: the bits that all else must give.
-fn decode_bits<T: Element>(
+fn decode_bits<T: Element, K: KvElement<T> + Poison>(
     shape: AttentionShape,
     sequence: &Sequence<T>,
     positions: &[usize],
@@ -106,7 +131,7 @@ fn decode_bits<T: Element>(
     for &position in positions {
         let sequences = std::slice::from_ref(sequence);
         let chunk = Chunk { sequence: 0, computed: position, length: position + 1 };
-        let step = Step::new(&mut random, shape, sequences, &[chunk]);
+        let step = Step::<T, K>::new(&mut random, shape, sequences, &[chunk]);
         rows.extend(compute(&step, level, 1, 1));
     }
     rows
@@ -116,7 +141,12 @@ fn bits(rows: &[Vec<f32>]) -> Vec<Vec<u32>> {
     rows.iter().map(|row| row.iter().map(|x| x.to_bits()).collect()).collect()
 }
 
-fn assert_invariant<T: Element>(seed: u64, shape: AttentionShape, other_block_tokens: usize, lengths: &[usize]) {
+fn assert_invariant<T: Element, K: KvElement<T> + Poison>(
+    seed: u64,
+    shape: AttentionShape,
+    other_block_tokens: usize,
+    lengths: &[usize],
+) {
     let mut random = Random(seed);
     let sequences: Vec<Sequence<T>> =
         lengths.iter().map(|&tokens| Sequence::random(&mut random, &shape, tokens)).collect();
@@ -135,11 +165,11 @@ fn assert_invariant<T: Element>(seed: u64, shape: AttentionShape, other_block_to
             if positions.len() > 12 {
                 positions = (0..12).map(|_| chunk.computed + random.below(chunk.length - chunk.computed)).collect();
             }
-            let rows = decode_bits(shape, &sequences[chunk.sequence], &positions, level);
+            let rows = decode_bits::<T, K>(shape, &sequences[chunk.sequence], &positions, level);
             expected
                 .extend(positions.into_iter().zip(bits(&rows)).map(|(position, row)| (chunk.sequence, position, row)));
         }
-        let step = Step::new(&mut random, paged, &sequences, &chunks);
+        let step = Step::<T, K>::new(&mut random, paged, &sequences, &chunks);
         for threads in [1, 2, 5] {
             let given = bits(&compute(&step, level, threads, 1));
             for (sequence, position, row) in &expected {
@@ -165,19 +195,26 @@ proptest! {
         lengths in prop::collection::vec(1_usize..700, 1..4),
     ) {
         let shape = AttentionShape { window_tokens: window, ..shape(kv_heads * group, kv_heads, head_octets * 8, block_tokens) };
-        assert_invariant::<f32>(seed, shape, other_block_tokens, &lengths);
-        assert_invariant::<Bf16>(seed, shape, other_block_tokens, &lengths);
+        assert_invariant::<f32, f32>(seed, shape, other_block_tokens, &lengths);
+        assert_invariant::<Bf16, Bf16>(seed, shape, other_block_tokens, &lengths);
+        assert_invariant::<f32, i8>(seed, shape, other_block_tokens, &lengths);
+        assert_invariant::<Bf16, i8>(seed, shape, other_block_tokens, &lengths);
     }
 }
 
 #[test]
 fn a_long_sequence_cut_along_its_splits_keeps_its_bits() {
-    assert_invariant::<Bf16>(3, shape(4, 2, 64, 32), 32, &[3000]);
-    assert_invariant::<f32>(3, AttentionShape { window_tokens: Some(1111), ..shape(4, 2, 64, 32) }, 16, &[3000, 5]);
+    assert_invariant::<Bf16, Bf16>(3, shape(4, 2, 64, 32), 32, &[3000]);
+    assert_invariant::<Bf16, i8>(3, shape(4, 2, 64, 32), 32, &[3000]);
+    assert_invariant::<f32, f32>(
+        3,
+        AttentionShape { window_tokens: Some(1111), ..shape(4, 2, 64, 32) },
+        16,
+        &[3000, 5],
+    );
 }
 
-#[test]
-fn later_tokens_of_the_sequence_cannot_reach_a_row_even_as_nan() {
+fn assert_later_tokens_do_not_reach<K: KvElement<Bf16> + Poison>() {
     let shape = shape(4, 2, 32, 32);
     let mut random = Random(5);
     let clean: Sequence<Bf16> = Sequence::random(&mut random, &shape, 100);
@@ -185,21 +222,22 @@ fn later_tokens_of_the_sequence_cannot_reach_a_row_even_as_nan() {
     // Everything from the odd position 71 on is not a number; row 70 shares a pair, a tile and a block with it.
     let token = broken.kv.len() / 100;
     broken.kv[71 * token..].fill(Bf16::from_f32(f32::NAN));
+    let sequences = [clean, broken];
     for level in Level::available() {
-        let all = |sequence: Sequence<Bf16>| {
+        let [clean, broken] = [0, 1].map(|sequence| {
             let mut random = Random(6);
-            let chunk = Chunk { sequence: 0, computed: 0, length: 100 };
-            bits(&compute(&Step::new(&mut random, shape, &[sequence], &[chunk]), level, 1, 0))
-        };
-        let copy = |sequence: &Sequence<Bf16>| Sequence {
-            tokens: 100,
-            queries: sequence.queries.clone(),
-            kv: sequence.kv.clone(),
-        };
-        let (clean, broken) = (all(copy(&clean)), all(copy(&broken)));
+            let chunk = Chunk { sequence, computed: 0, length: 100 };
+            bits(&compute(&Step::<Bf16, K>::new(&mut random, shape, &sequences, &[chunk]), level, 1, 0))
+        });
         assert!(clean[..71] == broken[..71], "{level}");
         assert!(broken[71..].iter().flatten().all(|&bits| f32::from_bits(bits).is_nan()), "{level}");
     }
+}
+
+#[test]
+fn later_tokens_of_the_sequence_cannot_reach_a_row_even_as_nan() {
+    assert_later_tokens_do_not_reach::<Bf16>();
+    assert_later_tokens_do_not_reach::<i8>();
 }
 
 #[test]
@@ -208,7 +246,7 @@ fn table_entries_below_every_window_are_not_looked_at() {
     let mut random = Random(8);
     let sequences: Vec<Sequence<f32>> = vec![Sequence::random(&mut random, &shape, 200)];
     let chunk = || Chunk { sequence: 0, computed: 198, length: 200 };
-    let mut step = Step::new(&mut random, shape, &sequences, &[chunk()]);
+    let mut step = Step::<f32>::new(&mut random, shape, &sequences, &[chunk()]);
     let expected = compute(&step, Level::detected(), 1, 0);
     // Row 198 sees positions 159..199, so blocks 0 to 18 may be anything.
     step.block_tables[..19].fill(i32::MIN);
@@ -271,5 +309,8 @@ fn unsupported_shapes_and_wrong_buffers_are_refused() {
     assert_eq!(run(0, 64, &region), Ok(()));
     assert!(matches!(run(2, 64, &region), Err(KernelError::Unsupported { argument: "layer", .. })));
     assert!(matches!(run(0, 63, &region), Err(KernelError::Length { argument: "query", .. })));
+    let bytes = vec![0_i8; good.region.elements()];
+    let outcome = plan.run(&pool(1), Level::detected(), 0, &[0.0_f32; 64], &bytes, &mut [0.0; 64]);
+    assert!(matches!(outcome, Err(KernelError::Unsupported { argument: "kv_region", .. })), "{outcome:?}");
     assert!(matches!(run(0, 64, &region[1..]), Err(KernelError::Length { argument: "kv_region", .. })));
 }

@@ -8,6 +8,7 @@ use crate::detach::detached;
 use crate::error;
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::{Bf16, Element};
+use llmscale_kernels::kv_format::KvFormat;
 use llmscale_kernels::kv_region::{KvRegionShape, SlotMapping};
 use llmscale_kernels::paged_attention::{AttentionBatch, AttentionPlan, AttentionShape};
 use llmscale_kernels::pool::Pool;
@@ -145,7 +146,8 @@ impl CpuKernels {
         block_tables: Memory,
     ) -> PyResult<()> {
         let (blocks, layers, kv_heads, block_tokens, head_dim) = region;
-        let region = KvRegionShape { blocks, layers, kv_heads, block_tokens, head_dim };
+        let format = KvFormat::Activations;
+        let region = KvRegionShape { blocks, layers, kv_heads, block_tokens, head_dim, format };
         let shape = AttentionShape { query_heads, softmax_scale, window_tokens, region };
         detached(py, || {
             // SAFETY: the caller holds these tensors, which the mirror writes only between steps.

@@ -46,6 +46,9 @@ pub(super) struct Layout {
     pub(super) keys: usize,
     pub(super) values: usize,
     pub(super) staged: usize,
+    /// Scales of the tile's keys and values, where they have any.
+    pub(super) key_scales: usize,
+    pub(super) value_scales: usize,
     pub(super) scores: usize,
     pub(super) factors: usize,
     pub(super) maxima: usize,
@@ -75,6 +78,8 @@ impl Layout {
             keys: place(units * TILE_TOKENS),
             values: place(token_units * padded_dim),
             staged: place(S::LANES * head_dim + S::LANES),
+            key_scales: place(TILE_TOKENS),
+            value_scales: place(TILE_TOKENS),
             scores: place(vectors * TILE_TOKENS),
             // Two vectors of slack, because factors of a head are made in whole vectors wherever they begin.
             factors: place(vectors + S::LANES),

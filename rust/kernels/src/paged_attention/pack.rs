@@ -8,12 +8,14 @@
 #![expect(unsafe_code, reason = "vector loads and stores on raw pointers")]
 
 use super::TILE_TOKENS;
-use crate::element::{Bf16, Element};
-use crate::simd::{Simd, load_element, load_element_partial};
+use crate::element::Bf16;
+use crate::kv_format::{KvFormat, Stored, load_stored, load_stored_partial};
+use crate::kv_region::RUN_TOKENS;
+use crate::simd::Simd;
 use core::ops::Range;
 
-/// Tokens that lie side by side whatever the block size.
-const RUN_TOKENS: usize = 8;
+/// Of a row that has one.
+const SCALE_BYTES: usize = KvFormat::Bytes.scale_elements();
 /// Runs of a tile.
 pub(super) const TILE_RUNS: usize = TILE_TOKENS / RUN_TOKENS;
 /// A row of zeros as long as the longest head, for tokens outside the wanted range.
@@ -21,16 +23,16 @@ static ZEROS: [u32; 256] = [0; 256];
 
 /// Where the keys of a tile lie for one kv head; values are `to_value` elements further.
 #[derive(Clone, Copy)]
-pub(super) struct TileRows<T> {
+pub(super) struct TileRows<K> {
     /// The first key of every run of 8 tokens that holds a wanted token.
-    runs: [*const T; TILE_RUNS],
+    runs: [*const K; TILE_RUNS],
     to_value: usize,
     head_dim: usize,
     from: usize,
     to: usize,
 }
 
-impl<T: Element> TileRows<T> {
+impl<K: Stored> TileRows<K> {
     /// A tile of which no token is wanted.
     pub(super) fn new(to_value: usize, head_dim: usize) -> Self {
         Self { runs: [core::ptr::null(); TILE_RUNS], to_value, head_dim, from: 0, to: 0 }
@@ -43,7 +45,7 @@ impl<T: Element> TileRows<T> {
 
     /// Tells where the 8 tokens from `8 run` lie.
     #[inline(always)]
-    pub(super) fn set_run(&mut self, run: usize, key: *const T) {
+    pub(super) fn set_run(&mut self, run: usize, key: *const K) {
         self.runs[run] = key;
     }
 
@@ -63,7 +65,7 @@ impl<T: Element> TileRows<T> {
     }
 
     #[inline(always)]
-    fn key(&self, token: usize) -> *const T {
+    fn key(&self, token: usize) -> *const K {
         if token >= self.from && token < self.to {
             self.runs[token / RUN_TOKENS].wrapping_add(token % RUN_TOKENS * self.head_dim)
         } else {
@@ -72,9 +74,32 @@ impl<T: Element> TileRows<T> {
     }
 
     #[inline(always)]
-    fn value(&self, token: usize) -> *const T {
+    fn value(&self, token: usize) -> *const K {
         let key = self.key(token);
         if core::ptr::eq(key.cast(), ZEROS.as_ptr()) { key } else { key.wrapping_add(self.to_value) }
+    }
+
+    /// Copies the scales of the wanted tokens' keys and values; those of others are zero.
+    ///
+    /// # Safety
+    /// Both targets hold `TILE_TOKENS` f32; rows have scales.
+    #[inline(always)]
+    pub(super) unsafe fn copy_scales(&self, keys: *mut f32, values: *mut f32) {
+        // SAFETY: the scales of a run follow its rows.
+        unsafe {
+            for (target, further) in [(keys, 0), (values, self.to_value)] {
+                if self.tokens().len() < TILE_TOKENS {
+                    target.write_bytes(0, TILE_TOKENS);
+                }
+                for run in self.from / RUN_TOKENS..self.to.div_ceil(RUN_TOKENS) {
+                    let first = self.from.max(run * RUN_TOKENS);
+                    let end = self.to.min((run + 1) * RUN_TOKENS);
+                    let scales = self.runs[run].add(further + RUN_TOKENS * self.head_dim).cast::<u8>();
+                    let scales = scales.add(first % RUN_TOKENS * SCALE_BYTES);
+                    core::ptr::copy_nonoverlapping(scales, target.add(first).cast(), (end - first) * SCALE_BYTES);
+                }
+            }
+        }
     }
 
     /// Hints that a run of keys (or values, `offset` elements further) will be read soon.
@@ -82,7 +107,7 @@ impl<T: Element> TileRows<T> {
     fn prefetch_run<S: Simd>(&self, simd: S, run: usize, offset: usize) {
         if run * RUN_TOKENS < self.to && (run + 1) * RUN_TOKENS > self.from {
             let start = self.runs[run].wrapping_add(offset).cast::<u8>();
-            let bytes = RUN_TOKENS * self.head_dim * size_of::<T>();
+            let bytes = RUN_TOKENS * (self.head_dim * size_of::<K>() + SCALE_BYTES * usize::from(K::IS_BYTES));
             let mut line = 0;
             while line < bytes {
                 simd.prefetch(start.wrapping_add(line));
@@ -113,7 +138,7 @@ impl<T: Element> TileRows<T> {
             let mut bases = [ZEROS.as_ptr(); 4];
             // SAFETY: every base is followed by three more rows of `units` words; the target is the caller's promise.
             unsafe {
-                if whole && (PAIRS || !T::IS_BF16) {
+                if whole && !K::IS_BYTES && K::IS_BF16 == PAIRS {
                     for (half_run, base) in bases.iter_mut().enumerate().take(S::LANES / 4) {
                         *base = self.key(group + 4 * half_run).cast();
                     }
@@ -144,7 +169,7 @@ impl<T: Element> TileRows<T> {
         for lane in 0..S::LANES {
             // SAFETY: a key (or the zeros) holds `head_dim` elements; rows are staged in ascending order, so that the
             // padding of one is overwritten by the next.
-            unsafe { pack_query::<S, T, PAIRS>(simd, self.key(group + lane), staged.add(lane * units), self.head_dim) };
+            unsafe { pack_row::<S, K, PAIRS>(simd, self.key(group + lane), staged.add(lane * units), self.head_dim) };
         }
     }
 
@@ -169,8 +194,12 @@ impl<T: Element> TileRows<T> {
                     let (first, end) = (first.max(self.from / 2 * 2), end.min(self.to.next_multiple_of(2)));
                     let mut target = values.add(first / 2 * padded_dim);
                     for token in (first..end).step_by(2) {
-                        let (even, odd) = (self.value(token).cast(), self.value(token + 1).cast());
-                        interleave_row(simd, even, odd, target, self.head_dim, padded_dim);
+                        let (even, odd) = (self.value(token), self.value(token + 1));
+                        if K::IS_BF16 {
+                            interleave_row(simd, even.cast(), odd.cast(), target, self.head_dim, padded_dim);
+                        } else {
+                            pair_rows(simd, even, odd, target, self.head_dim);
+                        }
                         target = target.wrapping_add(padded_dim);
                     }
                 } else {
@@ -216,40 +245,79 @@ unsafe fn interleave_row<S: Simd>(
     }
 }
 
+/// Writes two rows of bytes as pairs of bf16 `(even[dim], odd[dim])`, padded with zeros to a whole vector.
+///
+/// # Safety
+/// `even` and `odd` hold `head_dim` elements, `target` `head_dim` rounded up to whole vectors.
+#[inline(always)]
+unsafe fn pair_rows<S: Simd, K: Stored>(simd: S, even: *const K, odd: *const K, target: *mut u32, head_dim: usize) {
+    let whole = head_dim - head_dim % S::LANES;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for dim in (0..whole).step_by(S::LANES) {
+            let (low, high) = (load_stored(simd, even.add(dim)), load_stored(simd, odd.add(dim)));
+            simd.store_u32(target.add(dim), pair(simd, low, high));
+        }
+        if whole < head_dim {
+            let rest = head_dim - whole;
+            let low = load_stored_partial(simd, even.add(whole), rest);
+            let high = load_stored_partial(simd, odd.add(whole), rest);
+            simd.store_u32(target.add(whole), pair(simd, low, high));
+        }
+    }
+}
+
+/// Two f32 that bf16 holds exactly, as a pair of these.
+#[inline(always)]
+fn pair<S: Simd>(simd: S, low: S::F32, high: S::F32) -> S::U32 {
+    let high = simd.and_u32(simd.f32_to_bits(high), simd.splat_u32(0xffff_0000));
+    simd.xor_u32(simd.shift_right::<16>(simd.f32_to_bits(low)), high)
+}
+
 /// Copies one head's row as f32, padding it with zeros to a whole vector.
 ///
 /// # Safety
 /// `source` holds `head_dim` elements, `target` `head_dim` rounded up to whole vectors.
 #[inline(always)]
-unsafe fn widen_row<S: Simd, T: Element>(simd: S, source: *const T, target: *mut f32, head_dim: usize) {
+unsafe fn widen_row<S: Simd, K: Stored>(simd: S, source: *const K, target: *mut f32, head_dim: usize) {
     let mut dim = 0;
     // SAFETY: the caller's promise.
     unsafe {
         while dim + S::LANES <= head_dim {
-            simd.store(target.add(dim), load_element(simd, source.add(dim)));
+            simd.store(target.add(dim), load_stored(simd, source.add(dim)));
             dim += S::LANES;
         }
         if dim < head_dim {
-            simd.store(target.add(dim), load_element_partial(simd, source.add(dim), head_dim - dim));
+            simd.store(target.add(dim), load_stored_partial(simd, source.add(dim), head_dim - dim));
         }
     }
 }
 
-/// Writes one query vector (or staged key) as units: f32, or pairs of bf16.
+/// Writes one query vector (or staged key) as units: f32, or pairs of bf16, which hold bytes exactly.
 ///
 /// # Safety
 /// `source` holds `head_dim` elements; `target` holds as many words (half for pairs) rounded up to a whole vector.
 #[inline(always)]
-pub(super) unsafe fn pack_query<S: Simd, T: Element, const PAIRS: bool>(
+pub(super) unsafe fn pack_row<S: Simd, K: Stored, const PAIRS: bool>(
     simd: S,
-    source: *const T,
+    source: *const K,
     target: *mut u32,
     head_dim: usize,
 ) {
-    // SAFETY: the caller's promise; pairs are the elements' own bytes.
+    // SAFETY: the caller's promise; pairs of bf16 are the elements' own bytes.
     unsafe {
-        if PAIRS {
+        if PAIRS && K::IS_BF16 {
             core::ptr::copy_nonoverlapping(source.cast::<Bf16>(), target.cast::<Bf16>(), head_dim);
+        } else if PAIRS {
+            let target = target.cast::<Bf16>();
+            let whole = head_dim - head_dim % S::LANES;
+            for dim in (0..whole).step_by(S::LANES) {
+                simd.store_bf16(target.add(dim), load_stored(simd, source.add(dim)));
+            }
+            if whole < head_dim {
+                let rest = head_dim - whole;
+                simd.store_bf16_partial(target.add(whole), load_stored_partial(simd, source.add(whole), rest), rest);
+            }
         } else {
             widen_row(simd, source, target.cast(), head_dim);
         }

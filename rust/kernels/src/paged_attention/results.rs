@@ -7,9 +7,10 @@ use super::layout::PartialLayout;
 use super::softmax::{SplitResult, merge_split};
 use super::tile::Work;
 use crate::element::Element;
+use crate::kv_format::Stored;
 use crate::simd::{Simd, store_element, store_element_partial};
 
-impl<S: Simd, T: Element> Work<'_, S, T> {
+impl<S: Simd, T: Element, K: Stored> Work<'_, S, T, K> {
     /// The finished state of the current split, its denominators summed into the first lane.
     ///
     /// # Safety

@@ -18,6 +18,21 @@ fn inside<S: Simd>(simd: S, tokens: &Range<usize>, first: usize) -> S::Mask {
     simd.lane_range(lane(tokens.start), lane(tokens.end))
 }
 
+/// Brings the scales of a tile's keys to one query vector's scores.
+///
+/// # Safety
+/// `scores` and `scales` hold `TILE_TOKENS` f32.
+#[inline(always)]
+pub(super) unsafe fn scale_scores<S: Simd>(simd: S, scores: *mut f32, scales: *const f32) {
+    for first in (0..TILE_TOKENS).step_by(S::LANES) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let scaled = simd.mul(simd.load(scores.add(first)), simd.load(scales.add(first)));
+            simd.store(scores.add(first), scaled);
+        }
+    }
+}
+
 /// Raises the running maximum of one query vector to that of its scores at `tokens`, and writes the exponent of the
 /// factor that brings older sums to the new maximum. `scale` is the softmax scale times log2(e).
 ///
@@ -64,19 +79,18 @@ pub(super) unsafe fn exponents_to_factors<S: Simd>(simd: S, factors: *mut f32, c
 }
 
 /// Replaces the scores at `tokens` by their weights relative to the maximum, others by zero, and adds them to the
-/// denominators, one per lane.
+/// denominators, one per lane. What is left are weights times `value_scales` where values have scales.
 ///
 /// # Safety
-/// `scores` holds `TILE_TOKENS` f32, `denominators` `LANES`.
+/// `scores` holds `TILE_TOKENS` f32, `denominators` `LANES`, `value_scales` `TILE_TOKENS` where `SCALED`.
 #[inline(always)]
-pub(super) unsafe fn scores_to_weights<S: Simd, const PAIRS: bool>(
+pub(super) unsafe fn scores_to_weights<S: Simd, const PAIRS: bool, const SCALED: bool>(
     simd: S,
     scores: *mut f32,
     tokens: &Range<usize>,
     scale: f32,
-    maximum: f32,
-    factor: f32,
-    denominators: *mut f32,
+    (maximum, factor, denominators): (f32, f32, *mut f32),
+    value_scales: *const f32,
 ) {
     let (scale, offset) = (simd.splat(scale), simd.splat(-maximum * scale));
     let mut weights = [simd.splat(0.0); MAX_VECTORS];
@@ -94,6 +108,14 @@ pub(super) unsafe fn scores_to_weights<S: Simd, const PAIRS: bool>(
         let mut total = simd.mul(simd.load(denominators), simd.splat(factor));
         for (vector, weight) in weights.into_iter().enumerate().take(vectors) {
             total = simd.add(total, weight);
+            let mut weight = weight;
+            if SCALED {
+                weight = simd.mul(weight, simd.load(value_scales.add(vector * S::LANES)));
+                if tokens.len() < TILE_TOKENS {
+                    // Another row's token may have a scale that is no number.
+                    weight = simd.select(inside(simd, tokens, vector * S::LANES), weight, simd.splat(0.0));
+                }
+            }
             if PAIRS {
                 simd.store_bf16(scores.cast::<Bf16>().add(vector * S::LANES), weight);
             } else {

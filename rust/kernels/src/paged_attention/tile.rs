@@ -5,38 +5,40 @@
 
 use super::layout::{Layout, PartialLayout};
 use super::micro::{self, Accumulate};
-use super::pack::{TileRows, pack_query};
+use super::pack::{TileRows, pack_row};
 use super::plan::{AttentionPlan, Task, TaskPart};
-use super::softmax::{exponents_to_factors, raise_maximum, scores_to_weights};
+use super::softmax::{exponents_to_factors, raise_maximum, scale_scores, scores_to_weights};
 use super::{Partials, SPLIT_TOKENS, TILE_TOKENS};
 use crate::dispatch::Kernel;
 use crate::element::Element;
+use crate::kv_format::Stored;
+use crate::kv_region::RUN_TOKENS;
 use crate::scratch::Scratch;
 use crate::shared_output::SharedOutput;
 use crate::simd::Simd;
 use core::ops::Range;
 
 /// What all tasks of a layer share.
-pub(super) struct TaskInput<'a, T> {
+pub(super) struct TaskInput<'a, T, K> {
     pub(super) plan: &'a AttentionPlan,
     pub(super) layer: usize,
     pub(super) query: &'a [T],
-    pub(super) kv_region: &'a [T],
+    pub(super) kv_region: &'a [K],
     pub(super) output: &'a SharedOutput<'a, T>,
     pub(super) partials: Partials,
 }
 
 // SAFETY: the partial results are the only raw pointer, and every task writes only its own part of them.
-unsafe impl<T: Element> Sync for TaskInput<'_, T> {}
+unsafe impl<T: Element, K: Stored> Sync for TaskInput<'_, T, K> {}
 
 /// One task as a kernel.
-pub(super) struct TaskKernel<'a, T> {
-    pub(super) input: &'a TaskInput<'a, T>,
+pub(super) struct TaskKernel<'a, T, K> {
+    pub(super) input: &'a TaskInput<'a, T, K>,
     pub(super) task: &'a Task,
     pub(super) scratch: &'a mut Scratch,
 }
 
-impl<T: Element> Kernel for TaskKernel<'_, T> {
+impl<T: Element, K: Stored> Kernel for TaskKernel<'_, T, K> {
     type Output = ();
 
     #[inline(always)]
@@ -58,9 +60,9 @@ impl<T: Element> Kernel for TaskKernel<'_, T> {
 }
 
 /// A task at work: its parameters and its scratch.
-pub(super) struct Work<'a, S, T> {
+pub(super) struct Work<'a, S, T, K> {
     pub(super) simd: S,
-    pub(super) input: &'a TaskInput<'a, T>,
+    pub(super) input: &'a TaskInput<'a, T, K>,
     pub(super) task: &'a Task,
     pub(super) layout: Layout,
     pub(super) scratch: *mut u32,
@@ -69,9 +71,9 @@ pub(super) struct Work<'a, S, T> {
     pub(super) scale: f32,
 }
 
-impl<'a, S: Simd, T: Element> Work<'a, S, T> {
+impl<'a, S: Simd, T: Element, K: Stored> Work<'a, S, T, K> {
     #[inline(always)]
-    fn new(simd: S, input: &'a TaskInput<'a, T>, task: &'a Task, layout: Layout, scratch: *mut u32) -> Self {
+    fn new(simd: S, input: &'a TaskInput<'a, T, K>, task: &'a Task, layout: Layout, scratch: *mut u32) -> Self {
         let scale = input.plan.shape().softmax_scale * core::f32::consts::LOG2_E;
         Self { simd, input, task, layout, scratch, group: input.plan.group(), scale }
     }
@@ -145,7 +147,7 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
             let source = &self.input.query[self.query_offset(vector)..][..head_dim];
             let target = self.at(self.layout.queries + vector * self.layout.units);
             // SAFETY: the queries have a vector of slack at their end.
-            unsafe { pack_query::<S, T, PAIRS>(self.simd, source.as_ptr(), target, head_dim) };
+            unsafe { pack_row::<S, T, PAIRS>(self.simd, source.as_ptr(), target, head_dim) };
         }
     }
 
@@ -180,7 +182,7 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
     /// # Safety
     /// As [`Self::execute`].
     #[inline(always)]
-    unsafe fn run_heads<const PAIRS: bool>(&self, start: usize, first_head: TileRows<T>, after: &TileRows<T>) {
+    unsafe fn run_heads<const PAIRS: bool>(&self, start: usize, first_head: TileRows<K>, after: &TileRows<K>) {
         let (active, full) = self.active_and_full(start);
         let head_elements = self.input.plan.shape().region.head_elements();
         let mut current = first_head;
@@ -194,7 +196,7 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
 
     /// The tokens of a tile that some row of the task attends to, and where those of the task's first head lie.
     #[inline(always)]
-    fn tile_rows(&self, start: usize) -> TileRows<T> {
+    fn tile_rows(&self, start: usize) -> TileRows<K> {
         let plan = self.input.plan;
         let region = &plan.shape().region;
         let sequence = self.task.sequence;
@@ -205,14 +207,14 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
             return rows;
         }
         rows.want(from - start..to - start);
-        for run in (from - start) / 8..(to - start).div_ceil(8) {
-            let position = start + 8 * run;
+        for run in (from - start) / RUN_TOKENS..(to - start).div_ceil(RUN_TOKENS) {
+            let position = start + RUN_TOKENS * run;
             let block = plan.block(sequence, position.max(from));
             let offset = region.layer_offset(block, self.input.layer)
                 + self.task.kv_heads.start * region.head_elements()
-                + position % region.block_tokens * region.head_dim;
+                + region.row_offset(position % region.block_tokens);
             // All heads' keys and values of the run, checked once.
-            let end = offset + (self.task.kv_heads.len() - 1) * region.head_elements() + 8 * region.head_dim;
+            let end = offset + (self.task.kv_heads.len() - 1) * region.head_elements() + region.run_elements();
             rows.set_run(run, self.input.kv_region[offset..end + region.key_to_value()].as_ptr());
         }
         rows
@@ -226,8 +228,8 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
         start: usize,
         head: usize,
         (active, full): (Range<usize>, Range<usize>),
-        tile: &TileRows<T>,
-        next: &TileRows<T>,
+        tile: &TileRows<K>,
+        next: &TileRows<K>,
     ) {
         let (simd, layout) = (self.simd, &self.layout);
         let head_first = head * self.head_vectors();
@@ -239,6 +241,13 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
             let scores = self.at(layout.scores + first * TILE_TOKENS).cast::<f32>();
             let queries = self.at(layout.queries + first * layout.units);
             micro::scores::<S, PAIRS>(simd, vectors, layout.units, queries, keys, scores, tile.tokens());
+            if K::IS_BYTES {
+                let (key_scales, value_scales) = (self.at(layout.key_scales), self.at(layout.value_scales));
+                tile.copy_scales(key_scales.cast(), value_scales.cast());
+                for vector in 0..vectors {
+                    scale_scores(simd, scores.add(vector * TILE_TOKENS), key_scales.cast());
+                }
+            }
             self.softmax::<PAIRS>(start, head_first, active.clone());
             tile.pack_values::<S, PAIRS>(simd, values, layout.padded_dim, next);
             self.accumulate::<PAIRS>(start, head_first, active, full);
@@ -271,15 +280,14 @@ impl<'a, S: Simd, T: Element> Work<'a, S, T> {
                 for vector in (head_first + row * self.group)..(head_first + (row + 1) * self.group) {
                     let denominators = self.at(layout.denominators + vector * S::LANES).cast();
                     let (maximum, factor) = (*maxima.add(vector), *factors.add(vector));
-                    scores_to_weights::<S, PAIRS>(
-                        simd,
-                        scores(vector),
-                        &tokens,
-                        self.scale,
-                        maximum,
-                        factor,
-                        denominators,
-                    );
+                    let state = (maximum, factor, denominators);
+                    if K::IS_BYTES {
+                        let scales = self.at(layout.value_scales).cast();
+                        scores_to_weights::<S, PAIRS, true>(simd, scores(vector), &tokens, self.scale, state, scales);
+                    } else {
+                        let none = core::ptr::null();
+                        scores_to_weights::<S, PAIRS, false>(simd, scores(vector), &tokens, self.scale, state, none);
+                    }
                 }
             }
         }

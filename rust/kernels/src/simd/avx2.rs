@@ -335,6 +335,10 @@ impl Simd for Avx2 {
         });
     }
     #[inline(always)]
+    unsafe fn load_signed_bytes(self, source: *const i8) -> Self::F32 {
+        proven!(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(source.cast()))))
+    }
+    #[inline(always)]
     unsafe fn interleave_bf16(self, _: *const Bf16, _: *const Bf16, _: usize) -> (Self::U32, Self::U32) {
         unreachable!("guarded by BF16_DOT")
     }

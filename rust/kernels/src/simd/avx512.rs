@@ -328,6 +328,10 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
         proven!(_mm_storeu_si128(target.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(value))));
     }
     #[inline(always)]
+    unsafe fn load_signed_bytes(self, source: *const i8) -> Self::F32 {
+        proven!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(source.cast()))))
+    }
+    #[inline(always)]
     unsafe fn interleave_bf16(self, even: *const Bf16, odd: *const Bf16, count: usize) -> (Self::U32, Self::U32) {
         proven!({
             let mask = ((1_u64 << count) - 1) as u32;

@@ -273,6 +273,11 @@ impl Simd for Portable {
         }
     }
     #[inline(always)]
+    unsafe fn load_signed_bytes(self, source: *const i8) -> Self::F32 {
+        // SAFETY: the caller promises `LANES` readable elements.
+        unsafe { source.cast::<[i8; LANES]>().read() }.map(f32::from)
+    }
+    #[inline(always)]
     unsafe fn interleave_bf16(self, _: *const Bf16, _: *const Bf16, _: usize) -> (Self::U32, Self::U32) {
         unreachable!("guarded by BF16_DOT")
     }

@@ -1,7 +1,9 @@
 //! What the integration tests share: a pool, random numbers and a paged batch with its memory.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
-use llmscale_kernels::element::Element;
+use llmscale_kernels::dispatch::Level;
+use llmscale_kernels::element::{Bf16, Element};
+use llmscale_kernels::kv_format::KvElement;
 use llmscale_kernels::kv_region::KvRegionShape;
 use llmscale_kernels::paged_attention::{AttentionBatch, AttentionShape};
 use llmscale_kernels::pool::Pool;
@@ -67,23 +69,40 @@ pub(crate) struct Chunk {
     pub(crate) length: usize,
 }
 
+/// What memory of no sequence holds: NaN, or scales that are NaN.
+pub(crate) trait Poison {
+    const POISON: Self;
+}
+
+impl Poison for f32 {
+    const POISON: Self = Self::NAN;
+}
+
+impl Poison for Bf16 {
+    const POISON: Self = Self(0x7fc0);
+}
+
+impl Poison for i8 {
+    const POISON: Self = -1;
+}
+
 /// A step in paged form. Memory that belongs to no sequence holds NaN, so that reading it shows.
-pub(crate) struct Step<T> {
+pub(crate) struct Step<T, K = T> {
     pub(crate) shape: AttentionShape,
     pub(crate) query: Vec<T>,
-    pub(crate) region: Vec<T>,
+    pub(crate) region: Vec<K>,
     pub(crate) query_start: Vec<i32>,
     pub(crate) sequence_lengths: Vec<i32>,
     pub(crate) table_offsets: Vec<i32>,
     pub(crate) block_tables: Vec<i32>,
 }
 
-impl<T: Element> Step<T> {
+impl<T: Element, K: KvElement<T> + Poison> Step<T, K> {
     /// Lays the chunks out in a region with shuffled blocks; only the first `length` tokens of a chunk are written.
     pub(crate) fn new(random: &mut Random, shape: AttentionShape, sequences: &[Sequence<T>], chunks: &[Chunk]) -> Self {
         let block_tokens = shape.region.block_tokens;
         let needed: usize = chunks.iter().map(|chunk| chunk.length.div_ceil(block_tokens)).sum();
-        let region_shape = KvRegionShape { blocks: needed + 3, ..shape.region };
+        let region_shape = KvRegionShape { blocks: needed + 3, format: K::FORMAT, ..shape.region };
         let mut free: Vec<usize> = (0..region_shape.blocks).collect();
         for index in (1..free.len()).rev() {
             free.swap(index, random.below(index + 1));
@@ -91,7 +110,7 @@ impl<T: Element> Step<T> {
         let mut step = Self {
             shape: AttentionShape { region: region_shape, ..shape },
             query: Vec::new(),
-            region: vec![T::from_f32(f32::NAN); region_shape.elements()],
+            region: vec![K::POISON; region_shape.elements()],
             query_start: vec![0],
             sequence_lengths: Vec::new(),
             table_offsets: Vec::new(),
@@ -119,11 +138,15 @@ impl<T: Element> Step<T> {
         for layer in 0..region.layers {
             for part in 0..2 {
                 for head in 0..region.kv_heads {
-                    let to = region.layer_offset(block, layer)
+                    let first = region.layer_offset(block, layer)
                         + part * region.key_to_value()
-                        + head * region.head_elements()
-                        + position % region.block_tokens * region.head_dim;
-                    self.region[to..to + region.head_dim].copy_from_slice(&source.kv[from..from + region.head_dim]);
+                        + head * region.head_elements();
+                    let token = position % region.block_tokens;
+                    let mut stored = vec![K::default(); region.head_dim];
+                    let mut scale = vec![K::default(); region.format.scale_elements()];
+                    K::store(Level::detected(), &source.kv[from..from + region.head_dim], &mut stored, &mut scale);
+                    self.region[first + region.row_offset(token)..][..stored.len()].copy_from_slice(&stored);
+                    self.region[first + region.scale_offset(token)..][..scale.len()].copy_from_slice(&scale);
                     from += region.head_dim;
                 }
             }
