@@ -212,6 +212,7 @@ class NativeExecutor:
         blocks: int,
         *,
         quantization: str | None = None,
+        kv_dtype: str = "auto",
         threads: int = 2,
     ) -> None:
         spec = describe_model(folder).spec
@@ -224,10 +225,10 @@ class NativeExecutor:
             max_step_tokens=limits.max_step_tokens,
             eos_tokens=[],
         )
-        options = RunnerOptions(dtype=dtype, quantization=quantization, threads=threads)
+        options = RunnerOptions(dtype=dtype, quantization=quantization, kv_dtype=kv_dtype, threads=threads)
         self.runner = NativeRunner(folder, engine_limits, options)
         self._kernels: CpuKernels = self.runner.kernels
-        self.region = NativeRegion(kv_layout_of(spec, dtype), blocks, self.runner.program)
+        self.region = NativeRegion(kv_layout_of(spec, dtype if kv_dtype == "auto" else kv_dtype), blocks, self.runner.program)
         self.logits_dtype: torch.dtype = getattr(torch, dtype)
         self.logits_width = spec.vocabulary
 

@@ -429,7 +429,7 @@ class ProgramBuilder:
     """A model of the native executor while it is built; see `llmscale.models.native` for places."""
 
     def __new__(
-        cls, dtype: str, shape: tuple[int, int, int, int, int], limits: tuple[int, int, int, int, int]
+        cls, dtype: str, shape: tuple[int, int, int, int, int], limits: tuple[int, int, int, int, int], kv_dtype: str
     ) -> ProgramBuilder: ...
     def block(
         self,

@@ -12,6 +12,8 @@ from llmscale.errors import ConfigError
 DTYPES = ("auto", "bfloat16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 EXECUTORS = ("auto", "native", "torch")
+# Of keys and values; auto: as the activations.
+KV_DTYPES = ("auto", "int8")
 # Of weights that the checkpoint has dense. int4 has groups of 32 inputs with one scale, unless the name says otherwise.
 QUANTIZATIONS = ("int8", "int4", "int4-64", "int4-128")
 MAX_STEP_SECONDS = 3_600.0
@@ -46,6 +48,8 @@ class NodeSettings:
     dtype: str = "auto"
     quantization: str | None = None
     """What dense weights become while they are loaded, one of `QUANTIZATIONS`; None: as the checkpoint has them."""
+    kv_dtype: str = "auto"
+    """What keys and values are kept as, one of `KV_DTYPES`: int8 takes little more than half of bfloat16's memory."""
     max_sequence_tokens: int | None = None
     """None: what the model allows."""
     max_sequences: int = 256
@@ -96,6 +100,8 @@ class NodeSettings:
             raise ConfigError(f"dtype is {self.dtype!r}, it must be one of {', '.join(DTYPES)}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ConfigError(f"quantization is {self.quantization!r}, it must be one of {', '.join(QUANTIZATIONS)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"kv_dtype is {self.kv_dtype!r}, it must be one of {', '.join(KV_DTYPES)}")
         if self.device not in DEVICES:
             raise ConfigError(f"device is {self.device!r}, it must be one of {', '.join(DEVICES)}")
         if self.executor not in EXECUTORS:

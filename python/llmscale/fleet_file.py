@@ -18,6 +18,7 @@ from llmscale.config import (
     DEVICES,
     DTYPES,
     EXECUTORS,
+    KV_DTYPES,
     LEAST_EJECTION_SECONDS,
     LEAST_NODE_SILENCE_SECONDS,
     MAX_DRAIN_SECONDS,
@@ -60,6 +61,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Annotated[str, Meta(pattern=f"^({'|'.join(DTYPES)})\\Z")] = "auto"
     quantization: Annotated[str, Meta(pattern=f"^({'|'.join(QUANTIZATIONS)})\\Z")] | None = None
     """What dense weights become while they are loaded."""
+    kv_dtype: Annotated[str, Meta(pattern=f"^({'|'.join(KV_DTYPES)})\\Z")] = "auto"
+    """What keys and values are kept as; auto: as the activations."""
     max_model_len: Annotated[int, Meta(ge=2, le=2 << 20)] | None = None
     max_num_seqs: Annotated[int, Meta(ge=1, le=1 << 14)] = 256
     max_num_batched_tokens: _Count = 512

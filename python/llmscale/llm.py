@@ -48,7 +48,8 @@ class LLM:
     `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "auto",
     "bfloat16" or "float32". `quantization` makes dense weights "int8", or "int4" with a scale per 32 inputs
     ("int4-64" and "int4-128": per so many), while they are loaded; checkpoints that are quantized are served as
-    they are. `device` is "cpu", "cuda", or "auto" for CUDA where torch sees a device. `executor` is "native",
+    they are. `kv_dtype` is "int8" to keep keys and values as bytes with scales, or "auto" to keep them as `dtype`.
+    `device` is "cpu", "cuda", or "auto" for CUDA where torch sees a device. `executor` is "native",
     "torch", or "auto" for native where one rank of a CPU can. `deterministic=True` refuses what could give a prompt
     other tokens beside others. `seed` is the base of the seeds of requests that name none: every prompt gets
     another one, and a script gives the same text twice. `kv_disk` is a folder that keeps computed prefixes from one
@@ -62,6 +63,7 @@ class LLM:
         *,
         dtype: str = "auto",
         quantization: str | None = None,
+        kv_dtype: str = "auto",
         seed: int = 0,
         deterministic: str | bool = "auto",
         max_model_len: int | None = None,
@@ -80,6 +82,7 @@ class LLM:
             listen="",
             dtype=dtype,
             quantization=quantization,
+            kv_dtype=kv_dtype,
             max_sequence_tokens=max_model_len,
             max_sequences=max_num_seqs,
             max_step_tokens=max_num_batched_tokens,
@@ -109,7 +112,12 @@ class LLM:
         if plan.executor == "torch":
             env.prepare_for_torch()
         options = RunnerOptions(
-            dtype=plan.dtype, quantization=quantization, threads=threads, device=plan.device, disk=disk
+            dtype=plan.dtype,
+            quantization=quantization,
+            kv_dtype=kv_dtype,
+            threads=threads,
+            device=plan.device,
+            disk=disk,
         )
         self._runner = make_runner(plan.executor, plan.folder, plan.limits, options)
         self._limits = self._runner.limits

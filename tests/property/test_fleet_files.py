@@ -61,6 +61,7 @@ def fleets() -> st.SearchStrategy[FleetFile]:
         model=paths,
         dtype=st.sampled_from(["auto", "float32"]),
         quantization=st.sampled_from(["int8", "int4-64"]),
+        kv_dtype=st.sampled_from(["auto", "int8"]),
         executor=st.sampled_from(["auto", "native", "torch"]),
         device=st.sampled_from(["auto", "cpu", "cuda"]),
         kv_disk=paths,

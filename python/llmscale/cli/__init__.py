@@ -48,6 +48,9 @@ StepTargetOption = Annotated[
 DiskOption = Annotated[
     str | None, typer.Option(help="Folder for what the host has no room for; it outlives the process.")
 ]
+KvDtypeOption = Annotated[
+    str, typer.Option(help="What keys and values are kept as: auto (as the activations) or int8, in half the memory.")
+]
 QuantizationOption = Annotated[
     str | None,
     typer.Option(help="Quantize dense weights while loading: int8, int4 (groups of 32), int4-64, int4-128."),
@@ -74,6 +77,7 @@ def serve(
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
+    kv_dtype: KvDtypeOption = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens per step.")] = 512,
@@ -115,6 +119,7 @@ def serve(
             served_model_name=served_model_name,
             dtype=dtype,
             quantization=quantization,
+            kv_dtype=kv_dtype,
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

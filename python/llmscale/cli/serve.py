@@ -37,6 +37,7 @@ class ServeOptions:
     served_model_name: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
+    kv_dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512
@@ -66,6 +67,7 @@ class ServeOptions:
             replicas=self.replicas,
             dtype=self.dtype,
             quantization=self.quantization,
+            kv_dtype=self.kv_dtype,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens,
@@ -119,6 +121,7 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         served_name=name,
         dtype=entry.dtype,
         quantization=entry.quantization,
+        kv_dtype=entry.kv_dtype,
         max_sequence_tokens=entry.max_model_len,
         max_sequences=entry.max_num_seqs,
         max_step_tokens=entry.max_num_batched_tokens,

@@ -79,6 +79,7 @@ def _command(fleet: FleetFile, model: str, address: str, replica: int, first_dev
         "--served-name": model,
         "--dtype": entry.dtype,
         "--quantization": entry.quantization,
+        "--kv-dtype": entry.kv_dtype,
         "--max-model-len": entry.max_model_len,
         "--max-num-seqs": entry.max_num_seqs,
         "--max-num-batched-tokens": entry.max_num_batched_tokens,

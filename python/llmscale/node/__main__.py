@@ -19,7 +19,7 @@ from pathlib import Path
 
 from llmscale import env, logs, machine
 from llmscale._core import Engine, end_with_parent
-from llmscale.config import DEVICES, DTYPES, EXECUTORS, MAX_DRAIN_SECONDS, QUANTIZATIONS, NodeSettings
+from llmscale.config import DEVICES, DTYPES, EXECUTORS, KV_DTYPES, MAX_DRAIN_SECONDS, QUANTIZATIONS, NodeSettings
 from llmscale.errors import LlmscaleError
 from llmscale.logs import get_logger
 from llmscale.node.disk_folder import DiskFolder
@@ -163,6 +163,7 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         served_name=arguments.served_name,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        kv_dtype=arguments.kv_dtype,
         max_sequence_tokens=arguments.max_model_len,
         max_sequences=arguments.max_num_seqs,
         max_step_tokens=arguments.max_num_batched_tokens,
@@ -205,6 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--served-name", help="what clients call the model (default: as in --model)")
     add("--dtype", choices=DTYPES, default="auto", help="number format (default: as the checkpoint)")
     add("--quantization", choices=QUANTIZATIONS, help="make dense weights this while loading (default: leave them)")
+    add("--kv-dtype", choices=KV_DTYPES, default="auto", help="what keys and values are kept as (default: as --dtype)")
     add("--max-model-len", type=int, help="longest sequence in tokens (default: what the model allows)")
     _add_steps(parser)
     _add_memory(parser)

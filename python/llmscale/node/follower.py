@@ -204,6 +204,7 @@ class Follower:
                 meeting.of(place),
                 model_folder=str(plan.folder),
                 quantization=plan.quantization,
+                kv_dtype=plan.kv_dtype,
                 key_file=None if key_file is None else str(key_file.absolute()),
                 host_memory=self._host_memory.path_of(place),
                 disk=None if self._disk is None else self._disk.place_of(place.rank, self._plan.content),

@@ -25,6 +25,7 @@ from llmscale.models.registry import ModelDescription, describe_model
 from llmscale.models.shard import shard_model
 from llmscale.models.spec import ModelSpec
 from llmscale.parallel.layout import HostLayout
+from llmscale.worker.kv_layout import row_bytes
 
 BLOCK_TOKENS = 32
 # 64k tokens are 32 conversations of 2,048; beyond that the cache is there for reuse, and a quarter of the memory is a
@@ -57,6 +58,8 @@ class ReplicaPlan:
     """bfloat16 or float32: "auto" is decided."""
     quantization: str | None
     """What dense weights become while they are loaded."""
+    kv_dtype: str
+    """What keys and values are kept as: int8, or auto for the format of the activations."""
     limits: EngineLimits
     weights_digest: bytes
     tokenizer_digest: bytes
@@ -100,7 +103,9 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     match_tensors(spec, checkpoint)
     dtype = compute_dtype(settings.dtype, spec, checkpoint)
     max_sequence_tokens = spec.sequence_limit(settings.max_sequence_tokens)
-    block_bytes = _block_bytes(spec, dtype)
+    executor = choose_executor(settings.executor, device, layout.ranks, native_refusal(spec, checkpoint))
+    _check_kv_dtype(settings.kv_dtype, executor, device)
+    block_bytes = _block_bytes(spec, dtype if settings.kv_dtype == "auto" else settings.kv_dtype)
     fingerprint = weights_fingerprint(checkpoint)
     total_blocks = _total_blocks(settings, block_bytes, max_sequence_tokens, _device_bytes(device, settings, layout))
     host_blocks = _host_blocks(settings, block_bytes, total_blocks)
@@ -123,6 +128,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         name=settings.served_name or model_name(settings.model, folder),
         dtype=dtype,
         quantization=settings.quantization,
+        kv_dtype=settings.kv_dtype,
         limits=limits,
         weights_digest=hashlib.sha256(fingerprint.encode()).digest(),
         tokenizer_digest=tokenizer_digest(folder),
@@ -133,7 +139,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         layout=layout,
         device=device,
         first_device=settings.first_device,
-        executor=choose_executor(settings.executor, device, layout.ranks, native_refusal(spec, checkpoint)),
+        executor=executor,
     )
 
 
@@ -154,14 +160,25 @@ def choose_executor(wanted: str, device: str, ranks: int, model_refusal: str | N
     return "torch"
 
 
+def _check_kv_dtype(kv_dtype: str, executor: str, device: str) -> None:
+    if kv_dtype == "auto" or executor == "native":
+        return
+    where = "the torch executor keeps" if device == "cpu" else f"workers on {device} keep"
+    raise ConfigError(
+        f"kv_dtype is {kv_dtype!r}, and {where} keys and values as the activations are; leave it at auto, or serve one"
+        " rank on the CPU with --executor native"
+    )
+
+
 def _configuration_digest(description: ModelDescription) -> bytes:
     said = (description.spec, description.defaults.eos_token_ids)
     return hashlib.sha256(msgspec.json.encode(said, order="deterministic")).digest()
 
 
 def _block_bytes(spec: ModelSpec, dtype: str) -> int:
-    size = 2 if dtype == "bfloat16" else 4
-    return sum(2 * block.attention.kv_size * BLOCK_TOKENS * size for block in spec.blocks)
+    attentions = [block.attention for block in spec.blocks]
+    rows = [2 * each.kv_heads * BLOCK_TOKENS * row_bytes(each.head_dim, dtype) for each in attentions]
+    return sum(rows)
 
 
 def _device_bytes(device: str, settings: NodeSettings, layout: HostLayout) -> int | None:

@@ -167,6 +167,7 @@ class WorkerSupervisor:
                 host_memory=self._host_memory.path_of(place),
                 disk=None if self._disk is None else self._disk.place_of(place.rank, plan.content),
                 quantization=plan.quantization,
+                kv_dtype=plan.kv_dtype,
                 share=(number, len(places)),
                 device=plan.device,
                 device_index=plan.first_device + number,

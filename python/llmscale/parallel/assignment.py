@@ -61,6 +61,8 @@ class Assignment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the model lies on this host, if not where the engine's host has it."""
     quantization: str | None = None
     """What dense weights become while they are loaded."""
+    kv_dtype: str = "auto"
+    """What keys and values are kept as; auto: as the activations."""
     key_file: str | None = None
     """The fleet's node key, for an engine on another host."""
     host_memory: str | None = None

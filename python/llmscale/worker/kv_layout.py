@@ -14,12 +14,20 @@ from llmscale.errors import ConfigError
 from llmscale.models.spec import ModelSpec
 
 DEFAULT_BLOCK_TOKENS = 32
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
+SCALE_BYTES = {"int8": 4}
+"""Of the scale that a row of such a format has."""
+
+
+def row_bytes(head_dim: int, dtype: str) -> int:
+    """What one token's key or value of one head takes."""
+    return head_dim * DTYPE_BYTES[dtype] + SCALE_BYTES.get(dtype, 0)
+
 
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """Shape of one block; `dtype` by its name."""
+    """Shape of one block; `dtype`, of its rows, by its name."""
 
     layers: int
     kv_heads: int
@@ -29,8 +37,8 @@ class KvLayout:
 
     @property
     def block_bytes(self) -> int:
-        elements = 2 * self.layers * self.kv_heads * self.block_tokens * self.head_dim
-        return elements * DTYPE_BYTES[self.dtype]
+        rows = 2 * self.layers * self.kv_heads * self.block_tokens
+        return rows * row_bytes(self.head_dim, self.dtype)
 
     def blocks_within(self, budget_bytes: int, max_sequence_tokens: int) -> int:
         """How many blocks fit a budget. Raises ConfigError if the longest sequence would not fit alone."""

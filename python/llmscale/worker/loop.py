@@ -66,6 +66,7 @@ class WorkerLoop:
         options = RunnerOptions(
             dtype=order.dtype,
             quantization=assignment.quantization,
+            kv_dtype=assignment.kv_dtype,
             threads=self._threads,
             place=assignment.place,
             meeting=assignment.meeting,

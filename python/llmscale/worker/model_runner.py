@@ -44,6 +44,11 @@ class ModelRunner:
 
         A device apart may have room for fewer KV blocks than `limits` allow: `limits` of the runner say how many it is.
         """
+        if options.kv_dtype != "auto":
+            raise ConfigError(
+                f"kv_dtype is {options.kv_dtype!r}, and the torch executor keeps keys and values as the activations are;"
+                " leave it at auto, or use --executor native"
+            )
         self.device = open_device(options.device, options.device_index)
         self.place = place = options.place
         meeting = options.meeting

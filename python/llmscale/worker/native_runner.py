@@ -60,11 +60,13 @@ class NativeRunner:
         self.dtype = compute_dtype(options.dtype, spec, checkpoint)
         self.kernels = CpuKernels(self.dtype, threads=options.threads, level=env.CPU_LEVEL.read())
         places = WeightPlaces(spec, checkpoint)
-        self.program = load_program(spec, places, self.kernels, self.dtype, limits, progress)
+        self.program = load_program(spec, places, self.kernels, (self.dtype, options.kv_dtype), limits, progress)
         self.layers = len(spec.blocks)
         weights = "dense" if spec.quantization is None else spec.quantization.label
-        self.numerics = f"native/{weights}/cpu-{self.kernels.level}/{self.dtype}"
-        layout = kv_layout_of(spec, self.dtype, limits.block_tokens)
+        kv_dtype = self.dtype if options.kv_dtype == "auto" else options.kv_dtype
+        kept = "" if kv_dtype == self.dtype else f"/kv-{kv_dtype}"
+        self.numerics = f"native/{weights}/cpu-{self.kernels.level}/{self.dtype}{kept}"
+        layout = kv_layout_of(spec, kv_dtype, limits.block_tokens)
         region = NativeRegion(layout, limits.total_blocks, self.program)
         self.host = open_tiers(region, limits, self.numerics, options)
 
@@ -108,12 +110,16 @@ def load_program(
     spec: ModelSpec,
     places: WeightPlaces,
     kernels: CpuKernels,
-    dtype: str,
+    dtypes: tuple[str, str],
     limits: EngineLimits,
     progress: Progress | None = None,
 ) -> NativeProgram:
-    """Reads and packs all weights and makes the KV region. Raises InvalidCheckpoint, MemoryError."""
+    """Reads and packs all weights and makes the KV region; `dtypes` are those of activations and of keys and values.
+
+    Raises InvalidCheckpoint, ConfigError, MemoryError.
+    """
     attention = spec.blocks[0].attention
+    dtype, kv_dtype = dtypes
     builder = ProgramBuilder(
         dtype,
         (spec.hidden_size, spec.vocabulary, len(spec.blocks), attention.kv_heads, attention.head_dim),
@@ -124,6 +130,7 @@ def load_program(
             limits.total_blocks,
             limits.block_tokens,
         ),
+        kv_dtype,
     )
     done_bytes = 0
     for block in spec.blocks:

@@ -73,6 +73,7 @@ class RunnerOptions:
 
     dtype: str
     quantization: str | None = None
+    kv_dtype: str = "auto"
     threads: int | None = None
     place: RankPlace = field(default_factory=RankPlace)
     meeting: Meeting = field(default_factory=Meeting)

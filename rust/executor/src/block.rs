@@ -4,6 +4,7 @@
 
 use crate::description::{BlockDescription, ModelShape, NormDescription};
 use crate::error::LoadError;
+use crate::kv_store::KvStore;
 use crate::linear::{Linear, Processor};
 use crate::rope::RopeTable;
 use llmscale_kernels::activation::GatedRows;
@@ -14,7 +15,7 @@ use llmscale_kernels::matmul::MatmulScratch;
 use llmscale_kernels::norm::NormedRows;
 use llmscale_kernels::paged_attention::AttentionPlan;
 use llmscale_kernels::pool::Pool;
-use llmscale_kernels::rope_cache::{HeadNorms, RopeCacheInput, rope_and_cache};
+use llmscale_kernels::rope_cache::{HeadNorms, RopeCacheInput};
 use std::sync::Arc;
 
 /// An RMS norm with its weight.
@@ -172,7 +173,7 @@ impl<T: Element> Block<T> {
         step: StepPlace<'_>,
         layer: usize,
         has_delta: bool,
-        region: &mut [T],
+        region: &mut KvStore<T>,
         rows: &mut Activations<T>,
     ) -> Result<(), KernelError> {
         let count = step.positions.len();
@@ -196,8 +197,8 @@ impl<T: Element> Block<T> {
             layer,
         };
         let query = &mut rows.query[..count * query_width];
-        rope_and_cache(on.pool, on.level, &input, query, region)?;
-        step.plan.run(on.pool, on.level, layer, query, region, &mut rows.heads[..count * query_width])
+        region.append(on, &input, query)?;
+        region.attend(on, step.plan, layer, query, &mut rows.heads[..count * query_width])
     }
 
     /// The rest of the layer for the first `count` rows of `heads`: leaves in `delta` what is to be added to the stream.

@@ -4,6 +4,7 @@
 use crate::fp8::Fp8Scales;
 use crate::source::Stack;
 use crate::turned::{Packing, TurnedPart};
+use llmscale_kernels::kv_format::KvFormat;
 
 /// How a projection's weight is held while it is served.
 #[derive(Debug)]
@@ -163,4 +164,6 @@ pub struct ProgramLimits {
     pub blocks: usize,
     /// Tokens of a block.
     pub block_tokens: usize,
+    /// What keys and values are stored as.
+    pub kv_format: KvFormat,
 }

@@ -13,7 +13,7 @@ use std::ops::{Deref, DerefMut};
 /// A prompt of some hundred tokens finds its pages; a busy step of 512 tokens writes 12 MiB of a small model.
 const AHEAD: Ahead = Ahead { unused_bytes: 16 << 20, used_bytes: 64 << 20 };
 
-/// An array `[block][layer][K, V][head][token][dim]`.
+/// The array of a [`KvRegionShape`], of its stored elements.
 #[derive(Debug)]
 pub struct KvMemory<T> {
     elements: HugeArray<T>,
@@ -59,11 +59,13 @@ impl<T> DerefMut for KvMemory<T> {
 #[cfg(test)]
 mod tests {
     use super::KvMemory;
+    use llmscale_kernels::kv_format::KvFormat;
     use llmscale_kernels::kv_region::KvRegionShape;
 
     #[test]
     fn what_is_written_stays_while_pages_are_made_and_the_rest_is_zero() {
-        let shape = KvRegionShape { blocks: 300, layers: 2, kv_heads: 2, block_tokens: 32, head_dim: 64 };
+        let format = KvFormat::Activations;
+        let shape = KvRegionShape { blocks: 300, layers: 2, kv_heads: 2, block_tokens: 32, head_dim: 64, format };
         let mut memory = KvMemory::<f32>::new(&shape).unwrap();
         let elements = memory.len() / shape.blocks;
         for block in 0..shape.blocks {

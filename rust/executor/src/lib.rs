@@ -9,6 +9,7 @@
 //! - [`block`]: one layer, ready to run
 //! - [`program`]: the whole model, its KV region and its buffers
 //! - [`kv_memory`]: memory of keys and values, taken as it is written
+//! - [`kv_store`]: the KV region in one of its formats
 //! - [`rope`]: the table of cosines and sines
 //! - [`error`]: why a model could not be made ready
 //!
@@ -19,6 +20,7 @@ pub mod description;
 pub mod error;
 pub mod fp8;
 pub mod kv_memory;
+mod kv_store;
 pub mod linear;
 mod nibbles;
 pub mod program;

@@ -6,7 +6,7 @@
 use crate::block::{Activations, Block, Norm, StepPlace, Widths};
 use crate::description::{BlockDescription, LinearDescription, ModelShape, NormDescription, ProgramLimits};
 use crate::error::LoadError;
-use crate::kv_memory::KvMemory;
+use crate::kv_store::KvStore;
 use crate::linear::{Linear, Processor};
 use crate::rope::RopeTable;
 use crate::source::Stack;
@@ -105,8 +105,9 @@ impl<T: Element + Number> ProgramBuilder<T> {
             kv_heads: shape.kv_heads,
             block_tokens: limits.block_tokens,
             head_dim: shape.head_dim,
+            format: limits.kv_format,
         };
-        let region = KvMemory::new(&region_shape)?;
+        let region = KvStore::new(&region_shape)?;
         let widest = blocks.iter().map(Block::widths).fold(Widths::default(), Widths::max);
         Ok(Program {
             shape,
@@ -158,7 +159,7 @@ pub struct Program<T> {
     norm: Norm<T>,
     head: Linear<T>,
     region_shape: KvRegionShape,
-    region: KvMemory<T>,
+    region: KvStore<T>,
     activations: Activations<T>,
     logits: Vec<T>,
     /// Rows of logits that are there.
@@ -171,9 +172,9 @@ impl<T: Element + Number> Program<T> {
         &self.logits[..self.samples * self.shape.vocabulary]
     }
 
-    /// The KV region.
-    pub fn region(&self) -> &[T] {
-        &self.region
+    /// Address and bytes of the KV region.
+    pub fn region(&self) -> (usize, usize) {
+        self.region.place()
     }
 
     /// Memory of the weights that are packed.

@@ -17,6 +17,7 @@ use llmscale_executor::source::{Stack, Stored, Tensor, TensorFile};
 use llmscale_executor::turned::{Packing, TurnedPart};
 use llmscale_kernels::element::Bf16;
 use llmscale_kernels::error::KernelError;
+use llmscale_kernels::kv_format::KvFormat;
 use llmscale_kernels::paged_attention::AttentionBatch;
 use llmscale_scheduler::{Mirror, StepCounts};
 use pyo3::prelude::*;
@@ -67,17 +68,24 @@ struct Building {
 #[pymethods]
 impl PyProgramBuilder {
     /// `shape` is (hidden, vocabulary, layers, kv heads, head dimension), `limits` are (step tokens, samples, tokens of a
-    /// sequence, KV blocks, tokens of a block).
+    /// sequence, KV blocks, tokens of a block). `kv_dtype` is "auto", the format of the activations, or "int8".
     #[new]
     fn new(
         dtype: &str,
         shape: (usize, usize, usize, usize, usize),
         limits: (usize, usize, usize, usize, usize),
+        kv_dtype: &str,
     ) -> PyResult<Self> {
         let (hidden, vocabulary, layers, kv_heads, head_dim) = shape;
         let shape = ModelShape { hidden, vocabulary, layers, kv_heads, head_dim };
         let (max_step_tokens, max_samples, max_sequence_tokens, blocks, block_tokens) = limits;
-        let limits = ProgramLimits { max_step_tokens, max_samples, max_sequence_tokens, blocks, block_tokens };
+        let kv_format = match kv_dtype {
+            "auto" => KvFormat::Activations,
+            "int8" => KvFormat::Bytes,
+            other => return Err(error::config(format!("kv_dtype is {other:?}, it must be auto or int8"))),
+        };
+        let limits =
+            ProgramLimits { max_step_tokens, max_samples, max_sequence_tokens, blocks, block_tokens, kv_format };
         let builder = match Dtype::parse(dtype)? {
             Dtype::Float32 => Either::Float32(ProgramBuilder::new(shape, limits)),
             Dtype::Bfloat16 => Either::Bfloat16(ProgramBuilder::new(shape, limits)),
@@ -282,10 +290,7 @@ impl PyNativeProgram {
     /// (address, bytes) of the KV region, valid as long as this object lives.
     #[getter]
     fn region(&self) -> Memory {
-        for_either!(&*self.lock(), program => {
-            let region = program.region();
-            (region.as_ptr() as usize, size_of_val(region))
-        })
+        for_either!(&*self.lock(), program => program.region())
     }
 
     /// Runs a step of int32 arrays: token ids, positions, slots, query starts, sequence lengths, table offsets, block tables

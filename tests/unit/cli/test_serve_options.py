@@ -26,6 +26,7 @@ def test_every_option_has_its_name_in_the_file() -> None:
         served_model_name="a",
         dtype="float32",
         quantization="int8",
+        kv_dtype="int8",
         max_model_len=99,
         max_num_seqs=3,
         max_num_batched_tokens=44,
@@ -47,6 +48,7 @@ def test_every_option_has_its_name_in_the_file() -> None:
         model = "tiny-chat"
         dtype = "float32"
         quantization = "int8"
+        kv_dtype = "int8"
         max_model_len = 99
         max_num_seqs = 3
         max_num_batched_tokens = 44
