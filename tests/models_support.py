@@ -228,7 +228,9 @@ class NativeExecutor:
         options = RunnerOptions(dtype=dtype, quantization=quantization, kv_dtype=kv_dtype, threads=threads)
         self.runner = NativeRunner(folder, engine_limits, options)
         self._kernels: CpuKernels = self.runner.kernels
-        self.region = NativeRegion(kv_layout_of(spec, dtype if kv_dtype == "auto" else kv_dtype), blocks, self.runner.program)
+        self.region = NativeRegion(
+            kv_layout_of(spec, dtype if kv_dtype == "auto" else kv_dtype), blocks, self.runner.program
+        )
         self.logits_dtype: torch.dtype = getattr(torch, dtype)
         self.logits_width = spec.vocabulary
 

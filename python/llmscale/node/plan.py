@@ -104,7 +104,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     dtype = compute_dtype(settings.dtype, spec, checkpoint)
     max_sequence_tokens = spec.sequence_limit(settings.max_sequence_tokens)
     executor = choose_executor(settings.executor, device, layout.ranks, native_refusal(spec, checkpoint))
-    _check_kv_dtype(settings.kv_dtype, executor, device)
+    check_kv_dtype(settings.kv_dtype, executor, device)
     block_bytes = _block_bytes(spec, dtype if settings.kv_dtype == "auto" else settings.kv_dtype)
     fingerprint = weights_fingerprint(checkpoint)
     total_blocks = _total_blocks(settings, block_bytes, max_sequence_tokens, _device_bytes(device, settings, layout))
@@ -160,7 +160,8 @@ def choose_executor(wanted: str, device: str, ranks: int, model_refusal: str | N
     return "torch"
 
 
-def _check_kv_dtype(kv_dtype: str, executor: str, device: str) -> None:
+def check_kv_dtype(kv_dtype: str, executor: str, device: str) -> None:
+    """Raises ConfigError where nothing keeps keys and values so."""
     if kv_dtype == "auto" or executor == "native":
         return
     where = "the torch executor keeps" if device == "cpu" else f"workers on {device} keep"

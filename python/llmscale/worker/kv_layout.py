@@ -24,7 +24,6 @@ def row_bytes(head_dim: int, dtype: str) -> int:
     return head_dim * DTYPE_BYTES[dtype] + SCALE_BYTES.get(dtype, 0)
 
 
-
 @dataclass(frozen=True, slots=True)
 class KvLayout:
     """Shape of one block; `dtype`, of its rows, by its name."""

@@ -15,6 +15,7 @@ from llmscale import env
 from llmscale._core import CpuKernels, EngineLimits, StepCounts
 from llmscale.devices.interface import OpsNeeds
 from llmscale.devices.registry import open_device
+from llmscale.errors import ConfigError
 from llmscale.models.checkpoint import Progress
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.registry import describe_model
@@ -46,8 +47,8 @@ class ModelRunner:
         """
         if options.kv_dtype != "auto":
             raise ConfigError(
-                f"kv_dtype is {options.kv_dtype!r}, and the torch executor keeps keys and values as the activations are;"
-                " leave it at auto, or use --executor native"
+                f"kv_dtype is {options.kv_dtype!r}, and the torch executor keeps keys and values as the activations"
+                " are; leave it at auto, or use --executor native"
             )
         self.device = open_device(options.device, options.device_index)
         self.place = place = options.place

@@ -60,7 +60,7 @@ class NativeRunner:
         self.dtype = compute_dtype(options.dtype, spec, checkpoint)
         self.kernels = CpuKernels(self.dtype, threads=options.threads, level=env.CPU_LEVEL.read())
         places = WeightPlaces(spec, checkpoint)
-        self.program = load_program(spec, places, self.kernels, (self.dtype, options.kv_dtype), limits, progress)
+        self.program = load_program(spec, places, self.kernels, self.dtype, limits, progress, kv_dtype=options.kv_dtype)
         self.layers = len(spec.blocks)
         weights = "dense" if spec.quantization is None else spec.quantization.label
         kv_dtype = self.dtype if options.kv_dtype == "auto" else options.kv_dtype
@@ -110,16 +110,13 @@ def load_program(
     spec: ModelSpec,
     places: WeightPlaces,
     kernels: CpuKernels,
-    dtypes: tuple[str, str],
+    dtype: str,
     limits: EngineLimits,
     progress: Progress | None = None,
+    kv_dtype: str = "auto",
 ) -> NativeProgram:
-    """Reads and packs all weights and makes the KV region; `dtypes` are those of activations and of keys and values.
-
-    Raises InvalidCheckpoint, ConfigError, MemoryError.
-    """
+    """Reads and packs all weights and makes the KV region. Raises InvalidCheckpoint, ConfigError, MemoryError."""
     attention = spec.blocks[0].attention
-    dtype, kv_dtype = dtypes
     builder = ProgramBuilder(
         dtype,
         (spec.hidden_size, spec.vocabulary, len(spec.blocks), attention.kv_heads, attention.head_dim),

@@ -94,6 +94,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn xor_u32(self, a: Self::U32, b: Self::U32) -> Self::U32;
     fn shift_left<const BITS: u32>(self, a: Self::U32) -> Self::U32;
     fn shift_right<const BITS: u32>(self, a: Self::U32) -> Self::U32;
+    /// Lanes as signed integers: the sign comes in from the left.
+    fn shift_right_signed<const BITS: u32>(self, a: Self::U32) -> Self::U32;
     /// The upper and lower halves of the 64-bit products, as `(high, low)`.
     fn mul_wide(self, a: Self::U32, b: Self::U32) -> (Self::U32, Self::U32);
     /// Unsigned `a <= b`.

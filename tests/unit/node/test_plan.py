@@ -13,7 +13,7 @@ import pytest
 from llmscale import machine
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError
-from llmscale.node.plan import ReplicaPlan, plan_replica
+from llmscale.node.plan import ReplicaPlan, check_kv_dtype, plan_replica
 from llmscale.parallel.layout import HostLayout
 
 
@@ -61,6 +61,31 @@ def test_the_configuration_has_one_digest_in_every_process() -> None:
     assert printed == {plan_replica(settings).configuration_digest.hex().encode()}
     other = plan_replica(NodeSettings(model="tiny-chat", listen="tcp://127.0.0.1:0"))
     assert other.configuration_digest.hex().encode() not in printed
+
+
+def test_keys_and_values_are_bytes_only_where_something_reads_them_so() -> None:
+    check_kv_dtype("int8", "native", "cpu")
+    check_kv_dtype("auto", "torch", "cuda")
+    with pytest.raises(ConfigError, match=r"kv_dtype is 'int8', and the torch executor keeps .*; leave it at auto"):
+        check_kv_dtype("int8", "torch", "cpu")
+    with pytest.raises(ConfigError, match=r"kv_dtype is 'int8', and workers on cuda keep .*; leave it at auto"):
+        check_kv_dtype("int8", "torch", "cuda")
+    with pytest.raises(ConfigError, match="kv_dtype is 'int4', it must be one of auto, int8"):
+        NodeSettings(model="tiny-chat", listen="", kv_dtype="int4")
+
+
+def test_the_same_memory_has_more_blocks_of_bytes() -> None:
+    budget = 1 << 26
+
+    def plan(kv_dtype: str, dtype: str) -> ReplicaPlan:
+        settings = NodeSettings(model="tiny-chat", listen="", dtype=dtype, kv_dtype=kv_dtype, kv_cache_bytes=budget)
+        return plan_replica(settings)
+
+    plans = [plan("auto", "float32"), plan("auto", "bfloat16"), plan("int8", "float32"), plan("int8", "bfloat16")]
+    # Of a row of a head of 32, in bytes with its scale.
+    rows = [128, 64, 36, 36]
+    assert [each.block_bytes * 128 for each in plans] == [plans[0].block_bytes * row for row in rows]
+    assert [each.limits.total_blocks for each in plans] == [budget // each.block_bytes for each in plans]
 
 
 PRINTS_DIGEST = """

@@ -16,6 +16,8 @@ use core::ops::Range;
 
 /// Of a row that has one.
 const SCALE_BYTES: usize = KvFormat::Bytes.scale_elements();
+/// Bytes that are transposed as one.
+const BYTES_OF_UNIT: usize = 4;
 /// Runs of a tile.
 pub(super) const TILE_RUNS: usize = TILE_TOKENS / RUN_TOKENS;
 /// A row of zeros as long as the longest head, for tokens outside the wanted range.
@@ -135,6 +137,12 @@ impl<K: Stored> TileRows<K> {
                 next.prefetch_run(simd, run, 0);
             }
             let whole = group >= self.from && group + S::LANES <= self.to;
+            if whole && K::IS_BYTES && self.head_dim.is_multiple_of(4 * BYTES_OF_UNIT) {
+                // SAFETY: the caller's promise; the wanted rows hold `head_dim` bytes.
+                unsafe { self.pack_bytes::<S, PAIRS>(simd, group, keys.add(group), staged) };
+                group += S::LANES;
+                continue;
+            }
             let mut bases = [ZEROS.as_ptr(); 4];
             // SAFETY: every base is followed by three more rows of `units` words; the target is the caller's promise.
             unsafe {
@@ -157,6 +165,47 @@ impl<K: Stored> TileRows<K> {
                 }
             }
             group += S::LANES;
+        }
+    }
+
+    /// As [`Self::pack_keys`] for a whole vector of tokens: four bytes are a unit until they are in their lane, so that
+    /// a quarter (half for pairs) as much is transposed.
+    ///
+    /// # Safety
+    /// As [`Self::pack_keys`]; all tokens from `group` are wanted.
+    #[inline(always)]
+    unsafe fn pack_bytes<S: Simd, const PAIRS: bool>(&self, simd: S, group: usize, target: *mut u32, staged: *mut u32) {
+        let mut bases = [ZEROS.as_ptr(); 4];
+        for (half_run, base) in bases.iter_mut().enumerate().take(S::LANES / 4) {
+            *base = self.key(group + 4 * half_run).cast();
+        }
+        let mut target = target;
+        // SAFETY: rows are `head_dim` bytes, four units of them per turn; each turn writes as many units as it has bytes
+        // (half for pairs).
+        unsafe {
+            for _ in 0..self.head_dim / (4 * BYTES_OF_UNIT) {
+                simd.transpose_units(bases, self.head_dim / BYTES_OF_UNIT, staged, S::LANES);
+                bases = bases.map(|base| base.wrapping_add(4));
+                for unit in 0..4 {
+                    let bytes = simd.load_u32(staged.add(unit * S::LANES));
+                    let codes = [
+                        signed_byte::<S, 24>(simd, bytes),
+                        signed_byte::<S, 16>(simd, bytes),
+                        signed_byte::<S, 8>(simd, bytes),
+                        signed_byte::<S, 0>(simd, bytes),
+                    ];
+                    if PAIRS {
+                        simd.store_u32(target, pair(simd, codes[0], codes[1]));
+                        simd.store_u32(target.add(TILE_TOKENS), pair(simd, codes[2], codes[3]));
+                        target = target.wrapping_add(2 * TILE_TOKENS);
+                    } else {
+                        for code in codes {
+                            simd.store(target.cast(), code);
+                            target = target.wrapping_add(TILE_TOKENS);
+                        }
+                    }
+                }
+            }
         }
     }
 
@@ -265,6 +314,12 @@ unsafe fn pair_rows<S: Simd, K: Stored>(simd: S, even: *const K, odd: *const K, 
             simd.store_u32(target.add(whole), pair(simd, low, high));
         }
     }
+}
+
+/// The byte of every lane that `LEFT` more would shift out, as f32.
+#[inline(always)]
+fn signed_byte<S: Simd, const LEFT: u32>(simd: S, bytes: S::U32) -> S::F32 {
+    simd.i32_to_f32(simd.shift_right_signed::<24>(simd.shift_left::<LEFT>(bytes)))
 }
 
 /// Two f32 that bf16 holds exactly, as a pair of these.

@@ -258,6 +258,10 @@ impl Simd for Avx2 {
         proven!(_mm256_srl_epi32(a, _mm_cvtsi32_si128(BITS as i32)))
     }
     #[inline(always)]
+    fn shift_right_signed<const BITS: u32>(self, a: Self::U32) -> Self::U32 {
+        proven!(_mm256_sra_epi32(a, _mm_cvtsi32_si128(BITS as i32)))
+    }
+    #[inline(always)]
     fn mul_wide(self, a: Self::U32, b: Self::U32) -> (Self::U32, Self::U32) {
         proven!({
             let even = _mm256_mul_epu32(a, b);

@@ -250,6 +250,10 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
         proven!(_mm512_srli_epi32::<BITS>(a))
     }
     #[inline(always)]
+    fn shift_right_signed<const BITS: u32>(self, a: Self::U32) -> Self::U32 {
+        proven!(_mm512_srai_epi32::<BITS>(a))
+    }
+    #[inline(always)]
     fn mul_wide(self, a: Self::U32, b: Self::U32) -> (Self::U32, Self::U32) {
         proven!({
             let even = _mm512_mul_epu32(a, b);

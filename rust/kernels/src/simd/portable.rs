@@ -216,6 +216,10 @@ impl Simd for Portable {
         a.map(|a| a >> BITS)
     }
     #[inline(always)]
+    fn shift_right_signed<const BITS: u32>(self, a: Self::U32) -> Self::U32 {
+        a.map(|a| (a.cast_signed() >> BITS).cast_unsigned())
+    }
+    #[inline(always)]
     fn mul_wide(self, a: Self::U32, b: Self::U32) -> (Self::U32, Self::U32) {
         (lanes(a, b, |a, b| ((u64::from(a) * u64::from(b)) >> 32) as u32), lanes(a, b, u32::wrapping_mul))
     }
