@@ -1,12 +1,15 @@
-"""Keys and values kept as bytes: what it costs in logits, and that chunks and batches still change no bit.
+"""Keys and values kept as bytes: exactly the model whose cache is rounded so, and no bit that depends on batches.
 
 Method: random tiny checkpoints of every architecture and the embedded models by the native executor with
-`kv_dtype="int8"`, against transformers in float32 and against itself in other batches.
+`kv_dtype="int8"`, against transformers in float32 whose attention gets rounded keys and values, against transformers
+as it is, and against itself in other batches.
 """
 
 from __future__ import annotations
 
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,12 @@ from llmscale.embedded import EMBEDDED_MODELS, embedded_model_path
 from llmscale.worker.step import StepLimits
 from tests.models_support import TINY_CONFIGS, VOCABULARY, NativeExecutor, RandomPlanner, write_tiny_model
 
-MAX_ERROR = 0.02
-"""Root mean square over that of the logits."""
-MAX_BFLOAT16_ERROR = 0.05
-"""The bound of bfloat16 with its own keys and values, see test_model_parity.py."""
+MAX_ERROR_OF_ROUNDED = 0.01
+"""Of the root mean square of the logits, against attention with rounded rows: a code that falls to the other side of a
+tie moves an element by a hundredth of the row's largest."""
+MAX_ERROR = 0.15
+"""The same against unrounded rows. Random weights have peaked attention, which trained ones have not."""
+MAX_ERROR_OF_TRAINED = 0.03
 LIMITS = StepLimits(max_step_tokens=96, max_sequences=96, max_sequence_tokens=320)
 BLOCKS = 48
 
@@ -55,44 +60,73 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     return float((ours - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
+def rounded_rows(rows: Tensor) -> Tensor:
+    """Every row (the last dimension) as `round(x * 127 / max|x|)` times its scale."""
+    largest = rows.abs().amax(dim=-1, keepdim=True)
+    return (rows * (127 / largest.clamp_min(1e-36))).round() * (largest / 127)
+
+
+@pytest.fixture
+def round_the_oracle(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Makes a model's attention round its keys, after their rotation, and its values."""
+
+    def rounding(model: Any) -> None:
+        code = sys.modules[type(model).__module__]
+        attend = code.eager_attention_forward
+
+        def attend_rounded(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:
+            return attend(module, query, rounded_rows(key), rounded_rows(value), *rest, **named)
+
+        monkeypatch.setattr(code, "eager_attention_forward", attend_rounded)
+
+    return rounding
+
+
 @pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_logits_stay_near_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_transformers_with_rounded_keys_and_values(
+    name: str, tmp_path: Path, round_the_oracle: Callable[[Any], None]
+) -> None:
     model = write_tiny_model(name, tmp_path)
     prompts = prompts_of((1, 33, 131, 300))
-    exact = [oracle_logits(model, prompt) for prompt in prompts]
-    for ours, theirs in zip(logits_of(planner_for(tmp_path, 1), prompts), exact, strict=True):
-        error = relative_error(ours, theirs)
-        print(name, len(ours), f"{error:.5f}")
-        assert error <= MAX_ERROR
-        # Bytes it is: kept as float32, errors are a thousand times less.
-        assert error >= 1e-5
-
-
-@pytest.mark.parametrize("name", ["llama_grouped", "qwen2_tied", "qwen3"])
-def test_bfloat16_with_bytes_stays_within_the_bound_of_bfloat16(name: str, tmp_path: Path) -> None:
-    model = write_tiny_model(name, tmp_path)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-    (prompt,) = prompts_of((131,))
-    exact = oracle_logits(model, prompt)
-    errors = [
-        relative_error(logits_of(planner_for(tmp_path, 2, "bfloat16", kv_dtype), [prompt])[0], exact)
-        for kv_dtype in ("auto", "int8")
-    ]
-    print(name, errors)
-    assert errors[1] <= MAX_BFLOAT16_ERROR
+    unrounded = [oracle_logits(model, prompt) for prompt in prompts]
+    round_the_oracle(model)
+    rounded = [oracle_logits(model, prompt) for prompt in prompts]
+    ours = logits_of(planner_for(tmp_path, 1), prompts)
+    for logits, exact, plain in zip(ours, rounded, unrounded, strict=True):
+        print("tiny", name, len(logits), relative_error(logits, exact), relative_error(logits, plain))
+        assert relative_error(logits, exact) <= MAX_ERROR_OF_ROUNDED
+        assert relative_error(logits, plain) <= MAX_ERROR
+    # Both say something: rounding shows in the logits.
+    assert relative_error(ours[-1], unrounded[-1]) > 3 * relative_error(ours[-1], rounded[-1])
 
 
 @pytest.mark.parametrize("name", EMBEDDED_MODELS)
-def test_trained_weights_stay_near_too(name: str) -> None:
-    """They have outliers that random ones lack."""
+def test_trained_weights_lose_little(name: str, round_the_oracle: Callable[[Any], None]) -> None:
+    """They have outliers that random ones lack, and attention that is less peaked."""
     folder = embedded_model_path(name)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     (prompt,) = prompts_of((300,))
-    error = relative_error(logits_of(planner_for(folder, 4), [prompt])[0], oracle_logits(model, prompt))
-    print(name, error)
-    assert error <= MAX_ERROR
+    (ours,) = logits_of(planner_for(folder, 4), [prompt])
+    plain = oracle_logits(model, prompt)
+    round_the_oracle(model)
+    print("trained", name, relative_error(ours, oracle_logits(model, prompt)), relative_error(ours, plain))
+    assert relative_error(ours, plain) <= MAX_ERROR_OF_TRAINED
+    assert relative_error(ours, oracle_logits(model, prompt)) <= MAX_ERROR_OF_ROUNDED
+
+
+@pytest.mark.parametrize("name", ["llama_grouped", "qwen2_tied", "qwen3"])
+def test_activations_in_bfloat16_go_with_bytes(name: str, tmp_path: Path) -> None:
+    """Against float32 with bytes: what bfloat16 adds is what it adds without bytes."""
+    write_tiny_model(name, tmp_path)
+    (prompt,) = prompts_of((131,))
+
+    def logits(dtype: str, kv_dtype: str) -> Tensor:
+        return logits_of(planner_for(tmp_path, 2, dtype, kv_dtype), [prompt])[0]
+
+    with_bytes = relative_error(logits("bfloat16", "int8"), logits("float32", "int8"))
+    without = relative_error(logits("bfloat16", "auto"), logits("float32", "auto"))
+    print("bfloat16", name, with_bytes, without)
+    assert with_bytes <= 2 * without
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
