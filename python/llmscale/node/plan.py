@@ -19,13 +19,13 @@ from llmscale.devices.registry import choose, cuda_memory_bytes
 from llmscale.errors import ConfigError
 from llmscale.models.checkpoint import compute_dtype, match_tensors, open_checkpoint
 from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
+from llmscale.models.kv_rows import row_bytes
 from llmscale.models.locate import locate_model, model_name
 from llmscale.models.native import native_refusal
 from llmscale.models.registry import ModelDescription, describe_model
 from llmscale.models.shard import shard_model
 from llmscale.models.spec import ModelSpec
 from llmscale.parallel.layout import HostLayout
-from llmscale.worker.kv_layout import row_bytes
 
 BLOCK_TOKENS = 32
 # 64k tokens are 32 conversations of 2,048; beyond that the cache is there for reuse, and a quarter of the memory is a

@@ -11,17 +11,10 @@ from typing import Protocol
 
 from llmscale import machine
 from llmscale.errors import ConfigError
+from llmscale.models.kv_rows import row_bytes
 from llmscale.models.spec import ModelSpec
 
 DEFAULT_BLOCK_TOKENS = 32
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
-SCALE_BYTES = {"int8": 4}
-"""Of the scale that a row of such a format has."""
-
-
-def row_bytes(head_dim: int, dtype: str) -> int:
-    """What one token's key or value of one head takes."""
-    return head_dim * DTYPE_BYTES[dtype] + SCALE_BYTES.get(dtype, 0)
 
 
 @dataclass(frozen=True, slots=True)
