@@ -96,16 +96,16 @@ class NodeSettings:
     """How long the hosts of one replica wait for each other before one gives up and says for whom it waited."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is {self.dtype!r}, it must be one of {', '.join(DTYPES)}")
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise ConfigError(f"quantization is {self.quantization!r}, it must be one of {', '.join(QUANTIZATIONS)}")
-        if self.kv_dtype not in KV_DTYPES:
-            raise ConfigError(f"kv_dtype is {self.kv_dtype!r}, it must be one of {', '.join(KV_DTYPES)}")
-        if self.device not in DEVICES:
-            raise ConfigError(f"device is {self.device!r}, it must be one of {', '.join(DEVICES)}")
-        if self.executor not in EXECUTORS:
-            raise ConfigError(f"executor is {self.executor!r}, it must be one of {', '.join(EXECUTORS)}")
+        for name, allowed in (
+            ("dtype", DTYPES),
+            ("quantization", (None, *QUANTIZATIONS)),
+            ("kv_dtype", KV_DTYPES),
+            ("device", DEVICES),
+            ("executor", EXECUTORS),
+        ):
+            given = getattr(self, name)
+            if given not in allowed:
+                raise ConfigError(f"{name} is {given!r}, it must be one of {', '.join(filter(None, allowed))}")
         for name in (
             "max_sequences",
             "max_step_tokens",

@@ -11,6 +11,7 @@ use llmscale_executor::program::{Program, ProgramBuilder, StepRows};
 use llmscale_executor::source::{Stack, Stored, Tensor, TensorFile};
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::Bf16;
+use llmscale_kernels::kv_format::KvFormat;
 use llmscale_kernels::paged_attention::AttentionBatch;
 use llmscale_kernels::pool::Pool;
 use std::io::Write;
@@ -70,6 +71,7 @@ fn build(pool: &Pool, weights: &Weights, shape: Shape) -> Program<Bf16> {
         max_sequence_tokens: 4_096,
         blocks: 64 * 16,
         block_tokens: BLOCK_TOKENS,
+        kv_format: KvFormat::Activations,
     };
     let mut builder = ProgramBuilder::new(model, limits);
     for _ in 0..layers {
