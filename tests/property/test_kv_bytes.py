@@ -22,12 +22,14 @@ from llmscale.embedded import EMBEDDED_MODELS, embedded_model_path
 from llmscale.worker.step import StepLimits
 from tests.models_support import TINY_CONFIGS, VOCABULARY, NativeExecutor, RandomPlanner, write_tiny_model
 
-MAX_ERROR_OF_ROUNDED = 0.01
+MAX_ERROR_OF_ROUNDED = 0.005
 """Of the root mean square of the logits, against attention with rounded rows: a code that falls to the other side of a
-tie moves an element by a hundredth of the row's largest."""
-MAX_ERROR = 0.15
-"""The same against unrounded rows. Random weights have peaked attention, which trained ones have not."""
-MAX_ERROR_OF_TRAINED = 0.03
+tie moves an element by a hundredth of the row's largest. Measured 1e-6 where none does, up to 0.0024 where one does."""
+MAX_ERROR = 0.1
+"""The same against unrounded rows. Random weights have peaked attention, which trained ones have not.
+Measured 0.005 to 0.074."""
+MAX_ERROR_OF_TRAINED = 0.02
+"""Measured 0.012 and 0.012."""
 LIMITS = StepLimits(max_step_tokens=96, max_sequences=96, max_sequence_tokens=320)
 BLOCKS = 48
 
@@ -93,7 +95,6 @@ def test_logits_are_those_of_transformers_with_rounded_keys_and_values(
     rounded = [oracle_logits(model, prompt) for prompt in prompts]
     ours = logits_of(planner_for(tmp_path, 1), prompts)
     for logits, exact, plain in zip(ours, rounded, unrounded, strict=True):
-        print("tiny", name, len(logits), relative_error(logits, exact), relative_error(logits, plain))
         assert relative_error(logits, exact) <= MAX_ERROR_OF_ROUNDED
         assert relative_error(logits, plain) <= MAX_ERROR
     # Both say something: rounding shows in the logits.
@@ -109,7 +110,6 @@ def test_trained_weights_lose_little(name: str, round_the_oracle: Callable[[Any]
     (ours,) = logits_of(planner_for(folder, 4), [prompt])
     plain = oracle_logits(model, prompt)
     round_the_oracle(model)
-    print("trained", name, relative_error(ours, oracle_logits(model, prompt)), relative_error(ours, plain))
     assert relative_error(ours, plain) <= MAX_ERROR_OF_TRAINED
     assert relative_error(ours, oracle_logits(model, prompt)) <= MAX_ERROR_OF_ROUNDED
 
@@ -125,7 +125,6 @@ def test_activations_in_bfloat16_go_with_bytes(name: str, tmp_path: Path) -> Non
 
     with_bytes = relative_error(logits("bfloat16", "int8"), logits("float32", "int8"))
     without = relative_error(logits("bfloat16", "auto"), logits("float32", "auto"))
-    print("bfloat16", name, with_bytes, without)
     assert with_bytes <= 2 * without
 
 

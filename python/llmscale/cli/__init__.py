@@ -48,6 +48,9 @@ StepTargetOption = Annotated[
 DiskOption = Annotated[
     str | None, typer.Option(help="Folder for what the host has no room for; it outlives the process.")
 ]
+KillButtonOption = Annotated[
+    bool, typer.Option("--kill-button", help="Let the chat page kill workers, to see answers survive it.")
+]
 KvDtypeOption = Annotated[
     str, typer.Option(help="What keys and values are kept as: auto (as the activations) or int8, in half the memory.")
 ]
@@ -94,9 +97,7 @@ def serve(
     replicas: Annotated[
         int, typer.Option(help="Whole copies of the model; a dead one's answers go on at another.")
     ] = 1,
-    kill_button: Annotated[
-        bool, typer.Option("--kill-button", help="Let the chat page kill workers, to see answers survive it.")
-    ] = False,
+    kill_button: KillButtonOption = False,
     hedging: HedgingOption = False,
     fleet_file: Annotated[
         Path | None, typer.Option(help="Serve the models of this llmscale.toml; it stands for MODEL and all options.")

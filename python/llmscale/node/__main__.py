@@ -206,10 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--served-name", help="what clients call the model (default: as in --model)")
     add("--dtype", choices=DTYPES, default="auto", help="number format (default: as the checkpoint)")
     add("--quantization", choices=QUANTIZATIONS, help="make dense weights this while loading (default: leave them)")
-    add("--kv-dtype", choices=KV_DTYPES, default="auto", help="what keys and values are kept as (default: as --dtype)")
     add("--max-model-len", type=int, help="longest sequence in tokens (default: what the model allows)")
     _add_steps(parser)
-    _add_memory(parser)
+    _add_cache(parser)
     add(
         "--device",
         choices=DEVICES,
@@ -224,14 +223,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--first-device", type=int, default=0, help="the device of the first rank; others follow (default: %(default)s)"
-    )
-    add("--kv-disk", type=Path, help="folder for what the host has no room for; outlives nodes (default: none)")
-    add("--kv-disk-bytes", type=int, help="most bytes there (default: four times the host tier)")
-    add(
-        "--max-saving-seconds",
-        type=float,
-        default=5.0,
-        help="how long a drain may write what is cached to the disk; 0 for not at all (default: %(default)g)",
     )
     add("--threads", type=int, help="CPU threads of a worker (default: its share of the CPUs, fewer for a small model)")
     add(
@@ -252,8 +243,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_memory(parser: argparse.ArgumentParser) -> None:
+def _add_cache(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--kv-dtype", choices=KV_DTYPES, default="auto", help="what keys and values are kept as (default: as --dtype)")
     add("--kv-cache-bytes", type=int, help="memory for the KV cache (default: about 64k tokens)")
     add(
         "--kv-host-bytes",
@@ -265,6 +257,14 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         help="replicas on this host, which share what is taken of its memory unasked (default: %(default)s)",
+    )
+    add("--kv-disk", type=Path, help="folder for what the host has no room for; outlives nodes (default: none)")
+    add("--kv-disk-bytes", type=int, help="most bytes there (default: four times the host tier)")
+    add(
+        "--max-saving-seconds",
+        type=float,
+        default=5.0,
+        help="how long a drain may write what is cached to the disk; 0 for not at all (default: %(default)g)",
     )
 
 
