@@ -269,7 +269,6 @@ def test_decisions_are_made_in_integers(crate: str) -> None:
     wrong = [
         f"{name}:{number}"
         for name in ours(".rs", under=f"rust/{crate}/src/")
-        if not name.endswith("/tests.rs")
         for number, line in enumerate(text(name).splitlines(), start=1)
         if FLOAT.search(line.split("//")[0])
     ]
