@@ -178,7 +178,8 @@ def test_a_node_that_forgot_this_client_is_greeted_again(session):
 
 
 def test_status_is_kept(session):
-    session.receive(frame(3, NODE, 1, 1, 3, 2, 50, 0, 60, 9, 0, 0, 0, 0, 0, 0, 0, None, 7, 3, 0, 0, 0, 0, 0, 0, 0), 0.1)
+    counts = [3, 2, 50, 0, 60, 9, 0, 0, 0, 0, 0, 0, 0, None, 7, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    session.receive(frame(3, NODE, 1, 1, *counts), 0.1)
     assert session.status is not None
     assert (session.status.running, session.status.waiting) == (3, 2)
 

@@ -73,7 +73,6 @@ fn run(pace: Pace, groups: u32) -> Seen {
         let (time, tokens) = (step_ns(&delta, decodes), prefill_tokens(&delta));
         seen.steps_of_prompts += u64::from(tokens > 0);
         match (stalls(&delta), decodes > 0) {
-            (true, _) => {}
             (false, false) => seen.alone.push(time),
             // What a step takes is known after a few of them.
             (false, true) if turn > 150 => {
@@ -82,7 +81,7 @@ fn run(pace: Pace, groups: u32) -> Seen {
                     delta.chunks.iter().filter(|chunk| ![5, 500].contains(&(chunk.start_tokens + chunk.tokens)));
                 seen.chunks.extend(inner.map(|chunk| chunk.tokens));
             }
-            (false, true) => {}
+            (true, _) | (false, true) => {}
         }
         world.complete();
     }
