@@ -73,8 +73,8 @@ mod tests {
             memory.reached(&[0, (block * shape.block_tokens) as i32, -1]);
         }
         for (block, values) in memory.chunks_exact(elements).enumerate() {
-            assert!(values[..elements / 2].iter().all(|value| *value == block as f32));
-            assert!(values[elements / 2..].iter().all(|value| *value == 0.0));
+            assert!(values[..elements / 2].iter().all(|value| value.to_bits() == (block as f32).to_bits()));
+            assert!(values[elements / 2..].iter().all(|value| value.to_bits() == 0));
         }
     }
 }

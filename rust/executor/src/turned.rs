@@ -159,9 +159,9 @@ mod tests {
         let word = [0_u32, 2, 4, 6, 1, 3, 5, 7].iter().enumerate().map(|(place, value)| value << (4 * place)).sum();
         let awq =
             Words { codes: vec![word], zeros: vec![word], scales: vec![1.0; 8], outputs: 8, packing: Packing::Awq };
-        for output in 0..8 {
+        for (output, place) in AWQ_PLACES.into_iter().enumerate() {
             assert_eq!((awq.code(output, 0), awq.zero(output, 0)), (output as u8, output as u8));
-            assert_eq!(nibble(word, AWQ_PLACES[output]), output as u8);
+            assert_eq!(nibble(word, place), output as u8);
         }
     }
 }

@@ -89,14 +89,13 @@ fn cut(bytes: usize) -> io::Result<(Arc<Mapping>, NonNull<u8>)> {
     let mut chunk = OPEN_CHUNK.lock().unwrap_or_else(PoisonError::into_inner);
     let needed = bytes.next_multiple_of(ALIGNMENT);
     let open = chunk.mapping.upgrade().filter(|_| chunk.used + needed <= CHUNK_BYTES);
-    let mapping = match open {
-        Some(mapping) => mapping,
-        None => {
-            let (mapping, start) = Mapping::new(CHUNK_BYTES)?;
-            let mapping = Arc::new(mapping);
-            *chunk = Chunk { mapping: Arc::downgrade(&mapping), start: start.as_ptr() as usize, used: 0 };
-            mapping
-        }
+    let mapping = if let Some(mapping) = open {
+        mapping
+    } else {
+        let (mapping, start) = Mapping::new(CHUNK_BYTES)?;
+        let mapping = Arc::new(mapping);
+        *chunk = Chunk { mapping: Arc::downgrade(&mapping), start: start.as_ptr() as usize, used: 0 };
+        mapping
     };
     let place = (chunk.start + chunk.used) as *mut u8;
     chunk.used += needed;
