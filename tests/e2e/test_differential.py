@@ -1,7 +1,8 @@
 """Goal: what a request gets depends on the request alone: not on the company, the way it came, or deaths on the way.
 
 Method: random requests over every sampling field, drawn from a fixed seed. The reference is `LLM`, one request at a
-time; the same requests then run all at once, over HTTP and over ZeroMQ, while the worker is killed again and again.
+time; the same requests then run all at once, over HTTP and over ZeroMQ, while the worker is killed again and again. On
+a slow processor, or all would be answered before the first kill is seen.
 Float32, where last bits that depend on a batch's shape change one token in millions.
 """
 
@@ -22,6 +23,8 @@ from llmscale import LLM, Client, SamplingParams
 from llmscale.types import CompletionOutput
 from tests.processes import Server, serving, wait_until
 from tests.support_processes import node
+
+pytestmark = pytest.mark.usefixtures("slow_processor")
 
 Request = tuple[list[int], SamplingParams]
 REQUESTS = 32
@@ -59,7 +62,7 @@ def random_params(draw: random.Random, vocabulary: int) -> SamplingParams:
 
 
 @pytest.fixture(scope="module")
-def references() -> tuple[list[Request], list[tuple[CompletionOutput, ...]]]:
+def references(slow_processor: None) -> tuple[list[Request], list[tuple[CompletionOutput, ...]]]:
     """The requests, and what each gets when it is alone."""
     llm = LLM("tiny-chat", dtype="float32", threads=1)
     draw = random.Random(20)
@@ -75,7 +78,7 @@ def references() -> tuple[list[Request], list[tuple[CompletionOutput, ...]]]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(slow_processor: None) -> Iterator[Server]:
     with serving("tiny-chat", *EXACT) as server:
         yield server
 
