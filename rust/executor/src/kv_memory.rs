@@ -10,8 +10,9 @@ use llmscale_kernels::kv_region::KvRegionShape;
 use llmscale_kernels::touch_ahead::{Ahead, TouchAhead};
 use std::ops::{Deref, DerefMut};
 
-/// A prompt of some hundred tokens finds its pages; a busy step of 512 tokens writes 12 MiB of a small model.
-const AHEAD: Ahead = Ahead { unused_bytes: 16 << 20, used_bytes: 64 << 20 };
+/// A prompt of 512 tokens of a small model writes 12 MiB, and lost a quarter of its speed to pages that nobody had made yet:
+/// the first prompts find theirs, and so do bursts between which the thread comes to run.
+const AHEAD: Ahead = Ahead { unused_bytes: 64 << 20, used_bytes: 256 << 20 };
 
 /// The array of a [`KvRegionShape`], of its stored elements.
 #[derive(Debug)]
