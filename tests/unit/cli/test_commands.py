@@ -49,7 +49,7 @@ def test_generate_completes_a_text_the_same_twice() -> None:
         (("serve", "tiny-chat", "--dtype", "float17"), "dtype"),
         (("serve", "tiny-chat", "--port", "70000"), "port"),
         (("serve", "tiny-chat", "--max-model-len", "0"), "max"),
-        (("serve", "tiny-chat", "--api-key-file", "no-such-file"), "no-such-file"),
+        (("serve", "tiny-chat", "--port", "0", "--api-key-file", "no-such-file"), "no-such-file"),
         (("serve", "--fleet-file", "no-such-file"), "no-such-file"),
         (("serve", "tiny-chat", "--fleet-file", "x", "--port", "8000"), "port, model is given beside --fleet-file"),
         (("keys", "unused", "gateway"), "gateway:NAME"),
