@@ -23,6 +23,8 @@ from tests.chaos.history import Event, History, Kind, faults, gaps
 from tests.family import is_alive
 from tests.processes import Server, serving, wait_until
 
+pytestmark = pytest.mark.usefixtures("slow_processor")
+
 REPLICAS = 2
 STREAMS = 8
 TOKENS = 300

@@ -23,6 +23,8 @@ from tests.chaos.test_kills import BODIES, all_ready
 from tests.fleet import Fleet
 from tests.processes import Server, wait_until
 
+pytestmark = pytest.mark.usefixtures("slow_processor")
+
 STREAMS = 3
 STALLS = ("there", "back", "both")
 

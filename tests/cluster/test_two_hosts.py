@@ -27,6 +27,8 @@ from tests.processes import Server, token_ids, wait_until
 from tests.support_processes import NodeProcess
 
 # Enough that every stream still runs when both nodes have said that they run some, which they do every 250 ms.
+pytestmark = pytest.mark.usefixtures("slow_processor")
+
 TOKENS = 1_000
 PROMPTS = ("Once upon a time", "The old sailor", "What is 23 + 45?", "A list of colours:", "One day", "2 + 2 =")
 BODIES: list[Body] = [

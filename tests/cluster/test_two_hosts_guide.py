@@ -15,6 +15,8 @@ import pytest
 from tests.guides import SERVER, Place, blocks_of, typing_place
 from tests.processes import wait_until
 
+pytestmark = pytest.mark.usefixtures("slow_processor")
+
 NAMES = ("host-a", "host-b", "edge-host", "client")
 
 

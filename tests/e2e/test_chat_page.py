@@ -264,6 +264,7 @@ async def test_every_control_has_a_name(tokenizer: Tokenizer, page: Page) -> Non
     assert unnamed == []
 
 
+@pytest.mark.usefixtures("slow_processor")
 async def test_a_worker_that_is_killed_under_the_page_leaves_the_answer_whole(page: Page) -> None:
     with serving_processes("tiny-chat", "--dtype", "float32", "--threads", "1") as server:
         await page.open(server.base)

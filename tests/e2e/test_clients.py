@@ -172,6 +172,7 @@ def test_nobody_at_the_address_is_a_transport_error(tmp_path):
             client.generate(PROMPT, timeout=0.1)
 
 
+@pytest.mark.usefixtures("slow_processor")
 def test_a_stream_survives_its_worker_and_a_dead_node_is_a_transport_error(tmp_path):
     with node(tmp_path, "--threads", "1") as started, Client(started.address) as client:
         params = SamplingParams(temperature=0, max_tokens=1_000, ignore_eos=True)

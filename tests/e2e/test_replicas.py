@@ -30,6 +30,7 @@ def replicas(server: Server) -> list[dict[str, object]]:
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.usefixtures("slow_processor")
 def test_streams_of_a_killed_replica_go_on_at_the_other() -> None:
     with serving("tiny-chat", "--dtype", "float32", "--replicas", "2") as server:
         wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 60, "both replicas are ready")
@@ -91,7 +92,8 @@ def test_conversations_come_back_to_the_replica_that_has_their_beginning() -> No
         with ThreadPoolExecutor(CONVERSATIONS) as pool:
             first = list(pool.map(lambda number: cached(number, 12), range(CONVERSATIONS)))
             assert min(tokens for _, tokens in first) > 2 * 128, "the beginning has names"
-            second = list(pool.map(lambda number: cached(number, 18), range(CONVERSATIONS)))
+        # One at a time: beside seven others, a replica that has the beginning may have more to do than it is worth.
+        second = [cached(number, 18) for number in range(CONVERSATIONS)]
         # Placed blindly, all of them would be lucky once in 256 times.
         assert min(tokens for tokens, _ in second) >= 256, (first, second)
         # A replica's report may be a quarter of a second old.

@@ -16,6 +16,8 @@ import pytest
 from tests.family import alive_after
 from tests.processes import Sampled, Server, sampled, serving, token_ids, wait_until
 
+pytestmark = pytest.mark.usefixtures("slow_processor")
+
 BODY = {"model": "tiny-chat", "prompt": "Once upon a time", "max_tokens": 400, "temperature": 0.8, "ignore_eos": True}
 # The prompt has 4 ids and a block of KV 32 tokens, so blocks end at output tokens 28, 60, 92 and 124.
 POSITIONS = (1, 2, 3, 4, 8, 16, 24, 26, 27, 28, 29, 30, 32, 48, 60, 64, 92, 96, 128, 240)
