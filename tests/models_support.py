@@ -6,7 +6,6 @@ and biases too, since weights of one or zero hide a part that is left out.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmscale._core import CpuKernels, EngineLimits
+from llmscale.evaluation import executors
 from llmscale.models.registry import describe_model
 from llmscale.models.spec import ModelSpec
 from llmscale.worker.kv_layout import BlockMemory, kv_layout_of
-from llmscale.worker.native_runner import NativeRegion, NativeRunner
-from llmscale.worker.runner import RunnerOptions
+from llmscale.worker.native_runner import NativeRegion
 from llmscale.worker.step import Executor, StepInputs, StepLimits
 
 VOCABULARY = 307
@@ -201,8 +199,8 @@ def write_random_checkpoint(folder: Path, dtype: torch.dtype = torch.float32, **
     return tensors
 
 
-class NativeExecutor:
-    """The native program of a model folder as an `Executor`: index arrays go in, logits come out as a tensor."""
+class NativeExecutor(executors.NativeExecutor):
+    """The native program of a model folder as the `Executor` of a planner that knows its region."""
 
     def __init__(
         self,
@@ -215,44 +213,11 @@ class NativeExecutor:
         kv_dtype: str = "auto",
         threads: int = 2,
     ) -> None:
-        spec = describe_model(folder).spec
-        engine_limits = EngineLimits(
-            vocabulary=spec.vocabulary,
-            total_blocks=blocks,
-            block_tokens=32,
-            max_sequence_tokens=limits.max_sequence_tokens,
-            max_sequences=limits.max_sequences,
-            max_step_tokens=limits.max_step_tokens,
-            eos_tokens=[],
-        )
-        options = RunnerOptions(dtype=dtype, quantization=quantization, kv_dtype=kv_dtype, threads=threads)
-        self.runner = NativeRunner(folder, engine_limits, options)
-        self._kernels: CpuKernels = self.runner.kernels
-        self.region = NativeRegion(
-            kv_layout_of(spec, dtype if kv_dtype == "auto" else kv_dtype), blocks, self.runner.program
-        )
-        self.logits_dtype: torch.dtype = getattr(torch, dtype)
-        self.logits_width = spec.vocabulary
-
-    def forward(self, step: StepInputs) -> Tensor:
-        """See `Executor`."""
-        columns = (
-            step.token_ids,
-            step.positions,
-            step.slot_mapping,
-            step.query_start,
-            step.sequence_lengths,
-            step.table_offsets,
-            step.block_tables,
-            step.sample_rows,
-        )
-        program = self.runner.program
-        program.forward(self._kernels, [(column.data_ptr(), column.numel()) for column in columns])
-        address, elements = program.logits
-        logits = torch.empty(step.samples, self.logits_width, dtype=self.logits_dtype)
-        assert elements == logits.numel(), (elements, logits.shape)
-        ctypes.memmove(logits.data_ptr(), address, logits.nbytes)
-        return logits
+        model = describe_model(folder)
+        choice = executors.ModelChoice(folder, dtype, quantization, threads, kv_dtype=kv_dtype)
+        super().__init__(choice, model, limits, blocks)
+        layout = kv_layout_of(model.spec, dtype if kv_dtype == "auto" else kv_dtype)
+        self.region = NativeRegion(layout, blocks, self.runner.program)
 
     def use_region(self, kv_region: object) -> None:
         """A program has one of its own."""

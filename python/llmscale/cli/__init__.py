@@ -240,6 +240,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Which items are drawn.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     executor: ExecutorOption = "auto",
+    kv_dtype: KvDtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure MODEL on items: perplexity, exact match of greedy answers, and both beside a reference.
@@ -248,7 +249,7 @@ def evaluate(
     """
     from llmscale.cli.eval import EvalOptions, run
 
-    run(EvalOptions(model, tasks, against, dtype, quantization, limit, seed, threads, executor, as_json))
+    run(EvalOptions(model, tasks, against, dtype, quantization, limit, seed, threads, executor, kv_dtype, as_json))
 
 
 @app.command()

@@ -27,6 +27,7 @@ class EvalOptions:
     seed: int
     threads: int | None
     executor: str
+    kv_dtype: str
     as_json: bool
 
 
@@ -44,7 +45,9 @@ def run(options: EvalOptions) -> None:
     spec = describe_model(folder, options.quantization).spec
     tokenizer = Tokenizer(folder, vocabulary=spec.vocabulary)
     items = evaluation_items(options.tasks, tokenizer, options.limit, options.seed, spec.max_sequence_tokens)
-    model = ModelChoice(folder, options.dtype, options.quantization, options.threads, options.executor)
+    model = ModelChoice(
+        folder, options.dtype, options.quantization, options.threads, options.executor, options.kv_dtype
+    )
     reference = None
     if options.against is not None:
         reference = ModelChoice(locate_model(options.against), options.dtype, None, options.threads, options.executor)
@@ -77,6 +80,7 @@ def _as_data(options: EvalOptions, items: int, evaluation: Any) -> dict[str, Any
         "model": {
             "name": options.model,
             "quantization": options.quantization,
+            "kv_dtype": options.kv_dtype,
             **_scores(evaluation.model),
         },
     }

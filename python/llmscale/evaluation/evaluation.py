@@ -98,6 +98,7 @@ def graded_answers(
         quantization=model.quantization,
         threads=model.threads,
         executor=model.executor,
+        kv_dtype=model.kv_dtype,
         device="cpu",
         kv_host_bytes=0,
     )

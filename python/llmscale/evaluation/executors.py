@@ -22,7 +22,7 @@ from llmscale.models.checkpoint import open_checkpoint
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.native import native_refusal
 from llmscale.models.registry import ModelDescription, describe_model
-from llmscale.node.plan import choose_executor
+from llmscale.node.plan import check_kv_dtype, choose_executor
 from llmscale.worker.executor_torch import TorchExecutor
 from llmscale.worker.kv_layout import DEFAULT_BLOCK_TOKENS
 from llmscale.worker.kv_region import KvRegion, kv_layout
@@ -40,6 +40,7 @@ class ModelChoice:
     quantization: str | None = None
     threads: int | None = None
     executor: str = "auto"
+    kv_dtype: str = "auto"
 
 
 class ScoringExecutor(Protocol):
@@ -57,16 +58,20 @@ def scoring_executor(choice: ModelChoice, limits: StepLimits, blocks: int) -> Sc
     """Loads a model, with room for so many KV blocks. Raises ModelError, ConfigError and MemoryError."""
     model = describe_model(choice.folder, choice.quantization)
     refusal = native_refusal(model.spec, open_checkpoint(model.folder))
-    if choose_executor(choice.executor, "cpu", 1, refusal) == "native":
-        return _Native(choice, model, limits, blocks)
+    executor = choose_executor(choice.executor, "cpu", 1, refusal)
+    check_kv_dtype(choice.kv_dtype, executor, "cpu")
+    if executor == "native":
+        return NativeExecutor(choice, model, limits, blocks)
     return _Torch(choice, model, limits, blocks)
 
 
-class _Native:
+class NativeExecutor:
+    """The native program of a model: index arrays go in, logits come out as a tensor of their own."""
+
     def __init__(self, choice: ModelChoice, model: ModelDescription, limits: StepLimits, blocks: int) -> None:
-        self._vocabulary = model.spec.vocabulary
+        self.logits_width = model.spec.vocabulary
         engine_limits = EngineLimits(
-            vocabulary=self._vocabulary,
+            vocabulary=self.logits_width,
             total_blocks=blocks,
             block_tokens=DEFAULT_BLOCK_TOKENS,
             max_sequence_tokens=limits.max_sequence_tokens,
@@ -74,15 +79,19 @@ class _Native:
             max_step_tokens=limits.max_step_tokens,
             eos_tokens=[],
         )
-        options = RunnerOptions(dtype=choice.dtype, quantization=choice.quantization, threads=choice.threads)
-        self._runner = NativeRunner(choice.folder, engine_limits, options)
-        self._dtype: torch.dtype = getattr(torch, self._runner.dtype)
+        options = RunnerOptions(
+            dtype=choice.dtype, quantization=choice.quantization, kv_dtype=choice.kv_dtype, threads=choice.threads
+        )
+        self.runner = NativeRunner(choice.folder, engine_limits, options)
+        self.logits_dtype: torch.dtype = getattr(torch, self.runner.dtype)
 
     @property
     def weight_bytes(self) -> int:
-        return self._runner.program.weight_bytes
+        """See `ScoringExecutor`."""
+        return self.runner.program.weight_bytes
 
     def forward(self, step: StepInputs) -> Tensor:
+        """See `ScoringExecutor`."""
         columns = (
             step.token_ids,
             step.positions,
@@ -93,10 +102,10 @@ class _Native:
             step.block_tables,
             step.sample_rows,
         )
-        program = self._runner.program
-        program.forward(self._runner.kernels, [(column.data_ptr(), column.numel()) for column in columns])
+        program = self.runner.program
+        program.forward(self.runner.kernels, [(column.data_ptr(), column.numel()) for column in columns])
         address, elements = program.logits
-        logits = torch.empty(step.samples, self._vocabulary, dtype=self._dtype)
+        logits = torch.empty(step.samples, self.logits_width, dtype=self.logits_dtype)
         assert elements == logits.numel(), (elements, logits.shape)
         ctypes.memmove(logits.data_ptr(), address, logits.nbytes)
         return logits

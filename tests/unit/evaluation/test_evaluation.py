@@ -64,6 +64,18 @@ def test_a_long_text_is_the_same_in_chunks(executor: str, monkeypatch: pytest.Mo
         assert torch.allclose(one, other, atol=1e-3)
 
 
+def test_keys_and_values_as_bytes_are_scored_near_those_that_are_not_and_are_refused_by_torch() -> None:
+    tokens = tuple(torch.randint(2_048, (200,), generator=torch.Generator().manual_seed(2)).tolist())
+    requests = [ScoredRequest(tokens, 100)]
+    plain, rounded = (
+        scored(Scorer(ModelChoice(MINI, "float32", threads=1, executor="native", kv_dtype=kv_dtype)), requests)[0]
+        for kv_dtype in ("auto", "int8")
+    )
+    assert 0 < float((plain.exp() - rounded.exp()).abs().max()) < 0.1
+    with pytest.raises(ConfigError, match="leave it at auto"):
+        Scorer(ModelChoice(MINI, threads=1, executor="torch", kv_dtype="int8"))
+
+
 def test_pairs_are_counted() -> None:
     model, reference = [True, True, False, False, True], [True, False, True, False, False]
     counts = paired(model, reference)

@@ -10,10 +10,9 @@ use super::sweep::{Sweep, rows_of};
 use super::tiles::{MatmulScratch, Packing, RowFormat, lanes};
 use crate::dispatch::{Kernel, Level};
 use crate::element::Element;
-use crate::error::{KernelError, require_index, require_length};
+use crate::error::{KernelError, require_length};
 use crate::pool::Pool;
 use crate::row_source::RowSource;
-use crate::rows::RowChunks;
 use crate::shared_output::SharedOutput;
 use crate::simd::{Simd, load_element, load_element_partial};
 use std::io;
@@ -91,25 +90,8 @@ impl PackedBytes {
     /// # Errors
     /// An id that the table does not have, or another length; nothing has been written then.
     pub fn gather<T: Element>(&self, pool: &Pool, ids: &[i32], out: &mut [T]) -> Result<(), KernelError> {
-        let inputs = self.inputs();
-        require_length("out", ids.len() * inputs, out.len())?;
-        for (position, &id) in ids.iter().enumerate() {
-            require_index("ids", position, id, self.outputs())?;
-        }
-        let out = SharedOutput::new(out);
-        // Every word of a row lies in a cache line of its own.
-        let chunks = RowChunks::new(ids.len(), self.panels.units() * 64);
-        pool.parallel_for(chunks.count(), |chunk| {
-            for row in chunks.rows(chunk) {
-                // SAFETY: every row belongs to one chunk and is written once.
-                let target = unsafe { out.part(row * inputs, inputs) };
-                let scale = self.scales[ids[row] as usize];
-                for (values, word) in target.chunks_mut(UNIT).zip(self.panels.output_words(ids[row] as usize)) {
-                    for (value, byte) in values.iter_mut().zip(word.to_le_bytes()) {
-                        *value = T::from_f32(f32::from((byte ^ 0x80) as i8) * scale);
-                    }
-                }
-            }
+        self.panels.gather(pool, ids, out, |output, word| {
+            word.to_le_bytes().map(|byte| T::from_f32(f32::from((byte ^ 0x80) as i8) * self.scales[output]))
         })
     }
 

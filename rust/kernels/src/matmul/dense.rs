@@ -8,11 +8,9 @@ use super::sweep::{Sweep, rows_of};
 use super::tiles::{MatmulScratch, Packing, RowFormat, lanes};
 use crate::dispatch::Level;
 use crate::element::Element;
-use crate::error::{KernelError, require_index, require_length};
+use crate::error::{KernelError, require_length};
 use crate::pool::Pool;
 use crate::row_source::RowSource;
-use crate::rows::RowChunks;
-use crate::shared_output::SharedOutput;
 use crate::simd::Simd;
 use core::marker::PhantomData;
 use std::io;
@@ -76,27 +74,13 @@ impl<T: Element> PackedWeights<T> {
     /// # Errors
     /// An id that the table does not have, or another length; nothing has been written then.
     pub fn gather(&self, pool: &Pool, ids: &[i32], out: &mut [T]) -> Result<(), KernelError> {
-        let (outputs, inputs) = (self.outputs(), self.inputs());
-        require_length("out", ids.len() * inputs, out.len())?;
-        for (position, &id) in ids.iter().enumerate() {
-            require_index("ids", position, id, outputs)?;
+        // Exact: a half of a word is a number of this format.
+        let number = |half: u32| T::from_f32(f32::from_bits(half));
+        if T::IS_BF16 {
+            self.panels.gather(pool, ids, out, |_, word| [number(word << 16), number(word & 0xffff_0000)])
+        } else {
+            self.panels.gather(pool, ids, out, |_, word| [number(word)])
         }
-        let out = SharedOutput::new(out);
-        // Every word of a row lies in a cache line of its own.
-        let chunks = RowChunks::new(ids.len(), self.panels.units() * 64);
-        pool.parallel_for(chunks.count(), |chunk| {
-            for row in chunks.rows(chunk) {
-                // SAFETY: every row belongs to one chunk and is written once.
-                let target = unsafe { out.part(row * inputs, inputs) };
-                for (values, word) in target.chunks_mut(Self::UNIT).zip(self.panels.output_words(ids[row] as usize)) {
-                    let halves = if T::IS_BF16 { [word << 16, word & 0xffff_0000] } else { [word, 0] };
-                    for (value, half) in values.iter_mut().zip(halves) {
-                        // Exact: the half is a number of this format.
-                        *value = T::from_f32(f32::from_bits(half));
-                    }
-                }
-            }
-        })
     }
 
     /// Outputs, without padding.

@@ -4,9 +4,11 @@
 //! and 128 bytes of it feed 32 sums. Outputs and inputs are padded with zeros. Packing is linear in the weights.
 #![expect(unsafe_code, reason = "panels are written by several threads")]
 
-use crate::error::KernelError;
+use crate::element::Element;
+use crate::error::{KernelError, require_index, require_length};
 use crate::huge_pages::HugeArray;
 use crate::pool::Pool;
+use crate::rows::RowChunks;
 use crate::shared_output::SharedOutput;
 use std::io;
 use std::sync::{Mutex, PoisonError};
@@ -89,10 +91,36 @@ impl Panels {
         }
     }
 
-    /// The words of one output, unit after unit.
-    pub(super) fn output_words(&self, output: usize) -> impl Iterator<Item = u32> {
-        let panel = self.panel(output / PANEL);
-        panel[output % PANEL..].iter().step_by(PANEL).copied()
+    /// Copies the inputs of outputs `ids` to rows of `out`; `values(output, word)` are those of one unit.
+    ///
+    /// # Errors
+    /// An id that there is not, or another length; nothing has been written then.
+    pub(super) fn gather<T: Element, const UNIT: usize>(
+        &self,
+        pool: &Pool,
+        ids: &[i32],
+        out: &mut [T],
+        values: impl Fn(usize, u32) -> [T; UNIT] + Sync,
+    ) -> Result<(), KernelError> {
+        let inputs = self.inputs;
+        require_length("out", ids.len() * inputs, out.len())?;
+        for (position, &id) in ids.iter().enumerate() {
+            require_index("ids", position, id, self.outputs)?;
+        }
+        let out = SharedOutput::new(out);
+        // Every word of an output lies in a cache line of its own.
+        let chunks = RowChunks::new(ids.len(), self.units * 64);
+        pool.parallel_for(chunks.count(), |chunk| {
+            for row in chunks.rows(chunk) {
+                // SAFETY: every row belongs to one chunk and is written once.
+                let target = unsafe { out.part(row * inputs, inputs) };
+                let output = ids[row] as usize;
+                let words = self.panel(output / PANEL)[output % PANEL..].iter().step_by(PANEL);
+                for (target, &word) in target.chunks_mut(UNIT).zip(words) {
+                    target.copy_from_slice(&values(output, word)[..target.len()]);
+                }
+            }
+        })
     }
 
     pub(super) fn outputs(&self) -> usize {
