@@ -15,9 +15,10 @@ import openai
 import uvicorn
 
 from llmscale.gateway.app import Gateway
+from llmscale.gateway.auth import load_keys
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.gateway.listener import listen
-from llmscale.gateway.serve import make_gateway, make_server
+from llmscale.gateway.serve import make_server
 from llmscale.tokenizer import Tokenizer
 from tests.fakes.fake_front import FakeFront, FakeSampling
 
@@ -99,7 +100,7 @@ async def serving(
     limits = limits or GatewayLimits(max_drain_seconds=1)
     config = GatewayConfig(port=0, api_keys=api_keys, limits=limits, kill_button=kill_button)
     served = ServedModel(model, tokenizer, 512, max_sequence_tokens, created=1_700_000_000)
-    gateway = make_gateway(config, front, FakeSampling, [served, *more_models])
+    gateway = Gateway(config, front, FakeSampling, [served, *more_models], load_keys(api_keys, None))
     started = asyncio.Event()
     server = make_server(gateway, started.set)
     listener = listen(config)

@@ -27,6 +27,7 @@ from llmscale.config import (
 )
 from llmscale.errors import ConfigError, LlmscaleError
 from llmscale.fleet_file import read_fleet_file
+from llmscale.gateway.auth import load_keys
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.gateway.fleet import serve_fleet
 from llmscale.gateway.serve import run
@@ -85,6 +86,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         api_key_file=arguments.api_key_file,
         limits=limits,
     )
+    keys = load_keys(config.api_keys, config.api_key_file)
     folders = dict(_named(model) for model in arguments.model)
     front = Front(
         arguments.nodes,
@@ -97,7 +99,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     )
     replicas = _wait_for(front, list(folders), arguments.max_wait_seconds)
     models = [_load(name, folder, replicas[name]) for name, folder in folders.items()]
-    run(config, front, Sampling, models, on_started=lambda port: _announce(config.host, port, list(folders)))
+    run(config, front, Sampling, models, keys, on_started=lambda port: _announce(config.host, port, list(folders)))
 
 
 def _named(model: str) -> tuple[str, Path]:

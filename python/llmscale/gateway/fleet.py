@@ -19,6 +19,7 @@ from llmscale._core import Front, Sampling
 from llmscale.collector import paused_collector
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, KeysEntry
+from llmscale.gateway.auth import load_keys
 from llmscale.gateway.config import GatewayConfig, GatewayLimits
 from llmscale.gateway.listener import listen
 from llmscale.gateway.local_nodes import kept, local_nodes
@@ -46,11 +47,12 @@ def serve_fleet(
 ) -> None:
     """Serves until SIGTERM or SIGINT. `on_started` is called with the front and the port once connections are accepted.
 
-    Raises `ConfigError` for what is wrong in the file before any node is started. Nodes start while this process still
-    imports and reads what a gateway needs, which takes both as long: where a tokenizer cannot be read, they end again,
-    and `ModelError` is raised.
+    Raises `ConfigError` for what is wrong in the file or in that of API keys before any node is started. Nodes start
+    while this process still imports and reads what a gateway needs, which takes both as long: where a tokenizer cannot
+    be read, they end again, and `ModelError` is raised.
     """
     config = gateway_config(fleet, api_keys)
+    keys = load_keys(config.api_keys, config.api_key_file)
     has_local_nodes = any(entry.local_replicas for entry in fleet.models.values())
     key_file, node_key = _front_keys(fleet.keys, has_local_nodes=has_local_nodes)
     with tempfile.TemporaryDirectory(prefix="llmscale-serve-") as folder:
@@ -73,7 +75,7 @@ def serve_fleet(
 
                 models = [load_model(name, entry) for name, entry in fleet.models.items()]
             started = None if on_started is None else partial(on_started, front)
-            run(config, front, Sampling, models, listener=listener, on_started=started)
+            run(config, front, Sampling, models, keys, listener=listener, on_started=started)
 
 
 def _front_keys(keys: KeysEntry | None, *, has_local_nodes: bool) -> tuple[str | None, str | None]:

@@ -19,7 +19,7 @@ import uvicorn
 
 from llmscale.errors import Unavailable
 from llmscale.gateway.app import Gateway
-from llmscale.gateway.auth import load_keys
+from llmscale.gateway.auth import ApiKeys
 from llmscale.gateway.config import GatewayConfig, ServedModel
 from llmscale.gateway.front import Front, SamplingFactory
 from llmscale.gateway.listener import listen
@@ -30,13 +30,6 @@ _log = get_logger("llmscale.gateway")
 _BACKLOG: Final = 2_048
 # After the streams were ended with an error, their last bytes need a moment to leave.
 _LAST_WORDS_SECONDS: Final = 2
-
-
-def make_gateway(
-    config: GatewayConfig, front: Front, sampling: SamplingFactory, models: Sequence[ServedModel]
-) -> Gateway:
-    """The application of a configuration. Raises `ConfigError`."""
-    return Gateway(config, front, sampling, models, load_keys(config.api_keys, config.api_key_file))
 
 
 class _Server(uvicorn.Server):
@@ -107,6 +100,7 @@ def run(
     front: Front,
     sampling: SamplingFactory,
     models: Sequence[ServedModel],
+    keys: ApiKeys,
     *,
     listener: socket.socket | None = None,
     on_started: Callable[[int], None] | None = None,
@@ -116,7 +110,7 @@ def run(
     `listener` is the configuration's, for whoever had to know earlier that there is one. Raises `ConfigError` before
     that, also when it cannot listen.
     """
-    gateway = make_gateway(config, front, sampling, models)
+    gateway = Gateway(config, front, sampling, models, keys)
     if not gateway.services.keys.required:
         _log.warning(
             "no API key is set: everyone on this machine may use the model (listening on %s only)", config.host

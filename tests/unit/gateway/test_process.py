@@ -19,6 +19,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from llmscale import logs
+from llmscale.gateway.auth import load_keys
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.gateway.serve import run
 from llmscale.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ logs.configure()
 model = ServedModel("tiny", Tokenizer(Path(sys.argv[1])), 512, 1 << 20, 1)
 front = FakeFront(automatic=False)
 config = GatewayConfig(port=0, limits=GatewayLimits(max_drain_seconds=1))
-run(config, front, FakeSampling, [model], on_started=lambda port: print(port, flush=True))
+run(config, front, FakeSampling, [model], load_keys((), None), on_started=lambda port: print(port, flush=True))
 print("ended, front closed:", front.closed, flush=True)
 """
 
