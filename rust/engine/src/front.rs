@@ -150,10 +150,10 @@ impl FrontHandle {
             sender: poller.waker(),
             hasher: ChainHasher::new(config.secret),
         });
-        let endpoint = endpoint_options(config.options.limits.max_live_requests);
         let mut connections = Vec::with_capacity(nodes.len());
         for (number, node) in nodes.iter().enumerate() {
             let replica = ReplicaId(number as u32);
+            let endpoint = endpoint_options(config.options.limits.max_live_requests, &node.address);
             let connection = Connection::open(context, replica, node, &endpoint)?;
             connection.wake_on_connections(poller.waker());
             connections.push(connection);
@@ -221,10 +221,12 @@ impl Drop for FrontHandle {
 /// Everything that waits may leave for one node in one go, when that is the first to come up: 1,000 requests overran a
 /// queue of 256 frames, and the front took a node that was reading for a lost one until the requests had no attempts left.
 /// An attempt is submitted, asked back and aborted at most once each.
-fn endpoint_options(max_live_requests: u32) -> EndpointOptions {
+/// A node of this host, which may be starting beside us, is looked for ten times a second: that is a call of the system.
+fn endpoint_options(max_live_requests: u32, node: &Address) -> EndpointOptions {
     let default = EndpointOptions::default();
     let burst = max_live_requests.saturating_mul(3).saturating_add(default.max_send_queue_frames);
-    EndpointOptions { max_send_queue_frames: burst.min(EndpointOptions::MAX_QUEUE_FRAMES), ..default }
+    let max_reconnect_us = if matches!(node, Address::Ipc(_)) { 100_000 } else { default.max_reconnect_us };
+    EndpointOptions { max_send_queue_frames: burst.min(EndpointOptions::MAX_QUEUE_FRAMES), max_reconnect_us, ..default }
 }
 
 /// The thread's state.

@@ -12,10 +12,10 @@ use crate::fronts::Fronts;
 use crate::report::{FIRST_STATE, NodeEvent, NodeReport, Noticeboard};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use llmscale_net::link::WorkerLink;
-use llmscale_net::{Address, Context, EndpointOptions, NetError, Poller, ServerEndpoint, ServerKeys, Waker};
+use llmscale_net::{Address, Context, EndpointOptions, NetError, PeerId, Poller, ServerEndpoint, ServerKeys, Waker};
 use llmscale_scheduler::{Actions, FirstComeFirstServed, Pace, Replica};
 use llmscale_types::{Duration, EngineLimits, Epoch, LimitError, NodeId, StepId, StepResult, Time};
-use llmscale_wire::{CodecLimits, Configure, ModelIdentity, NodeState};
+use llmscale_wire::{CodecLimits, Configure, Hello, ModelIdentity, NodeState};
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
@@ -235,6 +235,8 @@ struct Node {
     state: NodeState,
     has_run: bool,
     knows_numerics: bool,
+    /// Fronts that greeted before that, the latest greeting of each.
+    early: Vec<(PeerId, Hello)>,
     told_drained: bool,
     next_status: Time,
     next_caches: Time,
@@ -267,6 +269,7 @@ impl Node {
             state: FIRST_STATE,
             has_run: false,
             knows_numerics: false,
+            early: Vec::new(),
             told_drained: false,
             next_status: Time(0),
             next_caches: Time(0),

@@ -13,13 +13,9 @@ use llmscale_kernels::matmul::dense::{PackedWeights, multiply};
 use llmscale_kernels::matmul::nibbles::{PackedNibbles, multiply_nibbles};
 use llmscale_kernels::matmul::{MatmulScratch, PackError};
 use llmscale_kernels::pool::Pool;
+use llmscale_kernels::rounding::round_to_bytes;
 use llmscale_kernels::row_source::RowSource;
 use std::io;
-
-/// Codes of eight bits lie between minus this and this.
-const MAX_BYTE_CODE: f32 = 127.0;
-/// Least divisor, so that rows of zeros have codes of zero.
-pub(crate) const LEAST_DIVISOR: f32 = 1e-36;
 
 /// Threads and the instruction level of a call.
 #[derive(Clone, Copy, Debug)]
@@ -160,11 +156,7 @@ fn make_bytes(stack: &Stack, first: usize, codes: &mut [i8], scales: &mut [f32])
     stack.read(first, &mut rows)?;
     let width = stack.columns();
     for ((row, codes), scale) in rows.chunks_exact(width).zip(codes.chunks_exact_mut(width)).zip(scales) {
-        *scale = row.iter().fold(0.0_f32, |largest, value| largest.max(value.abs())) / MAX_BYTE_CODE;
-        let divisor = scale.max(LEAST_DIVISOR);
-        for (code, value) in codes.iter_mut().zip(row) {
-            *code = (value / divisor).round_ties_even().clamp(-MAX_BYTE_CODE, MAX_BYTE_CODE) as i8;
-        }
+        *scale = round_to_bytes(row, codes);
     }
     Ok(())
 }

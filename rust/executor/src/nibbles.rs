@@ -1,17 +1,15 @@
 //! Weights of four bits on their way from files: rounded to the nearest while a dense weight is read, or as a checkpoint
-//! of compressed-tensors stores them. Rounding is that of `llmscale quantize`, number for number: scales are raised to the
-//! next bf16 before codes are chosen, so that no weight is off by more than half of its scale. Linear in the weights. It
+//! of compressed-tensors stores them. Linear in the weights. It
 //! does not know products.
 
 use crate::error::LoadError;
-use crate::linear::{LEAST_DIVISOR, check_scales};
+use crate::linear::check_scales;
 use crate::source::{Stack, Stored};
 use llmscale_kernels::matmul::nibbles::{MAX_GROUP, NibbleRows, PackedNibbles, unpack};
 use llmscale_kernels::pool::Pool;
+use llmscale_kernels::rounding::round_to_nibbles;
 use std::io;
 
-const MAX_CODE: f32 = 15.0;
-const MIDDLE: f32 = 8.0;
 /// Codes in a word.
 const CODES: usize = 8;
 
@@ -34,30 +32,13 @@ pub(crate) fn made(pool: &Pool, stack: &Stack, group: usize, symmetric: bool) ->
 /// Chooses scale, zero point and codes for every group of some rows.
 fn round(values: &[f32], group: usize, repeats: usize, rows: &mut NibbleRows<'_>) {
     for (index, (values, codes)) in values.chunks_exact(group).zip(rows.codes.chunks_exact_mut(group)).enumerate() {
-        let (scale, zero) = if rows.zeros.is_empty() {
-            let largest = values.iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
-            (raised_to_bf16(largest / (MAX_CODE / 2.0)), MIDDLE)
-        } else {
-            let low = values.iter().fold(0.0_f32, |low, value| low.min(*value));
-            let high = values.iter().fold(0.0_f32, |high, value| high.max(*value));
-            let scale = raised_to_bf16((high - low) / MAX_CODE);
-            (scale, (-low / scale.max(LEAST_DIVISOR)).round_ties_even().clamp(0.0, MAX_CODE))
-        };
-        let divisor = scale.max(LEAST_DIVISOR);
-        for (code, value) in codes.iter_mut().zip(values) {
-            *code = ((value / divisor).round_ties_even() + zero).clamp(0.0, MAX_CODE) as u8;
-        }
+        let (scale, zero) = round_to_nibbles(values, rows.zeros.is_empty(), codes);
         let places = index * repeats..(index + 1) * repeats;
         rows.scales[places.clone()].fill(scale);
         if !rows.zeros.is_empty() {
-            rows.zeros[places].fill(zero as u8);
+            rows.zeros[places].fill(zero);
         }
     }
-}
-
-/// The next bf16 that is not less, for numbers that are not negative.
-fn raised_to_bf16(scale: f32) -> f32 {
-    f32::from_bits(scale.to_bits().wrapping_add(0xffff) & 0xffff_0000)
 }
 
 /// Takes stored codes, scales and zero points.
@@ -148,7 +129,7 @@ impl Groups {
 
 #[cfg(test)]
 mod tests {
-    use super::{Groups, NibbleRows, raised_to_bf16, round};
+    use super::{Groups, NibbleRows, round};
 
     #[test]
     fn groups_are_rounded_to_codes_that_are_off_by_half_a_scale_at_most() {
@@ -162,13 +143,6 @@ mod tests {
                 let error = (f32::from(code) - zero) * scales[place] - value;
                 assert!(error.abs() <= scales[place] * 0.5001, "{value} became {error} more");
             }
-        }
-    }
-
-    #[test]
-    fn scales_are_raised_to_the_next_bf16() {
-        for (given, raised) in [(1.0, 1.0), (1.0001, 1.007_812_5), (0.0, 0.0)] {
-            assert!((raised_to_bf16(given) - raised).abs() < 1e-9, "{given}");
         }
     }
 

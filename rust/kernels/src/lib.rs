@@ -48,6 +48,7 @@ pub mod rank_parts;
 mod rank_wait;
 pub mod reference;
 pub mod rope_cache;
+pub mod rounding;
 pub mod row_source;
 mod rows;
 pub mod sampler;

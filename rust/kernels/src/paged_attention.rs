@@ -7,6 +7,7 @@
 //! Scales of rows never meet elements: a key's is brought to its scores, a value's to its weights, 64 at a time.
 //! Keys and values outside of a row's causal window are never multiplied, so stale or non-finite memory cannot leak in.
 
+mod direct;
 mod layout;
 mod micro;
 mod pack;

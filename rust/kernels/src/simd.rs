@@ -124,9 +124,19 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Interleaves two rows of bf16: lane `i` of the first (second) result holds `(even[i], odd[i])` for the first
     /// (second) `LANES` elements of the rows. Reads `count <= 2 * LANES` elements of each; the rest are zero.
     unsafe fn interleave_bf16(self, even: *const Bf16, odd: *const Bf16, count: usize) -> (Self::U32, Self::U32);
-    /// Transposes 4 consecutive 32-bit units of `LANES` rows: unit `u` of row `r` goes to `target[u * stride + r]`.
-    /// Row `r` begins `r % 4` times `row_words` after `bases[r / 4]`.
-    unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize);
+    /// Transposes 4 consecutive 32-bit units of `LANES` rows: lane `r` of result `u` holds unit `u` of row `r`, which
+    /// begins `r % 4` times `row_words` after `bases[r / 4]`.
+    unsafe fn transposed_units(self, bases: [*const u32; 4], row_words: usize) -> [Self::U32; 4];
+    /// The same to memory: unit `u` of row `r` goes to `target[u * stride + r]`.
+    #[inline(always)]
+    unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            for (unit, lanes) in self.transposed_units(bases, row_words).into_iter().enumerate() {
+                self.store_u32(target.add(unit * stride), lanes);
+            }
+        }
+    }
     /// Hints that the cache line at `address` will be read soon, and should come to the second-level cache. Any address is
     /// allowed.
     fn prefetch(self, address: *const u8);

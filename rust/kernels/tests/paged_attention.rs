@@ -214,6 +214,15 @@ fn a_long_sequence_cut_along_its_splits_keeps_its_bits() {
     );
 }
 
+#[test]
+fn whole_tiles_of_few_vectors_have_the_bits_of_packed_ones() {
+    for group in 1..=5 {
+        for head_dim in [32, 64, 96, 128] {
+            assert_invariant::<Bf16, Bf16>(group as u64, shape(2 * group, 2, head_dim, 32), 8, &[130, 330, 64]);
+        }
+    }
+}
+
 fn assert_later_tokens_do_not_reach<K: KvElement<Bf16> + Poison>() {
     let shape = shape(4, 2, 32, 32);
     let mut random = Random(5);

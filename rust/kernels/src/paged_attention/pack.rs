@@ -104,6 +104,24 @@ impl<K: Stored> TileRows<K> {
         }
     }
 
+    /// Where the key of the first token of a run lies, and its value; all tokens of the run are wanted.
+    #[inline(always)]
+    pub(super) fn run(&self, run: usize) -> (*const K, *const K) {
+        (self.runs[run], self.runs[run].wrapping_add(self.to_value))
+    }
+
+    /// Hints that the next tile's run of keys will be read soon.
+    #[inline(always)]
+    pub(super) fn prefetch_keys<S: Simd>(&self, simd: S, run: usize) {
+        self.prefetch_run(simd, run, 0);
+    }
+
+    /// The same for values.
+    #[inline(always)]
+    pub(super) fn prefetch_values<S: Simd>(&self, simd: S, run: usize) {
+        self.prefetch_run(simd, run, self.to_value);
+    }
+
     /// Hints that a run of keys (or values, `offset` elements further) will be read soon.
     #[inline(always)]
     fn prefetch_run<S: Simd>(&self, simd: S, run: usize, offset: usize) {
@@ -134,7 +152,7 @@ impl<K: Stored> TileRows<K> {
         let mut group = self.from / S::LANES * S::LANES;
         while group < self.to {
             for run in group / RUN_TOKENS..(group + S::LANES) / RUN_TOKENS {
-                next.prefetch_run(simd, run, 0);
+                next.prefetch_keys(simd, run);
             }
             let whole = group >= self.from && group + S::LANES <= self.to;
             if whole && K::IS_BYTES && self.head_dim.is_multiple_of(4 * BYTES_OF_UNIT) {
@@ -235,7 +253,7 @@ impl<K: Stored> TileRows<K> {
         next: &Self,
     ) {
         for run in self.from / RUN_TOKENS..self.to.div_ceil(RUN_TOKENS) {
-            next.prefetch_run(simd, run, next.to_value);
+            next.prefetch_values(simd, run);
             let (first, end) = (run * RUN_TOKENS, (run + 1) * RUN_TOKENS);
             // SAFETY: reads stay within `head_dim`, writes within `padded_dim` of a wanted token's unit.
             unsafe {

@@ -3,6 +3,7 @@
 //! thread's scratch. O(vectors x tokens x head size). Knows the plan, but not how tasks were divided.
 #![expect(unsafe_code, reason = "kernels on scratch memory and disjoint parts of the output")]
 
+use super::direct;
 use super::layout::{Layout, PartialLayout};
 use super::micro::{self, Accumulate};
 use super::pack::{TileRows, pack_row};
@@ -234,8 +235,20 @@ impl<'a, S: Simd, T: Element, K: Stored> Work<'a, S, T, K> {
         let (simd, layout) = (self.simd, &self.layout);
         let head_first = head * self.head_vectors();
         let (first, vectors) = (head_first + active.start * self.group, active.len() * self.group);
+        let is_whole = tile.tokens() == (0..TILE_TOKENS) && full == active;
+        let head_dim = self.input.plan.shape().region.head_dim;
+        let is_direct = (1..=direct::MAX_VECTORS).contains(&vectors) && head_dim.is_multiple_of(direct::DIMS);
         // SAFETY: the layout places every array; `first + vectors` is at most the vectors of the task.
         unsafe {
+            if PAIRS && S::LANES == 16 && K::IS_BF16 && is_whole && is_direct {
+                match vectors {
+                    1 => self.run_whole::<1>(start, first, active, tile, next),
+                    2 => self.run_whole::<2>(start, first, active, tile, next),
+                    3 => self.run_whole::<3>(start, first, active, tile, next),
+                    _ => self.run_whole::<4>(start, first, active, tile, next),
+                }
+                return;
+            }
             let (keys, values) = (self.at(layout.keys), self.at(layout.values));
             tile.pack_keys::<S, PAIRS>(simd, keys, self.at(layout.staged), next);
             let scores = self.at(layout.scores + first * TILE_TOKENS).cast::<f32>();
@@ -251,6 +264,32 @@ impl<'a, S: Simd, T: Element, K: Stored> Work<'a, S, T, K> {
             self.softmax::<PAIRS>(start, head_first, active.clone());
             tile.pack_values::<S, PAIRS>(simd, values, layout.padded_dim, next);
             self.accumulate::<PAIRS>(start, head_first, active, full);
+        }
+    }
+
+    /// [`Self::run_tile`] of a tile that its few vectors see whole, without packing it.
+    ///
+    /// # Safety
+    /// As [`Self::execute`], for bf16 and vectors of sixteen lanes.
+    #[inline(always)]
+    unsafe fn run_whole<const VECTORS: usize>(
+        &self,
+        start: usize,
+        first: usize,
+        active: Range<usize>,
+        tile: &TileRows<K>,
+        next: &TileRows<K>,
+    ) {
+        let (simd, layout) = (self.simd, &self.layout);
+        let head_first = first - active.start * self.group;
+        // SAFETY: the layout places every array.
+        unsafe {
+            let scores = self.at(layout.scores + first * TILE_TOKENS).cast::<f32>();
+            let queries = self.at(layout.queries + first * layout.units);
+            direct::scores::<S, K, VECTORS>(simd, layout.units, queries, scores, tile, next);
+            self.softmax::<true>(start, head_first, active);
+            let head_dim = self.input.plan.shape().region.head_dim;
+            direct::accumulate::<S, K, VECTORS>(simd, self.operands(first), head_dim, tile, next);
         }
     }
 
@@ -293,6 +332,19 @@ impl<'a, S: Simd, T: Element, K: Stored> Work<'a, S, T, K> {
         }
     }
 
+    /// Weights, packed values and sums from a vector on.
+    #[inline(always)]
+    fn operands(&self, vector: usize) -> Accumulate {
+        let layout = &self.layout;
+        Accumulate {
+            weights: self.at(layout.scores + vector * TILE_TOKENS),
+            values: self.at(layout.values),
+            sums: self.at(layout.sums + vector * layout.padded_dim).cast(),
+            factors: self.at(layout.factors + vector).cast(),
+            padded_dim: layout.padded_dim,
+        }
+    }
+
     /// Adds the tile's weighted values to the sums of the active rows.
     ///
     /// # Safety
@@ -305,25 +357,17 @@ impl<'a, S: Simd, T: Element, K: Stored> Work<'a, S, T, K> {
         active: Range<usize>,
         full: Range<usize>,
     ) {
-        let layout = &self.layout;
-        let operands = |vector: usize| Accumulate {
-            weights: self.at(layout.scores + vector * TILE_TOKENS),
-            values: self.at(layout.values),
-            sums: self.at(layout.sums + vector * layout.padded_dim).cast(),
-            factors: self.at(layout.factors + vector).cast(),
-            padded_dim: layout.padded_dim,
-        };
         // SAFETY: the layout places every array; row numbers are within the task.
         unsafe {
             if !full.is_empty() {
                 let token_units = if PAIRS { TILE_TOKENS / 2 } else { TILE_TOKENS };
-                let vectors = full.len() * self.group;
-                operands(head_first + full.start * self.group).full_rows::<S, PAIRS>(self.simd, vectors, token_units);
+                let (first, vectors) = (head_first + full.start * self.group, full.len() * self.group);
+                self.operands(first).full_rows::<S, PAIRS>(self.simd, vectors, token_units);
             }
             for row in active.filter(|row| !full.contains(row)) {
                 let tokens = self.tile_tokens(self.task.rows.start + row, start);
                 for head in 0..self.group {
-                    operands(0).partial_row::<S, PAIRS>(
+                    self.operands(0).partial_row::<S, PAIRS>(
                         self.simd,
                         head_first + row * self.group + head,
                         tokens.clone(),

@@ -347,7 +347,7 @@ impl Simd for Avx2 {
         unreachable!("guarded by BF16_DOT")
     }
     #[inline(always)]
-    unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize) {
+    unsafe fn transposed_units(self, bases: [*const u32; 4], row_words: usize) -> [Self::U32; 4] {
         proven!({
             let (r0, r1, r2, r3) = (
                 halves(bases, 0),
@@ -357,11 +357,13 @@ impl Simd for Avx2 {
             );
             let (a, b) = (_mm256_unpacklo_epi32(r0, r1), _mm256_unpackhi_epi32(r0, r1));
             let (c, d) = (_mm256_unpacklo_epi32(r2, r3), _mm256_unpackhi_epi32(r2, r3));
-            _mm256_storeu_si256(target.cast(), _mm256_unpacklo_epi64(a, c));
-            _mm256_storeu_si256(target.add(stride).cast(), _mm256_unpackhi_epi64(a, c));
-            _mm256_storeu_si256(target.add(2 * stride).cast(), _mm256_unpacklo_epi64(b, d));
-            _mm256_storeu_si256(target.add(3 * stride).cast(), _mm256_unpackhi_epi64(b, d));
-        });
+            [
+                _mm256_unpacklo_epi64(a, c),
+                _mm256_unpackhi_epi64(a, c),
+                _mm256_unpacklo_epi64(b, d),
+                _mm256_unpackhi_epi64(b, d),
+            ]
+        })
     }
     #[inline(always)]
     fn prefetch(self, address: *const u8) {

@@ -352,7 +352,7 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
         })
     }
     #[inline(always)]
-    unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize) {
+    unsafe fn transposed_units(self, bases: [*const u32; 4], row_words: usize) -> [Self::U32; 4] {
         proven!({
             let (r0, r1, r2, r3) = (
                 quarters(bases, 0),
@@ -362,11 +362,13 @@ impl<const BF16: bool> Simd for Vectors512<BF16> {
             );
             let (a, b) = (_mm512_unpacklo_epi32(r0, r1), _mm512_unpackhi_epi32(r0, r1));
             let (c, d) = (_mm512_unpacklo_epi32(r2, r3), _mm512_unpackhi_epi32(r2, r3));
-            _mm512_storeu_si512(target.cast(), _mm512_unpacklo_epi64(a, c));
-            _mm512_storeu_si512(target.add(stride).cast(), _mm512_unpackhi_epi64(a, c));
-            _mm512_storeu_si512(target.add(2 * stride).cast(), _mm512_unpacklo_epi64(b, d));
-            _mm512_storeu_si512(target.add(3 * stride).cast(), _mm512_unpackhi_epi64(b, d));
-        });
+            [
+                _mm512_unpacklo_epi64(a, c),
+                _mm512_unpackhi_epi64(a, c),
+                _mm512_unpacklo_epi64(b, d),
+                _mm512_unpackhi_epi64(b, d),
+            ]
+        })
     }
     #[inline(always)]
     fn prefetch(self, address: *const u8) {

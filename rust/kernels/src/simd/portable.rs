@@ -286,16 +286,13 @@ impl Simd for Portable {
         unreachable!("guarded by BF16_DOT")
     }
     #[inline(always)]
-    unsafe fn transpose_units(self, bases: [*const u32; 4], row_words: usize, target: *mut u32, stride: usize) {
-        for row in 0..LANES {
-            for unit in 0..4 {
-                // SAFETY: the caller promises rows of 4 units behind the bases, and a target of 4 strides.
-                unsafe {
-                    let value = bases[row / 4].add(row % 4 * row_words + unit).read_unaligned();
-                    target.add(unit * stride + row).write_unaligned(value);
-                }
-            }
-        }
+    unsafe fn transposed_units(self, bases: [*const u32; 4], row_words: usize) -> [Self::U32; 4] {
+        core::array::from_fn(|unit| {
+            core::array::from_fn(|row| {
+                // SAFETY: the caller promises rows of 4 units behind the bases.
+                unsafe { bases[row / 4].add(row % 4 * row_words + unit).read_unaligned() }
+            })
+        })
     }
     #[inline(always)]
     fn prefetch(self, _: *const u8) {}
