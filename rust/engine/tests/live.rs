@@ -7,13 +7,13 @@ use llmscale_engine::{
 use llmscale_front::{EndReason, FrontEvent, FrontOptions, NewRequest, ReplicaState};
 use llmscale_net::link::socket::{SocketLink, SocketWorker};
 use llmscale_net::link::{LinkError, WorkerSide};
-use llmscale_net::{Address, AllowList, Context, EndpointOptions};
+use llmscale_net::{Address, AllowList, ClientEndpoint, Context, EndpointOptions, Phase};
 use llmscale_scheduler::Pace;
 use llmscale_sim::{HashWorker, StepFailure, hash_token};
 use llmscale_types::{Class, Delta, Duration, EngineLimits, Epoch, FinishReason, NodeId, RequestId, Sampling, Token};
 use llmscale_wire::{
-    CodecLimits, Configure, Dtype, Failed, FailureCode, FromWorker, ModelIdentity, NeedSnapshot, Ready, ToWorker,
-    decode, encode,
+    CodecLimits, Configure, Dtype, Failed, FailureCode, FromNode, FromWorker, Hello, ModelIdentity, NeedSnapshot,
+    Ready, ToNode, ToWorker, VERSIONS, decode, encode, encode_at,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -293,6 +293,30 @@ impl Reader {
             assert_eq!(*reason, Some(EndReason::Finished(FinishReason::Length)));
         }
     }
+}
+
+#[test]
+fn a_front_that_greets_before_there_is_a_worker_is_welcome_when_there_is_one() {
+    let mut node = Node::start(None, 1);
+    let (context, codec) = (Context::new(AllowList::default(), 1).unwrap(), CodecLimits::default());
+    let options = EndpointOptions::default();
+    let mut client = ClientEndpoint::connect(&context, node.handle.address(), None, &options).unwrap();
+    wait_until("the node accepts connections", || client.phase() == Phase::Up);
+    // The second greeting is refused at once, which says that the first was read.
+    for fleet in ["test", "another"] {
+        let hello = Hello { versions: VERSIONS, front: "early".to_owned(), fleet: fleet.to_owned(), model: None };
+        client.send(encode_at(VERSIONS.low, &ToNode::Hello(hello), &codec).unwrap()).unwrap();
+    }
+    let mut hears = |what: &str, wanted: fn(&FromNode) -> bool| {
+        wait_until(what, || {
+            let message = client.receive().unwrap();
+            message.is_some_and(|message| wanted(&decode(&message.payload, &codec).unwrap()))
+        });
+    };
+    hears("a refusal", |frame| matches!(frame, FromNode::Rejected(_)));
+    let worker = node.give_worker(u64::MAX);
+    hears("a welcome", |frame| matches!(frame, FromNode::Welcome(_)));
+    node.bury(worker);
 }
 
 #[test]
