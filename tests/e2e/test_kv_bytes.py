@@ -28,14 +28,10 @@ from tests.e2e.test_host_tier import (
 )
 from tests.processes import serving
 
+pytestmark = pytest.mark.usefixtures("slow_processor")
+
 HOST_BLOCKS = 32
 DISK_BLOCKS = 256
-
-
-@pytest.fixture(autouse=True)
-def slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of so small a model are not worth a disk otherwise: computing them takes a tenth of reading them."""
-    monkeypatch.setenv("LLMSCALE_CPU_LEVEL", "portable")
 
 
 @cache

@@ -1,6 +1,7 @@
 //! One layer, ready to run: `x += attention(norm(x)); x += mlp(norm(x))`. What a part gives is added to the stream by the
-//! norm of the next one, and norms and activations are made row by row while the product behind them packs its rows. Linear in the rows but for attention, which is the kernels'. It does not know its
-//! neighbours: the stream and what is to be added to it are in the caller's buffers.
+//! norm of the next one, and norms and activations are made row by row while the product behind them packs its rows.
+//! Linear in the rows but for attention, which is the kernels'. It does not know its neighbours: the stream and what is to
+//! be added to it are in the caller's buffers.
 
 use crate::description::{BlockDescription, ModelShape, NormDescription};
 use crate::error::LoadError;

@@ -1,6 +1,6 @@
 //! Both products of a whole tile for the few query vectors of a decode, without packing: keys are transposed and values
-//! interleaved in registers, just before they are used. The cost of packing has nobody to be shared by then: it was a third
-//! of what attention took for three vectors. Chains of additions are those of [`super::micro`], in every bit.
+//! interleaved in registers, just before they are used. The cost of packing has few to be shared by then: without it a step
+//! of eight rows after 256 tokens took 8.1 to 9.9 ms instead of 8.9 to 12.4. Chains of additions are those of [`super::micro`], in every bit.
 //! O(vectors x tokens x head size). For bf16 pairs in vectors of sixteen lanes.
 #![expect(unsafe_code, reason = "vector loads on raw pointers of the region")]
 
