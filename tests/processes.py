@@ -41,13 +41,13 @@ def base_install() -> Iterator[None]:
         yield
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Polls a condition until it holds; fails with `what` when time is up."""
+def wait_until(condition: Callable[[], bool], seconds: float, what: str, seen: Callable[[], object] = str) -> None:
+    """Polls a condition until it holds; fails with `what` when time is up, and with what is `seen` then."""
     deadline = time.monotonic() + seconds
     pause = threading.Event()
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:g} s: {what}")
+            raise AssertionError(f"not within {seconds:g} s: {what} {seen()}")
         pause.wait(0.01)
 
 

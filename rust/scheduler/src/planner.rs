@@ -13,7 +13,7 @@ use crate::sequences::{Ends, Phase};
 use llmscale_blocks::Found;
 use llmscale_cost::StepShape;
 use llmscale_types::frame::admission_bytes;
-use llmscale_types::{Admission, Chunk, CopyDirection, Delta, GroupId, Slot};
+use llmscale_types::{Admission, Chunk, CopyDirection, Delta, GroupId, Planted, Slot};
 
 impl Replica {
     /// Plans one step if a worker can take one and there is something to compute. Returns whether it did.
@@ -195,12 +195,16 @@ impl Replica {
         self.plan_restores(slot, most, budget);
         let context = self.sequences.contexts[slot.index()].len() as u32;
         let cold = &mut self.sequences.cold[slot.index()];
-        let tokens = budget.fitting(&self.cost, cold.planned_tokens, most.min(context - cold.planned_tokens));
-        if tokens == 0 {
+        let wanted = most.min(context - cold.planned_tokens);
+        let tokens = budget.fitting(&self.cost, cold.planned_tokens, wanted);
+        budget.take(&self.cost, cold.planned_tokens, tokens);
+        if tokens == 0 || (tokens < wanted && !Planted::OvertakesACutPrompt.is_here()) {
+            // What is left may suffice for the start of another context, which would overtake this one.
             budget.exhaust();
+        }
+        if tokens == 0 {
             return;
         }
-        budget.take(&self.cost, cold.planned_tokens, tokens);
         draft.chunks.push(Chunk { slot, start_tokens: cold.planned_tokens, tokens });
         cold.planned_tokens += tokens;
         self.prefill_backlog -= u64::from(tokens);

@@ -5,6 +5,7 @@ use crate::around::Around;
 use crate::disk_memory::DiskMemory;
 use crate::hash_worker::{HashWorker, StepFailure};
 use crate::host_memory::HostMemory;
+use llmscale_cost::StepShape;
 use llmscale_types::{Delta, Duration, Epoch, HostBlockId, StepId, Time};
 use llmscale_wire::{CodecLimits, Failed, FailureCode, FromWorker, NeedSnapshot, ToWorker, decode, encode};
 use std::collections::VecDeque;
@@ -118,10 +119,14 @@ impl WorkerProcess {
             self.model.lose_mirror();
         }
         // What a step is said to take is the same for all where nobody decides anything by it, as it always was.
-        let tokens: u64 = delta.chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum();
-        let weighed = around.mix.engine.host_blocks > 0 || around.mix.step_target > Duration(0);
-        let computed_ns = if weighed { tokens * 40_000 } else { 0 };
-        let outcome = self.model.run(delta, 500_000 + computed_ns);
+        let mut shape = StepShape::default();
+        delta.chunks.iter().for_each(|chunk| shape.add_prefill(chunk.start_tokens, chunk.tokens));
+        let paced = around.mix.step_target > Duration(0);
+        let token_ns = if paced || around.mix.engine.host_blocks > 0 { 40_000 } else { 0 };
+        // The end of a long context costs a few times what the start of the next one does.
+        let pair_ns = if paced { 4_000 } else { 0 };
+        let prefill_ns = u64::from(shape.prefill_tokens) * token_ns + shape.prefill_pairs * pair_ns;
+        let outcome = self.model.run(delta, 500_000 + prefill_ns);
         let message = match outcome {
             Ok(_) if self.lapse.take_if(|lapse| *lapse == Lapse::Raises).is_some() => {
                 around.reach("worker_raised", [self.epoch.0, delta.step.0, 0, 0]);

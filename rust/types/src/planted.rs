@@ -67,11 +67,13 @@ pub enum Planted {
     SavesOverWhatItKeeps,
     /// A replica that drains does not wait for its last writes.
     EndsBeforeItHasSaved,
+    /// A replica lets a prompt begin in the time that is left where the one before was cut.
+    OvertakesACutPrompt,
 }
 
 impl Planted {
     /// All of them.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 32] = [
         Self::KeepsCacheOfDeadWorker,
         Self::ConvictsAtOnce,
         Self::GivesRowsToTheNextInSlot,
@@ -103,6 +105,7 @@ impl Planted {
         Self::LooksAtNoDiskHeader,
         Self::SavesOverWhatItKeeps,
         Self::EndsBeforeItHasSaved,
+        Self::OvertakesACutPrompt,
     ];
 
     /// Whether this thread has the bug.

@@ -14,7 +14,7 @@ use llmscale_types::{
     StepId, Submission, Time, Token,
 };
 use proptest::prelude::*;
-use world::{World, limits};
+use world::{World, limits, prefill_pairs, prefill_tokens};
 
 #[derive(Clone, Debug)]
 enum Operation {
@@ -74,6 +74,7 @@ proptest! {
         deadly in prop::option::weighted(0.2, Just(49)),
         max_admission_bytes in prop::sample::select(vec![1, 400, 700, MAX_ADMISSION_BYTES]),
         target_us in prop::sample::select(vec![0, 1, 100, 400]),
+        attends in any::<bool>(),
         operations in prop::collection::vec(operation(), 0..150),
     ) {
         let disk_blocks = if host_blocks == 0 { 0 } else { disk_blocks };
@@ -82,6 +83,10 @@ proptest! {
         let mut world = World::with_deadly_token(limits, deadly)
             .with_max_admission_bytes(max_admission_bytes)
             .with_pace(Pace::of(Duration(target_us)));
+        if attends {
+            // The end of a long context costs several times what the start of the next one does.
+            world.step_ns = |delta, _| 1_000 + 10_000 * prefill_tokens(delta) + 4_000 * prefill_pairs(delta);
+        }
         for operation in operations {
             let keys: Vec<SequenceKey> = world.wanted.keys().copied().collect();
             match operation {

@@ -1,9 +1,10 @@
 //! Goal: streams beside prompts wait for as long as the pace says, and prompts are computed all the same. Method: a worker
 //! whose steps take a time that is known, with noise and stalls, in virtual time.
 
-use crate::world::{World, limits, prefill_tokens};
+use crate::world::{World, limits, prefill_pairs, prefill_tokens};
 use llmscale_scheduler::Pace;
 use llmscale_types::{Class, Delta, Duration, EngineLimits, Token};
+use proptest::prelude::*;
 
 const TARGET_NS: u64 = 4_000_000;
 const STREAMS: u32 = 8;
@@ -17,13 +18,7 @@ fn long_limits(groups: u32) -> EngineLimits {
 /// Half a millisecond a step, 0.1 a decoding row, 40 us a token and 100 ns a token that it attends to; up to a tenth more,
 /// and every 61st step ten times as much.
 fn step_ns(delta: &Delta, decodes: u32) -> u64 {
-    let pairs: u64 = delta
-        .chunks
-        .iter()
-        .flat_map(|chunk| chunk.start_tokens..chunk.start_tokens + chunk.tokens)
-        .map(|position| u64::from(position) + 1)
-        .sum();
-    let exact = 500_000 + 100_000 * u64::from(decodes) + 40_000 * prefill_tokens(delta) + 100 * pairs;
+    let exact = 500_000 + 100_000 * u64::from(decodes) + 40_000 * prefill_tokens(delta) + 100 * prefill_pairs(delta);
     let noise = delta.step.0.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 57;
     let stalled = if stalls(delta) { 10 } else { 1 };
     stalled * exact * (1_280 + noise) / 1_280
@@ -136,4 +131,29 @@ fn streams_of_other_stages_wait_no_longer() {
 #[test]
 fn equal_times_are_paced_equally() {
     assert_eq!(run(Pace::of(Duration(2_000)), 1), run(Pace::of(Duration(2_000)), 1));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+    /// Where a chunk is cut there is time left, too short for its next tokens and long enough for the start of another
+    /// prompt: a node ended when that was taken.
+    #[test]
+    fn prompts_that_come_together_are_computed_one_after_the_other(
+        target_us in 200_u64..8_000,
+        groups in 1_u32..3,
+        bursts in prop::collection::vec(prop::collection::vec((1_u32..500, 1_u32..20), 1..8), 10..40),
+    ) {
+        let mut world = World::new(long_limits(groups)).with_pace(Pace::of(Duration(target_us)));
+        world.step_ns = step_ns;
+        for (seed, burst) in bursts.into_iter().enumerate() {
+            for (tokens, outputs) in burst {
+                world.submit(0, prompt(seed as u32, tokens), outputs, Class::Standard);
+            }
+            for _ in 0..20 {
+                while world.plan() {}
+                world.complete();
+            }
+        }
+        world.finish_all();
+    }
 }

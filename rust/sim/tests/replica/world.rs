@@ -35,6 +35,12 @@ pub(crate) fn prefill_tokens(delta: &Delta) -> u64 {
     delta.chunks.iter().map(|chunk| u64::from(chunk.tokens)).sum()
 }
 
+/// What its tokens attend to, token by token.
+pub(crate) fn prefill_pairs(delta: &Delta) -> u64 {
+    let positions = delta.chunks.iter().flat_map(|chunk| chunk.start_tokens..chunk.start_tokens + chunk.tokens);
+    positions.map(|position| u64::from(position) + 1).sum()
+}
+
 /// One attempt as its front knows it.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted {
