@@ -61,7 +61,7 @@ impl Weights {
     }
 }
 
-fn build(pool: &Pool, weights: &Weights, shape: Shape) -> Program<Bf16> {
+fn build(on: Processor<'_>, weights: &Weights, shape: Shape) -> Program<Bf16> {
     let (layers, hidden, heads, kv_heads, inner, vocabulary) = shape;
     let head_dim = if hidden == 320 { 48 } else { hidden / heads };
     let model = ModelShape { hidden, vocabulary, layers, kv_heads, head_dim };
@@ -90,7 +90,7 @@ fn build(pool: &Pool, weights: &Weights, shape: Shape) -> Program<Bf16> {
             gate_up: weights.linear(2 * inner, hidden),
             down: weights.linear(hidden, inner),
         };
-        builder.block(pool, &block).expect("it fits");
+        builder.block(on, &block).expect("it fits");
     }
     let stack = weights.stack(vocabulary, hidden);
     let weight = match weights.scheme.as_str() {
@@ -98,7 +98,7 @@ fn build(pool: &Pool, weights: &Weights, shape: Shape) -> Program<Bf16> {
         _ => WeightSource::MadeBytes(stack),
     };
     let head = LinearDescription { weight, bias: None };
-    builder.finish(pool, &weights.norm(hidden), &head, None).expect("it fits")
+    builder.finish(on, &weights.norm(hidden), &head, None).expect("it fits")
 }
 
 /// A step of `count` sequences with `rows` new tokens behind `before` old ones, timed.
@@ -148,12 +148,12 @@ fn main() {
     std::fs::File::create(&path).and_then(|mut file| file.write_all(&bytes)).expect("a file can be written");
     drop(bytes);
     let file = Arc::new(TensorFile::open(path.to_str().expect("a plain name")).expect("it is there"));
+    let on = Processor { pool: &pool, level };
     let start = Instant::now();
-    let mut program = build(&pool, &Weights { file, scheme: scheme.clone() }, shape);
+    let mut program = build(on, &Weights { file, scheme: scheme.clone() }, shape);
     let load = start.elapsed().as_secs_f64();
     std::fs::remove_file(&path).expect("it is there");
     println!("{name} {scheme}: {:.0} MB in {load:.2} s", program.weight_bytes() as f64 / 1e6);
-    let on = Processor { pool: &pool, level };
     for case in cases.split(',') {
         let digits = case.find(|letter: char| letter.is_ascii_digit()).expect("a number");
         let number: usize = case[digits..].parse().expect("a number");

@@ -15,7 +15,6 @@ use llmscale_kernels::kv_region::SlotMapping;
 use llmscale_kernels::matmul::MatmulScratch;
 use llmscale_kernels::norm::NormedRows;
 use llmscale_kernels::paged_attention::AttentionPlan;
-use llmscale_kernels::pool::Pool;
 use llmscale_kernels::rope_cache::{HeadNorms, RopeCacheInput};
 use std::sync::Arc;
 
@@ -112,7 +111,7 @@ pub(crate) struct Block<T> {
 
 impl<T: Element> Block<T> {
     pub(crate) fn load(
-        pool: &Pool,
+        on: Processor<'_>,
         shape: &ModelShape,
         description: &BlockDescription,
         rope: Arc<RopeTable>,
@@ -129,11 +128,11 @@ impl<T: Element> Block<T> {
             head_norms,
             window_tokens: attention.window_tokens,
             rope,
-            qkv: Linear::load(pool, &attention.qkv)?,
-            output: Linear::load(pool, &attention.output)?,
+            qkv: Linear::load(on, &attention.qkv)?,
+            output: Linear::load(on, &attention.output)?,
             mlp_norm: Norm::load(&description.mlp_norm, shape.hidden)?,
-            gate_up: Linear::load(pool, &description.gate_up)?,
-            down: Linear::load(pool, &description.down)?,
+            gate_up: Linear::load(on, &description.gate_up)?,
+            down: Linear::load(on, &description.down)?,
         };
         block.check(shape)?;
         Ok(block)

@@ -42,13 +42,14 @@ enum Weight<T> {
 
 impl<T: Element> Linear<T> {
     /// Reads and packs.
-    pub fn load(pool: &Pool, description: &LinearDescription) -> Result<Self, LoadError> {
+    pub fn load(on: Processor<'_>, description: &LinearDescription) -> Result<Self, LoadError> {
+        let pool = on.pool;
         let (outputs, inputs) = description.weight.shape();
         let weight = match &description.weight {
             WeightSource::Dense(stack) => {
                 Weight::Dense(PackedWeights::read(pool, outputs, inputs, |first, rows| stack.read(first, rows))?)
             }
-            WeightSource::MadeBytes(stack) => Weight::Bytes(made_bytes(pool, stack)?),
+            WeightSource::MadeBytes(stack) => Weight::Bytes(made_bytes(on, stack)?),
             WeightSource::StoredBytes { codes, scales } => {
                 let scales = scales_of(codes, scales)?;
                 Weight::Bytes(PackedBytes::read(pool, outputs, inputs, |first, rows, row_scales| {
@@ -57,7 +58,7 @@ impl<T: Element> Linear<T> {
                 })?)
             }
             WeightSource::MadeNibbles { stack, group, symmetric } => {
-                Weight::Nibbles(nibbles::made(pool, stack, *group, *symmetric)?)
+                Weight::Nibbles(nibbles::made(on, stack, *group, *symmetric)?)
             }
             WeightSource::StoredNibbles { codes, scales, zeros, inputs, group } => {
                 Weight::Nibbles(nibbles::stored(pool, codes, scales, zeros.as_ref(), *inputs, *group)?)
@@ -144,19 +145,19 @@ impl<T: Element> Linear<T> {
     }
 }
 
-fn made_bytes(pool: &Pool, stack: &Stack) -> Result<PackedBytes, PackError> {
-    PackedBytes::read(pool, stack.rows(), stack.columns(), |first, codes, scales| {
-        make_bytes(stack, first, codes, scales)
+fn made_bytes(on: Processor<'_>, stack: &Stack) -> Result<PackedBytes, PackError> {
+    PackedBytes::read(on.pool, stack.rows(), stack.columns(), |first, codes, scales| {
+        make_bytes(on.level, stack, first, codes, scales)
     })
 }
 
 /// Rounds whole rows to the nearest of 255 codes.
-fn make_bytes(stack: &Stack, first: usize, codes: &mut [i8], scales: &mut [f32]) -> io::Result<()> {
+fn make_bytes(level: Level, stack: &Stack, first: usize, codes: &mut [i8], scales: &mut [f32]) -> io::Result<()> {
     let mut rows = vec![0.0_f32; codes.len()];
     stack.read(first, &mut rows)?;
     let width = stack.columns();
     for ((row, codes), scale) in rows.chunks_exact(width).zip(codes.chunks_exact_mut(width)).zip(scales) {
-        *scale = round_to_bytes(row, codes);
+        *scale = round_to_bytes(level, row, codes);
     }
     Ok(())
 }

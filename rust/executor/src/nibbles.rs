@@ -1,10 +1,10 @@
 //! Weights of four bits on their way from files: rounded to the nearest while a dense weight is read, or as a checkpoint
-//! of compressed-tensors stores them. Linear in the weights. It
-//! does not know products.
+//! of compressed-tensors stores them. Linear in the weights. It does not know products.
 
 use crate::error::LoadError;
-use crate::linear::check_scales;
+use crate::linear::{Processor, check_scales};
 use crate::source::{Stack, Stored};
+use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::matmul::nibbles::{MAX_GROUP, NibbleRows, PackedNibbles, unpack};
 use llmscale_kernels::pool::Pool;
 use llmscale_kernels::rounding::round_to_nibbles;
@@ -14,25 +14,30 @@ use std::io;
 const CODES: usize = 8;
 
 /// Rounds a dense weight.
-pub(crate) fn made(pool: &Pool, stack: &Stack, group: usize, symmetric: bool) -> Result<PackedNibbles, LoadError> {
+pub(crate) fn made(
+    on: Processor<'_>,
+    stack: &Stack,
+    group: usize,
+    symmetric: bool,
+) -> Result<PackedNibbles, LoadError> {
     let (outputs, inputs) = (stack.rows(), stack.columns());
     if group == 0 || !inputs.is_multiple_of(group) {
         return Err(LoadError::Shape(format!("groups of {group} inputs do not divide {inputs}")));
     }
     let times = Groups::of(group, inputs)?;
-    let packed = PackedNibbles::read(pool, (outputs, inputs), times.group, !symmetric, |first, mut rows| {
+    let packed = PackedNibbles::read(on.pool, (outputs, inputs), times.group, !symmetric, |first, mut rows| {
         let mut values = vec![0.0_f32; rows.codes.len()];
         stack.read(first, &mut values)?;
-        round(&values, group, times.repeats, &mut rows);
+        round(on.level, &values, group, times.repeats, &mut rows);
         Ok(())
     })?;
     Ok(packed)
 }
 
 /// Chooses scale, zero point and codes for every group of some rows.
-fn round(values: &[f32], group: usize, repeats: usize, rows: &mut NibbleRows<'_>) {
+fn round(level: Level, values: &[f32], group: usize, repeats: usize, rows: &mut NibbleRows<'_>) {
     for (index, (values, codes)) in values.chunks_exact(group).zip(rows.codes.chunks_exact_mut(group)).enumerate() {
-        let (scale, zero) = round_to_nibbles(values, rows.zeros.is_empty(), codes);
+        let (scale, zero) = round_to_nibbles(level, values, rows.zeros.is_empty(), codes);
         let places = index * repeats..(index + 1) * repeats;
         rows.scales[places.clone()].fill(scale);
         if !rows.zeros.is_empty() {
@@ -129,14 +134,20 @@ impl Groups {
 
 #[cfg(test)]
 mod tests {
-    use super::{Groups, NibbleRows, round};
+    use super::{Groups, Level, NibbleRows, round};
 
     #[test]
     fn groups_are_rounded_to_codes_that_are_off_by_half_a_scale_at_most() {
         let values: Vec<f32> = (0..64_u32).map(|i| ((i * 37 % 101) as f32 - 30.0) / 50.0).collect();
         for zeros in [0, 4] {
             let (mut codes, mut scales, mut zeros) = (vec![99; 64], vec![0.0; 4], vec![77; zeros]);
-            round(&values, 32, 2, &mut NibbleRows { codes: &mut codes, scales: &mut scales, zeros: &mut zeros });
+            round(
+                Level::detected(),
+                &values,
+                32,
+                2,
+                &mut NibbleRows { codes: &mut codes, scales: &mut scales, zeros: &mut zeros },
+            );
             for (at, (&code, &value)) in codes.iter().zip(&values).enumerate() {
                 let place = at / 16;
                 let zero = zeros.get(place).map_or(8.0, |&zero| f32::from(zero));

@@ -60,7 +60,7 @@ impl<T: Element + Number> ProgramBuilder<T> {
     }
 
     /// Reads and packs the next layer.
-    pub fn block(&mut self, pool: &Pool, description: &BlockDescription) -> Result<(), LoadError> {
+    pub fn block(&mut self, on: Processor<'_>, description: &BlockDescription) -> Result<(), LoadError> {
         let frequencies = &description.attention.rope.frequencies;
         let found = self.ropes.iter().find(|(known, _)| known == frequencies).map(|(_, table)| Arc::clone(table));
         let rope = found.unwrap_or_else(|| {
@@ -68,14 +68,14 @@ impl<T: Element + Number> ProgramBuilder<T> {
             self.ropes.push((frequencies.clone(), Arc::clone(&table)));
             table
         });
-        self.blocks.push(Block::load(pool, &self.shape, description, rope)?);
+        self.blocks.push(Block::load(on, &self.shape, description, rope)?);
         Ok(())
     }
 
     /// Reads norm, head and embedding, and makes the KV region. Without a table of its own the embedding is the head's.
     pub fn finish(
         self,
-        pool: &Pool,
+        on: Processor<'_>,
         norm: &NormDescription,
         head: &LinearDescription,
         embedding: Option<&Stack>,
@@ -89,13 +89,13 @@ impl<T: Element + Number> ProgramBuilder<T> {
             )));
         }
         let norm = Norm::load(norm, shape.hidden)?;
-        let head = Linear::load(pool, head)?;
+        let head = Linear::load(on, head)?;
         if (head.outputs(), head.inputs()) != (shape.vocabulary, shape.hidden) {
             let message = format!("the head is {} x {}", head.outputs(), head.inputs());
             return Err(LoadError::Shape(message));
         }
         let table = match embedding {
-            Some(stack) => Table::Plain(read_table(pool, &shape, stack)?),
+            Some(stack) => Table::Plain(read_table(on.pool, &shape, stack)?),
             None if head.is_table() => Table::Tied,
             None => return Err(LoadError::Shape("a head of four bits cannot be the embedding too".into())),
         };

@@ -16,15 +16,15 @@ const MIDDLE: f32 = 8.0;
 const LEAST_DIVISOR: f32 = 1e-36;
 
 /// Fills `codes` with the row's, and returns their scale.
-pub fn round_to_bytes(row: &[f32], codes: &mut [i8]) -> f32 {
-    Level::detected().run(Bytes { row, codes })
+pub fn round_to_bytes(level: Level, row: &[f32], codes: &mut [i8]) -> f32 {
+    level.run(Bytes { row, codes })
 }
 
 /// Fills `codes` with a group's, from 0 to 15, and returns their scale, a bf16, and the code of zero. The scale is raised
 /// to the next bf16 before codes are chosen, so that no weight is off by more than half of it. A symmetric group has no
 /// zero point: its code of zero is 8.
-pub fn round_to_nibbles(values: &[f32], is_symmetric: bool, codes: &mut [u8]) -> (f32, u8) {
-    Level::detected().run(Nibbles { values, is_symmetric, codes })
+pub fn round_to_nibbles(level: Level, values: &[f32], is_symmetric: bool, codes: &mut [u8]) -> (f32, u8) {
+    level.run(Nibbles { values, is_symmetric, codes })
 }
 
 struct Bytes<'a> {
@@ -135,10 +135,10 @@ mod tests {
     fn zeros_have_codes_of_zero() {
         let zeros = [0.0; 40];
         let mut codes = [1; 40];
-        assert!(super::round_to_bytes(&zeros, &mut codes) <= 0.0);
+        assert!(super::round_to_bytes(Level::detected(), &zeros, &mut codes) <= 0.0);
         assert_eq!(codes, [0; 40]);
         let mut codes = [1; 40];
-        let (scale, zero) = super::round_to_nibbles(&zeros, false, &mut codes);
+        let (scale, zero) = super::round_to_nibbles(Level::detected(), &zeros, false, &mut codes);
         assert!(scale <= 0.0);
         assert_eq!(codes, [zero; 40]);
     }

@@ -6,6 +6,7 @@
 use crate::column_sampler;
 use crate::detach::detached;
 use crate::error;
+use llmscale_executor::linear::Processor;
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::element::{Bf16, Element};
 use llmscale_kernels::kv_format::KvFormat;
@@ -59,6 +60,13 @@ pub(crate) struct CpuKernels {
     pub(crate) level: Level,
     dtype: Dtype,
     step: Mutex<Option<Step>>,
+}
+
+impl CpuKernels {
+    /// Where native programs compute.
+    pub(crate) fn processor(&self) -> Processor<'_> {
+        Processor { pool: &self.pool, level: self.level }
+    }
 }
 
 /// Views memory as elements.

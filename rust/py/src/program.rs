@@ -11,7 +11,6 @@ use llmscale_executor::description::{
 };
 use llmscale_executor::error::LoadError;
 use llmscale_executor::fp8::Fp8Scales;
-use llmscale_executor::linear::Processor;
 use llmscale_executor::program::{Program, ProgramBuilder, StepRows};
 use llmscale_executor::source::{Stack, Stored, Tensor, TensorFile};
 use llmscale_executor::turned::{Packing, TurnedPart};
@@ -132,7 +131,7 @@ impl PyProgramBuilder {
                 gate_up: building.linear(gate_up)?,
                 down: building.linear(down)?,
             };
-            for_either!(building.unfinished()?, builder => builder.block(&kernels.pool, &description))
+            for_either!(building.unfinished()?, builder => builder.block(kernels.processor(), &description))
         };
         detached(py, load).map_err(|problem| error::load(&problem))
     }
@@ -152,12 +151,10 @@ impl PyProgramBuilder {
             let (norm, head) = (building.norm(norm)?, building.linear(head)?);
             let embedding = embedding.map(|places| building.stack(places)).transpose()?;
             building.unfinished()?;
-            let pool = &kernels.pool;
+            let on = kernels.processor();
             match building.builder.take().expect("it is not finished, as the line above says") {
-                Either::Float32(builder) => builder.finish(pool, &norm, &head, embedding.as_ref()).map(Either::Float32),
-                Either::Bfloat16(builder) => {
-                    builder.finish(pool, &norm, &head, embedding.as_ref()).map(Either::Bfloat16)
-                }
+                Either::Float32(builder) => builder.finish(on, &norm, &head, embedding.as_ref()).map(Either::Float32),
+                Either::Bfloat16(builder) => builder.finish(on, &norm, &head, embedding.as_ref()).map(Either::Bfloat16),
             }
         };
         let program = detached(py, finish).map_err(|problem| error::load(&problem))?;
@@ -349,7 +346,6 @@ impl PyNativeProgram {
     }
 
     fn run(&self, kernels: &CpuKernels, step: &StepRows<'_>) -> Result<(), KernelError> {
-        let on = Processor { pool: &kernels.pool, level: kernels.level };
-        for_either!(&mut *self.lock(), program => program.forward(on, step))
+        for_either!(&mut *self.lock(), program => program.forward(kernels.processor(), step))
     }
 }
