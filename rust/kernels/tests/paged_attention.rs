@@ -249,6 +249,36 @@ fn later_tokens_of_the_sequence_cannot_reach_a_row_even_as_nan() {
     assert_later_tokens_do_not_reach::<i8>();
 }
 
+fn assert_no_number_gives_no_number<T: Element, K: KvElement<T> + Poison>() {
+    let shape = shape(4, 2, 32, 32);
+    let nan = T::from_f32(f32::NAN);
+    let mut random = Random(15);
+    let clean: Sequence<T> = Sequence::random(&mut random, &shape, 600);
+    let (mut no_query, mut no_keys) = (clean.clone(), clean.clone());
+    no_query.queries.fill(nan);
+    let split = 256 * clean.kv.len() / 600;
+    no_keys.kv[..split].fill(nan);
+    let sequences = [clean, no_query, no_keys];
+    for (level, threads) in Level::available().flat_map(|level| [(level, 1), (level, 3)]) {
+        let rows = |sequence| {
+            let chunk = Chunk { sequence, computed: 599, length: 600 };
+            compute(&Step::<T, K>::new(&mut Random(6), shape, &sequences, &[chunk]), level, threads, 0)
+        };
+        // What it leaves in the threads' memory is not to be found in the others'.
+        assert!(rows(0).iter().flatten().all(|value| value.is_finite()), "{level}");
+        for broken in [1, 2] {
+            assert!(rows(broken).iter().flatten().all(|value| value.is_nan()), "{level}, {broken}");
+        }
+    }
+}
+
+#[test]
+fn scores_that_are_no_numbers_give_no_numbers_and_nothing_of_what_ran_before() {
+    assert_no_number_gives_no_number::<f32, f32>();
+    assert_no_number_gives_no_number::<Bf16, Bf16>();
+    assert_no_number_gives_no_number::<Bf16, i8>();
+}
+
 #[test]
 fn table_entries_below_every_window_are_not_looked_at() {
     let shape = AttentionShape { window_tokens: Some(40), ..shape(2, 1, 16, 8) };

@@ -129,9 +129,9 @@ pub(super) unsafe fn scores_to_weights<S: Simd, const PAIRS: bool, const SCALED:
 /// The result of some splits for one query vector.
 #[derive(Clone, Copy)]
 pub(super) struct SplitResult {
-    /// Greatest raw score; minus infinity where the vector has no token in the splits.
+    /// Greatest raw score; minus infinity where the vector has no token in the splits, or no score that is a number.
     pub(super) maximum: *mut f32,
-    /// Sum of weights relative to the maximum.
+    /// Sum of weights relative to the maximum; zero where the vector has no token in the splits.
     pub(super) denominator: *mut f32,
     /// `padded_dim` unnormalised sums.
     pub(super) sums: *mut f32,
@@ -152,10 +152,12 @@ pub(super) unsafe fn merge_split<S: Simd>(
     // SAFETY: the caller's promise.
     unsafe {
         let (before, added) = (*total.maximum, *next.maximum);
-        if added == f32::NEG_INFINITY {
+        // Scores that are no numbers leave the maximum where it was and make the denominator none either: such a result
+        // counts, or the vector would be written as whatever the scratch held before.
+        if added == f32::NEG_INFINITY && *next.denominator == 0.0 {
             return;
         }
-        if before == f32::NEG_INFINITY {
+        if before == f32::NEG_INFINITY && *total.denominator == 0.0 {
             *total.maximum = added;
             *total.denominator = *next.denominator;
             core::ptr::copy_nonoverlapping(next.sums, total.sums, padded_dim);

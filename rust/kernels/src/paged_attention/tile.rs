@@ -114,7 +114,8 @@ impl<'a, S: Simd, T: Element, K: Stored> Work<'a, S, T, K> {
         // SAFETY: the layout places every array; each task owns its part of partials and output.
         unsafe {
             for vector in 0..self.vectors() {
-                *partial_layout.result(self.at(self.layout.totals), vector).maximum = f32::NEG_INFINITY;
+                let total = partial_layout.result(self.at(self.layout.totals), vector);
+                (*total.maximum, *total.denominator) = (f32::NEG_INFINITY, 0.0);
             }
             if let TaskPart::Merge { partial } = self.task.part {
                 for split in 0..self.task.splits.len() {

@@ -45,6 +45,7 @@ impl Random {
 }
 
 /// One sequence of a test: all its queries (one per position) and its whole KV content for all layers and heads.
+#[derive(Clone)]
 pub(crate) struct Sequence<T> {
     pub(crate) tokens: usize,
     /// `tokens x query_heads x head_dim`.
