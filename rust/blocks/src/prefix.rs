@@ -62,6 +62,11 @@ impl PrefixIndex {
         self.block_tokens
     }
 
+    /// Whether it holds nothing. O(blocks).
+    pub fn is_empty(&self) -> bool {
+        self.entries.iter().all(Option::is_none)
+    }
+
     /// The block that holds `ids` after `parent`, if any.
     pub fn find(
         &self,

@@ -112,12 +112,12 @@ impl BlockStore {
         self
     }
 
-    /// Makes an unused store smaller.
+    /// Makes a store smaller whose device has not been used; what lies on the disk stays.
     ///
     /// # Panics
-    /// If a block is in use or has been.
+    /// If a block of the device is in use or has a content.
     pub fn shrink(&mut self, total: u32) {
-        assert!(self.pool.free() == self.pool.total() && self.contents == 0, "blocks are in use");
+        assert!(self.pool.free() == self.pool.total() && self.prefix.is_empty(), "blocks are in use");
         self.pool = BlockPool::new(total);
         self.prefix = PrefixIndex::new(total, self.block_tokens);
     }

@@ -34,6 +34,9 @@ impl Replica {
         self.counters.steps += 1;
         self.learn_costs(&flight, result);
         self.complete_chunks(&flight);
+        // Before rows send preempted ones back to the queue: two suspects that did not fit together would take turns for
+        // ever, each a suspect still, and nobody else would get a row.
+        self.clear_suspects(&flight);
         self.complete_rows(&flight, result, out);
         for &(slot, error) in &result.errors {
             if self.owns_row(slot, flight.step.0) {
@@ -102,7 +105,6 @@ impl Replica {
             }
         }
         self.counters.emitted_tokens += result.slots.len() as u64;
-        self.clear_suspects(flight);
         for (slot, reason) in ended.drain(..) {
             self.finish(slot, reason, out);
         }

@@ -70,6 +70,11 @@ pub enum GiveBack {
     },
     /// It cannot run here, or not now.
     Refused(Refusal),
+    /// The node is to end.
+    Drained {
+        /// A worker died or raised while computing it.
+        suspect: bool,
+    },
 }
 
 /// What a front is told about the prefix cache.

@@ -283,7 +283,7 @@ impl Replica {
         for place in waiting {
             let record = self.queue.remove(place).expect("its place was just listed");
             self.forget(&record);
-            out.give_back.push((record.key(), GiveBack::Refused(Refusal::Draining)));
+            out.give_back.push((record.key(), GiveBack::Drained { suspect: record.suspect }));
         }
     }
 

@@ -61,8 +61,12 @@ impl Node {
                 self.event(Event::Drain { deadline: self.clock.now() + max_drain, max_saving });
                 self.next_status = self.clock.now();
             }
-            Command::WorkerStarted { epoch, link, configure } => {
+            Command::WorkerStarted { epoch, link, mut configure } => {
                 self.epoch = epoch;
+                if self.knows_numerics {
+                    // What the first one had is all that any later one is asked for: memory may be free that was not.
+                    configure.limits.total_blocks = self.config.limits.total_blocks;
+                }
                 let order = encode(&ToWorker::Configure(*configure), &self.codec);
                 let order = order.expect("a configuration is within the codec's limits");
                 self.worker = Some(Worker {

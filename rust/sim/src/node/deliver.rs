@@ -77,6 +77,7 @@ impl NodeProcess {
             let (refusal, suspect) = match reason {
                 GiveBack::Recalled { suspect } => (None, suspect),
                 GiveBack::Refused(refusal) => (Some(refusal), false),
+                GiveBack::Drained { suspect } => (Some(Refusal::Draining), suspect),
             };
             if suspect {
                 around.coverage.reach("suspect_given_back");

@@ -31,11 +31,22 @@ fn a_conversation_comes_back_from_the_disk_in_the_next_process_too() {
     let after = world.replica.cache_counters();
     assert!(after.disk_read_blocks >= 6, "{after:?}");
     assert!(after.hit_tokens - before.hit_tokens >= 24, "{after:?}");
-    world.restart_node();
+    world.restart_node(None);
     talk(&mut world, 3..4);
     let again = world.replica.cache_counters();
     assert!(again.disk_read_blocks >= 6 && again.hit_tokens >= 24, "{again:?}");
     assert_eq!((again.bad_disk_blocks, again.disk_waits), (0, 0));
+}
+
+#[test]
+fn a_conversation_comes_back_from_the_disk_to_a_device_with_less_room_than_planned() {
+    let mut world = World::new(EngineLimits { host_blocks: 16, disk_blocks: 128, ..limits(14, 1, 40, 1) });
+    talk(&mut world, 0..8);
+    world.restart_node(Some(10));
+    assert_eq!(world.replica.load().total_blocks, 10);
+    talk(&mut world, 3..4);
+    let again = world.replica.cache_counters();
+    assert!(again.disk_read_blocks >= 6 && again.hit_tokens >= 24, "{again:?}");
 }
 
 #[test]
@@ -86,7 +97,7 @@ fn a_drain_saves_what_was_never_evicted_and_the_next_process_finds_it() {
     assert!(saved_blocks >= 8, "the last conversation is there whole");
     let drained = Drained { saved_blocks, unsaved_blocks: 0, cut_short: false };
     assert_eq!(world.replica.drained(), Some(drained));
-    world.restart_node();
+    world.restart_node(None);
     talk(&mut world, 1..2);
     let again = world.replica.cache_counters();
     assert!(again.disk_read_blocks >= 8 && again.hit_tokens >= 32, "{again:?}");

@@ -32,7 +32,7 @@ enum Operation {
     LoseHost,
     Transfer(usize),
     FlipDisk(usize),
-    RestartNode,
+    RestartNode { fewer: u32 },
 }
 
 fn operation() -> impl Strategy<Value = Operation> {
@@ -56,7 +56,7 @@ fn operation() -> impl Strategy<Value = Operation> {
         1 => Just(Operation::LoseHost),
         8 => (1_usize..4).prop_map(Operation::Transfer),
         1 => (0_usize..16).prop_map(Operation::FlipDisk),
-        1 => Just(Operation::RestartNode),
+        1 => (0_u32..3).prop_map(|fewer| Operation::RestartNode { fewer }),
     ]
 }
 
@@ -115,7 +115,11 @@ proptest! {
                 Operation::LoseHost => world.lose_host(),
                 Operation::Transfer(most) => { world.transfer(most); }
                 Operation::FlipDisk(place) => world.flip_disk(place),
-                Operation::RestartNode => world.restart_node(),
+                Operation::RestartNode { fewer } => {
+                    let total = world.replica.limits().total_blocks;
+                    // The longest sequence needs ten.
+                    world.restart_node((total >= 10 + fewer && fewer > 0).then(|| total - fewer));
+                }
                 _ => {}
             }
         }
@@ -297,6 +301,43 @@ fn a_suspect_of_a_crash_stays_one_where_it_goes_on() {
     let ended: Vec<Option<FinishReason>> = elsewhere.wanted.values().map(|wanted| wanted.ended).collect();
     assert_eq!(ended, [Some(FinishReason::Poisoned), None], "it was alone in a second crash");
     elsewhere.finish_all();
+    world.finish_all();
+}
+
+#[test]
+fn a_suspect_of_a_crash_stays_one_where_it_goes_when_the_node_drains() {
+    let mut world = World::new(limits(64, 4, 16, 2));
+    for _ in 0..5 {
+        world.submit(0, vec![7, 8, 9], 8, Class::Standard);
+    }
+    world.plan();
+    world.crash();
+    world.drain(Duration(0));
+    let told: Vec<GiveBack> = world.given_back.iter().map(|(_, reason)| *reason).collect();
+    assert_eq!(told, [true, true, true, true, false].map(|suspect| GiveBack::Drained { suspect }));
+    world.finish_all();
+}
+
+#[test]
+fn suspects_that_do_not_fit_together_keep_nobody_waiting() {
+    let mut world = World::new(limits(10, 4, 32, 2));
+    world.submit(0, vec![7, 8, 9], 12, Class::Standard);
+    world.plan();
+    world.complete();
+    for first in [4, 25] {
+        world.submit(0, (first..first + 21).collect(), 12, Class::Standard);
+        let (&key, _) = world.wanted.last_key_value().expect("it was just submitted");
+        world.event(Event::Recall(key));
+        let (submission, _) = world.given_back.pop().expect("it has not begun");
+        world.take_over(Submission { suspect: true, ..submission });
+    }
+    let stream = *world.wanted.keys().next().expect("there are three");
+    let before = world.wanted[&stream].emitted.len();
+    for _ in 0..4 {
+        while world.plan() {}
+        world.complete();
+    }
+    assert!(world.wanted[&stream].emitted.len() > before, "{:?}", world.wanted);
     world.finish_all();
 }
 

@@ -235,8 +235,9 @@ impl World {
         ended
     }
 
-    /// The node is another process, when nothing runs: it finds the disk and what is kept beside it.
-    pub(crate) fn restart_node(&mut self) {
+    /// The node is another process, when nothing runs: it finds the disk and what is kept beside it. Its device has room
+    /// for so many blocks, or for all that are planned.
+    pub(crate) fn restart_node(&mut self, total_blocks: Option<u32>) {
         self.finish_all();
         let limits = self.replica.limits().clone();
         let worker = self.worker.take().expect("there is always one");
@@ -246,6 +247,9 @@ impl World {
         let replica = Replica::new(limits.clone(), [9; 32], Box::new(FirstComeFirstServed)).unwrap();
         let replica = replica.with_max_admission_bytes(self.max_admission_bytes).with_pace(self.pace);
         self.replica = replica.with_disk(self.book.incarnation, self.book.records());
+        if let Some(total) = total_blocks {
+            assert!(self.replica.on_event(Time(0), Event::FewerBlocks(total), &mut self.out), "{total} blocks");
+        }
         (self.host, self.disk) = (Some(HostMemory::new(limits.host_blocks, 1)), Some(disk));
         self.sent.clear();
         self.restart();
