@@ -17,6 +17,7 @@ from llmscale.calibration.dense_block import DenseBlock, HiddenBatch, Product
 from llmscale.calibration.scaling import scale_block
 from llmscale.calibration.statistics import Moments, SampledRows, chosen_rows, total_tokens
 from llmscale.errors import ConfigError
+from llmscale.models.quantizer import require_finite
 from llmscale.models.spec import WeightSpec
 from llmscale.quant.error_feedback import FeedbackOptions, fed_back
 from llmscale.quant.method import GriddedMethod
@@ -56,6 +57,7 @@ def calibrate_block(
     for product in Product:
         spec = block.linear(product).weight
         weight = block.weights[spec.name]
+        require_finite(spec.parts[0].name, weight)
         try:
             if options.feedback:
                 made = fed_back(weight, _moments(block, batches, product), method, options.feedback_options)

@@ -194,9 +194,15 @@ def quantize(
         Path | None, typer.Option(help="Folder with the tokenizer of the original, for a GGUF file.")
     ] = None,
     calibrate: CalibrateOption = None,
-    calibration_samples: Annotated[int, typer.Option(help="Most texts that are drawn from the file.")] = 1_024,
-    calibration_tokens: Annotated[int, typer.Option(help="Most tokens of all texts together.")] = 65_536,
-    seed: Annotated[int, typer.Option(help="Which texts are drawn, and which tokens compare scales.")] = 0,
+    calibration_samples: Annotated[
+        int | None, typer.Option(help="Most texts that are drawn from the file (default: 1024).")
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of all texts together (default: 65536).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Which texts are drawn, and which tokens compare scales (default: 0).")
+    ] = None,
 ) -> None:
     """Write a quantized copy of MODEL as a compressed-tensors checkpoint, which vLLM reads too.
 
@@ -271,6 +277,6 @@ def main() -> None:
     """Entry point. User errors are one line and exit code 1, never a traceback."""
     try:
         app()
-    except LlmscaleError as error:
+    except (LlmscaleError, MemoryError) as error:
         sys.stderr.write(f"llmscale: {error}\n")
         raise SystemExit(1) from None

@@ -25,7 +25,7 @@ def run(model: str) -> None:
         ("layers", str(len(spec.blocks))),
         ("attention", f"{attention.query_heads} query heads, {attention.kv_heads} KV heads of {attention.head_dim}"),
         ("vocabulary", f"{spec.vocabulary:,}"),
-        ("longest sequence", f"{plan.limits.max_sequence_tokens:,} tokens ({spec.max_sequence_reason})"),
+        ("longest sequence", f"{plan.limits.max_sequence_tokens:,} tokens ({plan.sequence_reason})"),
         ("number format", plan.dtype),
         ("quantization", "none" if spec.quantization is None else spec.quantization.label),
         ("KV cache", f"{plan.limits.total_blocks:,} blocks of {plan.limits.block_tokens} tokens, {cache_mib:,} MiB"),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from llmscale.quant.layouts import Layout
 
 
+DEFAULT_SAMPLES = 1_024
+DEFAULT_TOKENS = 65_536
 KEEP = "keep"
 """As a GGUF file has its weights."""
 
@@ -34,9 +36,9 @@ class QuantizeOptions:
     symmetric: bool
     tokenizer: Path | None
     calibrate: str | None
-    calibration_samples: int
-    calibration_tokens: int
-    seed: int
+    calibration_samples: int | None
+    calibration_tokens: int | None
+    seed: int | None
 
 
 def run(options: QuantizeOptions) -> None:
@@ -45,6 +47,13 @@ def run(options: QuantizeOptions) -> None:
     from llmscale.models.locate import is_gguf, locate_model
     from llmscale.models.quantizer import layout_for, quantize_folder
 
+    if options.calibrate is None:
+        given = {"samples": options.calibration_samples, "tokens": options.calibration_tokens, "seed": options.seed}
+        if any(value is not None for value in given.values()):
+            raise ConfigError(
+                "--calibration-samples, --calibration-tokens and --seed say which texts are read; give them with"
+                " --calibrate FILE"
+            )
     if is_gguf(options.model):
         _run_gguf(options)
         return
@@ -72,6 +81,7 @@ def run(options: QuantizeOptions) -> None:
 def _run_gguf(options: QuantizeOptions) -> None:
     """Imports a file as it is, or as a dense folder that is quantized then."""
     from llmscale.models.gguf_import import import_gguf
+    from llmscale.models.quantizer import layout_for, require_new
 
     source = Path(options.model).expanduser()
     if options.method == KEEP:
@@ -81,11 +91,15 @@ def _run_gguf(options: QuantizeOptions) -> None:
         done = import_gguf(source, options.target, tokenizer=options.tokenizer)
         Console().print(f"{options.target}: {done}, {done.after_bytes / 1e6:,.1f} MB")
         return
+    require_new(options.target)
+    layout_for(options.method, options.group_size, symmetric=options.symmetric)
     # Where the target will be, so that there is room for one if there is room for the other.
     options.target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{options.target.name}.", dir=options.target.parent) as room:
         folder = Path(room) / source.stem
-        Console().print(f"{source.name}: {import_gguf(source, folder, tokenizer=options.tokenizer)}")
+        # Integers of the file would be rounded to integers: their numbers are what is quantized.
+        imported = import_gguf(source, folder, tokenizer=options.tokenizer, keeps_integers=False)
+        Console().print(f"{source.name}: {imported}")
         run(replace(options, model=str(folder), tokenizer=None))
 
 
@@ -100,11 +114,12 @@ def _calibrated(options: QuantizeOptions, folder: Path, layout: Layout) -> Calib
     spec = dense_model(folder).spec
     tokenizer = Tokenizer(folder, vocabulary=spec.vocabulary)
     limits = TextLimits(
-        max_sequences=options.calibration_samples,
+        max_sequences=DEFAULT_SAMPLES if options.calibration_samples is None else options.calibration_samples,
         max_sequence_tokens=min(TextLimits().max_sequence_tokens, spec.max_sequence_tokens),
-        max_tokens=options.calibration_tokens,
+        max_tokens=DEFAULT_TOKENS if options.calibration_tokens is None else options.calibration_tokens,
     )
-    texts = calibration_texts(options.calibrate, tokenizer, limits, options.seed)
+    seed = options.seed or 0
+    texts = calibration_texts(options.calibrate, tokenizer, limits, seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with ProgressBars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(f"calibrating {options.model} to {layout.label}, blocks", total=len(spec.blocks))
@@ -113,6 +128,6 @@ def _calibrated(options: QuantizeOptions, folder: Path, layout: Layout) -> Calib
             options.target,
             layout,
             texts,
-            CalibrationOptions(seed=options.seed),
+            CalibrationOptions(seed=seed),
             lambda done, _: bars.update(task, completed=done),
         )

@@ -139,14 +139,16 @@ def _scores(
     known: Sequence[bool] | None,
     told: Progress,
 ) -> tuple[Scores, Scores | None, Divergence | None]:
-    own, sums = Scorer(model), _Sums()
     requests = [item.scored for item in items]
+    # Not the model's longest: room for its 131,072 tokens takes 17 GB of an 8B model's keys and values.
+    longest = max(2, *(len(request.tokens) for request in requests))
+    own, sums = Scorer(model, max_sequence_tokens=longest), _Sums()
     if reference is None or known is None:
         for index, first, rows in own.log_probabilities(requests):
             sums.add(rows, requests[index].targets[first : first + rows.shape[0]])
             told("probabilities", index + 1, len(requests))
         return _model_scores(own, sums, items, answers), None, None
-    other, other_sums = Scorer(reference), _Sums()
+    other, other_sums = Scorer(reference, max_sequence_tokens=longest), _Sums()
     if own.vocabulary != other.vocabulary:
         raise ConfigError(
             f"the model has a vocabulary of {own.vocabulary:,} ids, the reference of {other.vocabulary:,}: their"

@@ -164,6 +164,13 @@ def _rope_scaling(
     if factors is not None:
         return _llama3(fields, kind, head_dim, factors)
     if scaling == "none":
+        for name in ("rope.scaling.factor", "rope.scale_linear"):
+            # Others take a factor without a type for a linear one.
+            if fields.number(f"{kind}.{name}", 0.0, 1e4, 1.0) not in (0.0, 1.0):
+                raise UnsupportedModel(
+                    f"{fields.source}: {kind}.{name} scales rotations linearly, which is not implemented for GGUF"
+                    " files. Serve the original folder."
+                )
         return None
     if scaling == "linear":
         # The context of a file includes the factor, max_position_embeddings of a config does not.
@@ -179,13 +186,13 @@ def _rope_scaling(
 def _llama3(fields: ConfigFields, kind: str, head_dim: int, factors: Sequence[float]) -> dict[str, object]:
     """The parameters from which the file's factors were made: the largest factor, and constants of the family."""
     theta = fields.number(f"{kind}.rope.freq_base", 1.0, 1e12, 10_000.0)
-    largest = max(factors)
-    expected = [_llama3_factor(theta ** (-2 * i / head_dim), largest) for i in range(head_dim // 2)]
-    fits = len(factors) == len(expected) and all(
-        math.isfinite(given) and abs(given - wanted) <= FACTOR_TOLERANCE * wanted
-        for given, wanted in zip(factors, expected, strict=True)
-    )
-    if not fits or not 1 <= largest <= 1e4:
+    largest = max(factors, default=0.0)
+    fits = 1 <= largest <= 1e4 and len(factors) == head_dim // 2
+    if fits:
+        expected = [_llama3_factor(theta ** (-2 * i / head_dim), largest) for i in range(head_dim // 2)]
+        pairs = zip(factors, expected, strict=True)
+        fits = all(abs(given - wanted) <= FACTOR_TOLERANCE * wanted for given, wanted in pairs)
+    if not fits:
         raise UnsupportedModel(
             f"{fields.source}: {ROPE_FACTORS} is not made as Llama 3's is (low 1, high 4, 8,192 tokens); other scaled"
             " rotations are not implemented for GGUF files. Serve the original folder."

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmscale.errors import ConfigError, UnsupportedModel
+from llmscale.errors import ConfigError, InvalidCheckpoint, UnsupportedModel
 from llmscale.models.checkpoint import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -87,14 +88,19 @@ def dense_model(source: Path) -> ModelDescription:
     return model
 
 
+def require_new(target: Path) -> None:
+    """Raises ConfigError if the target exists."""
+    if target.exists():
+        raise ConfigError(f"{str(target)!r} exists; give a folder that does not, or remove it first")
+
+
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that gets its name when the context ends well, and is gone when it does not.
 
     Raises ConfigError if the target exists.
     """
-    if target.exists():
-        raise ConfigError(f"{str(target)!r} exists; give a folder that does not, or remove it first")
+    require_new(target)
     making = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     making.mkdir(parents=True)
     try:
@@ -130,11 +136,20 @@ def tensor_bytes(checkpoint: Checkpoint) -> int:
 
 
 def _rounded(name: str, tensor: Tensor, method: QuantMethod) -> dict[str, Tensor]:
+    require_finite(name, tensor)
     try:
         weight = method.quantize(tensor)
     except ConfigError as error:
         raise ConfigError(f"{name!r}: {error}") from error
     return stored_tensors(name, weight, method)
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raises InvalidCheckpoint for a weight that has no codes."""
+    if not torch.isfinite(weight).all():
+        raise InvalidCheckpoint(
+            f"{name!r} holds what is no finite number, which has no code. Download the checkpoint again."
+        )
 
 
 def stored_tensors(name: str, weight: QuantizedWeight, method: QuantMethod) -> dict[str, Tensor]:

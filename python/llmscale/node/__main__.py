@@ -106,7 +106,9 @@ async def _lead(
         disk_index=None if disk is None else disk.index,
     )
     cache_mb = plan.limits.total_blocks * plan.block_bytes // (1 << 20)
-    _log.info("node listens", address=engine.address, model=plan.name, dtype=plan.dtype, kv_cache_mb=cache_mb)
+    longest = f"{plan.limits.max_sequence_tokens} tokens ({plan.sequence_reason})"
+    said = {"model": plan.name, "dtype": plan.dtype, "kv_cache_mb": cache_mb, "longest_sequence": longest}
+    _log.info("node listens", address=engine.address, **said)
     supervisor = WorkerSupervisor(engine, plan, processes, span, disk)
     stop = StopSignal.listen()
     supervising = asyncio.create_task(supervisor.run())

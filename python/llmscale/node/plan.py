@@ -32,6 +32,8 @@ BLOCK_TOKENS = 32
 # share that leaves a laptop usable.
 DEFAULT_KV_TOKENS = 65_536
 MAX_MEMORY_SHARE = 4
+# Below it conversations do not fit: a machine whose share holds less gives more of its memory.
+LEAST_SEQUENCE_TOKENS = 2_048
 # 33 million tokens: as many as anybody's steps can name, where a device has room for more.
 MAX_DEVICE_BLOCKS = 1 << 20
 # What is evicted goes to memory that is taken page by page as it is written.
@@ -61,6 +63,8 @@ class ReplicaPlan:
     kv_dtype: str
     """What keys and values are kept as: int8, or auto for the format of the activations."""
     limits: EngineLimits
+    sequence_reason: str
+    """Why sequences have no more tokens than the limits say."""
     weights_digest: bytes
     tokenizer_digest: bytes
     revision: str
@@ -102,12 +106,13 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     checkpoint = open_checkpoint(description.folder)
     match_tensors(spec, checkpoint)
     dtype = compute_dtype(settings.dtype, spec, checkpoint)
-    max_sequence_tokens = spec.sequence_limit(settings.max_sequence_tokens)
     executor = choose_executor(settings.executor, device, layout.ranks, native_refusal(spec, checkpoint))
     check_kv_dtype(settings.kv_dtype, executor, device)
     block_bytes = _block_bytes(spec, dtype if settings.kv_dtype == "auto" else settings.kv_dtype)
     fingerprint = weights_fingerprint(checkpoint)
-    total_blocks = _total_blocks(settings, block_bytes, max_sequence_tokens, _device_bytes(device, settings, layout))
+    device_bytes = _device_bytes(device, settings, layout)
+    max_sequence_tokens, sequence_reason = _longest_sequence(settings, spec, block_bytes, device_bytes)
+    total_blocks = _total_blocks(settings, block_bytes, max_sequence_tokens, device_bytes)
     host_blocks = _host_blocks(settings, block_bytes, total_blocks)
     limits = EngineLimits(
         vocabulary=spec.vocabulary,
@@ -130,6 +135,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         quantization=settings.quantization,
         kv_dtype=settings.kv_dtype,
         limits=limits,
+        sequence_reason=sequence_reason,
         weights_digest=hashlib.sha256(fingerprint.encode()).digest(),
         tokenizer_digest=tokenizer_digest(folder),
         revision=fingerprint.rpartition(":")[2][:16],
@@ -190,6 +196,29 @@ def _device_bytes(device: str, settings: NodeSettings, layout: HostLayout) -> in
     return min(cuda_memory_bytes()[first : first + layout.ranks_per_host]) * layout.ranks
 
 
+def _longest_sequence(
+    settings: NodeSettings, spec: ModelSpec, block_bytes: int, device_bytes: int | None
+) -> tuple[int, str]:
+    """Tokens, and why no more. Where nobody says otherwise the machine's share is to hold one: of a model of 8B,
+    131,072 tokens take 17 GB, and a laptop was refused after all weights had been read."""
+    longest = spec.sequence_limit(settings.max_sequence_tokens)
+    if settings.max_sequence_tokens is not None:
+        return longest, "as max_sequence_tokens (--max-model-len) says"
+    if settings.kv_cache_bytes is None and device_bytes is None:
+        fitting = max(_share_of_blocks(settings, block_bytes) * BLOCK_TOKENS, LEAST_SEQUENCE_TOKENS)
+        if fitting < longest:
+            why = (
+                f"the model's {longest:,} need {longest // BLOCK_TOKENS * block_bytes:,} bytes of KV cache, more than"
+                " the share of this machine's memory that is taken unasked; raise --kv-cache-bytes"
+            )
+            return fitting, why
+    return longest, spec.max_sequence_reason
+
+
+def _share_of_blocks(settings: NodeSettings, block_bytes: int) -> int:
+    return machine.memory_bytes() // MAX_MEMORY_SHARE // settings.replicas_here // block_bytes
+
+
 def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens: int, device_bytes: int | None) -> int:
     """Of a device apart the most that it could have: its worker measures how many there is room for."""
     needed = -(-max_sequence_tokens // BLOCK_TOKENS)
@@ -204,8 +233,7 @@ def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens:
         return blocks
     if device_bytes is not None:
         return max(needed, min(MAX_DEVICE_BLOCKS, device_bytes // block_bytes))
-    share = machine.memory_bytes() // MAX_MEMORY_SHARE // settings.replicas_here // block_bytes
-    return max(needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, share))
+    return max(needed, min(DEFAULT_KV_TOKENS // BLOCK_TOKENS, _share_of_blocks(settings, block_bytes)))
 
 
 def _host_blocks(settings: NodeSettings, block_bytes: int, total_blocks: int) -> int:

@@ -57,8 +57,8 @@ def require_room(region_bytes: int) -> None:
     free = machine.free_bytes()
     if region_bytes > free:
         raise MemoryError(
-            f"the KV cache is to have {region_bytes:,} bytes, and {free:,} are free; lower kv_cache_bytes, or end what"
-            " takes the memory"
+            f"the KV cache is to have {region_bytes:,} bytes, and {free:,} are free; lower kv_cache_bytes (and"
+            " --max-model-len, a sequence of which it must hold), or end what takes the memory"
         )
 
 

@@ -148,7 +148,7 @@ def load_program(
         done_bytes += here.total_bytes
         if progress is not None:
             progress(done_bytes, places.total_bytes)
-    layout = kv_layout_of(spec, dtype, limits.block_tokens)
+    layout = kv_layout_of(spec, dtype if kv_dtype == "auto" else kv_dtype, limits.block_tokens)
     require_room(limits.total_blocks * layout.block_bytes)
     program = builder.finish(kernels, places.norm(spec.norm), places.head(), places.embedding())
     if progress is not None:

@@ -36,6 +36,9 @@ impl From<PackError> for LoadError {
         match error {
             PackError::Kernel(error) => Self::Kernel(error),
             PackError::Memory(problem) => Self::Memory { what: "packed weights", problem },
+            PackError::Read(problem) if problem.kind() == std::io::ErrorKind::InvalidData => {
+                Self::Shape(problem.to_string())
+            }
             PackError::Read(problem) => Self::File { path: "a file of weights".into(), problem },
         }
     }

@@ -156,8 +156,13 @@ fn make_bytes(level: Level, stack: &Stack, first: usize, codes: &mut [i8], scale
     let mut rows = vec![0.0_f32; codes.len()];
     stack.read(first, &mut rows)?;
     let width = stack.columns();
-    for ((row, codes), scale) in rows.chunks_exact(width).zip(codes.chunks_exact_mut(width)).zip(scales) {
+    for ((at, row), (codes, scale)) in
+        (first..).zip(rows.chunks_exact(width)).zip(codes.chunks_exact_mut(width).zip(scales))
+    {
         *scale = round_to_bytes(level, row, codes);
+        if !scale.is_finite() {
+            return Err(stack.not_finite(at));
+        }
     }
     Ok(())
 }

@@ -29,7 +29,10 @@ pub(crate) fn made(
         let mut values = vec![0.0_f32; rows.codes.len()];
         stack.read(first, &mut values)?;
         round(on.level, &values, group, times.repeats, &mut rows);
-        Ok(())
+        match rows.scales.iter().position(|scale| !scale.is_finite()) {
+            Some(at) => Err(stack.not_finite(first + at / (rows.scales.len() * inputs / rows.codes.len()))),
+            None => Ok(()),
+        }
     })?;
     Ok(packed)
 }

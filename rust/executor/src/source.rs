@@ -164,6 +164,23 @@ impl Stack {
         })
     }
 
+    /// The error of a row that cannot be rounded to codes.
+    pub(crate) fn not_finite(&self, row: usize) -> io::Error {
+        let mut rows = 0;
+        let part = self.parts.iter().find(|part| {
+            rows += part.rows;
+            row < rows
+        });
+        let path = part.map_or("", |part| &part.file.path);
+        let message = format!(
+            "{path}: row {row} of a weight of {} x {} holds what is no finite number, which has no code. Download the \
+             checkpoint again, or serve it without quantization.",
+            self.rows(),
+            self.columns()
+        );
+        io::Error::new(io::ErrorKind::InvalidData, message)
+    }
+
     /// All numbers in order.
     pub fn read_all<T: Element>(&self) -> Result<Vec<T>, LoadError> {
         let mut out = vec![T::default(); self.rows() * self.columns()];

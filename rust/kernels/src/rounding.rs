@@ -15,14 +15,14 @@ const MIDDLE: f32 = 8.0;
 /// Least divisor, so that rows of zeros have codes of zero.
 const LEAST_DIVISOR: f32 = 1e-36;
 
-/// Fills `codes` with the row's, and returns their scale.
+/// Fills `codes` with the row's, and returns their scale, which is no finite number where one of the row's is not.
 pub fn round_to_bytes(level: Level, row: &[f32], codes: &mut [i8]) -> f32 {
     level.run(Bytes { row, codes })
 }
 
 /// Fills `codes` with a group's, from 0 to 15, and returns their scale, a bf16, and the code of zero. The scale is raised
 /// to the next bf16 before codes are chosen, so that no weight is off by more than half of it. A symmetric group has no
-/// zero point: its code of zero is 8.
+/// zero point: its code of zero is 8. Where a value is no finite number the scale is none either.
 pub fn round_to_nibbles(level: Level, values: &[f32], is_symmetric: bool, codes: &mut [u8]) -> (f32, u8) {
     level.run(Nibbles { values, is_symmetric, codes })
 }
@@ -57,8 +57,12 @@ impl Kernel for Nibbles<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> (f32, u8) {
+        let largest = largest_of(self.values);
+        if !largest.is_finite() {
+            return (largest, MIDDLE as u8);
+        }
         let (scale, zero) = if self.is_symmetric {
-            (raised_to_bf16(largest_of(self.values) / (MAX_NIBBLE / 2.0)), MIDDLE)
+            (raised_to_bf16(largest / (MAX_NIBBLE / 2.0)), MIDDLE)
         } else {
             let low = self.values.iter().fold(0.0_f32, |low, value| low.min(*value));
             let high = self.values.iter().fold(0.0_f32, |high, value| high.max(*value));
@@ -73,19 +77,21 @@ impl Kernel for Nibbles<'_> {
     }
 }
 
-/// The greatest magnitude, in sixteen chains, which become vectors where one would not.
+/// The greatest magnitude, in sixteen chains, which become vectors where one would not. Bits of magnitudes have the order
+/// of the numbers, with infinity and what is no number behind them: a maximum of floats would pass those over.
 #[inline(always)]
 fn largest_of(values: &[f32]) -> f32 {
     const CHAINS: usize = 16;
-    let mut chains = [0.0_f32; CHAINS];
+    let magnitude = |value: &f32| value.to_bits() & 0x7fff_ffff;
+    let mut chains = [0_u32; CHAINS];
     let whole = values.chunks_exact(CHAINS);
     let rest = whole.remainder();
     for values in whole {
         for (largest, value) in chains.iter_mut().zip(values) {
-            *largest = largest.max(value.abs());
+            *largest = magnitude(value).max(*largest);
         }
     }
-    chains.iter().chain(rest).fold(0.0, |largest, value| largest.max(value.abs()))
+    f32::from_bits(rest.iter().map(magnitude).chain(chains).fold(0, u32::max))
 }
 
 /// The next bf16 that is not less, for numbers that are not negative.
@@ -141,6 +147,23 @@ mod tests {
         let (scale, zero) = super::round_to_nibbles(Level::detected(), &zeros, false, &mut codes);
         assert!(scale <= 0.0);
         assert_eq!(codes, [zero; 40]);
+    }
+
+    #[test]
+    fn what_is_no_finite_number_has_no_finite_scale() {
+        for broken in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7fff_ffff)] {
+            for at in [0, 17, 39] {
+                let mut values = values(40);
+                values[at] = broken;
+                for level in Level::available() {
+                    assert!(!super::round_to_bytes(level, &values, &mut [0; 40]).is_finite(), "{level}");
+                    for is_symmetric in [true, false] {
+                        let (scale, _) = super::round_to_nibbles(level, &values, is_symmetric, &mut [0; 40]);
+                        assert!(!scale.is_finite(), "{level}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

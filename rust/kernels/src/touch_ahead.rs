@@ -108,9 +108,9 @@ fn rest(shared: &(Mutex<State>, Condvar), span: Duration) {
 
 /// Whoever else wants the core gets it. On Linux a priority is a thread's.
 fn yield_to_all() {
+    // Where a sandbox forbids even this, the thread's rests are all that it leaves to others.
     // SAFETY: no pointers; zero is the calling thread, whose priority may always be lowered.
-    let outcome = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
-    assert!(outcome == 0, "a thread may lower its own priority");
+    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 19) };
 }
 
 #[cfg(test)]

@@ -183,7 +183,7 @@ def test_an_error_of_an_import_comes_through_its_process(tmp_path: Path, monkeyp
 
 
 def test_the_command_imports_with_another_tokenizer_and_quantizes(tmp_path: Path) -> None:
-    file, _ = made(tmp_path, split="unheard-of")
+    file, _ = made(tmp_path, split="unheard-of", type_of=lambda _: "Q4_0")
     own = tmp_path / "original"
     own.mkdir()
     gguf_tokenizer().save(str(own / "tokenizer.json"))
@@ -198,8 +198,11 @@ def test_the_command_imports_with_another_tokenizer_and_quantizes(tmp_path: Path
     assert found is not None
     assert found.label == "int8"
     assert not list(tmp_path.glob(".b*")), "nothing is left of the way"
+    assert "exists; give a folder that does not" in str(CliRunner().invoke(app, made_int8).exception)
     for wrong, said in (
         (["--method", "keep", "--symmetric"], "method keep takes no group size"),
+        (["--method", "int8", "--seed", "3"], "give them with --calibrate FILE"),
+        (["--method", "int8", "--group-size", "32"], "group size and symmetry are for int4"),
         (["--method", "keep", "--tokenizer", str(tmp_path / "dense")], "has no tokenizer.json"),
     ):
         done = CliRunner().invoke(app, [*words, str(tmp_path / "c"), *wrong])
@@ -229,6 +232,10 @@ def test_scaled_rotations_are_told_from_their_factors(tmp_path: Path) -> None:
     file, _ = made(tmp_path / "b", changes, extra={"rope_freqs.weight": factors * 1.5})
     with pytest.raises(UnsupportedModel, match="is not made as Llama 3's is"):
         import_gguf(file, tmp_path / "none")
+    for number, broken in enumerate((factors * 0, factors * float("nan"), factors[:4])):
+        file, _ = made(tmp_path / f"broken-{number}", changes, extra={"rope_freqs.weight": broken})
+        with pytest.raises(UnsupportedModel, match="is not made as Llama 3's is"):
+            import_gguf(file, tmp_path / "none")
 
 
 @pytest.mark.parametrize(
@@ -237,6 +244,9 @@ def test_scaled_rotations_are_told_from_their_factors(tmp_path: Path) -> None:
         ({"kind": "mamba"}, UnsupportedModel, "general.architecture is 'mamba'; implemented are llama, qwen2, qwen3"),
         ({"metadata": {"llama.expert_count": 8}}, UnsupportedModel, "llama.expert_count is set"),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, UnsupportedModel, "rope.scaling.type is 'yarn'"),
+        ({"metadata": {"llama.rope.scaling.factor": 4.0}}, UnsupportedModel, "rope.scaling.factor scales rotations"),
+        ({"metadata": {"llama.rope.scale_linear": 2.0}}, UnsupportedModel, "rope.scale_linear scales rotations"),
+        ({"metadata": {"split.count": 3}}, UnsupportedModel, "is one of 3 parts of a model. Merge them first"),
         ({"extra": {"blk.0.ffn_gate_inp.weight": torch.ones(4, 64)}}, UnsupportedModel, "a tensor 'blk.0.ffn_gate_inp"),
         (
             {"extra": {"blk.7.attn_norm.weight": torch.ones(64)}},

@@ -51,6 +51,24 @@ def test_replicas_of_one_host_share_what_is_taken_unasked(monkeypatch: pytest.Mo
     assert (alone.host_blocks, four.host_blocks) == (450, 112)
 
 
+def test_sequences_are_as_long_as_the_share_of_the_memory_holds_unless_somebody_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llmscale.node.plan.LEAST_SEQUENCE_TOKENS", 64)
+    settings = NodeSettings(model="tiny-chat", listen="tcp://127.0.0.1:0")
+    block_bytes = plan_replica(settings).block_bytes
+    for blocks, expected in [(64, 2_048), (50, 1_600), (1, 64)]:
+        monkeypatch.setattr(machine, "memory_bytes", lambda blocks=blocks: 4 * blocks * block_bytes)
+        plan = plan_replica(settings)
+        assert plan.limits.max_sequence_tokens == expected
+        assert plan.limits.total_blocks >= expected // 32
+        assert ("raise --kv-cache-bytes" in plan.sequence_reason) == (expected < 2_048)
+        asked = plan_replica(replace(settings, max_sequence_tokens=2_000))
+        assert asked.limits.max_sequence_tokens == 2_000
+        given = plan_replica(replace(settings, kv_cache_bytes=64 * block_bytes))
+        assert given.limits.max_sequence_tokens == 2_048
+
+
 def test_the_configuration_has_one_digest_in_every_process() -> None:
     settings = NodeSettings(model="tiny-chat-mini", listen="tcp://127.0.0.1:0")
     words = [sys.executable, "-c", PRINTS_DIGEST]

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from llmscale import machine
 from llmscale.cli import app
 from llmscale.config import QUANTIZATIONS, NodeSettings
 from llmscale.embedded import embedded_model_path
-from llmscale.errors import ConfigError, UnsupportedModel
+from llmscale.errors import ConfigError, InvalidCheckpoint, UnsupportedModel
+from llmscale.evaluation.executors import ModelChoice, NativeExecutor
 from llmscale.models import quantization, quantizer
 from llmscale.models.loader import Weights, load_weights
 from llmscale.models.quantizer import layout_for, quantize_folder
@@ -23,6 +25,7 @@ from llmscale.models.shard import RankPlace, shard_model
 from llmscale.node.plan import plan_replica
 from llmscale.quant.method import method_for
 from llmscale.quant.weight import QuantizedWeight
+from llmscale.worker.step import StepLimits
 from tests.models_support import write_random_checkpoint
 from tests.quantized_checkpoints import SHAPES, write_quantized_model
 
@@ -178,3 +181,29 @@ def test_the_command_writes_a_model_that_is_whole(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused(method: str, group: int | None, symmetric: bool, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         layout_for(method, group, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_finite_number_is_refused_by_name_and_row(broken: float, tmp_path: Path) -> None:
+    tensors = write_random_checkpoint(tmp_path, **SHAPES)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors[name][5, 7] = broken
+    save_file(tensors, tmp_path / "model.safetensors")
+    for quantized in ("int8", "int4"):
+        choice = ModelChoice(tmp_path, "float32", quantized, threads=1)
+        said = rf"{tmp_path.name}.*row 5 of a weight of .* no finite number, which has no code"
+        with pytest.raises(InvalidCheckpoint, match=said):
+            NativeExecutor(choice, describe_model(tmp_path, quantized), StepLimits(8, 8, 64), 4)
+        with pytest.raises(InvalidCheckpoint, match=rf"'{name}' holds what is no finite number"):
+            quantize_folder(tmp_path, tmp_path / f"out-{quantized}", layout_for(quantized))
+        assert not list(tmp_path.glob("*out*")), "nothing is left of the way"
+
+
+def test_keys_and_values_as_bytes_need_room_for_bytes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = embedded_model_path("tiny-chat-mini")
+    room = plan_replica(NodeSettings(model=str(folder), listen="", dtype="float32", kv_dtype="int8")).block_bytes * 40
+    monkeypatch.setattr(machine, "free_bytes", lambda: room)
+    model, limits = describe_model(folder), StepLimits(8, 8, 64)
+    NativeExecutor(ModelChoice(folder, "float32", threads=1, kv_dtype="int8"), model, limits, 40)
+    with pytest.raises(MemoryError, match="are free; lower kv_cache_bytes"):
+        NativeExecutor(ModelChoice(folder, "float32", threads=1), model, limits, 40)
