@@ -50,7 +50,7 @@ impl Weights {
         let weight = match self.scheme.as_str() {
             "bf16" => WeightSource::Dense(stack),
             "int8" => WeightSource::MadeBytes(stack),
-            "int4" => WeightSource::MadeNibbles { stack, group: GROUP, symmetric: true },
+            "int4" => WeightSource::MadeNibbles { stack, group: GROUP, symmetric: false },
             other => panic!("{other} is none of bf16, int8, int4"),
         };
         LinearDescription { weight, bias: None }

@@ -38,7 +38,7 @@ pub struct NibbleRows<'a> {
     pub codes: &'a mut [u8],
     /// `outputs x groups`.
     pub scales: &'a mut [f32],
-    /// The same, from 0 to 15; empty where all are 8.
+    /// The same, from 0 to 16; empty where all are 8.
     pub zeros: &'a mut [u8],
 }
 
@@ -51,8 +51,8 @@ pub struct PackedNibbles {
     groups: usize,
     /// `panels x groups x PANEL`: bf16 where that is exact, which halves what a group of 32 reads beside its codes.
     scales: Scales,
-    /// The same as f32, or empty.
-    zeros: HugeArray<f32>,
+    /// The same as bytes, or empty: as f32 they were a fifth of what a group of 32 reads.
+    zeros: HugeArray<i8>,
 }
 
 #[derive(Debug)]
@@ -82,7 +82,7 @@ impl PackedNibbles {
         let padded = outputs.next_multiple_of(PANEL) * groups;
         // They are copied as soon as their format is known: huge arrays that share a mapping leave holes in it.
         let mut scales = vec![0.0_f32; padded];
-        let mut zeros = HugeArray::<f32>::zeroed(if has_zeros { padded } else { 0 }).map_err(PackError::Memory)?;
+        let mut zeros = HugeArray::<i8>::zeroed(if has_zeros { padded } else { 0 }).map_err(PackError::Memory)?;
         let (all_scales, all_zeros) = (SharedOutput::new(&mut scales), SharedOutput::new(&mut zeros));
         let panels = Panels::pack(pool, outputs, inputs, UNIT, |first, count, words| {
             let mut codes = vec![0; count * inputs];
@@ -98,7 +98,7 @@ impl PackedNibbles {
                 for group in 0..groups {
                     panel_scales[group * PANEL + output] = row_scales[output * groups + group];
                     if has_zeros {
-                        panel_zeros[group * PANEL + output] = f32::from(row_zeros[output * groups + group]);
+                        panel_zeros[group * PANEL + output] = row_zeros[output * groups + group].cast_signed();
                     }
                 }
             }
@@ -129,7 +129,7 @@ impl PackedNibbles {
             Scales::Bf16(scales) => size_of_val::<[Bf16]>(scales),
             Scales::F32(scales) => size_of_val::<[f32]>(scales),
         };
-        self.panels.bytes() + scales + size_of_val::<[f32]>(&self.zeros)
+        self.panels.bytes() + scales + size_of_val::<[i8]>(&self.zeros)
     }
 }
 
@@ -206,7 +206,7 @@ struct PanelGroups<E> {
     /// `groups x PANEL` of the panel.
     scales: *const E,
     /// The same, or null.
-    zeros: *const f32,
+    zeros: *const i8,
     count: usize,
     /// Units of a group; the last one may have fewer.
     units: usize,
@@ -272,7 +272,7 @@ impl<E: Element> Arithmetic for PanelGroups<E> {
                 for vector in 0..VECTORS {
                     let at = group * PANEL + vector * S::LANES;
                     let scales = load_element(simd, self.scales.add(at));
-                    let zeros = if has_zeros { simd.load(self.zeros.add(at)) } else { simd.splat(0.0) };
+                    let zeros = if has_zeros { simd.load_signed_bytes(self.zeros.add(at)) } else { simd.splat(0.0) };
                     for row in 0..ROWS {
                         let mut sum = simd.i32_to_f32(sums[row][vector]);
                         if has_zeros {
