@@ -1,5 +1,6 @@
 //! Products of packed weights at every number of rows that serving has: GB/s of weights and GFLOP/s.
-//! `cargo run --release -p llmscale-kernels --example matmul_rates [threads] [level]`; give it an idle machine.
+//! `cargo run --release -p llmscale-kernels --example matmul_rates [threads] [level] [matrix]`, such
+//! as `2 avx512 2048x8192`; give it an idle machine.
 #![allow(clippy::print_stdout, missing_docs, reason = "the example prints a table")]
 
 use llmscale_kernels::dispatch::Level;
@@ -44,9 +45,11 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     let threads = arguments.next().map_or(2, |text| text.parse().expect("a number of threads"));
     let level = Level::from_environment(arguments.next().as_deref()).expect("a level of this machine");
+    let wanted = arguments.next();
     let pool = Pool::new(NonZeroUsize::new(threads).expect("at least one thread")).expect("threads can be started");
     let noise = |at: usize| (at as u32).wrapping_mul(2_654_435_761) >> 8;
-    for (outputs, inputs) in SHAPES {
+    let is_wanted = |(outputs, inputs)| wanted.as_deref().is_none_or(|matrix| matrix == format!("{outputs}x{inputs}"));
+    for (outputs, inputs) in SHAPES.into_iter().filter(|&shape| is_wanted(shape)) {
         // More than a cache holds.
         let copies = ((256 << 20) / (2 * outputs * inputs)).max(1);
         let floats: Vec<Bf16> = (0..outputs * inputs).map(|i| Bf16::from_f32(noise(i) as f32 / 8e6 - 1.0)).collect();

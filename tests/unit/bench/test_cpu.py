@@ -230,6 +230,11 @@ int8  16384 x  2048,   16 rows:   1000.0 us   33.0 GB/s   600.0 GOP/s (best 610.
     assert (one.case, one.value, one.unit, one.high) == ("kernels/bf16/960x576/1-rows", 33.5, "GB/s", 35.0)
     assert (many.case, many.value, many.high) == ("kernels/int8/16384x2048/512-rows", 858.9, 870.1)
     assert "| int8 16384x2048 | - | - | - | 859 (870) GOP/s |" in cpu_kernels.markdown([one, many])
+    beside = [replace(one, peers={"oneDNN": 67.0}), replace(many, peers={"oneDNN": "not installed"})]
+    table = cpu_kernels.markdown(beside)
+    assert "| bf16 960x576 | 34 (35) GB/s, 0.50x | - | - | - |" in table
+    assert "| int8 16384x2048 | - | - | - | 859 (870) GOP/s |" in table
+    assert table.endswith("Over all matrices (geometric mean): bf16 1-rows 0.50x.")
     with pytest.raises(ValueError, match="no line of matmul_rates"):
         list(cpu_kernels.parse("warning: unused"))
 
