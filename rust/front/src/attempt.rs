@@ -39,7 +39,9 @@ impl Front {
     }
 
     fn next_waiting(&self, now: Time, pool: PoolId) -> Option<RequestId> {
-        let heads = self.queue(pool).heads();
+        // One that only a replica takes which is gone waits for it, and keeps nobody else waiting.
+        let widest = self.fleet.widest(pool);
+        let heads = self.queue(pool).heads(|id| self.requests[&id].max_total_tokens() <= widest);
         let heads = heads.map(|(class, request)| Head { class, request, arrived: self.requests[&request].arrived });
         most_urgent(heads, now, self.options.promote_after).map(|head| head.request)
     }

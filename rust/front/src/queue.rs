@@ -45,9 +45,12 @@ impl Queue {
         self.lines.iter().all(BTreeSet::is_empty)
     }
 
-    /// The oldest of every class that has one.
-    pub(crate) fn heads(&self) -> impl Iterator<Item = (Class, RequestId)> {
-        Class::ALL.into_iter().filter_map(|class| Some((class, *self.lines[class as usize].first()?)))
+    /// The oldest of every class that has one which fits. O(those before it that do not).
+    pub(crate) fn heads(&self, fits: impl Fn(RequestId) -> bool) -> impl Iterator<Item = (Class, RequestId)> {
+        Class::ALL.into_iter().filter_map(move |class| {
+            let first = self.lines[class as usize].iter().copied().find(|&id| fits(id))?;
+            Some((class, first))
+        })
     }
 
     /// All that wait, most urgent class first.

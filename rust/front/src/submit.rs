@@ -55,9 +55,11 @@ impl Front {
         if given_up { Err(unavailable()) } else { Ok(pool) }
     }
 
-    /// The bounds of the widest replica, as requests may wait for any.
+    /// The bounds of the widest replica, as requests may wait for any; of those that are there, if any is.
     fn fits_model(&self, pool: PoolId, new: &NewRequest) -> Result<(), SubmitError> {
-        let widest = |bound: fn(&Member) -> u32| self.fleet.pool_members(pool).map(bound).max().unwrap_or(0);
+        let is_alive = self.fleet.is_alive(pool);
+        let members = || self.fleet.pool_members(pool).filter(|member| member.state.is_some() || !is_alive);
+        let widest = |bound: fn(&Member) -> u32| members().map(bound).max().unwrap_or(0);
         let vocabulary = widest(|member| member.limits.vocabulary);
         if new.prompt.is_empty() {
             return Err(Refusal::EmptyPrompt.into());

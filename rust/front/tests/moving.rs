@@ -2,9 +2,10 @@
 
 mod common;
 
-use common::{Bench, new_request};
-use llmscale_front::{ReplicaFrame, ReplicaState, ToReplica};
-use llmscale_types::{Attempt, Duration};
+use common::{Bench, new_request, offer};
+use llmscale_fleet::Offer;
+use llmscale_front::{ReplicaFrame, ReplicaState, SubmitError, ToReplica};
+use llmscale_types::{Attempt, Duration, Refusal};
 
 #[test]
 fn streams_leave_a_replica_that_is_without_a_worker_for_longer_than_a_spare_takes() {
@@ -49,4 +50,27 @@ fn a_stream_whose_worker_is_back_may_be_asked_for_again_after_the_next_death() {
         bench.token(first, stream, 1, token, 50 + token);
     }
     assert_eq!(bench.tokens(stream), [50, 51, 52]);
+}
+
+#[test]
+fn who_needs_a_replica_that_is_gone_keeps_nobody_waiting_and_is_placed_when_it_is_back() {
+    let narrow = |node: u64| {
+        let offer = offer(node);
+        let limits = llmscale_fleet::ReplicaLimits { max_sequence_tokens: 16, ..offer.limits.clone() };
+        Offer { limits, ..offer }
+    };
+    let mut bench = Bench::with_replicas(1);
+    bench.up_with(1, narrow(2));
+    let long = bench.take(new_request(40));
+    assert_eq!(bench.submissions().remove(0).0, 0, "the other one is too narrow");
+    bench.down(0);
+    let short = bench.take(new_request(8));
+    let placed: Vec<_> = bench.submissions().into_iter().map(|(replica, sent)| (replica, sent.key.request)).collect();
+    assert_eq!(placed, [(1, short)]);
+    let refused = bench.submit(new_request(40));
+    let limit = Refusal::TooLong { needed: 43, limit: 16 };
+    assert!(matches!(refused, Err(SubmitError::Refused(given)) if given == limit), "{refused:?}");
+    bench.up(0);
+    let placed: Vec<_> = bench.submissions().into_iter().map(|(replica, sent)| (replica, sent.key.request)).collect();
+    assert_eq!(placed, [(0, long)]);
 }
