@@ -23,6 +23,7 @@ from llmscale.client.results import Assembly, Health, ModelInfo, StreamChunk
 
 _MAX_WAITING_PIECES: Final = 64
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+_NOT_FOUND: Final = 404
 
 
 class HttpAnswer:
@@ -83,7 +84,7 @@ class HttpTransport:
         self._connect_seconds = connect_seconds
         self._http: httpx2.AsyncClient | None = None
         self._models: dict[str, ModelInfo] = {}
-        self._answers: set[asyncio.Task[None]] = set()
+        self._answers: set[HttpAnswer] = set()
 
     async def start(self, call: Call) -> HttpAnswer:
         model = await self._model(call.model)
@@ -102,8 +103,8 @@ class HttpTransport:
                     raise errors.TransportError("the connection ended in the middle of an answer")
 
         answer = HttpAnswer(HttpReply(call), read)
-        self._answers.add(answer.task)
-        answer.task.add_done_callback(self._answers.discard)
+        self._answers.add(answer)
+        answer.task.add_done_callback(lambda _: self._answers.discard(answer))
         return answer
 
     async def models(self) -> list[ModelInfo]:
@@ -118,9 +119,10 @@ class HttpTransport:
 
     async def close(self) -> None:
         answers = list(self._answers)
-        for task in answers:
-            task.cancel()
-        await asyncio.gather(*answers, return_exceptions=True)
+        for answer in answers:
+            # Whoever waits for its next piece is told, too.
+            answer.cancel()
+        await asyncio.gather(*(answer.task for answer in answers), return_exceptions=True)
         if self._http is not None:
             await self._http.aclose()
             self._http = None
@@ -146,6 +148,9 @@ class HttpTransport:
         """A response whose status is a success. Every failure of the transport becomes a typed error."""
         try:
             async with self._client().stream(method, path, content=body) as response:
+                if response.status_code == _NOT_FOUND:
+                    # Another model may be served here by now: the next call asks.
+                    self._models = {}
                 if not response.is_success:
                     raise http_format.error_of(response.status_code, response.headers, await response.aread())
                 yield response

@@ -173,8 +173,9 @@ class NodeTransport:
         # Not `_advance`, which would greet again.
         self._send()
         self._deliver()
-        self._wake_waiting()
         self._shut()
+        # Of whoever waits for a greeting: it finds the client closed.
+        self._wake_waiting()
 
     def forget(self, reply: NodeReply) -> None:
         """Ends the requests of an answer on the node."""
@@ -222,6 +223,8 @@ class NodeTransport:
         future = asyncio.get_running_loop().create_future()
         self._changed.append(future)
         await future
+        if self._socket is None and not self._handshake_refused:
+            raise errors.Cancelled("this client was closed while it waited for the node")
 
     def _tokenizer_for(self, welcome: wire.Welcome) -> Tokenizer | None:
         # Checked again when another node answers at this address: it may serve another model by now.

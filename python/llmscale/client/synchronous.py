@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -46,6 +47,8 @@ class _LoopThread:
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
         try:
             return future.result()
+        except CancelledError as error:
+            raise errors.Cancelled("this client was closed while it waited for an answer") from error
         except BaseException:
             future.cancel()
             raise
@@ -64,7 +67,7 @@ class _LoopThread:
         if loop is None or thread is None or was_closed:
             last.close()
             return
-        asyncio.run_coroutine_threadsafe(last, loop).result()
+        asyncio.run_coroutine_threadsafe(_end_with(last), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
@@ -78,6 +81,15 @@ class _LoopThread:
                 self._thread = threading.Thread(target=loop.run_forever, name="llmscale-client", daemon=True)
                 self._thread.start()
             return self._loop
+
+
+async def _end_with(last: Coroutine[Any, Any, None]) -> None:
+    """Runs a last coroutine and ends all others: a thread that waits for one would wait for ever."""
+    await last
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 class Stream:

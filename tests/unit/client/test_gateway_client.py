@@ -6,10 +6,12 @@ import asyncio
 
 import pytest
 
-from llmscale import AsyncClient, SamplingParams, errors
+from llmscale import AsyncClient, Client, SamplingParams, errors
+from llmscale.client.results import ModelInfo
 from llmscale.gateway.config import GatewayLimits
 from tests.fakes.fake_front import FakeFront
 from tests.fakes.gateway_server import serving, until
+from tests.processes import free_port
 
 ENDLESS = SamplingParams(max_tokens=4_000, ignore_eos=True)
 # A request that hangs must not hold up the others.
@@ -183,3 +185,47 @@ async def test_a_closed_client_says_so(tokenizer):
 def test_options_that_do_not_fit_the_address_are_refused(url, options):
     with pytest.raises(errors.ConfigError):
         AsyncClient(url, **options)
+
+
+async def test_closing_a_client_ends_the_calls_that_wait(tokenizer):
+    front = FakeFront(automatic=False)
+    async with serving(tokenizer, front) as server:
+        client = AsyncClient(server.url)
+        stream = client.stream("hello", ENDLESS)
+        waiting = [asyncio.create_task(client.generate("hello", ENDLESS)), asyncio.create_task(stream.next_pieces())]
+        await until(lambda: len(front.live) == 2)
+        await client.close()
+        for call in waiting:
+            with pytest.raises(errors.Cancelled):
+                await call
+
+
+async def test_a_thread_that_waits_hears_that_another_closed_its_client(tokenizer):
+    front = FakeFront(automatic=False)
+    async with serving(tokenizer, front) as server:
+        client = Client(server.url)
+        calls = [asyncio.create_task(asyncio.to_thread(client.generate, "hello", ENDLESS)) for _ in range(2)]
+        await until(lambda: len(front.live) == 2)
+        await asyncio.to_thread(client.close)
+        for call in calls:
+            with pytest.raises(errors.Cancelled):
+                await call
+
+
+async def test_closing_a_client_ends_its_wait_for_a_node():
+    client = AsyncClient(f"tcp://127.0.0.1:{free_port()}")
+    asked = asyncio.create_task(client.models())
+    greeted = asyncio.create_task(client.health())
+    await asyncio.sleep(0)
+    await client.close()
+    for call in (asked, greeted):
+        with pytest.raises(errors.Cancelled, match="was closed"):
+            await call
+
+
+async def test_what_is_served_is_asked_for_again_when_a_model_is_gone(tokenizer):
+    async with serving(tokenizer) as server, AsyncClient(server.url) as client:
+        client._transport._models = {"of yesterday": ModelInfo("of yesterday", 100)}
+        with pytest.raises(errors.UnknownModel, match="of yesterday"):
+            await client.generate("hello", SamplingParams(max_tokens=2))
+        assert (await client.generate("hello", SamplingParams(max_tokens=2))).finished
