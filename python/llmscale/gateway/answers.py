@@ -7,6 +7,7 @@ Knows nothing of sockets or of when an event is due.
 
 from __future__ import annotations
 
+import codecs
 import time
 from typing import Final, Protocol
 
@@ -56,19 +57,39 @@ def _finite(value: float) -> float:
     return max(value, -9999.0)
 
 
+def _name_of(content: bytes) -> str:
+    """A token where its text is all that names it; one that is part of a character by its bytes, as OpenAI does."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
+class _Offsets:
+    """Where tokens begin in the text, which has a character when its last byte has come."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at = 0
+
+    def of(self, content: bytes) -> int:
+        at = self._at
+        self._at += len(self._decoder.decode(content))
+        return at
+
+
 def _completion_logprobs(
-    tokenizer: Tokenizer, rows: list[TokenLogprobs], top: int, offset: int
-) -> tuple[openai.CompletionLogprobs, int]:
-    """The parallel lists, and the offset in the text after them."""
-    tokens, values, best, offsets = [], [], [], []
+    tokenizer: Tokenizer, rows: list[TokenLogprobs], top: int, offsets: _Offsets
+) -> openai.CompletionLogprobs:
+    """The parallel lists."""
+    tokens, values, best, begins = [], [], [], []
     for token, value, likely in rows:
-        text, _ = _text_of(tokenizer, token)
-        tokens.append(text)
+        content = tokenizer.token_bytes(token)
+        tokens.append(_name_of(content))
         values.append(_finite(value))
-        best.append({_text_of(tokenizer, other)[0]: _finite(chance) for other, chance in likely[:top]})
-        offsets.append(offset)
-        offset += len(text)
-    return openai.CompletionLogprobs(tokens, values, best, offsets), offset
+        best.append({_name_of(tokenizer.token_bytes(other)): _finite(chance) for other, chance in likely[:top]})
+        begins.append(offsets.of(content))
+    return openai.CompletionLogprobs(tokens, values, best, begins)
 
 
 class Format(Protocol):
@@ -140,7 +161,7 @@ class CompletionFormat(_Events):
         super().__init__(response_id, "text_completion", model, include_usage=include_usage, logprobs=logprobs)
         self._tokenizer = tokenizer
         self._echoes = echoes
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, _Offsets] = {}
 
     def begin(self, choice: Choice) -> bytes:
         """The prompt, when it is to be repeated."""
@@ -162,10 +183,8 @@ class CompletionFormat(_Events):
             return b""
         logprobs = b"null"
         if self._logprobs is not None:
-            offset = self._offsets.get(choice.index, 0)
-            rows, self._offsets[choice.index] = _completion_logprobs(
-                self._tokenizer, choice.take_logprobs(), self._logprobs, offset
-            )
+            offsets = self._offsets.setdefault(choice.index, _Offsets())
+            rows = _completion_logprobs(self._tokenizer, choice.take_logprobs(), self._logprobs, offsets)
             logprobs = _json.encode(rows)
         return b'%b{"index":%d,"text":%b,"logprobs":%b,%b%b' % (
             self._head,
@@ -185,7 +204,8 @@ class CompletionFormat(_Events):
                 text = self._echoes[choice.prompt] + text
             logprobs = None
             if self._logprobs is not None:
-                logprobs, _ = _completion_logprobs(self._tokenizer, choice.take_logprobs(), self._logprobs, 0)
+                rows, offsets = choice.take_logprobs(), _Offsets()
+                logprobs = _completion_logprobs(self._tokenizer, rows, self._logprobs, offsets)
             choices.append(
                 openai.CompletionChoice(choice.index, text, logprobs, choice.finish_reason, choice.stop_reason)
             )

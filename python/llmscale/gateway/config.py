@@ -41,7 +41,8 @@ class GatewayLimits:
     max_drain_seconds: float = 30.0
     # Texts up to this size are rendered and tokenized on the event loop (under 1 ms), larger ones on a thread.
     max_inline_bytes: int = 4 << 10
-    max_waiting_large_prompts: int = 64
+    # A burst that the front would queue is not refused here; what their texts take is bounded apart (`services`).
+    max_waiting_large_prompts: int = 2_048
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

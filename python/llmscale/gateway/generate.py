@@ -36,6 +36,8 @@ class _Job:
     format: Format
     priority: str
     stream: bool
+    most_tokens: int
+    """Of an answer whose length nobody bounded."""
 
 
 async def completions(services: Services, exchange: Exchange, tenant: str) -> None:
@@ -49,7 +51,7 @@ async def completions(services: Services, exchange: Exchange, tenant: str) -> No
     if request.echo and request.logprobs is not None:
         raise InvalidField("echo with logprobs is not supported: prompts have no log probabilities here", field="echo")
     params = _params(request, model, request.max_tokens or _DEFAULT_COMPLETION_TOKENS, request.logprobs)
-    _check(services, model, len(prompts), params)
+    most_tokens = _check(services, model, len(prompts), params)
 
     def tokenize() -> list[list[int]]:
         return [
@@ -68,7 +70,7 @@ async def completions(services: Services, exchange: Exchange, tenant: str) -> No
         logprobs=request.logprobs,
         echoes=[_text_of(prompt, model) for prompt in prompts] if request.echo else None,
     )
-    job = _Job(model, tenant, ids, params, form, request.priority or "standard", bool(request.stream))
+    job = _Job(model, tenant, ids, params, form, request.priority or "standard", bool(request.stream), most_tokens)
     await _answer(services, exchange, job)
 
 
@@ -81,12 +83,12 @@ async def chat_completions(services: Services, exchange: Exchange, tenant: str) 
     max_tokens = request.max_completion_tokens or request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = _params(request, model, max_tokens, logprobs)
-    _check(services, model, 1, params)
+    most_tokens = _check(services, model, 1, params)
 
     def tokenize() -> list[int]:
         return model.tokenizer.encode_chat(
             openai.template_messages(request),
-            variables=request.chat_template_kwargs,
+            variables=openai.template_variables(request),
             add_generation_prompt=request.add_generation_prompt is not False,
             max_tokens=model.max_sequence_tokens,
         )
@@ -99,7 +101,7 @@ async def chat_completions(services: Services, exchange: Exchange, tenant: str) 
         include_usage=_wants_usage(request),
         logprobs=logprobs,
     )
-    job = _Job(model, tenant, [ids], params, form, request.priority or "standard", bool(request.stream))
+    job = _Job(model, tenant, [ids], params, form, request.priority or "standard", bool(request.stream), most_tokens)
     await _answer(services, exchange, job)
 
 
@@ -132,7 +134,7 @@ def _submit(services: Services, job: _Job, reply: Reply) -> None:
     for position, prompt in enumerate(job.prompts):
         most = params.max_tokens
         if most is None:
-            most = job.model.max_sequence_tokens - len(prompt)
+            most = min(job.most_tokens, job.model.max_sequence_tokens - len(prompt))
         if most < 1 or len(prompt) + most > job.model.max_sequence_tokens:
             answer = max(most, 1)
             raise RequestTooLong(
@@ -221,8 +223,11 @@ def _wants_usage(request: openai.SamplingFields) -> bool:
     return request.stream_options.include_usage
 
 
-def _check(services: Services, model: ServedModel, prompts: int, params: SamplingParams) -> None:
-    """Each field may be in bounds and their product still far too much, or an id outside this model's vocabulary."""
+def _check(services: Services, model: ServedModel, prompts: int, params: SamplingParams) -> int:
+    """Each field may be in bounds and their product still far too much, or an id outside this model's vocabulary.
+
+    Returns how long an answer gets whose length nobody bounded: what the bounds leave each, and it ends by its length.
+    """
     for field, ids in (
         ("stop_token_ids", params.stop_token_ids),
         ("logit_bias", tuple(token for token, _ in params.logit_bias)),
@@ -238,7 +243,12 @@ def _check(services: Services, model: ServedModel, prompts: int, params: Samplin
             f" the limit is {services.limits.max_sequences} (max_sequences); send fewer at once",
             field="n" if params.n > 1 else "prompt",
         )
-    most = params.max_tokens or model.max_sequence_tokens
+    if params.max_tokens is None:
+        tokens = services.limits.max_request_tokens
+        if params.logprobs is not None:
+            tokens = min(tokens, services.limits.max_request_logprobs // (1 + params.logprobs))
+        return max(1, tokens // sequences)
+    most = params.max_tokens
     tokens = sequences * most
     if tokens > services.limits.max_request_tokens:
         raise InvalidField(
@@ -253,6 +263,7 @@ def _check(services: Services, model: ServedModel, prompts: int, params: Samplin
             " (max_request_logprobs); lower max_tokens, n or the number of log probabilities",
             field="logprobs",
         )
+    return most
 
 
 def _check_ids(prompt: list[int], model: ServedModel) -> list[int]:

@@ -140,7 +140,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     function_call: Any = None
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
-    verbosity: Literal["low", "medium", "high"] | None = None
+    verbosity: Literal["medium"] | None = None
     prediction: None = None
     audio: None = None
     web_search_options: None = None
@@ -378,6 +378,15 @@ def check_chat(request: ChatRequest, max_messages: int) -> None:
             raise InvalidField(f"{field} is missing, a {message.role} message needs one", field=field)
     if request.top_logprobs is not None and not request.logprobs:
         raise InvalidField("top_logprobs needs logprobs to be true", field="top_logprobs")
+
+
+def template_variables(request: ChatRequest) -> dict[str, object]:
+    """What the chat template is told beside the messages."""
+    variables: dict[str, object] = {}
+    if request.reasoning_effort is not None:
+        variables["reasoning_effort"] = request.reasoning_effort
+    variables.update(request.chat_template_kwargs or {})
+    return variables
 
 
 def template_messages(request: ChatRequest) -> list[dict[str, str]]:

@@ -20,6 +20,9 @@ from llmscale.gateway.replicas import ReplicaWatch
 from llmscale.gateway.stream import Sweeper
 from llmscale.metrics import GatewayMetrics, RequestMetrics
 
+MAX_WAITING_PROMPT_BYTES = 256 << 20
+"""Of bodies whose texts wait to be tokenized; a single one is bounded by its own limit."""
+
 T = TypeVar("T")
 
 
@@ -49,6 +52,7 @@ class Services:
         self._sweeper: Sweeper | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._large_prompts = 0
+        self._large_bytes = 0
         self.draining = False
 
     def open(self) -> None:
@@ -102,11 +106,19 @@ class Services:
                 f" {self.limits.max_waiting_large_prompts}; retry in a second",
                 retry_after_seconds=1.0,
             )
+        if self._large_prompts and self._large_bytes + size_bytes > MAX_WAITING_PROMPT_BYTES:
+            raise Overloaded(
+                f"prompts of {self._large_bytes} bytes wait to be tokenized, with these {size_bytes} they are more than"
+                f" {MAX_WAITING_PROMPT_BYTES}; retry in a second",
+                retry_after_seconds=1.0,
+            )
         self._large_prompts += 1
+        self._large_bytes += size_bytes
         try:
             return await asyncio.get_running_loop().run_in_executor(self._executor, work)
         finally:
             self._large_prompts -= 1
+            self._large_bytes -= size_bytes
 
     def drain(self, error: Unavailable) -> None:
         """Stops taking requests. What runs may finish until `error` ends it, which the caller times."""

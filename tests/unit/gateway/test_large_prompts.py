@@ -7,6 +7,7 @@ import asyncio
 import openai
 import pytest
 
+from llmscale.gateway import services
 from llmscale.gateway.config import GatewayLimits
 from llmscale.tokenizer import Tokenizer
 from tests.fakes.gateway_server import serving
@@ -39,6 +40,26 @@ async def test_large_prompts_beyond_the_limit_are_refused_with_a_time_to_retry(t
     assert len(refused) >= 1
     assert sum(not isinstance(result, Exception) for result in results) == 6 - len(refused)
     assert {error.response.headers["retry-after"] for error in refused} == {"1"}
+
+
+async def test_a_burst_that_fits_the_queue_is_not_refused_for_its_tokenizing(tokenizer: Tokenizer) -> None:
+    prompt = LARGE[:6_000]
+    async with serving(tokenizer, max_sequence_tokens=1 << 20) as gateway:
+        client = gateway.client()
+        asking = [client.completions.create(model="tiny", prompt=prompt, max_tokens=1) for _ in range(200)]
+        answers = await asyncio.gather(*asking)
+    assert all(answer.choices[0].finish_reason == "length" for answer in answers)
+
+
+async def test_texts_that_wait_take_a_bounded_memory(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "MAX_WAITING_PROMPT_BYTES", 2 * len(LARGE))
+    async with serving(tokenizer, max_sequence_tokens=1 << 20) as gateway:
+        client = gateway.client()
+        asking = [client.completions.create(model="tiny", prompt=LARGE, max_tokens=1) for _ in range(6)]
+        results = await asyncio.gather(*asking, return_exceptions=True)
+    refused = [result for result in results if isinstance(result, openai.RateLimitError)]
+    assert 1 <= len(refused) <= 5
+    assert all("wait to be tokenized, with these" in str(error) for error in refused)
 
 
 async def test_a_prompt_that_is_too_long_is_refused_whether_or_not_it_is_tokenized(tokenizer: Tokenizer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import openai
 import pytest
 
@@ -70,6 +72,22 @@ async def test_the_models_are_listed_with_their_longest_sequence(tokenizer: Toke
     assert [model.id for model in listed.data] == ["tiny"]
     assert one.model_extra == {"max_model_len": 4096}
     assert missing.value.code == "unknown_model"
+
+
+@pytest.mark.parametrize(
+    ("fields", "most"),
+    [({"n": 9}, (1 << 20) // 9), ({"logprobs": True, "top_logprobs": 8}, (1 << 20) // 9), ({}, None)],
+)
+async def test_an_answer_that_nobody_bounded_is_as_long_as_the_bounds_leave_it(
+    tokenizer: Tokenizer, fields: dict[str, Any], most: int | None
+) -> None:
+    async with serving(tokenizer, max_sequence_tokens=131_072) as gateway:
+        message = {"role": "user", "content": "hi"}
+        create: Any = gateway.client().chat.completions.create
+        await create(model="tiny", messages=[message], **fields)
+        sent = list(gateway.front.submitted.values())
+    room = 131_072 - len(sent[0].prompt)
+    assert [one.sampling.max_tokens for one in sent] == [room if most is None else most] * len(sent)
 
 
 async def test_a_full_queue_is_a_429_with_the_seconds_until_there_is_room(tokenizer: Tokenizer) -> None:

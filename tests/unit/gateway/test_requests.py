@@ -79,7 +79,6 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 0}, "n"),
     ({"n": 128, "max_tokens": 9_000}, "max_tokens"),
     ({"n": 128, "max_tokens": 8_192, "logprobs": True, "top_logprobs": 20}, "logprobs"),
-    ({"n": 128, "logprobs": True, "top_logprobs": 20}, "logprobs"),
     ({"temperature": -0.1}, "temperature"),
     ({"temperature": "1"}, "temperature"),
     ({"temperature": 1e308}, "temperature"),
@@ -119,6 +118,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"store": True}, "store"),
     ({"service_tier": "priority"}, "service_tier"),
     ({"user": "x" * 513}, "user"),
+    ({"verbosity": "high"}, "verbosity"),
     ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
     ({"tenant": "acme"}, "tenant"),
 ]
@@ -244,3 +244,10 @@ def test_the_text_parts_of_a_message_are_joined_by_line_ends() -> None:
         b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}]}'
     )
     assert openai.template_messages(openai.decode_chat(body)) == [{"role": "user", "content": "a\nb"}]
+
+
+def test_the_effort_reaches_the_template_unless_its_variables_say_otherwise() -> None:
+    head = b'{"model":"m","messages":[{"role":"user","content":"a"}],"reasoning_effort":"low"'
+    assert openai.template_variables(openai.decode_chat(head + b"}")) == {"reasoning_effort": "low"}
+    both = openai.decode_chat(head + b',"chat_template_kwargs":{"reasoning_effort":"high","thinking":true}}')
+    assert openai.template_variables(both) == {"reasoning_effort": "high", "thinking": True}

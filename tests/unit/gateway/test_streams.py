@@ -244,6 +244,29 @@ async def test_completion_log_probabilities_are_parallel_lists_with_offsets(toke
     assert rows.token_logprobs == [-0.25] * len(ids)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tokens_that_are_parts_of_characters_are_named_by_their_bytes(tokenizer: Tokenizer, stream: bool) -> None:
+    ids = tokenizer.encode("a€b")
+    parts = [tokenizer.token_bytes(token) for token in ids]
+    assert b"".join(parts) == "a€b".encode()
+    assert len(parts) > 3, "the tokenizer knows no such character"
+    async with serving(tokenizer, FakeFront(tokens=lambda _prompt, _sampling: iter(ids))) as gateway:
+        create = gateway.client().completions.create
+        if stream:
+            chunks = await create(model="tiny", prompt="x", logprobs=2, max_tokens=len(ids), stream=True)
+            found = [chunk.choices[0].logprobs async for chunk in chunks if chunk.choices]
+        else:
+            answer = await create(model="tiny", prompt="x", logprobs=2, max_tokens=len(ids))
+            found = [answer.choices[0].logprobs]
+    rows = [rows for rows in found if rows is not None]
+    tokens = [token for part in rows for token in part.tokens or []]
+    offsets = [offset for part in rows for offset in part.text_offset or []]
+    assert tokens[0] == "a"
+    assert tokens[-1] == "b"
+    assert all(token.startswith("bytes:\\x") for token in tokens[1:-1]), tokens
+    assert offsets == [0, *[1] * (len(ids) - 2), 2]
+
+
 FAILURES = {
     "aborted": (500, "cancelled"),
     "deadline_exceeded": (504, "deadline_exceeded"),
