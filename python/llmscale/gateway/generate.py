@@ -120,7 +120,8 @@ async def _answer(services: Services, exchange: Exchange, job: _Job) -> None:
             return
         if reply.error is not None:
             raise reply.error
-        await exchange.respond(job.format.whole(reply))
+        values = sum(len(choice.logprobs) for choice in reply.choices) * (1 + (job.params.logprobs or 0))
+        await exchange.respond(await services.build(lambda: job.format.whole(reply), values))
     finally:
         if stop_watching is not None:
             stop_watching()

@@ -20,6 +20,8 @@ from llmscale.gateway.replicas import ReplicaWatch
 from llmscale.gateway.stream import Sweeper
 from llmscale.metrics import GatewayMetrics, RequestMetrics
 
+MAX_INLINE_VALUES = 2_048
+"""Log probabilities of an answer that are written on the event loop, in a few milliseconds."""
 MAX_WAITING_PROMPT_BYTES = 256 << 20
 """Of bodies whose texts wait to be tokenized; a single one is bounded by its own limit."""
 
@@ -119,6 +121,13 @@ class Services:
         finally:
             self._large_prompts -= 1
             self._large_bytes -= size_bytes
+
+    async def build(self, work: Callable[[], T], values: int) -> T:
+        """Makes the body of an answer with so many log probabilities: of many on the thread, since a million of them
+        are seconds in which no stream would get a token. Never refused: what it tells has been computed."""
+        if values <= MAX_INLINE_VALUES or self._executor is None:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def drain(self, error: Unavailable) -> None:
         """Stops taking requests. What runs may finish until `error` ends it, which the caller times."""

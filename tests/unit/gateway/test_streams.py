@@ -6,13 +6,17 @@ import asyncio
 import json
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
+from llmscale.gateway import services
+from llmscale.gateway.answers import CompletionFormat
 from llmscale.gateway.config import GatewayLimits
+from llmscale.gateway.reply import Reply
 from llmscale.tokenizer import Tokenizer
 from tests.fakes.fake_front import FakeFront, FakeReplica
 from tests.fakes.gateway_server import Serving, serving, until
@@ -265,6 +269,27 @@ async def test_tokens_that_are_parts_of_characters_are_named_by_their_bytes(toke
     assert tokens[-1] == "b"
     assert all(token.startswith("bytes:\\x") for token in tokens[1:-1]), tokens
     assert offsets == [0, *[1] * (len(ids) - 2), 2]
+
+
+async def test_answers_with_many_log_probabilities_are_written_beside_the_event_loop(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    whole = CompletionFormat.whole
+
+    def watched(form: CompletionFormat, reply: Reply) -> bytes:
+        threads.append(threading.current_thread().name)
+        return whole(form, reply)
+
+    monkeypatch.setattr(CompletionFormat, "whole", watched)
+    monkeypatch.setattr(services, "MAX_INLINE_VALUES", 30)
+    async with serving(tokenizer, FakeFront(tokens=lambda _prompt, _sampling: iter([5] * 20))) as gateway:
+        create = gateway.client().completions.create
+        answers = [await create(model="tiny", prompt="x", logprobs=2, max_tokens=count) for count in (10, 11)]
+    found = [answer.choices[0].logprobs for answer in answers]
+    assert [len(rows.tokens or []) for rows in found if rows is not None] == [10, 11]
+    assert threads[0] == threading.current_thread().name
+    assert threads[1].startswith("llmscale-prompts")
 
 
 FAILURES = {
