@@ -301,5 +301,7 @@ mod tests {
             }
         }
         assert!(server.receive().expect("nothing wrong").is_none());
+        // Before its events' reader: the end of a monitor is told, and that waits for ever where nobody is there.
+        drop(server);
     }
 }
