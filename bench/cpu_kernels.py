@@ -3,7 +3,7 @@
 Builds and runs `rust/kernels/examples/matmul_rates.rs`, which prints a line per format, matrix and number of rows; one
 row is told in GB/s of weights, many rows in GOP/s. The matrices are those of S and L. Beside each stands oneDNN's
 product (`onednn_products`), matrix by matrix in turns, where torch is installed: what it costs that a row of ours has
-the same bits in every batch. Takes about three minutes.
+the same bits in every batch. Takes about a minute.
 """
 
 from __future__ import annotations

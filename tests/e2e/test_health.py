@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,14 @@ from tests.processes import Server, serving_fleet, wait_until
 
 # torch: what waits longest is told apart from a busy machine by steps that take a while.
 MODEL = '[models.tiny-chat]\nmodel = "tiny-chat"\nreplicas = 2\ndtype = "float32"\nthreads = 1\nexecutor = "torch"\n'
-# Five late first tokens eject; every other request goes to the worker that stands still.
-STALLED_REQUESTS = 24
-# Late is half a second more than predicted, and four times what was.
+# Five late first tokens eject where they are half of all. Requests are sent at once, so that each replica gets some.
+# The busier the machine, the fewer wait for each other: more are sent until the victim holds enough.
+REQUESTS_AT_ONCE = 24
+LEAST_HELD = 8
+# Late is half a second more than predicted, and four times what was: so long after the last of them has arrived there.
 STALL_SECONDS = 2.0
+# What is predicted rests on the first steps; what is late is weighed beside the others' answers.
+WARM_ANSWERS = 8
 # A front knows what is late after a hundred first tokens, and may send a twentieth of their prompts' tokens twice.
 ANSWERS = 120
 RACES = 4
@@ -74,16 +78,35 @@ def complete(server: Server, seed: int, max_tokens: int, prompt: str = "Once upo
 def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_probe(tmp_path: Path) -> None:
     with (
         two_replicas(tmp_path, "ejection_seconds = 0.5\n") as (server, victim),
-        ThreadPoolExecutor(STALLED_REQUESTS) as pool,
+        ThreadPoolExecutor(4 * REQUESTS_AT_ONCE) as pool,
     ):
+        list(pool.map(lambda seed: complete(server, seed, 4), range(WARM_ANSWERS)))
         assert (victim["trust"], victim["ejections"]) == ("trusted", 0)
+
+        answers: list[Future[dict[str, Any]]] = []
+
+        def holds_enough() -> bool:
+            said = replica(server, victim["node"])
+            held = said["running"] + said["waiting"]
+            if sum(not answer.done() for answer in answers) > held:
+                return False
+            if held < LEAST_HELD:
+                answers.extend(pool.submit(complete, server, seed, 4) for seed in range(REQUESTS_AT_ONCE))
+            return held >= LEAST_HELD
+
         with stopped(victim["worker_pid"]):
+            wait_until(holds_enough, 60, "it holds enough", lambda: replicas(server))
             began = time.monotonic()
-            answers = [pool.submit(complete, server, seed, 4) for seed in range(STALLED_REQUESTS)]
             wait_until(lambda: time.monotonic() - began > STALL_SECONDS, 60, "it has stood still for long enough")
         assert all(answer.result()["usage"]["completion_tokens"] == 4 for answer in answers)
+        judged = replicas(server)
         # With nobody asking, it stays what it is after its span.
-        wait_until(lambda: replica(server, victim["node"])["trust"] == "probing", 30, "its span is over")
+        wait_until(
+            lambda: replica(server, victim["node"])["trust"] == "probing",
+            30,
+            "its span is over",
+            lambda: judged,
+        )
         said = replica(server, victim["node"])
         assert (said["state"], said["ejections"]) == ("ready", 1)
         assert said["recent_late"] >= 5

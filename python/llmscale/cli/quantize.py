@@ -91,6 +91,7 @@ def _run_gguf(options: QuantizeOptions) -> None:
         done = import_gguf(source, options.target, tokenizer=options.tokenizer)
         Console().print(f"{options.target}: {done}, {done.after_bytes / 1e6:,.1f} MB")
         return
+    # What would be refused after the import, which takes minutes.
     require_new(options.target)
     layout_for(options.method, options.group_size, symmetric=options.symmetric)
     # Where the target will be, so that there is room for one if there is room for the other.

@@ -39,11 +39,13 @@ class _Usage(msgspec.Struct):
 class _TopLogprob(msgspec.Struct):
     token: str
     logprob: float
+    bytes: list[int] | None = None
 
 
 class _ChatLogprob(msgspec.Struct):
     token: str
     logprob: float
+    bytes: list[int] | None = None
     top_logprobs: list[_TopLogprob] = []
 
 
@@ -301,9 +303,11 @@ class HttpReply:
 
 def _logprobs(given: _Logprobs) -> Iterator[tuple[Logprob, ...]]:
     for entry in given.content or ():
-        ranks = {top.token: rank for rank, top in enumerate(entry.top_logprobs, start=1)}
-        drawn = Logprob(None, entry.logprob, entry.token, ranks.get(entry.token))
-        yield (drawn, *(Logprob(None, top.logprob, top.token, ranks[top.token]) for top in entry.top_logprobs))
+        ranked = list(enumerate(entry.top_logprobs, start=1))
+        # Parts of characters all read as the replacement character: where there are bytes, they tell tokens apart.
+        rank = next((rank for rank, top in ranked if (top.token, top.bytes) == (entry.token, entry.bytes)), None)
+        drawn = Logprob(None, entry.logprob, entry.token, rank)
+        yield (drawn, *(Logprob(None, top.logprob, top.token, rank) for rank, top in ranked))
     tokens, values = given.tokens or (), given.token_logprobs or ()
     likely = given.top_logprobs or [None] * len(tokens)
     if not len(tokens) == len(values) == len(likely):

@@ -73,6 +73,12 @@ def read_gguf_model(header: GgufHeader, shown: str, rope_factors: Sequence[float
     metadata outside its bounds.
     """
     fields = ConfigFields(header.metadata, shown)
+    parts = fields.integer("split.count", 0, 1 << 16, 1)
+    if parts > 1:
+        raise UnsupportedModel(
+            f"{shown} is one of {parts} parts of a model. Merge them first: llama-gguf-split --merge FIRST-PART"
+            " MERGED.gguf"
+        )
     kind = fields.text("general.architecture")
     if kind not in ARCHITECTURES:
         raise UnsupportedModel(

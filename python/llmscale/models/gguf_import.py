@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmscale.errors import ConfigError, InvalidCheckpoint, UnsupportedModel
+from llmscale.errors import ConfigError, InvalidCheckpoint
 from llmscale.models.config import CONFIG_NAME, ConfigFields
 from llmscale.models.fingerprint import TEXT_FILES
 from llmscale.models.gguf_config import ROPE_FACTORS, GgufModel, read_gguf_model
@@ -58,12 +58,6 @@ def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None, ke
     target that exists or a package that is missing.
     """
     header = read_gguf_header(source)
-    parts = header.metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise UnsupportedModel(
-            f"{source.name} is one of {parts} parts of a model. Merge them first: llama-gguf-split --merge"
-            " FIRST-PART MERGED.gguf"
-        )
     factors = _rope_factors(source, header)
     model = read_gguf_model(header, source.name, factors)
     spec = spec_for(ConfigFields(model.config, source.name))

@@ -29,10 +29,8 @@ pub(crate) fn made(
         let mut values = vec![0.0_f32; rows.codes.len()];
         stack.read(first, &mut values)?;
         round(on.level, &values, group, times.repeats, &mut rows);
-        match rows.scales.iter().position(|scale| !scale.is_finite()) {
-            Some(at) => Err(stack.not_finite(first + at / (rows.scales.len() * inputs / rows.codes.len()))),
-            None => Ok(()),
-        }
+        let broken = rows.scales.iter().position(|scale| !scale.is_finite());
+        broken.map_or(Ok(()), |at| Err(stack.not_finite(first + at / inputs.div_ceil(times.group))))
     })?;
     Ok(packed)
 }

@@ -170,7 +170,7 @@ impl LocalReplica {
             suspect: false,
         };
         let _ = local.event(now, Event::Submit(Box::new(submission)));
-        if let Some((_, GiveBack::Refused(refusal))) = local.out.give_back.pop() {
+        if let Some((_, GiveBack { refusal: Some(refusal), .. })) = local.out.give_back.pop() {
             return Err(error::refusal(&refusal));
         }
         local.next_request = request.next();

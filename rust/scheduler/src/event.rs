@@ -62,19 +62,19 @@ pub enum Event {
 
 /// Why an attempt comes back to its front unstarted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum GiveBack {
-    /// The front asked for it.
-    Recalled {
-        /// A worker died or raised while computing it.
-        suspect: bool,
-    },
-    /// It cannot run here, or not now.
-    Refused(Refusal),
-    /// The node is to end.
-    Drained {
-        /// A worker died or raised while computing it.
-        suspect: bool,
-    },
+pub struct GiveBack {
+    /// It cannot run here, or not now; `None` where the front asked for it.
+    pub refusal: Option<Refusal>,
+    /// A worker died or raised while computing it: it stays a suspect wherever it goes, or a request that kills workers
+    /// would go from node to node for ever.
+    pub suspect: bool,
+}
+
+impl From<Refusal> for GiveBack {
+    /// Of what never got as far as a worker here.
+    fn from(refusal: Refusal) -> Self {
+        Self { refusal: Some(refusal), suspect: false }
+    }
 }
 
 /// What a front is told about the prefix cache.

@@ -183,7 +183,7 @@ impl Replica {
     fn submit(&mut self, submission: Submission, out: &mut Actions) {
         let key = submission.key;
         if let Err(refusal) = self.admissible(&submission) {
-            out.give_back.push((key, GiveBack::Refused(refusal)));
+            out.give_back.push((key, refusal.into()));
             return;
         }
         // A newer attempt replaces an older one that the front has given up already.
@@ -254,9 +254,7 @@ impl Replica {
                 if let At::Queue(place) = location.at {
                     let record = self.queue.remove(place).expect("its place was looked up");
                     self.forget(&record);
-                    // A suspect stays one wherever it goes, or a request that kills workers would go from node to node
-                    // for ever.
-                    out.give_back.push((key, GiveBack::Recalled { suspect: record.suspect }));
+                    out.give_back.push((key, GiveBack { refusal: None, suspect: record.suspect }));
                 }
             }
             _ => self.counters.unknown_orders += 1,
@@ -283,7 +281,7 @@ impl Replica {
         for place in waiting {
             let record = self.queue.remove(place).expect("its place was just listed");
             self.forget(&record);
-            out.give_back.push((record.key(), GiveBack::Drained { suspect: record.suspect }));
+            out.give_back.push((record.key(), GiveBack { refusal: Some(Refusal::Draining), suspect: record.suspect }));
         }
     }
 

@@ -169,6 +169,16 @@ def test_log_probabilities_of_a_completion_name_their_tokens_by_text():
     assert first[0].token_id is None
 
 
+def test_parts_of_characters_that_read_alike_are_ranked_by_their_bytes():
+    answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "é"}, "finish_reason": "stop"}]}
+    values = ((-0.1, 0xC3), (-2.0, 0xA9))
+    likely = [{"token": "\ufffd", "logprob": value, "bytes": [byte]} for value, byte in values]
+    answer["choices"][0]["logprobs"] = {"content": [{**likely[1], "top_logprobs": likely}]}
+    [chunk] = HttpReply(call([{"role": "user", "content": "hi"}], streaming=False)).whole(json.dumps(answer).encode())
+    [entry] = chunk.logprobs
+    assert [(one.logprob, one.rank) for one in entry] == [(-2.0, 2), (-0.1, 1), (-2.0, 2)]
+
+
 def test_health_sums_the_replicas():
     fleet = {
         "state": "ready",

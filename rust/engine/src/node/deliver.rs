@@ -5,7 +5,7 @@ use crate::disk_index::DiskIndex;
 use crate::fronts::PROBE;
 use crate::report::{NodeEvent, NodeReport};
 use llmscale_scheduler::{Event, GiveBack, KvWord};
-use llmscale_types::{Duration, FinishReason, FrontId, Refusal};
+use llmscale_types::{Duration, FinishReason, FrontId};
 use llmscale_wire::{self as wire, FromNode, KvChanges, KvSnapshot, NodeOutputs, NodeState, Status};
 
 /// How often fronts hear of changes in the prefix cache while steps run: a tiny model makes 1,000 steps a second.
@@ -69,12 +69,7 @@ impl Node {
     }
 
     fn deliver_returns(&mut self) {
-        for (key, reason) in std::mem::take(&mut self.out.give_back) {
-            let (refusal, suspect) = match reason {
-                GiveBack::Recalled { suspect } => (None, suspect),
-                GiveBack::Refused(refusal) => (Some(refusal), false),
-                GiveBack::Drained { suspect } => (Some(Refusal::Draining), suspect),
-            };
+        for (key, GiveBack { refusal, suspect }) in std::mem::take(&mut self.out.give_back) {
             let give_back = wire::GiveBack {
                 node: self.config.node,
                 epoch: self.epoch,

@@ -4,7 +4,7 @@
 use super::{Grown, NodeProcess};
 use crate::around::Around;
 use crate::network::Peer;
-use llmscale_scheduler::{Event, GiveBack};
+use llmscale_scheduler::Event;
 use llmscale_types::{FrontId, Refusal, SequenceKey, Time};
 use llmscale_wire::{
     FromNode, Hello, ModelIdentity, NodeLimits, Pong, RejectCode, Rejected, ToNode, Welcome, WireError, decode_as,
@@ -38,8 +38,7 @@ impl NodeProcess {
         match message {
             ToNode::Hello(_) => unreachable!("answered above"),
             ToNode::Submit(submit) if self.refuses_wrongly(around) => {
-                let refused = GiveBack::Refused(Refusal::Duplicate);
-                self.out.give_back.push((key(submit.request, submit.attempt), refused));
+                self.out.give_back.push((key(submit.request, submit.attempt), Refusal::Duplicate.into()));
             }
             ToNode::Submit(submit) => self.event(now, Event::Submit(Box::new(submit.arrive(front, now)))),
             ToNode::Abort(abort) => self.event(now, Event::Abort(key(abort.request, abort.attempt))),

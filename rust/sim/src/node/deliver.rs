@@ -73,12 +73,7 @@ impl NodeProcess {
     }
 
     fn deliver_returns(&mut self, around: &mut Around) {
-        for (key, reason) in std::mem::take(&mut self.out.give_back) {
-            let (refusal, suspect) = match reason {
-                GiveBack::Recalled { suspect } => (None, suspect),
-                GiveBack::Refused(refusal) => (Some(refusal), false),
-                GiveBack::Drained { suspect } => (Some(Refusal::Draining), suspect),
-            };
+        for (key, GiveBack { refusal, suspect }) in std::mem::take(&mut self.out.give_back) {
             if suspect {
                 around.coverage.reach("suspect_given_back");
             }

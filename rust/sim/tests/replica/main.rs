@@ -10,8 +10,8 @@ mod world;
 use llmscale_scheduler::{Actions, Event, FirstComeFirstServed, GiveBack, Pace, Replica};
 use llmscale_types::frame::MAX_ADMISSION_BYTES;
 use llmscale_types::{
-    Attempt, Class, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, RequestId, Sampling, SequenceKey,
-    StepId, Submission, Time, Token,
+    Attempt, Class, Duration, EngineLimits, Epoch, FinishReason, FrontId, GroupId, Refusal, RequestId, Sampling,
+    SequenceKey, StepId, Submission, Time, Token,
 };
 use proptest::prelude::*;
 use world::{World, limits, prefill_pairs, prefill_tokens};
@@ -277,21 +277,31 @@ fn a_worker_that_names_a_step_which_cannot_have_raised_is_not_believed() {
     world.finish_all();
 }
 
-#[test]
-fn a_suspect_of_a_crash_stays_one_where_it_goes_on() {
+/// Of five requests four were computed when the worker died.
+fn after_a_crash() -> World {
     let mut world = World::new(limits(64, 4, 16, 2));
     for _ in 0..5 {
         world.submit(0, vec![7, 8, 9], 8, Class::Standard);
     }
     world.plan();
     world.crash();
+    world
+}
+
+fn told(world: &World) -> Vec<GiveBack> {
+    world.given_back.iter().map(|(_, reason)| *reason).collect()
+}
+
+const SUSPECTS: [bool; 5] = [true, true, true, true, false];
+
+#[test]
+fn a_suspect_of_a_crash_stays_one_where_it_goes_on() {
+    let mut world = after_a_crash();
     let keys: Vec<SequenceKey> = world.wanted.keys().copied().collect();
     for key in keys {
         world.event(Event::Recall(key));
     }
-    let told: Vec<bool> =
-        world.given_back.iter().map(|(_, reason)| *reason == GiveBack::Recalled { suspect: true }).collect();
-    assert_eq!(told, [true, true, true, true, false], "four were computed, the last one waited");
+    assert_eq!(told(&world), SUSPECTS.map(|suspect| GiveBack { refusal: None, suspect }));
     let mut elsewhere = World::new(limits(64, 4, 16, 2));
     elsewhere.submit(1, vec![5, 6], 8, Class::Standard);
     let (submission, _) = world.given_back.remove(0);
@@ -306,15 +316,9 @@ fn a_suspect_of_a_crash_stays_one_where_it_goes_on() {
 
 #[test]
 fn a_suspect_of_a_crash_stays_one_where_it_goes_when_the_node_drains() {
-    let mut world = World::new(limits(64, 4, 16, 2));
-    for _ in 0..5 {
-        world.submit(0, vec![7, 8, 9], 8, Class::Standard);
-    }
-    world.plan();
-    world.crash();
+    let mut world = after_a_crash();
     world.drain(Duration(0));
-    let told: Vec<GiveBack> = world.given_back.iter().map(|(_, reason)| *reason).collect();
-    assert_eq!(told, [true, true, true, true, false].map(|suspect| GiveBack::Drained { suspect }));
+    assert_eq!(told(&world), SUSPECTS.map(|suspect| GiveBack { refusal: Some(Refusal::Draining), suspect }));
     world.finish_all();
 }
 
@@ -401,7 +405,9 @@ fn a_full_queue_refuses_with_its_limit() {
         suspect: false,
     };
     assert!(world.replica.on_event(Time(0), Event::Submit(Box::new(submission)), &mut world.out));
-    let [(refused, GiveBack::Refused(refusal))] = world.out.give_back[..] else { panic!("{:?}", world.out.give_back) };
+    let [(refused, GiveBack { refusal: Some(refusal), .. })] = world.out.give_back[..] else {
+        panic!("{:?}", world.out.give_back)
+    };
     assert_eq!((refused, refusal.label()), (key, "queue_full"));
 }
 
