@@ -157,8 +157,9 @@ impl Replica {
         let ahead = self.blocks.transfers_under_way();
         let reading_ns = self.disk_cost.predict(ahead + blocks) + self.copy_cost.predict(blocks);
         let computing_ns = self.copy_prices().prefill_ns(blocks * self.limits.block_tokens);
-        // What was never read has no price yet; the first read tells, and nothing else waits for it.
-        let pays = if self.disk_cost.is_known() { reading_ns < computing_ns } else { self.disk.fetches.is_empty() };
+        // What was hardly read has no price yet; the first reads tell, one at a time.
+        let cheap = self.disk_cost.is_known() && reading_ns < computing_ns;
+        let pays = cheap || (!self.disk_cost.is_settled() && self.disk.fetches.is_empty());
         if !pays && !self.is_trial(ahead) {
             return false;
         }
@@ -195,7 +196,7 @@ impl Replica {
     /// Whether a block is read back faster than it is computed, as far as that is known.
     pub(crate) fn writing_pays(&self) -> bool {
         let back_ns = self.disk_cost.predict(1) + self.copy_cost.predict(1);
-        !self.disk_cost.is_known() || back_ns < self.copy_prices().block_ns()
+        !self.disk_cost.is_settled() || back_ns < self.copy_prices().block_ns()
     }
 
     /// Whether a record waits for the disk, or a drain.

@@ -48,7 +48,7 @@ impl CopyPrices<'_> {
             return 0;
         }
         if !self.copies.is_known() || self.copies.predict(2) >= self.block_ns() {
-            return u32::from(!self.copies.is_known() || step.0.is_multiple_of(STEPS_PER_TRIAL));
+            return u32::from(!self.copies.is_settled() || step.0.is_multiple_of(STEPS_PER_TRIAL));
         }
         self.copies.blocks_within(self.prefill_ns(self.limits.max_step_tokens))
     }

@@ -47,7 +47,7 @@ impl Known {
     fn new(copy_ns: Option<u64>, host_blocks: u32) -> Self {
         let mut copies = CopyCost::default();
         if let Some(copy_ns) = copy_ns {
-            copies.observe(1, copy_ns);
+            (0..3).for_each(|_| copies.observe(1, copy_ns));
         }
         Self { cost: computing(), copies, limits: limits(host_blocks) }
     }
@@ -86,6 +86,16 @@ fn the_first_copy_is_a_trial_and_dear_ones_are_tried_again_now_and_then() {
     let dear = Known::new(Some(BLOCK_NS), 8);
     let steps: Vec<u64> = (1..=200).filter(|&step| dear.offloads(step) > 0).collect();
     assert_eq!(steps, [64, 128, 192]);
+}
+
+#[test]
+fn a_first_copy_that_stalled_does_not_keep_the_tier_out_of_use() {
+    let mut copies = CopyCost::default();
+    copies.observe(1, BLOCK_NS * 20);
+    let mut known = Known { copies, ..Known::new(None, 8) };
+    assert_eq!(known.offloads(1), 1, "one dear copy is no price");
+    known.copies.observe(1, BLOCK_NS / 10);
+    assert!(known.offloads(2) > 1);
 }
 
 #[test]
