@@ -4,6 +4,7 @@ at the end. Waits are on conditions with deadlines, never on time alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from tests.network import Host
 ROOT = Path(__file__).parents[1]
 WITHOUT_TORCH = ROOT / "tests" / "fakes" / "without_torch"
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 # A gateway that other hosts reach has keys.
 API_KEY = "a-key-for-tests"
 
@@ -51,6 +52,18 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: str, seen: C
         pause.wait(0.01)
 
 
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process stands still while the block runs."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        # Whoever stands still for too long is replaced; what the test then finds says more than this would.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
 def free_port() -> int:
     """A port that nobody listens on now."""
     with socket.socket() as probe:
@@ -68,7 +81,7 @@ class Server:
     host: str = "127.0.0.1"
     lines: list[str] = field(default_factory=list)
     # One client for all questions: making one loads certificates for a tenth of a second.
-    client: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=60))
+    client: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=300))
 
     @property
     def base(self) -> str:
@@ -84,9 +97,16 @@ class Server:
         return self.client.post(self.base + path, json=body)
 
     def worker_pid(self) -> int:
-        """The worker that is alive now, by what the fleet says of itself."""
-        pid: int = self.get("/fleet").json()["replicas"][0]["worker_pid"]
-        return pid
+        """The worker that is alive now, by what the fleet says of itself; waits for one after a death. There is none
+        for a moment then, and whoever kills process 0 kills this one."""
+        found = [0]
+
+        def is_there() -> bool:
+            found[0] = self.get("/fleet").json()["replicas"][0]["worker_pid"]
+            return found[0] > 0
+
+        wait_until(is_there, START_SECONDS, "there is a worker")
+        return found[0]
 
     def metric(self, name: str) -> float:
         """The value of a metric that has no labels."""
@@ -201,15 +221,20 @@ class Sampled:
 
 
 def sampled(
-    server: Server, body: dict[str, Any], on_tokens: Callable[[int], None] | None = None, best: int = 0
+    server: Server,
+    body: dict[str, Any],
+    on_tokens: Callable[[int], None] | None = None,
+    best: int = 0,
+    on_comment: Callable[[str], None] = lambda _: None,
 ) -> list[Sampled]:
-    """Streams a completion with log probabilities and returns every token, calling back with the count so far."""
+    """Streams a completion with log probabilities and returns every token, calling back with the count so far and with
+    the stream's comments."""
     tokens: list[Sampled] = []
     with server.client.stream(
         "POST", server.base + "/v1/completions", json={**body, "stream": True, "logprobs": best}
     ) as response:
         assert response.status_code == 200, response.read()
-        for data in _events(response):
+        for data in _events(response, on_comment):
             assert "error" not in data, data
             for choice in data["choices"]:
                 rows = choice["logprobs"]
@@ -226,12 +251,16 @@ def token_ids(server: Server, body: dict[str, Any], on_tokens: Callable[[int], N
     return [token.text for token in sampled(server, body, on_tokens)]
 
 
-def _events(response: httpx2.Response) -> Iterator[dict[str, Any]]:
+def _events(response: httpx2.Response, on_comment: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """The events of a stream; it must end with [DONE] and nothing may follow."""
-    lines = (line for line in response.iter_lines() if line.startswith("data: "))
+    lines = response.iter_lines()
     for line in lines:
+        if line.startswith(":"):
+            on_comment(line.removeprefix(":").strip())
+        if not line.startswith("data: "):
+            continue
         if line == "data: [DONE]":
-            assert next(lines, None) is None, "something follows [DONE]"
+            assert not any(lines), "something follows [DONE]"
             return
         yield json.loads(line.removeprefix("data: "))
     raise AssertionError("the stream ended without [DONE]")

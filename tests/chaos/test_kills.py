@@ -80,7 +80,7 @@ class Killer:
             ripe[:] = self._ripe(wanted)
             return bool(ripe)
 
-        wait_until(is_ripe, 60, f"a replica has computed {wanted} steps")
+        wait_until(is_ripe, 120, f"a replica has computed {wanted} steps")
         worker = self.chance.choice(ripe)
         what, victim = ("node", worker.parent()) if self.chance.random() < NODES_PER_KILL else ("worker", worker)
         assert victim is not None
@@ -88,7 +88,7 @@ class Killer:
         self.killed.append(what)
         # What a failure shows beside the server's log.
         print(f"killed the {what} of worker {worker.pid} after {wanted} steps or more")
-        wait_until(lambda: not is_alive(worker), 30, f"the worker ends with its {what}")
+        wait_until(lambda: not is_alive(worker), 120, f"the worker ends with its {what}")
         self._steps.clear()
 
     def _ripe(self, wanted: int) -> list[psutil.Process]:
@@ -111,7 +111,7 @@ class Killer:
 def server() -> Iterator[Server]:
     """Two replicas, ready."""
     with serving("tiny-chat", "--dtype", "float32", "--replicas", str(REPLICAS)) as server:
-        wait_until(lambda: all_ready(server), 60, "both replicas are ready")
+        wait_until(lambda: all_ready(server), 120, "both replicas are ready")
         yield server
 
 
@@ -133,7 +133,7 @@ HUNDREDS = [
 ]
 
 
-@pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.timeout(400)), *HUNDREDS])
+@pytest.mark.parametrize("kills", [20, *HUNDREDS])
 def test_no_client_notices_kills_of_workers_and_nodes(server: Server, kills: int) -> None:
     seed = int(os.environ.get("LLMSCALE_CHAOS_SEED", random.SystemRandom().randrange(1 << 32)))
     print(f"LLMSCALE_CHAOS_SEED={seed} runs these kills again")
@@ -152,6 +152,6 @@ def test_no_client_notices_kills_of_workers_and_nodes(server: Server, kills: int
     print(f"99 of 100 {hit[len(hit) * 99 // 100]:.2f} s, all {hit[-1]:.2f} s")
     print(f"{len(history.by_request())} requests with {sum(len(event.tokens) for event in events)} tokens")
     assert len(killer.killed) == kills
-    wait_until(lambda: all_ready(server), 60, "both replicas are back")
-    wait_until(lambda: server.get("/fleet").json()["live_requests"] == 0, 30, "the front has forgotten all")
-    wait_until(lambda: all(not one["running"] and not one["waiting"] for one in replicas(server)), 30, "nothing runs")
+    wait_until(lambda: all_ready(server), 120, "both replicas are back")
+    wait_until(lambda: server.get("/fleet").json()["live_requests"] == 0, 120, "the front has forgotten all")
+    wait_until(lambda: all(not one["running"] and not one["waiting"] for one in replicas(server)), 120, "nothing runs")

@@ -42,7 +42,6 @@ def total(links: list[BadLink]) -> Counter[str]:
     return sum((link.counts for link in links), Counter[str]())
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize("cuts", [8, pytest.param(80, marks=pytest.mark.slow)])
 def test_streams_through_bad_networks_come_as_through_good_ones(
     fleet: Fleet, tmp_path: Path, links: list[BadLink], cuts: int
@@ -61,7 +60,7 @@ def test_streams_through_bad_networks_come_as_through_good_ones(
             links.extend(opened)
             gateways.append(stack.enter_context(fleet.gateway(*(link.address for link in opened))))
         for server in gateways:
-            wait_until(lambda server=server: all_ready(server), 60, "both nodes are ready")
+            wait_until(lambda server=server: all_ready(server), 120, "both nodes are ready")
         references = undisturbed(gateways[0], BODIES)
         histories = [History() for _ in gateways]
         with ExitStack() as running:
@@ -71,7 +70,7 @@ def test_streams_through_bad_networks_come_as_through_good_ones(
             for link in links:
                 link.misbehave()
             wait_until(lambda: total(links)["cut"] >= cuts, 360, f"{cuts} connections were cut")
-            wait_until(lambda: all(total(links)[what] for what in STALLS), 60, "every way has stood still")
+            wait_until(lambda: all(total(links)[what] for what in STALLS), 120, "every way has stood still")
             for link in links:
                 link.behave()
             for look in looks:
@@ -85,5 +84,5 @@ def test_streams_through_bad_networks_come_as_through_good_ones(
                 "both nodes can be reached again",
                 seen=lambda server=server: f"{replicas(server)}\n{server.log()}\n{[node.log() for node in nodes]}",
             )
-            wait_until(lambda server=server: server.get("/fleet").json()["live_requests"] == 0, 30, "all is forgotten")
+            wait_until(lambda server=server: server.get("/fleet").json()["live_requests"] == 0, 120, "all is forgotten")
         assert sum(server.metric("front_lost_attempts_total") for server in gateways) > 0, "streams were hit"

@@ -46,12 +46,12 @@ def test_a_host_that_differs_ends_with_the_name_of_what_differs(
 def test_a_leader_that_waits_in_vain_names_the_host_and_why_the_one_that_came_was_refused(tmp_path: Path) -> None:
     port = free_port()
     with (
-        host_process(tmp_path, "leader", (), *options(port, 0, "--dtype", "float32", wait=5.0)) as leader,
+        host_process(tmp_path, "leader", (), *options(port, 0, "--dtype", "float32", wait=20.0)) as leader,
         host_process(tmp_path, "other", (), *options(port, 1, "--dtype", "bfloat16")),
     ):
         code, log = leader.end(END_SECONDS)
         assert code == 1
-        assert f"of 2 hosts, 1 did not come to tcp://127.0.0.1:{port} within 5 s" in log
+        assert f"of 2 hosts, 1 did not come to tcp://127.0.0.1:{port} within 20 s" in log
         assert "its dtype is bfloat16, the leader's is float32" in log
 
 
@@ -83,8 +83,8 @@ def test_a_host_with_another_fleets_key_is_not_let_in_and_both_sides_say_that_it
         return "--key-file", str(folder / "node.key"), "--allow-list", str(folder / "allowed")
 
     with (
-        host_process(tmp_path, "leader", (), *options(port, 0, *keys(fleet.keys), wait=4.0)) as leader,
-        host_process(tmp_path, "stranger", (), *options(port, 1, *keys(fleet.strangers), wait=4.0)) as stranger,
+        host_process(tmp_path, "leader", (), *options(port, 0, *keys(fleet.keys), wait=20.0)) as leader,
+        host_process(tmp_path, "stranger", (), *options(port, 1, *keys(fleet.strangers), wait=15.0)) as stranger,
     ):
         code, log = stranger.end(END_SECONDS)
         assert code == 1

@@ -24,8 +24,6 @@ from tests.network import CannotMakeHosts, Host, hosts
 from tests.processes import wait_until
 from tests.support_processes import NodeProcess
 
-pytestmark = pytest.mark.timeout(180)
-
 PROMPTS = ([1, 2, 3], [9, 8, 7, 6], [40, 41], [300, 2, 300])
 TOKENS = 900
 LAYOUTS = [("-pp", "2"), ("-tp", "2"), ("-pp", "4"), ("-tp", "2", "-pp", "2"), ("-tp", "4")]
@@ -41,7 +39,7 @@ def answers(
         def ask(number: int) -> list[int]:
             params = SamplingParams(max_tokens=tokens, temperature=1.2, seed=number, ignore_eos=True)
             ids: list[int] = []
-            with client.stream(PROMPTS[number], params, timeout=90) as stream:
+            with client.stream(PROMPTS[number], params, timeout=300) as stream:
                 for chunk in stream:
                     ids += chunk.token_ids
                     if on_tokens is not None and number == 0:
@@ -170,9 +168,9 @@ def test_a_host_that_is_cut_off_is_named_and_taken_back_when_it_can_be_reached_a
 
     def cut_off_for_a_while() -> None:
         with b.unplugged():
-            wait_until(lambda: "host 1 has said nothing for" in pipeline.leader.log(), 20, "the leader misses host 1")
-            wait_until(lambda: "the leader is gone" in follower.log(), 20, "host 1 misses the leader")
-            wait_until(lambda: not follower.workers(), 20, "its ranks have ended")
+            wait_until(lambda: "host 1 has said nothing for" in pipeline.leader.log(), 120, "the leader misses host 1")
+            wait_until(lambda: "the leader is gone" in follower.log(), 120, "host 1 misses the leader")
+            wait_until(lambda: not follower.workers(), 120, "its ranks have ended")
 
     pipeline.check_while(cut_off_for_a_while, expected)
 
@@ -188,7 +186,7 @@ def test_the_leaders_end_ends_the_ranks_everywhere_and_the_next_leader_finds_the
         group.leader.process.kill()
         assert group.leader.process.wait(5) == -signal.SIGKILL
         assert not alive_after(ranks, 10), "ranks without a leader end"
-        wait_until(lambda: "the leader is gone" in follower.log(), 30, "the follower notices")
+        wait_until(lambda: "the leader is gone" in follower.log(), 120, "the follower notices")
         assert follower.process.poll() is None
         with leading(fleet, group_options(a, group.layout), tmp_path / "again", a) as again:
             assert answers(fleet, again) == expected

@@ -48,11 +48,11 @@ def test_a_gateway_knows_from_the_nodes_what_another_gateway_had_computed(fleet:
         fleet.gateway(one, two) as second,
     ):
         for server in (first, second):
-            wait_until(lambda server=server: both_ready(server), 60, "both nodes are ready")
+            wait_until(lambda server=server: both_ready(server), 120, "both nodes are ready")
         for number in range(CONVERSATIONS):
             assert first.post("/v1/completions", conversation(number, 12)).status_code == 200
         named = CONVERSATIONS * NAMED_PREFIXES
-        wait_until(lambda: second.metric("front_known_prefixes") >= named, 30, "the second gateway has heard of all")
+        wait_until(lambda: second.metric("front_known_prefixes") >= named, 120, "the second gateway has heard of all")
         for number in range(CONVERSATIONS):
             answer = second.post("/v1/completions", conversation(number, 18))
             found = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]

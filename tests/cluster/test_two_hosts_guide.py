@@ -28,7 +28,6 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 def test_the_guide_can_be_typed_as_it_stands(place: Place) -> None:
     blocks = blocks_of("two-hosts.md")
     assert [name for name, _ in blocks] == [
@@ -46,16 +45,16 @@ def test_the_guide_can_be_typed_as_it_stands(place: Place) -> None:
         for name, script in nodes:
             assert SERVER.search(script)
             log = running.enter_context(place.running(name, script))
-            wait_until(lambda log=log: "node is ready" in log.read_text(), 60, f"{name} is ready")
+            wait_until(lambda log=log: "node is ready" in log.read_text(), 120, f"{name} is ready")
         log = running.enter_context(place.running("edge-host", gateway))
-        wait_until(lambda: "gateway listens" in log.read_text(), 60, "the gateway listens")
+        wait_until(lambda: "gateway listens" in log.read_text(), 120, "the gateway listens")
         answer = json.loads(place.run("client", question))
         assert answer["usage"]["completion_tokens"] > 0
 
         def states() -> list[str]:
             return [one["state"] for one in json.loads(place.run("client", fleet))["replicas"]]
 
-        wait_until(lambda: states() == ["ready"] * 2, 20, "both nodes are ready")
+        wait_until(lambda: states() == ["ready"] * 2, 120, "both nodes are ready")
         check_that_a_host_can_be_taken_away(place, story, fleet)
 
 
@@ -69,10 +68,10 @@ def check_that_a_host_can_be_taken_away(place: Place, story: str, fleet: str) ->
             replicas = json.loads(place.run("client", fleet))["replicas"]
             return [number for number, one in enumerate(replicas) if one["running"]]
 
-        wait_until(lambda: bool(busy()), 20, "a node runs the stream")
+        wait_until(lambda: bool(busy()), 120, "a node runs the stream")
         # The gateway lists nodes in the order in which it was given them.
         with place.hosts[NAMES[busy()[0]]].unplugged():
-            wait_until(lambda: "data: [DONE]" in output.read_text(), 60, "the stream has ended")
+            wait_until(lambda: "data: [DONE]" in output.read_text(), 120, "the stream has ended")
     text = output.read_text()
     assert ": restarts 1" in text
     assert '"finish_reason":"length"' in text

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,12 +50,15 @@ def test_ids_are_those_of_the_cpu_and_survive_a_killed_worker(server: Server) ->
     with ThreadPoolExecutor(STREAMS) as pool:
         undisturbed = list(pool.map(lambda seed: token_ids(server, body(seed)), range(STREAMS)))
         worker = server.worker_pid()
-        streams = [pool.submit(token_ids, server, body(seed)) for seed in range(STREAMS)]
-        wait_until(lambda: server.get("/fleet").json()["replicas"][0]["running"] == STREAMS, 30, "all streams run")
+        counts = [0] * STREAMS
+        streams = [
+            pool.submit(token_ids, server, body(seed), partial(counts.__setitem__, seed)) for seed in range(STREAMS)
+        ]
+        wait_until(lambda: min(counts) >= 5, 120, "all streams run")
         os.kill(worker, signal.SIGKILL)
         survived = [stream.result() for stream in streams]
     assert [first_difference(*pair) for pair in zip(survived, undisturbed, strict=True)] == [None] * STREAMS
-    assert restarts(server) == 1
+    wait_until(lambda: restarts(server) == 1, 120, "the worker was replaced")
     cpu = LLM("tiny-chat", **{**SIZES, "max_num_seqs": 8}, device="cpu")
     (output,) = cpu.generate("Once upon a time", SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0))
     said = "".join(token_ids(server, {**body(0), "temperature": 0}))

@@ -22,6 +22,7 @@ from tests.fakes.fake_front import FakeFront, FakeReplica
 from tests.fakes.gateway_server import Serving, serving, until
 from tests.fakes.tiny_tokenizer import write_byte_level
 from tests.processes import serving as serving_processes
+from tests.processes import stopped
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
@@ -291,8 +292,10 @@ async def test_a_worker_that_is_killed_under_the_page_leaves_the_answer_whole(pa
         waiting = asyncio.ensure_future(page.value(begun))
         await ask(page, "Tell me a story.")
         await waiting
-        os.kill(worker, signal.SIGKILL)
-        await page.until(done, seconds=60)
+        with stopped(worker):
+            assert await page.value("document.getElementById('send').hidden"), "the answer is in its middle"
+            os.kill(worker, signal.SIGKILL)
+        await page.until(done, seconds=300)
         assert await page.value(TEXT) == undisturbed
         assert await page.value(f"{LAST}.querySelector('.badge').textContent") == "survived a restart"
         assert {(await other).status_code for other in others} == {200}

@@ -161,7 +161,6 @@ dtype = "float32"
 """
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("slow_processor")
 async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page: Page, tmp_path: Path) -> None:
     with serving_fleet(tmp_path, TWO_REPLICAS) as server, ThreadPoolExecutor(BESIDE) as pool:
@@ -195,7 +194,7 @@ async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page:
             await until(lambda: not psutil.pid_exists(int(killed)))
         finally:
             send(signal.SIGCONT, workers)
-        await page.until(IDLE, seconds=120)
+        await page.until(IDLE, seconds=300)
         assert undisturbed.startswith(middle)
         assert 20 < len(middle) < len(undisturbed)
         assert await page.value(TEXT) == undisturbed
@@ -235,4 +234,4 @@ def all_at_rest(server: Server) -> None:
     def states() -> list[tuple[str, int]]:
         return [(one["state"], one["running"]) for one in fleet_of(server)]
 
-    wait_until(lambda: states() == [("ready", 0)] * 2, 60, "both replicas are ready and run nothing")
+    wait_until(lambda: states() == [("ready", 0)] * 2, 120, "both replicas are ready and run nothing")

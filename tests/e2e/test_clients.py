@@ -93,7 +93,7 @@ def test_leaving_a_stream_frees_the_node(client):
     for chunk in client.stream(PROMPT, ENDLESS):
         assert chunk.token_ids
         break
-    wait_until(lambda: client.health().running == 0, 30, "the node has dropped the request")
+    wait_until(lambda: client.health().running == 0, 120, "the node has dropped the request")
 
 
 def test_cancelling_from_another_thread_ends_a_blocked_reader(client):
@@ -101,13 +101,13 @@ def test_cancelling_from_another_thread_ends_a_blocked_reader(client):
     next(stream)
     threading.Timer(0.05, stream.cancel).start()
     assert read_to_the_end(stream) < 1_900
-    wait_until(lambda: client.health().running == 0, 30, "the node has dropped the request")
+    wait_until(lambda: client.health().running == 0, 120, "the node has dropped the request")
 
 
 def test_a_timeout_is_typed_and_frees_the_node(client):
     with pytest.raises(errors.ClientTimeout):
         client.generate(PROMPT, ENDLESS, timeout=0.1)
-    wait_until(lambda: client.health().running == 0, 30, "the node has dropped the request")
+    wait_until(lambda: client.health().running == 0, 120, "the node has dropped the request")
 
 
 def test_what_cannot_run_is_refused_by_name(client):
@@ -175,14 +175,18 @@ def test_nobody_at_the_address_is_a_transport_error(tmp_path):
 @pytest.mark.usefixtures("slow_processor")
 def test_a_stream_survives_its_worker_and_a_dead_node_is_a_transport_error(tmp_path):
     with node(tmp_path, "--threads", "1") as started, Client(started.address) as client:
-        params = SamplingParams(temperature=0, max_tokens=1_000, ignore_eos=True)
+        params = SamplingParams(temperature=0, max_tokens=1_900, ignore_eos=True)
         undisturbed = client.generate(PROMPT, params).outputs[0].token_ids
-        stream = client.stream(PROMPT, params)
-        next(stream)
-        started.worker().kill()
-        for _ in stream:
-            pass
-        assert stream.output.outputs[0].token_ids == undisturbed
+        # On a busy machine the last token may be computed before the kill: then another stream is made.
+        for _ in range(5):
+            stream = client.stream(PROMPT, params)
+            next(stream)
+            started.worker().kill()
+            for _ in stream:
+                pass
+            assert stream.output.outputs[0].token_ids == undisturbed
+            if stream.restarts:
+                break
         assert stream.restarts == 1
         other = client.stream(PROMPT, ENDLESS)
         next(other)

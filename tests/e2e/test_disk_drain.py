@@ -71,7 +71,7 @@ def test_a_served_conversation_that_was_never_evicted_is_found_after_sigterm_and
         assert {cached for _, cached in again} <= {blocks * 32 for blocks in range(PROMPT_BLOCKS + 1)}
         found = sum(cached for _, cached in again) / 32
         assert found >= CONVERSATIONS * PROMPT_BLOCKS / 2, again
-        wait_until(lambda: counted(server, "read_blocks") >= found, 30, "the node told of it")
+        wait_until(lambda: counted(server, "read_blocks") >= found, 120, "the node told of it")
         assert (counted(server, "bad_blocks"), counted(server, "lost_records")) == (0, 0)
 
 
@@ -96,7 +96,7 @@ def test_a_node_that_is_killed_while_it_saves_leaves_nothing_that_is_half_there(
         stopping.join()
         with contextlib.suppress(psutil.NoSuchProcess):
             node.kill()
-        wait_until(lambda: not node.is_running() and server.is_ready(), 60, "another node is ready")
+        wait_until(lambda: not node.is_running() and server.is_ready(), 120, "another node is ready")
         again = asked(server)
         assert texts(again) == texts(first)
         assert counted(server, "bad_blocks") == 0

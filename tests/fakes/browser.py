@@ -50,7 +50,7 @@ class Page:
             message["sessionId"] = self._session
         self._waiting[number] = asyncio.get_running_loop().create_future()
         self._writer.write(json.dumps(message).encode() + b"\0")
-        answer = await asyncio.wait_for(self._waiting[number], 20)
+        answer = await asyncio.wait_for(self._waiting[number], 120)
         assert "error" not in answer, answer
         return dict(answer["result"])
 
@@ -60,7 +60,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    async def until(self, expression: str, *, seconds: float = 10) -> None:
+    async def until(self, expression: str, *, seconds: float = 120) -> None:
         """Waits until an expression in the page is true."""
         async with asyncio.timeout(seconds):
             while not await self.value(f"Boolean({expression})"):  # noqa: ASYNC110 - the page is another process

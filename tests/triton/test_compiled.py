@@ -26,8 +26,6 @@ from tests.triton.attention_cases import Shape, attention_constants
 from tests.triton.compiled import MAX_SHARED_BYTES, Launch, compiled, machine_code, recorded, stack_bytes
 from tests.triton.outcome import step_rows
 
-pytestmark = pytest.mark.timeout(600)
-
 CPU = torch.device("cpu")
 PROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148}
 HIDDEN, INNER, VOCABULARY = 4096, 14_336, 128_256

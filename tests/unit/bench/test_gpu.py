@@ -110,14 +110,14 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_the_cpu")
 def test_matmul_sections_cover_every_batch_with_rates_of_what_they_move() -> None:
     limits = {"copy_gigabytes_per_second": 100.0, "bf16_teraflops": 10.0}
-    rows = {found.case: found for found in gpu_matmul.int4_rates(Budget(60), limits)}
+    rows = {found.case: found for found in gpu_matmul.int4_rates(Budget(900), limits)}
     assert list(rows) == [f"int4/{batch}x136x264" for batch in gpu_matmul.BATCHES]
     packed_bytes = 136 * 264 // 2 + 2 * 136 * 264 // 128
     assert rows["int4/1x136x264"].value == pytest.approx(packed_bytes / 2e-6 / 1e9)
     assert rows["int4/1x136x264"].low < rows["int4/1x136x264"].value < rows["int4/1x136x264"].high
     assert rows["int4/1x136x264"].limit_share == pytest.approx(packed_bytes / 2e-6 / 1e9 / 100)
     assert rows["int4/256x136x264"].value == pytest.approx(2 * 256 * 136 * 264 / 2e-6 / 1e12)
-    assert len(list(gpu_matmul.e4m3_rates(Budget(60), limits))) == 5
+    assert len(list(gpu_matmul.e4m3_rates(Budget(900), limits))) == 5
 
 
 def test_a_peer_that_cannot_run_says_why_and_costs_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +130,7 @@ def test_a_peer_that_cannot_run_says_why_and_costs_nothing_else(monkeypatch: pyt
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_correctness_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = gpu_matmul.correctness(Budget(60))
+    cases = gpu_matmul.correctness(Budget(900))
     assert next(cases).value < gpu_matmul.MAX_RELATIVE_ERROR
     assert next(cases).value < gpu_matmul.MAX_RELATIVE_ERROR
     right = gpu_matmul.multiply_int4
@@ -141,7 +141,7 @@ def test_correctness_finds_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_copy_sections_move_blocks_in_both_directions() -> None:
-    cases = [found.case for found in gpu_copies.copy_rates(Budget(60), {})]
+    cases = [found.case for found in gpu_copies.copy_rates(Budget(900), {})]
     ways = ("engine", "kernel2", "kernel4", "kernel8")
     for direction in ("host_to_device", "device_to_host"):
         assert [f"copy/{direction}/8KiB/{way}" for way in ways] == [
@@ -153,27 +153,27 @@ def test_copy_sections_move_blocks_in_both_directions() -> None:
 @pytest.mark.usefixtures("on_the_cpu")
 def test_attention_sections_count_keys_that_are_read_and_pairs_that_are_multiplied() -> None:
     limits = {"copy_gigabytes_per_second": 100.0, "bf16_teraflops": 10.0}
-    (decode,) = gpu_attention.decode_rates(Budget(60), limits)
+    (decode,) = gpu_attention.decode_rates(Budget(900), limits)
     assert decode.case == "decode/4q2kv16/3x40"
     kv_bytes = 3 * 40 * 2 * 2 * 16 * 2
     assert decode.value == pytest.approx(kv_bytes / 2e-6 / 1e9)
     assert decode.limit_share == pytest.approx(kv_bytes / 2e-6 / 1e9 / 100)
-    alone, behind = gpu_attention.chunk_rates(Budget(60), limits)
+    alone, behind = gpu_attention.chunk_rates(Budget(900), limits)
     pairs = sum(range(1, 21)), sum(range(63, 71))
     assert [alone.value, behind.value] == [pytest.approx(4 * 4 * 16 * each / 2e-6 / 1e12) for each in pairs]
-    (first, *_, last) = gpu_sampling.sampling_rates(Budget(60), limits)
+    (first, *_, last) = gpu_sampling.sampling_rates(Budget(900), limits)
     assert (first.case, last.case) == ("sampling/1x100", "sampling/256x100")
     assert last.value == pytest.approx(2 * 256 * 100 / 2e-6 / 1e9)
 
 
 @pytest.mark.usefixtures("on_the_cpu")
 def test_attention_is_held_against_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [found.case for found in gpu_attention.correctness(Budget(60))]
+    cases = [found.case for found in gpu_attention.correctness(Budget(900))]
     assert cases == ["correct/attention/4q2kv16/decode", "correct/attention/4q2kv16/mixed"]
     right = gpu_attention.gathered
     monkeypatch.setattr(gpu_attention, "gathered", lambda *given: right(*given).flip(1))
     with pytest.raises(AssertionError, match="relative error"):
-        next(gpu_attention.correctness(Budget(60)))
+        next(gpu_attention.correctness(Budget(900)))
 
 
 @pytest.fixture

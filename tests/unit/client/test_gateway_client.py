@@ -15,7 +15,6 @@ from tests.processes import free_port
 
 ENDLESS = SamplingParams(max_tokens=4_000, ignore_eos=True)
 # A request that hangs must not hold up the others.
-pytestmark = pytest.mark.timeout(20)
 
 
 async def test_whole_and_streamed_answers_are_the_same(tokenizer):

@@ -73,7 +73,7 @@ def test_a_node_that_ends_is_started_again_until_it_is_asked_to_stop(tmp_path: P
     keeper = NodeKeeper(LocalNode("a", "ipc:///nowhere", (sys.executable, "-c", f"{script}; raise SystemExit(3)")))
     with captured_logs() as said:
         keeper.start()
-        wait_until(lambda: counted.exists() and len(counted.read_text()) >= 2, 30, "it was started again")
+        wait_until(lambda: counted.exists() and len(counted.read_text()) >= 2, 120, "it was started again")
         keeper.stop()
     starts = len(counted.read_text())
     assert [(line["model"], line["code"]) for line in said[:1]] == [("a", 3)]

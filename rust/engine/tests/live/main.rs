@@ -128,7 +128,7 @@ fn front(node: &NodeHandle) -> FrontHandle {
         fleet: "test".to_owned(),
         options: FrontOptions::default(),
         secret: [3; 32],
-        max_node_silence: Duration::from_millis(2_000),
+        max_node_silence: Duration::from_millis(25_000),
     };
     let context = Context::new(AllowList::default(), 1).unwrap();
     let handle = FrontHandle::start(config, &context, &[NodeAddress { address: node.address().clone(), keys: None }]);

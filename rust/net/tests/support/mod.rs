@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Far above what any condition takes, so that a failing test ends.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 
 /// Repeats a step that waits a little by itself, until it yields something.
 pub(crate) fn eventually<T>(what: &str, mut step: impl FnMut() -> Option<T>) -> T {
