@@ -71,11 +71,14 @@ class DeviceStepper:
         limits: StepLimits,
         sampler: DeviceSampler | None,
         group: TensorGroup,
+        *,
+        is_alone: bool,
     ) -> None:
-        """`sampler` is None on a rank that does not sample."""
+        """`sampler` is None on a rank that does not sample. Of a rank that `is_alone` nobody else waits for a step."""
         self.accelerator = accelerator
         self.memory = memory
         self.group = group
+        self.is_alone = is_alone
         self._executor = executor
         self._limits = limits
         self.sampler = sampler
@@ -200,7 +203,7 @@ class DeviceSteps:
                     # What the step in front has sampled lies where the first half would sample.
                     stepper.accelerator.empty_cache()
                     return False
-                if stepper.group.size > 1 or rows == refused:
+                if not stepper.is_alone or rows == refused:
                     raise _no_memory(rows, error) from error
                 refused = rows
                 ahead.extendleft(reversed(_halves(rows)))

@@ -85,7 +85,7 @@ class ModelRunner:
             self._executor = executor(self.region)
         else:
             start = DeviceStart(accelerator, self.device.torch_device, step_limits, layout)
-            begun = start.begin(executor, limits.total_blocks, self.tensor, world)
+            begun = start.begin(executor, limits.total_blocks, ranks, world)
             self.region, self._executor, self._stepper = begun
         self.limits = limits.with_total_blocks(self.region.blocks)
         self._logits: Tensor | None = None
