@@ -153,7 +153,9 @@ class DeviceTier:
 
 
 def _copied(stream: Stream, after: Event, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> Event:
-    """Copies behind an event; returns the one behind them."""
+    """Copies behind an event; returns the one behind them. Of several to one place, as when a step evicts more than the
+    host has room for, the last counts, and copies of one call have no order."""
+    sources = {place: block for block, place in pairs}
     stream.wait_for(after)
-    stream.copy_blocks(source, target, pairs)
+    stream.copy_blocks(source, target, [(block, place) for place, block in sources.items()])
     return stream.record()
