@@ -82,7 +82,8 @@ def join_world(place: RankPlace, meeting: Meeting, interface: str = "lo", device
     ranks = torch.distributed.group.WORLD
     assert ranks is not None, "the default group was just made"
     on_cpus = device == "cpu"
-    return World(ranks, None if on_cpus or place.tensor_size == 1 else _stage_group(place), store, interface, on_cpus)
+    stage = None if on_cpus or place.tensor_size == 1 else _stage_group(place, wait)
+    return World(ranks, stage, store, interface, on_cpus)
 
 
 def _store(address: str, place: RankPlace, wait: datetime.timedelta) -> Store:
@@ -144,13 +145,13 @@ def join_tensor_group(place: RankPlace, meeting: Meeting, dtype: str, world: Wor
     return CoreGroup(streams, place.tensor_rank, place.tensor_size)
 
 
-def _stage_group(place: RankPlace) -> torch.distributed.ProcessGroup:
+def _stage_group(place: RankPlace, wait: datetime.timedelta) -> torch.distributed.ProcessGroup:
     """Every rank makes the groups of all stages, as torch wants it, and keeps its own."""
     own: torch.distributed.ProcessGroup | None = None
     for stage in range(place.stages):
         ranks = list(range(stage * place.tensor_size, (stage + 1) * place.tensor_size))
         try:
-            made = torch.distributed.new_group(ranks)
+            made = torch.distributed.new_group(ranks, timeout=wait)
         except RuntimeError as error:
             raise WorkerError(f"rank {place.rank} did not meet the others of its stage: {error}") from error
         if isinstance(made, torch.distributed.ProcessGroup):

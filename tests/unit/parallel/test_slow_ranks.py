@@ -1,4 +1,5 @@
-"""Goal: ranks that load their weights much later than others are waited for, for longer than meeting may take.
+"""Goal: ranks that load their weights much later than others are waited for, for longer than meeting may take; one that
+does not come to a sum is not.
 
 Method: two processes that meet within seconds, of which one is then slower than that; on CPUs as a worker, and with
 what GPUs use before their KV caches are made.
@@ -23,12 +24,20 @@ from llmscale.node.plan import plan_replica
 from llmscale.parallel import groups
 from llmscale.parallel.assignment import Meeting
 from llmscale.parallel.groups import World, join_world
+from llmscale.parallel.tensor import TorchGroup
 from llmscale.worker import model_runner
 from llmscale.worker.runner import RunnerOptions
+from tests.processes import wait_until
 
 MEETING_SECONDS = 4.0
 PATIENCE_SECONDS = 120
 Rank = Callable[[int, Meeting, Barrier], object]
+
+
+def come_late(rank: int) -> None:
+    """The second rank only, and when meeting would be over: a deadline is nothing to wait for but time."""
+    late = time.monotonic() + rank * (MEETING_SECONDS + 1)
+    wait_until(lambda: time.monotonic() >= late, PATIENCE_SECONDS, "the deadline has passed")
 
 
 def worker(rank: int, meeting: Meeting, all_ready: Barrier) -> object:
@@ -36,7 +45,7 @@ def worker(rank: int, meeting: Meeting, all_ready: Barrier) -> object:
     load = model_runner.load_weights
 
     def slow(*arguments: object) -> object:
-        time.sleep(rank * (MEETING_SECONDS + 1))
+        come_late(rank)
         return load(*arguments)  # type: ignore[arg-type]
 
     model_runner.load_weights = slow  # type: ignore[assignment]
@@ -53,8 +62,24 @@ def worker(rank: int, meeting: Meeting, all_ready: Barrier) -> object:
 def count(rank: int, meeting: Meeting, _: Barrier) -> object:
     world = join_world(RankPlace(rank, 2), meeting)
     assert world is not None
-    time.sleep(rank * (MEETING_SECONDS + 1))
+    come_late(rank)
     return world.least(7 - rank)
+
+
+def alone(rank: int, meeting: Meeting, it_has_ended: Barrier) -> object:
+    """A sum of GPUs that the second rank never comes to, with another backend."""
+    groups.BACKENDS["apart"] = "gloo"
+    world = join_world(RankPlace(rank, 2), meeting, device="apart")
+    assert world is not None
+    assert world.stage is not None
+    found = "elsewhere" if rank == 1 else "nobody was missed"
+    if rank == 0:
+        try:
+            TorchGroup(world.stage).sum(torch.ones(1))
+        except RuntimeError as error:
+            found = "timed out" if "timed out" in str(error).lower() else str(error)
+    it_has_ended.wait(PATIENCE_SECONDS / 2)
+    return found
 
 
 def run(rank: int, work: Rank, rendezvous: str, begin: Barrier, answer: Connection) -> None:
@@ -68,6 +93,16 @@ def run(rank: int, work: Rank, rendezvous: str, begin: Barrier, answer: Connecti
 def test_a_rank_that_loads_for_longer_than_ranks_may_take_to_meet_is_waited_for(
     tmp_path: Path, work: Rank, expected: object
 ) -> None:
+    assert answers(tmp_path, work) == [expected, expected]
+
+
+def test_a_sum_that_a_rank_does_not_come_to_ends_at_the_deadline_of_its_replica(tmp_path: Path) -> None:
+    """Torch's own is ten minutes, or half an hour."""
+    assert answers(tmp_path, alone) == ["timed out", "elsewhere"]
+
+
+def answers(tmp_path: Path, work: Rank) -> list[object]:
+    """What each of two ranks says."""
     context = SpawnContext()
     begin = context.Barrier(2)
     ends = [context.Pipe(duplex=False) for _ in range(2)]
@@ -80,10 +115,11 @@ def test_a_rank_that_loads_for_longer_than_ranks_may_take_to_meet_is_waited_for(
             # A process that dies ends its pipe.
             sender.close()
         assert all(receiver.poll(PATIENCE_SECONDS) for receiver, _ in ends), "both ranks answer"
-        assert [receiver.recv() for receiver, _ in ends] == [expected, expected]
+        found: list[object] = [receiver.recv() for receiver, _ in ends]
         for process in processes:
             process.join(30)
         assert [process.exitcode for process in processes] == [0, 0]
+        return found
     finally:
         for process in processes:
             process.kill()
