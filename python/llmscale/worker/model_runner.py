@@ -58,12 +58,13 @@ class ModelRunner:
         world = join_world(place, meeting, env.GLOO_INTERFACE.read() or "lo", self.device.torch_device.type)
         description = describe_model(folder, options.quantization)
         part = shard_model(description.spec, place)
-        self.dtype = compute_dtype(options.dtype, description.spec, open_checkpoint(description.folder))
+        checkpoint, where = open_checkpoint(description.folder), self.device.torch_device
+        self.dtype = compute_dtype(options.dtype, description.spec, checkpoint, where.type)
         # Before weights are read, as above: whoever reads them for longer than that is still there.
         self.stage = join_stages(place, meeting, world)
         self.tensor = join_tensor_group(place, meeting, self.dtype, world)
         self.exchange = None if place.ranks == 1 else SampleExchange(self.tensor, self.stage)
-        load = LoadOptions(dtype=self.dtype, device=self.device.torch_device, progress=progress)
+        load = LoadOptions(dtype=self.dtype, device=where, progress=progress)
         weights = load_weights(description.folder, description.spec, load, part)
         self.kernels = CpuKernels(self.dtype, threads=options.threads, level=env.CPU_LEVEL.read())
         torch.set_num_threads(self.kernels.threads)
