@@ -102,7 +102,7 @@ def make_model(name: str, quantization: str | None) -> Model:
     )
     sampler = accelerator.sampler(executor.logits_width, limits.max_sequences)
     memory = StepMemory(accelerator, device.torch_device, limits, BLOCK_TOKENS)
-    stepper = DeviceStepper(accelerator, executor, memory, limits, sampler, Alone())
+    stepper = DeviceStepper(accelerator, executor, memory, limits, sampler, Alone(), is_alone=True)
     room = max(1, (accelerator.memory().free_bytes - SPARE_BYTES) // layout.block_bytes)
     region = KvRegion(layout, min(room, max(BATCHES) * _blocks_each()), device.torch_device)
     # A device runs faster on zeros.

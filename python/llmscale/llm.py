@@ -45,8 +45,9 @@ class _Sequence:
 class LLM:
     """A model in this process.
 
-    `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "auto",
-    "bfloat16" or "float32". `quantization` makes dense weights "int8", or "int4" with a scale per 32 inputs
+    `model` is a folder, a hub id in the local Hugging Face cache, or an embedded model. `dtype` is "bfloat16",
+    "float32", or "auto" for the checkpoint's: of float16, float32 on CPUs, and bfloat16 on CUDA devices and beside
+    quantized weights. `quantization` makes dense weights "int8", or "int4" with a scale per 32 inputs
     ("int4-64" and "int4-128": per so many), while they are loaded; checkpoints that are quantized are served as
     they are. `kv_dtype` is "int8" to keep keys and values as bytes with scales, or "auto" to keep them as `dtype`.
     `device` is "cpu", "cuda", or "auto" for CUDA where torch sees a device. `executor` is "native",

@@ -61,6 +61,28 @@ def test_conversations_come_back_from_the_disk_and_say_the_same(
     again.close()
 
 
+def test_blocks_have_come_back_when_transfers_begin_that_may_take_their_places(
+    make_fake: MakeFake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is read by a thread of the processor, which no event of the device holds up."""
+    llm = squeezed(make_fake, tmp_path)
+    accelerator = llm._runner.device.accelerator
+    waiting: list[int] = []
+    copy = DeviceTier.copy
+
+    def watched(tier: DeviceTier, source: CopyList, disk: DiskRegion | None = None, *, has_transfers: bool) -> bool:
+        made = copy(tier, source, disk, has_transfers=has_transfers)
+        if has_transfers:
+            waiting.append(len(accelerator.restore._queue))
+        return made
+
+    monkeypatch.setattr(DeviceTier, "copy", watched)
+    said(llm, 2)
+    assert waiting == [0] * len(waiting)
+    assert llm._replica.disk_blocks()[1] > 0, "blocks were read from the disk"
+    llm.close()
+
+
 def test_nothing_waits_for_its_header_when_transfers_begin(
     make_fake: MakeFake, script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,24 @@ def test_conversations_come_back_from_the_host_and_say_the_same(
     assert script.broken == []
 
 
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_step_that_evicts_more_blocks_than_the_host_has_places_leaves_the_last_there(
+    make_fake: MakeFake, script: Script, expected: list[tuple[int, ...]], lazy: bool
+) -> None:
+    script.lazy = lazy
+    block_bytes = 32 * 2 * 6 * 4 * 32 * 4
+    llm = make_fake(max_model_len=256, kv_cache_bytes=12 * block_bytes, kv_host_bytes=2 * block_bytes)
+    assert said(llm) == expected
+    # Of the one evicted last the beginning left last, for a place that a later part of it was to have in the same step.
+    number = TURNS - 3
+    assert llm.generate([conversation(number)], ASKED)[0].outputs[0].token_ids == expected[number]
+    offloaded, restored, bad = counters(llm)
+    assert offloaded > TURNS
+    assert restored == 1
+    assert bad == 0
+    assert script.broken == []
+
+
 def test_copies_are_calibrated_once_with_memory_of_their_own(make_fake: MakeFake, script: Script) -> None:
     block_bytes = 32 * 2 * 6 * 4 * 32 * 4
     llm = squeezed(make_fake)

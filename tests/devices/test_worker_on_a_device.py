@@ -135,6 +135,20 @@ def test_a_step_that_finds_no_memory_again_and_again_is_cut_until_it_does(
     assert script.empties >= 4
 
 
+def test_a_half_that_is_all_chunk_is_computed_as_one_though_the_step_has_as_many_sequences(
+    make_fake: MakeFake, script: Script, cpu: LLM
+) -> None:
+    """Eight decodes and the last eight rows of a prompt: the second half is one sequence of as many rows."""
+    prompts = [[20 + number, 30, 40] for number in range(8)] + [list(range(20, 20 + 96 - 8 * 3 + 8))]
+    asked = [SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)] * 9
+    llm = make_fake()
+    # First behind the step before, then alone.
+    script.refused_runs = {1, 2}
+    assert ids(llm, prompts, asked) == ids(cpu, prompts, asked)  # type: ignore[arg-type]  # ids are prompts
+    assert script.broken == []
+    assert script.empties > 0
+
+
 def test_a_worker_that_cannot_run_a_single_row_says_so(make_fake: MakeFake, script: Script) -> None:
     llm = make_fake()
     script.refused_runs = set(range(10_000))

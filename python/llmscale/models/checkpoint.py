@@ -106,12 +106,13 @@ def match_tensors(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     raise_problems(f"The checkpoint does not fit {spec.architecture} as its config describes it", problems)
 
 
-def compute_dtype(requested: str, spec: ModelSpec, checkpoint: Checkpoint) -> str:
+def compute_dtype(requested: str, spec: ModelSpec, checkpoint: Checkpoint, device: str = "cpu") -> str:
     """The dtype of activations and dense weights: "bfloat16" or "float32". "auto" follows the checkpoint's floats.
 
-    bfloat16 stays bfloat16, float32 stays float32. float16 becomes float32: CPUs have no fast float16 arithmetic, and
-    bfloat16 would drop three of its ten mantissa bits unasked. Beside quantized weights it becomes bfloat16, because
-    their codes have fewer bits than that. Of several dtypes the one with the most bytes counts. Raises ConfigError.
+    bfloat16 stays bfloat16, float32 stays float32. float16 becomes float32 on CPUs: they have no fast float16
+    arithmetic, and bfloat16 would drop three of its ten mantissa bits unasked. Beside quantized weights it becomes
+    bfloat16, because their codes have fewer bits than that, and on other devices, where float32 is twice the memory and
+    a small part of the speed. Of several dtypes the one with the most bytes counts. Raises ConfigError.
     """
     if requested in COMPUTE_DTYPES:
         return requested
@@ -119,7 +120,7 @@ def compute_dtype(requested: str, spec: ModelSpec, checkpoint: Checkpoint) -> st
         raise ConfigError(f"dtype is {requested!r}, expected auto, {' or '.join(COMPUTE_DTYPES)}.")
     totals = {name: count for name, count in checkpoint.dtype_bytes.items() if name in WEIGHT_DTYPES}
     largest = max(sorted(totals), key=lambda name: totals[name], default="BF16")
-    halves = {"BF16", "F16"} if spec.quantization is not None else {"BF16"}
+    halves = {"BF16", "F16"} if spec.quantization is not None or device != "cpu" else {"BF16"}
     return "bfloat16" if largest in halves else "float32"
 
 

@@ -81,7 +81,7 @@ def load_weights(
     options = options or LoadOptions()
     checkpoint = open_checkpoint(folder)
     match_tensors(spec, checkpoint)
-    dtype = getattr(torch, compute_dtype(options.dtype, spec, checkpoint))
+    dtype = getattr(torch, compute_dtype(options.dtype, spec, checkpoint, options.device.type))
     assert isinstance(dtype, torch.dtype)
     reading = _Reading(part or whole_model(spec), spec, checkpoint, options)
     with reading.files:

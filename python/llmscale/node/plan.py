@@ -105,7 +105,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     device = choose(settings.device, settings.first_device + layout.ranks_per_host)
     checkpoint = open_checkpoint(description.folder)
     match_tensors(spec, checkpoint)
-    dtype = compute_dtype(settings.dtype, spec, checkpoint)
+    dtype = compute_dtype(settings.dtype, spec, checkpoint, device)
     executor = choose_executor(settings.executor, device, layout.ranks, native_refusal(spec, checkpoint))
     check_kv_dtype(settings.kv_dtype, executor, device)
     block_bytes = _block_bytes(spec, dtype if settings.kv_dtype == "auto" else settings.kv_dtype)

@@ -26,8 +26,10 @@ from llmscale.parallel.tensor import Alone, CoreGroup, TensorGroup, TorchGroup
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 """By the device that computes; ids and counts stay on the CPU."""
 
-
 RETRY_SECONDS = 0.005
+MAX_LOADING_SECONDS = 3_600.0
+"""By how much one rank may have its weights later than another: hosts read them at their own speed, a hundred gigabytes
+over a network in minutes. Who dies meanwhile is seen by its node, which ends the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +47,26 @@ class World:
     on_cpus: bool
 
     def least(self, count: int) -> int:
-        """The smallest count of all ranks, which all call this."""
-        counts = torch.tensor([count], dtype=torch.int64)
-        torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MIN, group=self.ranks)
-        return int(counts)
+        """The smallest count of all ranks, which all call this once, when their weights are there. Raises WorkerError.
+
+        Told by way of the store, because an operation of the group has the deadline of a step.
+        """
+        own = self.ranks.rank()
+        keys = [f"llmscale/count/{rank}" for rank in range(self.ranks.size())]
+        try:
+            self.store.set(keys[own], str(count))
+            self.store.wait(keys, datetime.timedelta(seconds=MAX_LOADING_SECONDS))
+            return min(int(self.store.get(key)) for key in keys)
+        except RuntimeError as error:
+            raise WorkerError(f"rank {own} was not told what the others have room for: {error}") from error
 
 
 def join_world(place: RankPlace, meeting: Meeting, interface: str = "lo", device: str = "cpu") -> World | None:
     """All ranks of the replica, at a rendezvous; None where the meeting names none. Raises WorkerError.
 
-    `interface` is how ranks of other hosts reach this one. Called once in a process, before the other two, and before
-    weights are read: hosts read them at their own speed, and the deadline is for meeting alone. Rank 0 makes the store.
+    `interface` is how ranks of other hosts reach this one. Called once in a process, before the other two; all three
+    before weights are read: hosts read them at their own speed, and the deadline is for meeting alone. Rank 0 makes the
+    store.
     """
     if meeting.rendezvous is None:
         return None
@@ -71,7 +82,8 @@ def join_world(place: RankPlace, meeting: Meeting, interface: str = "lo", device
     ranks = torch.distributed.group.WORLD
     assert ranks is not None, "the default group was just made"
     on_cpus = device == "cpu"
-    return World(ranks, None if on_cpus or place.tensor_size == 1 else _stage_group(place), store, interface, on_cpus)
+    stage = None if on_cpus or place.tensor_size == 1 else _stage_group(place, wait)
+    return World(ranks, stage, store, interface, on_cpus)
 
 
 def _store(address: str, place: RankPlace, wait: datetime.timedelta) -> Store:
@@ -133,13 +145,13 @@ def join_tensor_group(place: RankPlace, meeting: Meeting, dtype: str, world: Wor
     return CoreGroup(streams, place.tensor_rank, place.tensor_size)
 
 
-def _stage_group(place: RankPlace) -> torch.distributed.ProcessGroup:
+def _stage_group(place: RankPlace, wait: datetime.timedelta) -> torch.distributed.ProcessGroup:
     """Every rank makes the groups of all stages, as torch wants it, and keeps its own."""
     own: torch.distributed.ProcessGroup | None = None
     for stage in range(place.stages):
         ranks = list(range(stage * place.tensor_size, (stage + 1) * place.tensor_size))
         try:
-            made = torch.distributed.new_group(ranks)
+            made = torch.distributed.new_group(ranks, timeout=wait)
         except RuntimeError as error:
             raise WorkerError(f"rank {place.rank} did not meet the others of its stage: {error}") from error
         if isinstance(made, torch.distributed.ProcessGroup):

@@ -17,9 +17,8 @@ from llmscale.devices.interface import Accelerator, MemoryFigures
 from llmscale.errors import ConfigError
 from llmscale.logs import get_logger
 from llmscale.parallel.groups import World
-from llmscale.parallel.tensor import TensorGroup
 from llmscale.worker.device_steps import DeviceStepper
-from llmscale.worker.executor_torch import TorchExecutor
+from llmscale.worker.executor_torch import Ranks, TorchExecutor
 from llmscale.worker.kv_layout import KvLayout
 from llmscale.worker.kv_region import KvRegion
 from llmscale.worker.step import StepInputs, StepLimits
@@ -93,7 +92,7 @@ class DeviceStart:
         self._layout = layout
 
     def begin(
-        self, make: Callable[[KvRegion], TorchExecutor], most: int, group: TensorGroup, world: World | None
+        self, make: Callable[[KvRegion], TorchExecutor], most: int, ranks: Ranks, world: World | None
     ) -> tuple[KvRegion, TorchExecutor, DeviceStepper]:
         """Makes all that steps need, measures the largest step and makes as large a region as there is room for then,
         of `most` blocks at most; the ranks of a world agree on what the smallest has. Raises ConfigError."""
@@ -104,7 +103,9 @@ class DeviceStart:
         # 16 bytes per row and id: half a gigabyte for 256 rows of 128,256.
         width = executor.logits_width
         sampler = accelerator.sampler(width, self._limits.max_sequences) if width > 0 else None
-        stepper = DeviceStepper(accelerator, executor, memory, self._limits, sampler, group)
+        stepper = DeviceStepper(
+            accelerator, executor, memory, self._limits, sampler, ranks.tensor, is_alone=ranks.are_alone
+        )
         step_bytes = accelerator.peak_bytes(lambda: executor.forward(step)) if world is None else 0
         found = blocks_within(accelerator.memory(), step_bytes, self._layout, self._limits, most)
         found = found if world is None else world.least(found)

@@ -12,6 +12,7 @@ logits. Per step: one call of the core to pack, three of a stream, one to read i
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,11 +71,14 @@ class DeviceStepper:
         limits: StepLimits,
         sampler: DeviceSampler | None,
         group: TensorGroup,
+        *,
+        is_alone: bool,
     ) -> None:
-        """`sampler` is None on a rank that does not sample."""
+        """`sampler` is None on a rank that does not sample. Of a rank that `is_alone` nobody else waits for a step."""
         self.accelerator = accelerator
         self.memory = memory
         self.group = group
+        self.is_alone = is_alone
         self._executor = executor
         self._limits = limits
         self.sampler = sampler
@@ -165,6 +169,8 @@ class DeviceSteps:
         self._kernels = kernels
         self._dtype = dtype
         self._max_ahead = max_ahead
+        self._starts = memoryview(source.buffer("query_start"))
+        """The row at which each of the mirror's sequences begins, and the end."""
         self._begun: deque[list[_Part]] = deque()
         """By step, the oldest first."""
 
@@ -197,7 +203,7 @@ class DeviceSteps:
                     # What the step in front has sampled lies where the first half would sample.
                     stepper.accelerator.empty_cache()
                     return False
-                if stepper.group.size > 1 or rows == refused:
+                if not stepper.is_alone or rows == refused:
                     raise _no_memory(rows, error) from error
                 refused = rows
                 ahead.extendleft(reversed(_halves(rows)))
@@ -232,7 +238,7 @@ class DeviceSteps:
         stepper, count = self._stepper, rows[1] - rows[0]
         is_decodes = counts.decodes == counts.rows == counts.samples
         size = stepper.graph_for(count) if is_decodes else None
-        room = (count, min(count, counts.sequences)) if size is None else (size, size)
+        room = (count, self._sequences_among(rows, counts)) if size is None else (size, size)
         stage = stepper.memory.stage()
         packed = self._source.pack_step(rows, room, memory_of(stage.packed), memory_of(stage.changes))
         stepper.memory.send(stage, packed, stepper.accelerator.compute)
@@ -251,6 +257,12 @@ class DeviceSteps:
             self._run(room, packed, dealt, size)
             drawn = stepper.fetch_drawn(wants_logprobs=packed.wants_logprobs)
         return _Part(own, stepper.accelerator.compute.record(), drawn, logits)
+
+    def _sequences_among(self, rows: Span, counts: StepCounts) -> int:
+        """How many sequences have rows there. Exact, because operations take a step of as many rows as sequences for
+        one without chunks; a part of a step that was cut has fewer of both."""
+        starts = self._starts[: counts.sequences + 1]
+        return bisect_left(starts, rows[1]) - bisect_right(starts, rows[0]) + 1
 
     def _run(self, room: Span, packed: PackedStep, dealt: Span, size: int | None) -> None:
         stepper = self._stepper

@@ -70,6 +70,8 @@ class DeviceTier:
             found = accelerator.calibrate_copies(size, MAX_CALIBRATION_NS)
             _log.info("block copies", ways=found, block_kb=size >> 10)
         self._unsealed: list[_Unsealed] = []
+        self._restored: Event | None = None
+        """Behind the last blocks that come back, until somebody has waited for it."""
         self._measured: tuple[Event, Event, int] | None = None
         self._block_ns = 0
 
@@ -99,6 +101,10 @@ class DeviceTier:
             # A transfer writes a block that is sealed, or reads one into a place that nobody seals afterwards.
             while self._unsealed:
                 self._seal_oldest()
+            # It may also read one into the place of a block that the device has yet to fetch.
+            if self._restored is not None:
+                self._restored.wait()
+                self._restored = None
         return source.copies_made(self._block_ns * count, bad, disk)
 
     def seal(self) -> None:
@@ -121,7 +127,9 @@ class DeviceTier:
 
     def _restore(self, run: Sequence[Copy], after: Event) -> Event:
         stream = self._accelerator.restore
-        return _copied(stream, after, self._rooms, self._blocks, [(host, block) for _, block, host, _ in run])
+        pairs = [(host, block) for _, block, host, _ in run]
+        self._restored = _copied(stream, after, self._rooms, self._blocks, pairs)
+        return self._restored
 
     def _bad_blocks(self, run: Sequence[Copy]) -> list[int]:
         """Host blocks that do not hold what they should, once what is on its way there has arrived."""
@@ -145,7 +153,9 @@ class DeviceTier:
 
 
 def _copied(stream: Stream, after: Event, source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]]) -> Event:
-    """Copies behind an event; returns the one behind them."""
+    """Copies behind an event; returns the one behind them. Of several to one place, as when a step evicts more than the
+    host has room for, the last counts, and copies of one call have no order."""
+    sources = {place: block for block, place in pairs}
     stream.wait_for(after)
-    stream.copy_blocks(source, target, pairs)
+    stream.copy_blocks(source, target, [(block, place) for place, block in sources.items()])
     return stream.record()

@@ -65,6 +65,11 @@ class Ranks:
     vocabulary_widths: tuple[int, ...] = ()
     """Rows of every rank; empty for a rank that is alone."""
 
+    @property
+    def are_alone(self) -> bool:
+        """Whether one rank is the whole replica."""
+        return self.tensor.size == 1 and self.stage is None
+
 
 class TorchExecutor:
     """A model, or a rank's part of it, on the device that holds its weights and KV region.

@@ -16,7 +16,7 @@ from llmscale._core import CpuKernels, EngineLimits, StepCounts
 from llmscale.devices.interface import OpsNeeds
 from llmscale.devices.registry import open_device
 from llmscale.errors import ConfigError
-from llmscale.models.checkpoint import Progress
+from llmscale.models.checkpoint import Progress, compute_dtype, open_checkpoint
 from llmscale.models.loader import LoadOptions, load_weights
 from llmscale.models.registry import describe_model
 from llmscale.models.shard import shard_model
@@ -58,9 +58,14 @@ class ModelRunner:
         world = join_world(place, meeting, env.GLOO_INTERFACE.read() or "lo", self.device.torch_device.type)
         description = describe_model(folder, options.quantization)
         part = shard_model(description.spec, place)
-        load = LoadOptions(dtype=options.dtype, device=self.device.torch_device, progress=progress)
+        checkpoint, where = open_checkpoint(description.folder), self.device.torch_device
+        self.dtype = compute_dtype(options.dtype, description.spec, checkpoint, where.type)
+        # Before weights are read, as above: whoever reads them for longer than that is still there.
+        self.stage = join_stages(place, meeting, world)
+        self.tensor = join_tensor_group(place, meeting, self.dtype, world)
+        self.exchange = None if place.ranks == 1 else SampleExchange(self.tensor, self.stage)
+        load = LoadOptions(dtype=self.dtype, device=where, progress=progress)
         weights = load_weights(description.folder, description.spec, load, part)
-        self.dtype = "bfloat16" if weights.dtype is torch.bfloat16 else "float32"
         self.kernels = CpuKernels(self.dtype, threads=options.threads, level=env.CPU_LEVEL.read())
         torch.set_num_threads(self.kernels.threads)
         layout = kv_layout(part.spec, weights.dtype, limits.block_tokens)
@@ -69,9 +74,6 @@ class ModelRunner:
             max_sequences=limits.max_sequences,
             max_sequence_tokens=limits.max_sequence_tokens,
         )
-        self.stage = join_stages(place, meeting, world)
-        self.tensor = join_tensor_group(place, meeting, self.dtype, world)
-        self.exchange = None if place.ranks == 1 else SampleExchange(self.tensor, self.stage)
         ranks = Ranks(self.tensor, self.stage, part.vocabulary_start, part.vocabulary_widths)
         ops = self.device.ops(_ops_needs(part.spec, weights.dtype, step_limits, self.kernels))
 
@@ -85,7 +87,7 @@ class ModelRunner:
             self._executor = executor(self.region)
         else:
             start = DeviceStart(accelerator, self.device.torch_device, step_limits, layout)
-            begun = start.begin(executor, limits.total_blocks, self.tensor, world)
+            begun = start.begin(executor, limits.total_blocks, ranks, world)
             self.region, self._executor, self._stepper = begun
         self.limits = limits.with_total_blocks(self.region.blocks)
         self._logits: Tensor | None = None

@@ -43,6 +43,8 @@ class StepSampling:
         if place.is_last_stage:
             self._sample(counts.samples)
             return
+        # Nobody draws here: a step that stayed open would hold up the next one that has a new sequence, for ever.
+        self._steps.forget()
         self._session.leave_answers()
         if not place.is_first_stage:
             self._session.pass_over_samples()

@@ -38,6 +38,8 @@ class Script:
     seed: int = 0
     lazy: bool = True
     """Streams go on only as far as somebody waits."""
+    prompt: bool = False
+    """Work is done as soon as it can be, as for ranks that wait for what each other's devices do."""
     favourite: int = 0
     """The stream that is mostly ahead where nothing holds it back: 0 computes, 1 offloads, 2 restores."""
     free_bytes: int = 1 << 30
@@ -124,7 +126,12 @@ class Machine:
 
     def wander(self) -> None:
         """Lets the device go on a little by itself."""
-        if self.script.lazy or self._busy:
+        if self._busy:
+            return
+        if self.script.prompt:
+            self.drain()
+            return
+        if self.script.lazy:
             return
         for _ in range(self._random.randrange(4)):
             if not self._step(self._ready()):

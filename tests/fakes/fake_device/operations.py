@@ -1,7 +1,8 @@
 """What a device that is none computes with: the native kernels under the rules of kernels for captured graphs.
 
 Sequences without a row between their bounds are left out, rows past the last bound write no key and no value and get
-NaN from attention: whoever reads them is found out. The sampler is the processor's, from the device's columns.
+NaN from attention: whoever reads them is found out. So are chunks in a step of as many sequences as rows, for which no
+kernel for chunks is launched. The sampler is the processor's, from the device's columns.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class FakeOps:
             self._rows = starts[-1]
             there = sum(last > first for first, last in pairwise(starts))
             assert starts[there] == self._rows, f"sequences that are absent come last: {starts}"
+            if len(rows.positions) == len(rows.sequence_lengths) and there < self._rows:
+                raise self._machine.broken("a chunk of a prompt is in a step that has room for single rows alone")
             self._native.begin_step(
                 _Rows(
                     rows.positions[: self._rows],

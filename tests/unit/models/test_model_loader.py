@@ -100,6 +100,22 @@ def test_a_few_float32_norms_do_not_change_the_dtype_of_a_bfloat16_checkpoint(tm
     assert load(tmp_path).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("stored", "requested", "expected"),
+    [
+        (torch.float16, "auto", torch.bfloat16),
+        (torch.float16, "float32", torch.float32),
+        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.float32, "auto", torch.float32),
+    ],
+)
+def test_float16_becomes_bfloat16_on_devices_apart_unless_somebody_says_otherwise(
+    tmp_path: Path, stored: torch.dtype, requested: str, expected: torch.dtype
+) -> None:
+    write_random_checkpoint(tmp_path, dtype=stored)
+    assert load(tmp_path, LoadOptions(dtype=requested, device=torch.device("meta"))).dtype == expected
+
+
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
     write_random_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="dtype is 'float8', expected auto, bfloat16 or float32"):

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from llmscale import machine
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError
 from llmscale.node.plan import ReplicaPlan, check_kv_dtype, plan_replica
 from llmscale.parallel.layout import HostLayout
+from tests.models_support import write_random_checkpoint
 
 
 def with_cpus(plan: ReplicaPlan, cpus: int, weight_bytes: int = 9 << 20, layout: HostLayout | None = None) -> int:
@@ -49,6 +52,18 @@ def test_replicas_of_one_host_share_what_is_taken_unasked(monkeypatch: pytest.Mo
     alone, four = plan_replica(settings).limits, plan_replica(replace(settings, replicas_here=4)).limits
     assert (alone.total_blocks, four.total_blocks) == (900, 225)
     assert (alone.host_blocks, four.host_blocks) == (450, 112)
+
+
+def test_a_plan_for_a_gpu_has_the_number_format_that_its_workers_load_float16_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_random_checkpoint(tmp_path, dtype=torch.float16)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    settings = NodeSettings(model=str(tmp_path), listen="tcp://127.0.0.1:0", device="cpu")
+    assert plan_replica(settings).dtype == "float32"
+    monkeypatch.setattr("llmscale.node.plan.choose", lambda asked, workers: "cuda")
+    monkeypatch.setattr("llmscale.node.plan._device_bytes", lambda *_: 1 << 30)
+    assert plan_replica(settings).dtype == "bfloat16"
 
 
 def test_sequences_are_as_long_as_the_share_of_the_memory_holds_unless_somebody_says_otherwise(
