@@ -7,6 +7,7 @@ loads nothing of a node's code and knows no model, request or socket.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,8 @@ MAX_BACKOFF_SECONDS: Final = 30.0
 # A node that has lived this long is not in a loop of deaths, and is started again without a pause.
 STEADY_SECONDS: Final = 10.0
 STOP_SECONDS: Final = 35.0
+# Neither SIGTERM nor SIGINT: a node may have had one already, with the whole group, and the second insists.
+ASKING: Final = signal.SIGUSR1
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +141,8 @@ class NodeKeeper:
             return
         self._stopping.set()
         process = self._process
-        if process is not None and process.poll() is None:
-            process.terminate()
+        if process is not None:
+            process.send_signal(ASKING)
 
     def stop(self) -> None:
         """Ends the node: it drains, then it must go."""
@@ -159,7 +162,7 @@ class NodeKeeper:
             self._process = subprocess.Popen(self._node.command)  # noqa: S603  # our own interpreter and module
             if self._stopping.is_set():
                 # Whoever asked has seen the process before this one.
-                self._process.terminate()
+                self._process.send_signal(ASKING)
             self._started.set()
             code = self._process.wait()
             # A node ends with 0 when it is told to, mostly by a signal to the whole group; this process hears it too.

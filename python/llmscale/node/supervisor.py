@@ -120,7 +120,7 @@ class WorkerSupervisor:
             loop.remove_reader(self._engine.fileno())
 
     async def stop(self) -> None:
-        """Ends the worker processes: asks first, insists after two seconds."""
+        """Ends the worker processes."""
         self._stopping = True
         if self._span is not None:
             await self._span.group.close()

@@ -80,6 +80,20 @@ def test_a_node_that_ends_is_started_again_until_it_is_asked_to_stop(tmp_path: P
     assert len(said) in (starts - 1, starts)
 
 
+def test_a_node_is_asked_to_end_by_a_signal_that_insists_on_nothing_if_its_group_had_one_before(tmp_path: Path) -> None:
+    heard, listens = tmp_path / "heard", tmp_path / "listens"
+    script = (
+        "import signal; numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1};"
+        f"signal.pthread_sigmask(signal.SIG_BLOCK, numbers); open({str(listens)!r}, 'w').close();"
+        f"open({str(heard)!r}, 'w').write(signal.Signals(signal.sigwait(numbers)).name)"
+    )
+    keeper = NodeKeeper(LocalNode("a", "ipc:///nowhere", (sys.executable, "-c", script)))
+    keeper.start()
+    wait_until(listens.exists, 60, "the node listens")
+    keeper.stop()
+    assert heard.read_text() == "SIGUSR1"
+
+
 def test_limits_of_the_file_are_those_of_the_gateway_and_others_stay() -> None:
     text = "[gateway.limits]\nmax_body_bytes = 77\n[models.a]\nmodel = 'tiny-chat'\n"
     limits = gateway_config(parse_fleet_file(text, Path("/f"))).limits
