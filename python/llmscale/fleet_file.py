@@ -238,17 +238,19 @@ def parse_fleet_file(text: str, path: Path) -> FleetFile:
 
 def _placed(document: TomlDocument, name: str, base: Path) -> ModelEntry:
     entry = document.struct(("models", name), ModelEntry)
-    where = ("models", name, "model")
+    if entry.kv_disk is not None:
+        entry = msgspec.structs.replace(entry, kv_disk=_absolute(base, entry.kv_disk))
     if entry.model in EMBEDDED_MODELS:
         return entry
     path = _absolute(base, entry.model)
-    if Path(path).is_dir() or not _HUB_ID.fullmatch(entry.model):
+    # A GGUF file one folder down is written as a hub id is.
+    if Path(path).exists() or not _HUB_ID.fullmatch(entry.model):
         return msgspec.structs.replace(entry, model=path)
-    if Path(entry.model).is_dir():
+    if (elsewhere := Path(entry.model)).exists():
         raise document.error(
-            where,
-            f"{entry.model!r} is a folder of the working directory, but paths begin where the file is ({base});"
-            " write a path from there",
+            ("models", name, "model"),
+            f"{entry.model!r} is a {'folder' if elsewhere.is_dir() else 'file'} of the working directory, but paths"
+            f" begin where the file is ({base}); write a path from there",
         )
     return entry
 
