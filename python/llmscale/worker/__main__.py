@@ -59,6 +59,7 @@ def import_executor(executor: str) -> None:
     if executor == "native":
         import_module("llmscale.worker.native_runner")
         return
+    env.keep_numpy_to_one_thread()
     env.prepare_for_torch()
     from llmscale.worker.model_runner import warm_up
 

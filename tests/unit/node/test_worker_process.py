@@ -124,6 +124,17 @@ async def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:
     await processes.close()
 
 
+async def test_a_worker_with_torch_is_copied_whatever_the_environment_says_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    processes = WorkerProcesses(1, keep_spare=True)
+    worker = await processes.start(Assignment(str(tmp_path / "link"), 1))
+    assert worker.pid != processes.spare
+    await worker.stop()
+    await processes.close()
+
+
 async def test_signals_to_a_process_that_has_ended_reach_nobody(processes: WorkerProcesses, tmp_path: Path) -> None:
     worker = await processes.start(Assignment(str(tmp_path / "link"), 1))
     worker.send_signal(signal.SIGKILL)
