@@ -136,6 +136,15 @@ def test_the_folder_of_the_disk_tier_begins_where_the_file_is(model: str, monkey
         assert fleet.models["a"].kv_disk == meant
 
 
+@pytest.mark.parametrize("field", ["model", "kv_disk", "nodes"])
+def test_a_text_that_no_command_line_can_have_is_refused_in_its_line(field: str) -> None:
+    fields = {"model": '"tiny-chat"', "kv_disk": '"/cache"', "nodes": '["ipc:///node"]'}
+    fields[field] = fields[field].replace('"', '"a\\u0000', 1)
+    text = "[models.a]\n" + "\n".join(f"{name} = {value}" for name, value in fields.items())
+    line = list(fields).index(field) + 2
+    assert f":{line}: models.a.{field}: it has a character 0" in refusal(text)
+
+
 def test_a_file_is_named_as_it_was_given(tmp_path: Path) -> None:
     file = tmp_path / "llmscale.toml"
     with pytest.raises(ConfigError, match=r"cannot be read: \[Errno 2"):

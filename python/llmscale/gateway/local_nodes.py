@@ -131,7 +131,7 @@ class NodeKeeper:
         self._thread = threading.Thread(target=self._keep, name="node-keeper", daemon=True)
 
     def start(self) -> None:
-        """Starts the node."""
+        """Starts the node, or has at least tried: it is tried again until `stop`."""
         self._thread.start()
         self._started.wait()
 
@@ -159,20 +159,35 @@ class NodeKeeper:
         backoff = FIRST_BACKOFF_SECONDS
         while not self._stopping.is_set():
             began = time.monotonic()
-            self._process = subprocess.Popen(self._node.command)  # noqa: S603  # our own interpreter and module
-            if self._stopping.is_set():
-                # Whoever asked has seen the process before this one.
-                self._process.send_signal(ASKING)
-            self._started.set()
-            code = self._process.wait()
-            # A node ends with 0 when it is told to, mostly by a signal to the whole group; this process hears it too.
-            if self._stopping.wait(1.0 if code == 0 else 0.0):
-                return
-            if time.monotonic() - began > STEADY_SECONDS:
-                backoff = FIRST_BACKOFF_SECONDS
-            _log.warning("node ended, starting it again", model=self._node.model, code=code, in_seconds=backoff)
+            try:
+                code = self._run()
+            except (OSError, ValueError) as error:
+                # No memory or no process left on this host, for now.
+                why = str(error)
+                _log.warning(
+                    "node cannot be started, trying again", model=self._node.model, why=why, in_seconds=backoff
+                )
+            else:
+                # A node ends with 0 when it is told to, mostly by a signal to the whole group; this process hears it
+                # too.
+                if self._stopping.wait(1.0 if code == 0 else 0.0):
+                    return
+                if time.monotonic() - began > STEADY_SECONDS:
+                    backoff = FIRST_BACKOFF_SECONDS
+                _log.warning("node ended, starting it again", model=self._node.model, code=code, in_seconds=backoff)
             self._stopping.wait(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+    def _run(self) -> int:
+        """The exit code of one life of the node."""
+        try:
+            self._process = subprocess.Popen(self._node.command)  # noqa: S603  # our own interpreter and module
+        finally:
+            self._started.set()
+        if self._stopping.is_set():
+            # Whoever asked has seen the process before this one.
+            self._process.send_signal(ASKING)
+        return self._process.wait()
 
 
 @contextmanager
