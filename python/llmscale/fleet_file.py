@@ -26,6 +26,7 @@ from llmscale.config import (
     MAX_REPLICAS,
     MAX_STEP_SECONDS,
     MAX_STEP_TARGET_MILLISECONDS,
+    MAX_THREADS,
     MOST_EJECTION_SECONDS,
     MOST_NODE_SILENCE_SECONDS,
     QUANTIZATIONS,
@@ -81,7 +82,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Of each replica."""
     max_saving_seconds: Annotated[float, Meta(ge=0, le=MAX_DRAIN_SECONDS)] = 5.0
     """How long a drain may write what is cached above the disk; 0 for not at all."""
-    threads: Annotated[int, Meta(ge=1, le=1_024)] | None = None
+    threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] | None = None
     """Of a worker; None: its share of the CPUs."""
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1
     pipeline_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1

@@ -48,6 +48,8 @@ def test_generate_completes_a_text_the_same_twice() -> None:
         (("serve", "tiny-chat", "--host", "0.0.0.0"), "API key"),
         (("serve", "tiny-chat", "--dtype", "float17"), "dtype"),
         (("serve", "tiny-chat", "--port", "70000"), "port"),
+        (("serve", "tiny-chat", "--threads", "0"), "threads is 0, it must be from 1 to 1,024"),
+        (("serve", "tiny-chat", "--threads", "-1"), "threads is -1"),
         (("serve", "tiny-chat", "--max-model-len", "0"), "max"),
         (("serve", "tiny-chat", "--port", "0", "--api-key-file", "no-such-file"), "no-such-file"),
         (("serve", "--fleet-file", "no-such-file"), "no-such-file"),
