@@ -240,10 +240,11 @@ def parse_fleet_file(text: str, path: Path) -> FleetFile:
 def _placed(document: TomlDocument, name: str, base: Path) -> ModelEntry:
     entry = document.struct(("models", name), ModelEntry)
     if entry.kv_disk is not None:
-        entry = msgspec.structs.replace(entry, kv_disk=_absolute(base, entry.kv_disk))
+        place = _absolute(document, ("models", name, "kv_disk"), base, entry.kv_disk)
+        entry = msgspec.structs.replace(entry, kv_disk=place)
     if entry.model in EMBEDDED_MODELS:
         return entry
-    path = _absolute(base, entry.model)
+    path = _absolute(document, ("models", name, "model"), base, entry.model)
     # A GGUF file one folder down is written as a hub id is.
     if Path(path).exists() or not _HUB_ID.fullmatch(entry.model):
         return msgspec.structs.replace(entry, model=path)
@@ -260,16 +261,20 @@ def _gateway(document: TomlDocument, base: Path) -> GatewayEntry:
     entry = document.struct(("gateway",), GatewayEntry)
     if entry.api_key_file is None:
         return entry
-    return msgspec.structs.replace(entry, api_key_file=_absolute(base, entry.api_key_file))
+    place = _absolute(document, ("gateway", "api_key_file"), base, entry.api_key_file)
+    return msgspec.structs.replace(entry, api_key_file=place)
 
 
 def _keys(document: TomlDocument, base: Path) -> KeysEntry:
     entry = document.struct(("keys",), KeysEntry)
-    return msgspec.structs.replace(entry, folder=_absolute(base, entry.folder))
+    return msgspec.structs.replace(entry, folder=_absolute(document, ("keys", "folder"), base, entry.folder))
 
 
-def _absolute(base: Path, path: str) -> str:
-    return str(base / Path(path).expanduser())
+def _absolute(document: TomlDocument, where: tuple[str, ...], base: Path, path: str) -> str:
+    try:
+        return str(base / Path(path).expanduser())
+    except RuntimeError as error:
+        raise document.error(where, f"the home folder of {path!r} cannot be found; write the whole path") from error
 
 
 def _check_whole(document: TomlDocument, fleet: FleetFile) -> None:

@@ -145,6 +145,11 @@ def test_a_text_that_no_command_line_can_have_is_refused_in_its_line(field: str)
     assert f":{line}: models.a.{field}: it has a character 0" in refusal(text)
 
 
+def test_a_home_folder_that_nobody_has_is_refused_in_its_line() -> None:
+    text = "[models.a]\nmodel = 'tiny-chat'\nkv_disk = '~nobody-has-this-name/cache'\n"
+    assert ":3: models.a.kv_disk: the home folder of '~nobody-has-this-name/cache' cannot be found" in refusal(text)
+
+
 def test_a_file_is_named_as_it_was_given(tmp_path: Path) -> None:
     file = tmp_path / "llmscale.toml"
     with pytest.raises(ConfigError, match=r"cannot be read: \[Errno 2"):
