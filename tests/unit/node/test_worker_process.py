@@ -124,6 +124,25 @@ async def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:
     await processes.close()
 
 
+async def test_a_copy_that_the_system_refuses_is_an_error_and_no_wait_for_ever(tmp_path: Path) -> None:
+    # The first fork is that of the process between, which cannot make the second.
+    refusing = """
+import errno, os
+fork, forks = os.fork, []
+def refuse_the_second():
+    forks.append(1)
+    if len(forks) == 2:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return fork()
+os.fork = refuse_the_second
+"""
+    processes = of_program(refusing + PROGRAM)
+    async with asyncio.timeout(60):
+        with pytest.raises(WorkerError, match="ended with code 1"):
+            await processes.start(Assignment(str(tmp_path / "link"), 1))
+    await processes.close()
+
+
 async def test_a_worker_with_torch_is_copied_whatever_the_environment_says_of_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
