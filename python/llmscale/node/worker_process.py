@@ -109,7 +109,8 @@ class WorkerProcesses:
                 _log.info("spare worker started", pid=self._template.pid)
 
     async def close(self) -> None:
-        """Ends the template."""
+        """Ends the template, and with it a `start` that waits for its imports, which take seconds."""
+        self._keep_spare = False
+        self._template.kill()
         async with self._starting:
-            self._keep_spare = False
             await self._template.close()

@@ -115,6 +115,20 @@ async def test_a_template_that_cannot_start_is_an_error_with_its_exit_code(tmp_p
     await processes.close()
 
 
+async def test_the_end_of_a_node_does_not_wait_for_imports(tmp_path: Path) -> None:
+    processes = of_program("import signal; signal.pause()")
+    starting = asyncio.create_task(processes.start(Assignment(str(tmp_path / "link"), 1)))
+    async with asyncio.timeout(60):
+        while processes.spare is None:
+            await asyncio.to_thread(os.sched_yield)
+        await processes.close()
+        with pytest.raises(WorkerError, match="ended with code -9"):
+            await starting
+        assert processes.spare is None
+        await processes.prepare()
+        assert processes.spare is None
+
+
 async def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:
     threaded = "import threading; threading.Thread(target=lambda: signal.pause(), daemon=True).start()"
     program = PROGRAM.replace("from llmscale", f"{threaded}\nfrom llmscale")
