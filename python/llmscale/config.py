@@ -18,6 +18,8 @@ KV_DTYPES = ("auto", "int8")
 QUANTIZATIONS = ("int8", "int4", "int4-64", "int4-128")
 MAX_STEP_SECONDS = 3_600.0
 MAX_STEP_TARGET_MILLISECONDS = 60_000.0
+MAX_THREADS = 1_024
+"""Of a worker."""
 # From SIGTERM to a node until it ends whatever still runs.
 MAX_DRAIN_SECONDS = 30.0
 # On one machine, of all models together.
@@ -119,6 +121,9 @@ class NodeSettings:
             # Not `<= 0`, which a NaN passes.
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            # Kernels that are given none wait for the first of them for ever.
+            raise ConfigError(f"threads is {self.threads}, it must be from 1 to {MAX_THREADS:,}")
         if self.first_device < 0:
             raise ConfigError(f"first_device is {self.first_device}, it must be 0 or more")
         self._check_tiers()

@@ -29,7 +29,7 @@ LOG_FORMAT = Variable("LLMSCALE_LOG_FORMAT", "text or json", "text on a terminal
 OMP_WAIT_POLICY = Variable("OMP_WAIT_POLICY", "how torch's threads wait between products", "passive")
 GOMP_SPINCOUNT = Variable("GOMP_SPINCOUNT", "how long they poll before they sleep, in polls of 10 ns or so", "2000")
 
-OPENBLAS_THREADS = Variable("OPENBLAS_NUM_THREADS", "threads that numpy starts when it is imported", "1")
+OPENBLAS_THREADS = Variable("OPENBLAS_NUM_THREADS", "threads that numpy starts when it is imported; 1 in workers", "1")
 
 GLOO_INTERFACE = Variable("GLOO_SOCKET_IFNAME", "network interface between ranks on CPUs", "the way to host 0")
 NCCL_INTERFACE = Variable("NCCL_SOCKET_IFNAME", "network interface on which GPUs of several hosts meet", "the same")
@@ -86,8 +86,14 @@ def prepare_for_torch() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    # A process with a second thread cannot be copied, and nothing here asks numpy for products.
+    # Nothing here asks numpy for products.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+def keep_numpy_to_one_thread() -> None:
+    """Before numpy is imported in a process that will be copied: with a second thread it cannot be. What the user has
+    set is for programs that multiply with numpy; a worker never does."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 
 def prepare_for_torch_distributed(interface: str) -> None:

@@ -26,6 +26,7 @@ from llmscale.config import (
     MAX_REPLICAS,
     MAX_STEP_SECONDS,
     MAX_STEP_TARGET_MILLISECONDS,
+    MAX_THREADS,
     MOST_EJECTION_SECONDS,
     MOST_NODE_SILENCE_SECONDS,
     QUANTIZATIONS,
@@ -81,7 +82,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Of each replica."""
     max_saving_seconds: Annotated[float, Meta(ge=0, le=MAX_DRAIN_SECONDS)] = 5.0
     """How long a drain may write what is cached above the disk; 0 for not at all."""
-    threads: Annotated[int, Meta(ge=1, le=1_024)] | None = None
+    threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] | None = None
     """Of a worker; None: its share of the CPUs."""
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1
     pipeline_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -238,17 +239,20 @@ def parse_fleet_file(text: str, path: Path) -> FleetFile:
 
 def _placed(document: TomlDocument, name: str, base: Path) -> ModelEntry:
     entry = document.struct(("models", name), ModelEntry)
-    where = ("models", name, "model")
+    if entry.kv_disk is not None:
+        place = _absolute(document, ("models", name, "kv_disk"), base, entry.kv_disk)
+        entry = msgspec.structs.replace(entry, kv_disk=place)
     if entry.model in EMBEDDED_MODELS:
         return entry
-    path = _absolute(base, entry.model)
-    if Path(path).is_dir() or not _HUB_ID.fullmatch(entry.model):
+    path = _absolute(document, ("models", name, "model"), base, entry.model)
+    # A GGUF file one folder down is written as a hub id is.
+    if Path(path).exists() or not _HUB_ID.fullmatch(entry.model):
         return msgspec.structs.replace(entry, model=path)
-    if Path(entry.model).is_dir():
+    if (elsewhere := Path(entry.model)).exists():
         raise document.error(
-            where,
-            f"{entry.model!r} is a folder of the working directory, but paths begin where the file is ({base});"
-            " write a path from there",
+            ("models", name, "model"),
+            f"{entry.model!r} is a {'folder' if elsewhere.is_dir() else 'file'} of the working directory, but paths"
+            f" begin where the file is ({base}); write a path from there",
         )
     return entry
 
@@ -257,16 +261,20 @@ def _gateway(document: TomlDocument, base: Path) -> GatewayEntry:
     entry = document.struct(("gateway",), GatewayEntry)
     if entry.api_key_file is None:
         return entry
-    return msgspec.structs.replace(entry, api_key_file=_absolute(base, entry.api_key_file))
+    place = _absolute(document, ("gateway", "api_key_file"), base, entry.api_key_file)
+    return msgspec.structs.replace(entry, api_key_file=place)
 
 
 def _keys(document: TomlDocument, base: Path) -> KeysEntry:
     entry = document.struct(("keys",), KeysEntry)
-    return msgspec.structs.replace(entry, folder=_absolute(base, entry.folder))
+    return msgspec.structs.replace(entry, folder=_absolute(document, ("keys", "folder"), base, entry.folder))
 
 
-def _absolute(base: Path, path: str) -> str:
-    return str(base / Path(path).expanduser())
+def _absolute(document: TomlDocument, where: tuple[str, ...], base: Path, path: str) -> str:
+    try:
+        return str(base / Path(path).expanduser())
+    except RuntimeError as error:
+        raise document.error(where, f"the home folder of {path!r} cannot be found; write the whole path") from error
 
 
 def _check_whole(document: TomlDocument, fleet: FleetFile) -> None:

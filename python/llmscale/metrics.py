@@ -282,6 +282,8 @@ _OF_REPLICA: Final[tuple[tuple[_Kind, str, str, Callable[[_Replica], float]], ..
         lambda one: one.stage_wait_ns / 1e9,
     ),
 )
+# What is known of one that cannot be heard; the rest would be a full cache, and counters that fall to 0 and jump back.
+_OF_ABSENT: Final = frozenset({"replica_ready", "replica_trusted", "replica_ejections"})
 # The same of the front.
 _OF_FRONT: Final[tuple[tuple[_Kind, str, str, Callable[[_Status], float]], ...]] = (
     (GaugeMetricFamily, "queued_requests", "Requests that wait in the front", lambda front: front.queued_requests),
@@ -416,6 +418,8 @@ class GatewayMetrics(Collector):
         for kind, name, meaning, value in _OF_REPLICA:
             family = kind(f"llmscale:{name}", meaning, labels=("model_name", "node"))
             for replica in status.replicas:
+                if replica.state == "down" and name not in _OF_ABSENT:
+                    continue
                 # A node may call its model anything; only names that the operator has given become labels.
                 model = replica.model if replica.model in self._models else OTHER
                 family.add_metric((model, replica.node), float(value(replica)))

@@ -104,6 +104,8 @@ class TomlDocument:
         return None
 
     def _convert(self, value: Any, kind: Any, where: Where) -> Any:
+        if (place := _zero_in(value, where)) is not None:
+            raise self.error(place, "it has a character 0, which no path, name or address can have")
         try:
             return msgspec.convert(value, kind)
         except msgspec.ValidationError as error:
@@ -134,6 +136,17 @@ def _at(values: Mapping[str, Any], where: Where) -> Any:
             return None
         found = found[name]
     return found
+
+
+def _zero_in(value: Any, where: Where) -> Where | None:
+    """Where a text stands that the operating system would take for a shorter one, or refuse. As deep as structs are."""
+    if isinstance(value, str):
+        return where if "\0" in value else None
+    inside = value.items() if isinstance(value, dict) else ()
+    elements = value if isinstance(value, list) else ()
+    places = (_zero_in(each, (*where, name)) for name, each in inside)
+    found = next((place for place in places if place is not None), None)
+    return found or next((where for each in elements if _zero_in(each, where) is not None), None)
 
 
 def _shown(value: Any) -> str:

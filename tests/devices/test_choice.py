@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 from llmscale.config import DEVICES as ALLOWED
@@ -15,10 +20,32 @@ from llmscale.node import plan
 GIB = 1 << 30
 
 
+def has_devices(monkeypatch: pytest.MonkeyPatch, *devices: registry.CudaFacts) -> None:
+    for module in (registry, plan):
+        monkeypatch.setattr(module, "cuda_devices", lambda: devices)
+
+
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (registry, plan):
-        monkeypatch.setattr(module, "cuda_memory_bytes", lambda: (80 * GIB, 40 * GIB))
+    has_devices(monkeypatch, registry.CudaFacts(80 * GIB, (9, 0)), registry.CudaFacts(40 * GIB, (8, 0)))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with an NVIDIA driver, as far as this process can tell; torch is there but not imported."""
+    monkeypatch.setattr(registry.ctypes, "CDLL", lambda _name: None)
+    monkeypatch.setattr(registry, "find_spec", lambda _name: True)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    registry.cuda_devices.cache_clear()
+    yield
+    registry.cuda_devices.cache_clear()
+
+
+def probed(monkeypatch: pytest.MonkeyPatch, output: str) -> None:
+    def run(command: list[str], **_options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 0, output, "")
+
+    monkeypatch.setattr(registry.subprocess, "run", run)
 
 
 def test_every_device_of_the_registry_can_be_asked_for() -> None:
@@ -69,3 +96,39 @@ def test_replicas_of_a_host_have_devices_of_their_own_or_none_has(
     assert told(1) == [["--device=cpu", "--first-device=0"], ["--device=cuda", "--first-device=0"]]
     assert told(2)[1:] == [["--device=cuda", "--first-device=0"], ["--device=cuda", "--first-device=1"]]
     assert [words[0] for words in told(3)] == ["--device=cpu"] * 4, "tokens of a mixture would differ"
+
+
+def test_a_base_install_beside_a_driver_computes_on_the_cpu(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_words: Any, **_options: Any) -> None:
+        raise AssertionError("there is no torch to be asked")
+
+    monkeypatch.setattr(registry, "find_spec", lambda _name: None)
+    monkeypatch.setattr(registry.subprocess, "run", run)
+    assert registry.choose("auto") == "cpu"
+    assert plan.plan_replica(NodeSettings(model="tiny-chat", listen="")).device == "cpu"
+    with pytest.raises(NoCudaDevice, match=r"torch is not installed; pip install 'llmscale\[node\]' brings it"):
+        registry.choose("cuda")
+
+
+def test_what_the_child_says_of_its_devices_is_believed(driver: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed(monkeypatch, f"{80 * GIB} 9 0\n{16 * GIB} 7 5\n")
+    assert registry.cuda_devices() == (
+        registry.CudaFacts(80 * GIB, (9, 0)),
+        registry.CudaFacts(16 * GIB, (7, 5)),
+    )
+
+
+def test_a_probe_that_does_not_end_is_an_error_that_says_what_to_do(
+    driver: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_PROBE", "import signal; signal.pause()")
+    monkeypatch.setattr(registry, "PROBE_SECONDS", 0.2)
+    with pytest.raises(NoCudaDevice, match=r"not named its devices within 0\.2 s.*--device cpu"):
+        registry.choose("auto")
+
+
+def test_auto_leaves_devices_alone_that_are_older_than_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    new, old = registry.CudaFacts(80 * GIB, (8, 0)), registry.CudaFacts(80 * GIB, (7, 5))
+    has_devices(monkeypatch, new, old, new)
+    assert [registry.choose("auto", workers) for workers in (1, 2, 3)] == ["cuda", "cpu", "cpu"]
+    assert registry.choose("cuda", 3) == "cuda", "whoever asks gets it"

@@ -123,6 +123,20 @@ async def test_a_model_without_a_replica_is_marked_and_each_replica_shows_its_mo
         await page.until("document.getElementById('fleet-state').textContent === 'ready'")
 
 
+async def test_a_replica_that_is_down_shows_dashes_where_nothing_is_known(tokenizer: Tokenizer, page: Page) -> None:
+    front = FakeFront()
+    front.replicas = [FakeReplica(node="a"), FakeReplica(node="b", state="down", free_blocks=0, worker_pid=0)]
+    async with serving(tokenizer, front) as gateway:
+        await page.open(gateway.url)
+        await page.until("document.getElementById('fleet-state').textContent === 'ready'")
+        await page.value("document.getElementById('fleet-button').click()")
+        parts = "['state', 'running', 'steps', 'used'].map(part => row.querySelector('.' + part).textContent)"
+        rows = f"[...document.querySelectorAll('.replica')].map(row => {parts}.join())"
+        await page.until(f"{rows}.length === 2")
+        assert await page.value(rows) == ["ready,0,0,22 %", "down,-,-,-"]
+        assert await page.value("document.querySelectorAll('.replica progress')[1].value") == 0
+
+
 async def test_a_worker_of_another_model_is_no_news_for_an_answer(
     tokenizer: Tokenizer, second: ServedModel, page: Page
 ) -> None:

@@ -115,6 +115,41 @@ def test_a_folder_beside_the_file_comes_before_a_hub_id(tmp_path: Path, monkeypa
     assert parse_fleet_file(text, file).models["a"].model == str(tmp_path / "owner" / "name")
 
 
+def test_a_gguf_file_one_folder_down_is_a_path_and_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '[models.a]\nmodel = "models/small.gguf"\n'
+    file, working = tmp_path / "llmscale.toml", tmp_path / "elsewhere"
+    for folder in (tmp_path / "models", working / "models"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(working)
+    (working / "models" / "small.gguf").touch()
+    with pytest.raises(ConfigError, match="is a file of the working directory, but paths begin where the file is"):
+        parse_fleet_file(text, file)
+    (tmp_path / "models" / "small.gguf").touch()
+    assert parse_fleet_file(text, file).models["a"].model == str(tmp_path / "models" / "small.gguf")
+
+
+@pytest.mark.parametrize("model", ["tiny-chat", "/models/qwen", "owner/name"])
+def test_the_folder_of_the_disk_tier_begins_where_the_file_is(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    for said, meant in (("cache", "/etc/llmscale/cache"), ("~/cache", "/home/someone/cache"), ("/cache", "/cache")):
+        fleet = parse_fleet_file(f"[models.a]\nmodel = {model!r}\nkv_disk = {said!r}\n", Path("/etc/llmscale/f.toml"))
+        assert fleet.models["a"].kv_disk == meant
+
+
+@pytest.mark.parametrize("field", ["model", "kv_disk", "nodes"])
+def test_a_text_that_no_command_line_can_have_is_refused_in_its_line(field: str) -> None:
+    fields = {"model": '"tiny-chat"', "kv_disk": '"/cache"', "nodes": '["ipc:///node"]'}
+    fields[field] = fields[field].replace('"', '"a\\u0000', 1)
+    text = "[models.a]\n" + "\n".join(f"{name} = {value}" for name, value in fields.items())
+    line = list(fields).index(field) + 2
+    assert f":{line}: models.a.{field}: it has a character 0" in refusal(text)
+
+
+def test_a_home_folder_that_nobody_has_is_refused_in_its_line() -> None:
+    text = "[models.a]\nmodel = 'tiny-chat'\nkv_disk = '~nobody-has-this-name/cache'\n"
+    assert ":3: models.a.kv_disk: the home folder of '~nobody-has-this-name/cache' cannot be found" in refusal(text)
+
+
 def test_a_file_is_named_as_it_was_given(tmp_path: Path) -> None:
     file = tmp_path / "llmscale.toml"
     with pytest.raises(ConfigError, match=r"cannot be read: \[Errno 2"):

@@ -78,6 +78,23 @@ def test_the_exposition_is_read_by_the_reference_parser() -> None:
     assert families["llmscale:time_to_first_token_seconds"].type == "histogram"
 
 
+def test_a_replica_that_is_down_has_no_figures_but_that_it_is() -> None:
+    # As the front says it: sizes are known since it was met, the rest is not.
+    down = FakeReplica(node="b", state="down", free_blocks=0, total_blocks=128)
+    status = FakeStatus(0, 0, 0, [FakeReplica(node="a", steps=9), down])
+    gateway = GatewayMetrics([RequestMetrics("tiny")], [], lambda: status)
+    seen: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(gateway.exposition().decode()):
+        for sample in family.samples:
+            seen.setdefault(sample.labels.get("node", ""), {})[sample.name] = sample.value
+    assert seen["b"] == {
+        "llmscale:replica_ready": 0,
+        "llmscale:replica_trusted": 1,
+        "llmscale:replica_ejections_total": 0,
+    }
+    assert (seen["a"]["llmscale:replica_ready"], seen["a"]["llmscale:steps_total"]) == (1, 9)
+
+
 def test_metrics_tell_which_replica_is_left_alone_and_what_second_attempts_cost() -> None:
     replicas = [FakeReplica(node="a"), FakeReplica(node="b", trust="ejected", ejections=3)]
     replicas += [FakeReplica(node="c", trust="probing", ejections=1)]

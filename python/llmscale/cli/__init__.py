@@ -274,9 +274,10 @@ def keys(
 
 
 def main() -> None:
-    """Entry point. User errors are one line and exit code 1, never a traceback."""
+    """Entry point. User errors are one line and exit code 1, never a traceback; so is what the system refuses (a file
+    that may not be read, a full disk), whose message names the file."""
     try:
         app()
-    except (LlmscaleError, MemoryError) as error:
+    except (LlmscaleError, MemoryError, OSError) as error:
         sys.stderr.write(f"llmscale: {error}\n")
         raise SystemExit(1) from None

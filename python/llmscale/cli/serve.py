@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llmscale import logs
 from llmscale._core import Front
 from llmscale.config import MAX_REPLICAS, NodeSettings
-from llmscale.errors import ConfigError
+from llmscale.errors import ConfigError, Unavailable
 from llmscale.fleet_file import FleetFile, GatewayEntry, ModelEntry, read_fleet_file
 from llmscale.gateway.fleet import gateway_config, serve_fleet
 from llmscale.gateway.local_nodes import device_of, local_replicas, threads_per_worker
@@ -110,7 +111,10 @@ def _serve(fleet: FleetFile, api_keys: Sequence[str]) -> None:
     for name, entry in fleet.models.items():
         if entry.local_replicas:
             plan_replica(_node_settings(fleet, name, entry))
-    serve_fleet(fleet, api_keys=api_keys, on_started=lambda front, port: _announce(front, fleet, port))
+    needs_key = bool(api_keys) or fleet.gateway.api_key_file is not None
+    serve_fleet(
+        fleet, api_keys=api_keys, on_started=lambda front, port: _announce(front, fleet, port, needs_key=needs_key)
+    )
 
 
 def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettings:
@@ -144,7 +148,7 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
     )
 
 
-def _announce(front: Front, fleet: FleetFile, port: int) -> None:
+def _announce(front: Front, fleet: FleetFile, port: int, *, needs_key: bool) -> None:
     """Prints where to go, and then, from a thread, when every model is ready."""
     host = fleet.gateway.host
     base = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -152,19 +156,26 @@ def _announce(front: Front, fleet: FleetFile, port: int) -> None:
     verb = "loads" if fleet.local_workers else "looks for"
     sys.stdout.write(f"llmscale listens on {base}/v1 and {verb} {', '.join(names)} ...\n")
     sys.stdout.flush()
-    threading.Thread(target=_announce_ready, args=(front, names, base), name="announce", daemon=True).start()
+    announce = partial(_announce_ready, front, names, base, needs_key=needs_key)
+    threading.Thread(target=announce, name="announce", daemon=True).start()
 
 
-def _announce_ready(front: Front, names: Sequence[str], base: str) -> None:
+def _announce_ready(front: Front, names: Sequence[str], base: str, *, needs_key: bool) -> None:
     from llmscale.gateway.replicas import model_states
 
     began = time.monotonic()
-    while set(model_states(names, front.status().replicas).values()) != {"ready"}:
-        time.sleep(0.02)
+    try:
+        while set(model_states(names, front.status().replicas).values()) != {"ready"}:
+            time.sleep(0.02)
+    except Unavailable:
+        # The command was ended before that: the front is closed, and there is nothing to announce.
+        return
+    # The key itself is not for a terminal or a log.
+    key = " -H 'authorization: Bearer YOUR-KEY'" if needs_key else ""
     body = f'{{"model": "{names[0]}", "messages": [{{"role": "user", "content": "What is 23 + 45?"}}]}}'
     sys.stdout.write(
         f"ready after {time.monotonic() - began:.1f} s\n\n"
         f"  chat page   {base}/\n"
-        f"  try         curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\n"
+        f"  try         curl {base}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'\n\n"
     )
     sys.stdout.flush()

@@ -7,6 +7,7 @@ loads nothing of a node's code and knows no model, request or socket.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -29,6 +30,8 @@ MAX_BACKOFF_SECONDS: Final = 30.0
 # A node that has lived this long is not in a loop of deaths, and is started again without a pause.
 STEADY_SECONDS: Final = 10.0
 STOP_SECONDS: Final = 35.0
+# Neither SIGTERM nor SIGINT: a node may have had one already, with the whole group, and the second insists.
+ASKING: Final = signal.SIGUSR1
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +131,7 @@ class NodeKeeper:
         self._thread = threading.Thread(target=self._keep, name="node-keeper", daemon=True)
 
     def start(self) -> None:
-        """Starts the node."""
+        """Starts the node, or has at least tried: it is tried again until `stop`."""
         self._thread.start()
         self._started.wait()
 
@@ -138,8 +141,8 @@ class NodeKeeper:
             return
         self._stopping.set()
         process = self._process
-        if process is not None and process.poll() is None:
-            process.terminate()
+        if process is not None:
+            process.send_signal(ASKING)
 
     def stop(self) -> None:
         """Ends the node: it drains, then it must go."""
@@ -156,20 +159,35 @@ class NodeKeeper:
         backoff = FIRST_BACKOFF_SECONDS
         while not self._stopping.is_set():
             began = time.monotonic()
-            self._process = subprocess.Popen(self._node.command)  # noqa: S603  # our own interpreter and module
-            if self._stopping.is_set():
-                # Whoever asked has seen the process before this one.
-                self._process.terminate()
-            self._started.set()
-            code = self._process.wait()
-            # A node ends with 0 when it is told to, mostly by a signal to the whole group; this process hears it too.
-            if self._stopping.wait(1.0 if code == 0 else 0.0):
-                return
-            if time.monotonic() - began > STEADY_SECONDS:
-                backoff = FIRST_BACKOFF_SECONDS
-            _log.warning("node ended, starting it again", model=self._node.model, code=code, in_seconds=backoff)
+            try:
+                code = self._run()
+            except (OSError, ValueError) as error:
+                # No memory or no process left on this host, for now.
+                why = str(error)
+                _log.warning(
+                    "node cannot be started, trying again", model=self._node.model, why=why, in_seconds=backoff
+                )
+            else:
+                # A node ends with 0 when it is told to, mostly by a signal to the whole group; this process hears it
+                # too.
+                if self._stopping.wait(1.0 if code == 0 else 0.0):
+                    return
+                if time.monotonic() - began > STEADY_SECONDS:
+                    backoff = FIRST_BACKOFF_SECONDS
+                _log.warning("node ended, starting it again", model=self._node.model, code=code, in_seconds=backoff)
             self._stopping.wait(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+
+    def _run(self) -> int:
+        """The exit code of one life of the node."""
+        try:
+            self._process = subprocess.Popen(self._node.command)  # noqa: S603  # our own interpreter and module
+        finally:
+            self._started.set()
+        if self._stopping.is_set():
+            # Whoever asked has seen the process before this one.
+            self._process.send_signal(ASKING)
+        return self._process.wait()
 
 
 @contextmanager

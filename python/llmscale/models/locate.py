@@ -19,7 +19,7 @@ def locate_model(model: str) -> Path:
     """The folder of `model`. Raises InvalidCheckpoint if there is none."""
     if model in EMBEDDED_MODELS:
         return embedded_model_path(model)
-    folder = Path(model).expanduser()
+    folder = _expanded(model)
     if folder.is_dir():
         return folder.resolve()
     if is_gguf(model):
@@ -37,8 +37,8 @@ def locate_model(model: str) -> Path:
 
 
 def is_gguf(model: str) -> bool:
-    """Whether a model is a file whose name says that it is GGUF."""
-    path = Path(model).expanduser()
+    """Whether a model is a file whose name says that it is GGUF. Raises InvalidCheckpoint for a home that is none."""
+    path = _expanded(model)
     return path.suffix.lower() == ".gguf" and path.is_file()
 
 
@@ -51,8 +51,17 @@ def model_name(model: str, folder: Path) -> str:
     return folder.name
 
 
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InvalidCheckpoint(
+            f"the home folder of {path!r} cannot be found: {error} Write the whole path, or set HOME"
+        ) from error
+
+
 def _cached_snapshot(hub_id: str) -> Path | None:
-    home = Path(env.HF_HOME.read() or "~/.cache/huggingface").expanduser()
+    home = _expanded(env.HF_HOME.read() or "~/.cache/huggingface")
     repository = home / "hub" / ("models--" + hub_id.replace("/", "--"))
     reference = repository / "refs" / "main"
     if not reference.is_file():

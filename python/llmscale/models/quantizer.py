@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -192,7 +193,12 @@ class Shards:
         (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
     def _flush(self) -> None:
-        save_file(self._held, self._part(len(self._names)), metadata={"format": "pt"})
+        part = self._part(len(self._names))
+        try:
+            save_file(self._held, part, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # Mostly a full disk, which the library tells in its own words.
+            raise OSError(f"{part} cannot be written: {error}") from error
         self._names.append(list(self._held))
         self._held, self._held_bytes = {}, 0
 

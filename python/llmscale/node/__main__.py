@@ -50,6 +50,10 @@ def main() -> int:
     except LlmscaleError as error:
         _log.error("the node ends", reason=str(error), code=error.code)
         return 1
+    except OSError as error:
+        # A file that may not be read, a full disk: the message names it.
+        _log.error("the node ends", reason=str(error), code="system")
+        return 1
     return 0
 
 

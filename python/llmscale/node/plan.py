@@ -15,7 +15,7 @@ import msgspec
 from llmscale import machine
 from llmscale._core import EngineLimits
 from llmscale.config import NodeSettings
-from llmscale.devices.registry import choose, cuda_memory_bytes
+from llmscale.devices.registry import choose, cuda_devices
 from llmscale.errors import ConfigError
 from llmscale.models.checkpoint import compute_dtype, match_tensors, open_checkpoint
 from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
@@ -193,7 +193,8 @@ def _device_bytes(device: str, settings: NodeSettings, layout: HostLayout) -> in
     if device == "cpu":
         return None
     first = settings.first_device
-    return min(cuda_memory_bytes()[first : first + layout.ranks_per_host]) * layout.ranks
+    devices = cuda_devices()[first : first + layout.ranks_per_host]
+    return min(device.memory_bytes for device in devices) * layout.ranks
 
 
 def _longest_sequence(

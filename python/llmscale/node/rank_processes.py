@@ -55,6 +55,6 @@ class RankProcesses:
             process.send_signal(signal.SIGKILL)
 
     async def stop(self) -> None:
-        """Asks all to end, insists after two seconds."""
+        """Ends all, and waits for their ends."""
         await asyncio.gather(*(process.stop() for _, process in self._processes))
         self._meeting.close()

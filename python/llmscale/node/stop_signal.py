@@ -1,7 +1,8 @@
 """What SIGTERM and SIGINT mean to a node: the first asks it to end in good order, a later one of the same kind at once.
 
-A terminal and a service manager signal a whole group of processes, and the command above a node passes on what it got
-itself: what comes together, and another kind, is the same wish. O(1) per signal. Does not know what ending takes.
+A terminal and a service manager signal a whole group of processes, and the command above a node asks it too, after its
+own drain, with a kind that nobody else sends (SIGUSR1): what comes together, and another kind, is the same wish. O(1)
+per signal. Does not know what ending takes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class StopSignal:
         """Hears this process's signals from now on, in the running loop."""
         stop = cls()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             loop.add_signal_handler(number, stop._hear_now, number)
         return stop
 

@@ -110,7 +110,13 @@ class WorkerSupervisor:
             self._span.group.open()
         try:
             while await self._gather():
-                self._life = await self._start()
+                try:
+                    self._life = await self._start()
+                except WorkerError:
+                    if self._stopping:
+                        # `stop` has ended what workers are copied from.
+                        return
+                    raise
                 if self._stopping:
                     # `stop` came while they were started, and has not seen them.
                     self._life.ranks.kill()
@@ -120,13 +126,13 @@ class WorkerSupervisor:
             loop.remove_reader(self._engine.fileno())
 
     async def stop(self) -> None:
-        """Ends the worker processes: asks first, insists after two seconds."""
+        """Ends the worker processes."""
         self._stopping = True
         if self._span is not None:
             await self._span.group.close()
+        await self._processes.close()
         if self._preparing is not None:
             await self._preparing
-        await self._processes.close()
         if self._life is not None:
             await self._life.ranks.stop()
         self._host_memory.close()
@@ -175,7 +181,12 @@ class WorkerSupervisor:
             )
             for number, place in enumerate(places)
         ]
-        await life.ranks.start(self._processes, assignments)
+        try:
+            await life.ranks.start(self._processes, assignments)
+        except WorkerError:
+            # Those that were started before the one that could not be.
+            await life.ranks.stop()
+            raise
         return life
 
     async def _bury(self, life: _Life, how: str) -> None:

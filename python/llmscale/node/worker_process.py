@@ -20,7 +20,6 @@ from llmscale.parallel.assignment import Assignment, write_assignment
 
 _log = get_logger("llmscale.node")
 
-STOP_SECONDS = 2.0
 WORKER_MODULE = "llmscale.worker"
 
 
@@ -51,13 +50,9 @@ class WorkerProcess:
                 signal.pidfd_send_signal(self._pidfd, number)
 
     async def stop(self) -> None:
-        """Asks it to end, insists after two seconds, and waits for the end."""
-        self.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(self.wait(), STOP_SECONDS)
-        except TimeoutError:
-            self.send_signal(signal.SIGKILL)
-            await self.wait()
+        """Ends it, and waits for the end. It has nothing to put in order, and hears no other signal."""
+        self.send_signal(signal.SIGKILL)
+        await self.wait()
 
     def _reap(self) -> None:
         self._loop.remove_reader(self._pidfd)
@@ -114,7 +109,8 @@ class WorkerProcesses:
                 _log.info("spare worker started", pid=self._template.pid)
 
     async def close(self) -> None:
-        """Ends the template."""
+        """Ends the template, and with it a `start` that waits for its imports, which take seconds."""
+        self._keep_spare = False
+        self._template.kill()
         async with self._starting:
-            self._keep_spare = False
             await self._template.close()

@@ -27,6 +27,7 @@ class WorkerTemplate:
         self._command = command
         self._process: asyncio.subprocess.Process | None = None
         self._orders: socket.socket | None = None
+        self._is_over = False
 
     @property
     def pid(self) -> int | None:
@@ -34,7 +35,9 @@ class WorkerTemplate:
         return None if self._process is None else self._process.pid
 
     async def open(self) -> bool:
-        """Starts it if it does not run. Returns whether it had to be started."""
+        """Starts it if it does not run. Returns whether it had to be started. Raises WorkerError after `kill`."""
+        if self._is_over:
+            raise WorkerError("no worker is copied any more: the node ends")
         if self._process is not None and self._process.returncode is None:
             return False
         await self.close()
@@ -46,6 +49,9 @@ class WorkerTemplate:
             self._process = await asyncio.create_subprocess_exec(
                 *words, stdin=asyncio.subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )
+        if self._is_over:
+            # `kill` came while it was started, and has not seen it.
+            self.kill()
         return True
 
     async def copy(self, pipe: int) -> int:
@@ -75,6 +81,13 @@ class WorkerTemplate:
         except (BrokenPipeError, ConnectionResetError):
             return None
         return int.from_bytes(answer, "little") if answer else None
+
+    def kill(self) -> None:
+        """Ends it for good, also while it imports: whoever waits for a copy hears of it. `close` waits for its end."""
+        self._is_over = True
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
 
     async def close(self) -> None:
         """Ends it, if it runs. It has nothing to put in order; ending in peace with torch loaded takes it 0.7 s."""

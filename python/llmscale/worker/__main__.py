@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 from importlib import import_module
@@ -19,6 +20,7 @@ from llmscale.worker.template import name_process, wait_to_be_born
 
 def main() -> int:
     """Imports its executor and waits to be copied; copies connect to the node and compute until told to stop."""
+    leave_signals_to_the_node()
     parser = argparse.ArgumentParser(prog="python -m llmscale.worker", description=main.__doc__)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all that the process may use)")
     parser.add_argument("--parent", type=int, required=True, help="the node's process id; all end with it")
@@ -45,11 +47,19 @@ def main() -> int:
     return 0
 
 
+def leave_signals_to_the_node() -> None:
+    """Ctrl-C and a service manager's SIGTERM reach every process of a group. The node drains then, and needs its
+    workers for that; it ends them itself, and the kernel ends them with it. Copies inherit what is set here."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def import_executor(executor: str) -> None:
     """What copies will need, so that none of them has to import it."""
     if executor == "native":
         import_module("llmscale.worker.native_runner")
         return
+    env.keep_numpy_to_one_thread()
     env.prepare_for_torch()
     from llmscale.worker.model_runner import warm_up
 

@@ -53,12 +53,19 @@ def name_process(name: str) -> None:
 
 
 def _fork(node: int) -> int | None:
-    """None in the copy, whose parent is the node by then; its process id in the template."""
+    """None in the copy, whose parent is the node by then; its process id in the template.
+
+    Raises WorkerError if the process between could not make the copy, and OSError if there is not even that.
+    """
     told_pid, tell_pid = os.pipe()
     orphaned, let_go = os.pipe()
     between = os.fork()
     if between == 0:
-        copy = os.fork()
+        try:
+            copy = os.fork()
+        except OSError:
+            # No process or no memory is left. The template says so; a second one must not go on as if it were it.
+            os._exit(1)
         if copy != 0:
             os.write(tell_pid, copy.to_bytes(PID_BYTES, "little"))
             os._exit(0)
@@ -69,8 +76,12 @@ def _fork(node: int) -> int | None:
         os.close(orphaned)
         end_with_parent(node)
         return None
+    # Or reading would wait for this process itself, where nothing was written.
+    os.close(tell_pid)
     os.waitpid(between, 0)
-    pid = int.from_bytes(os.read(told_pid, PID_BYTES), "little")
-    for descriptor in (told_pid, tell_pid, orphaned, let_go):
+    told = os.read(told_pid, PID_BYTES)
+    for descriptor in (told_pid, orphaned, let_go):
         os.close(descriptor)
-    return pid
+    if len(told) < PID_BYTES:
+        raise WorkerError("no worker can be copied from here: the system has no process or no memory left")
+    return int.from_bytes(told, "little")

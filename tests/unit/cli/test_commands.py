@@ -48,10 +48,14 @@ def test_generate_completes_a_text_the_same_twice() -> None:
         (("serve", "tiny-chat", "--host", "0.0.0.0"), "API key"),
         (("serve", "tiny-chat", "--dtype", "float17"), "dtype"),
         (("serve", "tiny-chat", "--port", "70000"), "port"),
+        (("serve", "tiny-chat", "--threads", "0"), "threads is 0, it must be from 1 to 1,024"),
+        (("serve", "tiny-chat", "--threads", "-1"), "threads is -1"),
         (("serve", "tiny-chat", "--max-model-len", "0"), "max"),
         (("serve", "tiny-chat", "--port", "0", "--api-key-file", "no-such-file"), "no-such-file"),
         (("serve", "--fleet-file", "no-such-file"), "no-such-file"),
         (("serve", "tiny-chat", "--fleet-file", "x", "--port", "8000"), "port, model is given beside --fleet-file"),
+        (("serve", "~nobody-has-this-name/model"), "home folder of '~nobody-has-this-name/model' cannot be found"),
+        (("info", "/" + "x" * 300), "File name too long"),
         (("keys", "unused", "gateway"), "gateway:NAME"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -62,6 +66,27 @@ def test_a_mistake_is_one_line_and_exit_code_one(words: tuple[str, ...], said: s
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line_of_quantize(tmp_path: Path) -> None:
+    """The largest file that a process may write is a disk of that size, as far as the process can tell."""
+    command = [sys.executable, "-m", "llmscale.cli", "quantize", "tiny-chat", str(tmp_path / "out"), "--method", "int8"]
+    words = ["bash", "-c", 'ulimit -f 64; exec "$@"', "bash", *command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("llmscale: ")
+    assert "cannot be written: " in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_node_whose_folder_the_system_refuses_ends_with_one_line() -> None:
+    command = [sys.executable, "-m", "llmscale.node", "--model", "/" + "x" * 300, "--listen", "ipc:///unused"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "the node ends" in line
+    assert "File name too long" in line
 
 
 def test_a_port_that_is_taken_is_one_line_before_any_node_starts() -> None:

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
 
-from llmscale.cli.serve import ServeOptions
-from llmscale.errors import InvalidCheckpoint
+from llmscale._core import Front, FrontStatus
+from llmscale.cli.serve import ServeOptions, _announce_ready
+from llmscale.errors import InvalidCheckpoint, Unavailable
 from llmscale.fleet_file import parse_fleet_file
+from tests.fakes.fake_front import FakeReplica, FakeStatus
+
+
+class ClosedFront:
+    """One whose command has been ended."""
+
+    def status(self) -> FrontStatus:
+        raise Unavailable("the front is closed")
+
+
+class ReadyFront:
+    def status(self) -> FakeStatus:
+        return FakeStatus(0, 0, 0, [FakeReplica(model="tiny-chat")])
+
+
+def test_a_command_that_is_ended_before_it_is_ready_announces_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    _announce_ready(cast("Front", ClosedFront()), ["tiny-chat"], "http://here", needs_key=False)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("needs_key", [False, True])
+def test_the_command_to_try_has_a_place_for_the_key_where_one_is_needed(
+    needs_key: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _announce_ready(cast("Front", ReadyFront()), ["tiny-chat"], "http://here", needs_key=needs_key)
+    said = capsys.readouterr().out
+    assert "curl http://here/v1/chat/completions" in said
+    assert ("-H 'authorization: Bearer YOUR-KEY'" in said) == needs_key
 
 
 def test_a_model_alone_is_the_shortest_file() -> None:

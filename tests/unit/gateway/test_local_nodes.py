@@ -80,6 +80,35 @@ def test_a_node_that_ends_is_started_again_until_it_is_asked_to_stop(tmp_path: P
     assert len(said) in (starts - 1, starts)
 
 
+def test_a_node_that_cannot_be_started_is_tried_again_and_keeps_nobody_waiting(tmp_path: Path) -> None:
+    program, counted = tmp_path / "node", tmp_path / "starts"
+    keeper = NodeKeeper(LocalNode("a", "ipc:///nowhere", (str(program),)))
+    with captured_logs() as said:
+        keeper.start()
+        wait_until(lambda: len(said) >= 1, 30, "somebody hears of it")
+        written = tmp_path / "written"
+        written.write_text(f"#!/bin/sh\necho x > {counted}\nexec sleep 1000\n")
+        written.chmod(0o755)
+        written.rename(program)
+        wait_until(counted.exists, 60, "the node runs")
+        keeper.stop()
+    assert {(line["model"], "No such file" in line["why"]) for line in said} == {("a", True)}
+
+
+def test_a_node_is_asked_to_end_by_a_signal_that_insists_on_nothing_if_its_group_had_one_before(tmp_path: Path) -> None:
+    heard, listens = tmp_path / "heard", tmp_path / "listens"
+    script = (
+        "import signal; numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1};"
+        f"signal.pthread_sigmask(signal.SIG_BLOCK, numbers); open({str(listens)!r}, 'w').close();"
+        f"open({str(heard)!r}, 'w').write(signal.Signals(signal.sigwait(numbers)).name)"
+    )
+    keeper = NodeKeeper(LocalNode("a", "ipc:///nowhere", (sys.executable, "-c", script)))
+    keeper.start()
+    wait_until(listens.exists, 60, "the node listens")
+    keeper.stop()
+    assert heard.read_text() == "SIGUSR1"
+
+
 def test_limits_of_the_file_are_those_of_the_gateway_and_others_stay() -> None:
     text = "[gateway.limits]\nmax_body_bytes = 77\n[models.a]\nmodel = 'tiny-chat'\n"
     limits = gateway_config(parse_fleet_file(text, Path("/f"))).limits

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import cast
 
 from llmscale._core import Engine
+from llmscale.gateway.local_nodes import ASKING
 from llmscale.node.__main__ import _drain
 from llmscale.node.stop_signal import StopSignal
 from llmscale.node.supervisor import WorkerSupervisor
@@ -25,7 +26,7 @@ def test_the_first_signal_asks_and_a_later_one_of_its_kind_insists() -> None:
 
 def test_signals_that_come_together_and_those_of_another_kind_are_one_wish() -> None:
     stop = StopSignal()
-    for number, now in ((signal.SIGINT, 100.0), (signal.SIGINT, 100.1), (signal.SIGTERM, 104.0)):
+    for number, now in ((signal.SIGINT, 100.0), (signal.SIGINT, 100.1), (signal.SIGTERM, 104.0), (ASKING, 106.0)):
         stop.hear(number, now)
     assert not stop.insisted.is_set()
 

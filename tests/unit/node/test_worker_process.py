@@ -115,12 +115,56 @@ async def test_a_template_that_cannot_start_is_an_error_with_its_exit_code(tmp_p
     await processes.close()
 
 
+async def test_the_end_of_a_node_does_not_wait_for_imports(tmp_path: Path) -> None:
+    processes = of_program("import signal; signal.pause()")
+    starting = asyncio.create_task(processes.start(Assignment(str(tmp_path / "link"), 1)))
+    async with asyncio.timeout(60):
+        while processes.spare is None:
+            await asyncio.to_thread(os.sched_yield)
+        await processes.close()
+        with pytest.raises(WorkerError, match="ended with code -9"):
+            await starting
+        assert processes.spare is None
+        await processes.prepare()
+        assert processes.spare is None
+
+
 async def test_a_process_with_threads_is_not_copied(tmp_path: Path) -> None:
     threaded = "import threading; threading.Thread(target=lambda: signal.pause(), daemon=True).start()"
     program = PROGRAM.replace("from llmscale", f"{threaded}\nfrom llmscale")
     processes = of_program(program)
     with pytest.raises(WorkerError, match="ended with code 1"):
         await processes.start(Assignment(str(tmp_path / "link"), 1))
+    await processes.close()
+
+
+async def test_a_copy_that_the_system_refuses_is_an_error_and_no_wait_for_ever(tmp_path: Path) -> None:
+    # The first fork is that of the process between, which cannot make the second.
+    refusing = """
+import errno, os
+fork, forks = os.fork, []
+def refuse_the_second():
+    forks.append(1)
+    if len(forks) == 2:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return fork()
+os.fork = refuse_the_second
+"""
+    processes = of_program(refusing + PROGRAM)
+    async with asyncio.timeout(60):
+        with pytest.raises(WorkerError, match="ended with code 1"):
+            await processes.start(Assignment(str(tmp_path / "link"), 1))
+    await processes.close()
+
+
+async def test_a_worker_with_torch_is_copied_whatever_the_environment_says_of_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    processes = WorkerProcesses(1, keep_spare=True)
+    worker = await processes.start(Assignment(str(tmp_path / "link"), 1))
+    assert worker.pid != processes.spare
+    await worker.stop()
     await processes.close()
 
 

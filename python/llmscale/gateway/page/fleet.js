@@ -64,6 +64,7 @@ export class Fleet {
       `${fleet.replicas.length} ${fleet.replicas.length === 1 ? "replica" : "replicas"}${models}, ` +
       `${fleet.live_requests} live and ${fleet.queued_requests} queued requests`;
     for (const replica of fleet.replicas) {
+      if (replica.state === "down") continue;
       const before = this.#restarts.get(replica.node);
       if (before !== undefined && replica.worker_restarts > before) this.#listener({ replaced: replica });
       this.#restarts.set(replica.node, replica.worker_restarts);
@@ -101,13 +102,16 @@ function row(replica) {
   put("state", replica.trust === "trusted" ? replica.state : `${replica.state}, ${replica.trust}`);
   item.dataset.trust = replica.trust;
   put("pid", replica.worker_pid || "none");
-  put("restarts", replica.worker_restarts);
-  put("running", replica.running);
-  put("waiting", replica.waiting);
-  put("steps", replica.steps.toLocaleString());
-  put("preemptions", replica.preemptions);
-  const used = replica.total_blocks ? 1 - replica.free_blocks / replica.total_blocks : 0;
-  put("used", `${Math.round(used * 100)} %`);
+  // One that cannot be heard says nothing of these; what stands in its place is not a measurement.
+  const known = replica.state !== "down";
+  const tell = (name, text) => put(name, known ? text : "-");
+  tell("restarts", replica.worker_restarts);
+  tell("running", replica.running);
+  tell("waiting", replica.waiting);
+  tell("steps", replica.steps.toLocaleString());
+  tell("preemptions", replica.preemptions);
+  const used = known && replica.total_blocks ? 1 - replica.free_blocks / replica.total_blocks : 0;
+  tell("used", `${Math.round(used * 100)} %`);
   item.querySelector("progress").value = used;
   return item;
 }

@@ -1,0 +1,46 @@
+"""Goal: what a terminal or a service manager sends to every process of a server ends it in good order.
+
+Method: a real server with a disk tier is the only one of its process group with all that it has started; the group gets
+the signal while a stream runs. The stream must be whole, by the workers that it had, and its cache on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.test_disk_tier import disk_options
+from tests.family import alive_after
+from tests.processes import serving, token_ids
+
+TOKENS = 300
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_running_stream_is_finished_and_saved_after_a_signal_to_all_processes(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    with serving("tiny-chat", *disk_options(tmp_path, pool_blocks=128)) as server:
+        family, sent = server.family(), list[int]()
+
+        def signal_all(count: int) -> None:
+            if count >= 5 and not sent:
+                sent.append(count)
+                os.killpg(server.process.pid, number)
+
+        body = {"model": "tiny-chat", "prompt": "Once upon a time", "max_tokens": TOKENS, "ignore_eos": True}
+        assert len(token_ids(server, {**body, "seed": 3, "temperature": 1}, signal_all)) == TOKENS
+        assert sent
+        assert sent[0] < TOKENS
+        assert server.process.wait(60) == 0
+        assert not alive_after(family, 20)
+    log = server.log()
+    assert "worker died" not in log, log
+    assert "Traceback" not in log, log
+    saved = re.search(r"\bsaved_blocks\W+(\d+)", log)
+    assert saved, log
+    assert int(saved[1]) > 0, log
