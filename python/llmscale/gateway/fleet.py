@@ -7,9 +7,11 @@ replica and reads each model's tokenizer once. Knows nothing of HTTP, and of a m
 
 from __future__ import annotations
 
+import signal
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +57,7 @@ def serve_fleet(
     keys = load_keys(config.api_keys, config.api_key_file)
     has_local_nodes = any(entry.local_replicas for entry in fleet.models.values())
     key_file, node_key = _front_keys(fleet.keys, has_local_nodes=has_local_nodes)
-    with tempfile.TemporaryDirectory(prefix="llmscale-serve-") as folder:
+    with _unwound_by_sigterm(), tempfile.TemporaryDirectory(prefix="llmscale-serve-") as folder:
         nodes = local_nodes(fleet, folder)
         addresses = [node.address for node in nodes]
         addresses += [address for entry in fleet.models.values() for address in entry.nodes]
@@ -76,6 +78,24 @@ def serve_fleet(
                 models = [load_model(name, entry) for name, entry in fleet.models.items()]
             started = None if on_started is None else partial(on_started, front)
             run(config, front, Sampling, models, keys, listener=listener, on_started=started)
+
+
+@contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """Nodes are ended and their folder is removed, also where SIGTERM comes before the server listens for it, or once
+    more while nodes drain; then they are not waited for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_number: int, _frame: object) -> None:
+        raise SystemExit(0)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _front_keys(keys: KeysEntry | None, *, has_local_nodes: bool) -> tuple[str | None, str | None]:

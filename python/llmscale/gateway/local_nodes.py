@@ -193,10 +193,12 @@ class NodeKeeper:
 @contextmanager
 def kept(nodes: Sequence[LocalNode]) -> Iterator[None]:
     """The nodes run while the block does; afterwards all drain at once, and are gone."""
-    keepers = [NodeKeeper(node) for node in nodes]
-    for keeper in keepers:
-        keeper.start()
+    keepers: list[NodeKeeper] = []
     try:
+        for node in nodes:
+            keeper = NodeKeeper(node)
+            keeper.start()
+            keepers.append(keeper)
         yield
     finally:
         for keeper in keepers:
