@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
@@ -30,8 +31,13 @@ def is_alive(process: psutil.Process) -> bool:
 def workers_of(node: int) -> list[psutil.Process]:
     """The worker processes of a node, in the order of their start; not the one that they are copied from."""
     children = psutil.Process(node).children()
-    workers = [child for child in children if child.name().startswith("llmscale-rank")]
-    return sorted(workers, key=lambda child: (child.create_time(), child.pid))
+    workers = list[tuple[float, int, psutil.Process]]()
+    for child in children:
+        # One may end between being listed and being looked at.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.name().startswith("llmscale-rank"):
+                workers.append((child.create_time(), child.pid, child))
+    return [child for _, _, child in sorted(workers, key=lambda each: each[:2])]
 
 
 def end(process: subprocess.Popen[Any], kill: Callable[[], None], log: Callable[[], str]) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from llmscale import Client, SamplingParams
 from tests.family import alive_after, workers_of
+from tests.processes import wait_until
 from tests.support_processes import NodeProcess, node
 
 TOKENS = 150
@@ -93,7 +94,7 @@ def test_a_killed_rank_costs_its_streams_time_only(
 
         assert_same(answers(running, kill), expected)
         assert killed
-        assert "worker died" in running.log()
+        wait_until(lambda: "worker died" in running.log(), 120, "the death is told")
         gone = alive_after(group, 5)
         assert not gone, "the ranks of a dead group do not live on"
 
@@ -112,6 +113,9 @@ def test_a_hung_rank_is_replaced_with_its_group_after_the_longest_step(
 
         assert_same(answers(running, stop), expected)
         assert stopped
+        if "longer than" not in running.log():
+            # The reader was late, and the last token was computed by then: the next step is the one that hangs.
+            assert_same(answers(running), expected)
         assert "longer than" in running.log()
         assert not alive_after(group, 5), "a stopped process is killed like any other"
 
