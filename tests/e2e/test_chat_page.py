@@ -277,24 +277,31 @@ async def test_a_worker_that_is_killed_under_the_page_leaves_the_answer_whole(pa
             )
         done = "!document.getElementById('send').hidden && document.querySelector('.assistant')"
         await ask(page, "Tell me a story.")
-        await page.until(done, seconds=60)
+        await page.until(done, seconds=300)
         undisturbed = await page.value(TEXT)
         await page.value("document.getElementById('new-chat').click()")
         worker = await asyncio.to_thread(server.worker_pid)
-        # Alone the story takes a quarter of a second, too short to be sure of hitting it; beside others, seconds.
+        # Alone the story takes a quarter of a second, too short to be sure of hitting it; beside others, seconds. One
+        # that ends before its worker stands still, because this process had to wait, is asked for again.
         body = {"model": "tiny-chat", "prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True}
         loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(24)
-        others = [loop.run_in_executor(pool, server.post, "/v1/completions", body) for _ in range(24)]
-        await until(lambda: server.get("/fleet").json()["replicas"][0]["running"] == len(others))
-        # The page says by itself when the story has begun.
-        begun = f"new Promise(done => new MutationObserver(() => {TEXT}.length > 20 && done()).observe("
-        begun += "document.getElementById('log'), {subtree: true, childList: true, characterData: true}))"
-        waiting = asyncio.ensure_future(page.value(begun))
-        await ask(page, "Tell me a story.")
-        await waiting
-        with stopped(worker):
-            assert await page.value("document.getElementById('send').hidden"), "the answer is in its middle"
-            os.kill(worker, signal.SIGKILL)
+        for _ in range(5):
+            others = [loop.run_in_executor(pool, server.post, "/v1/completions", body) for _ in range(24)]
+            await until(lambda: server.get("/fleet").json()["replicas"][0]["running"] == 24)
+            # The page says by itself when the story has begun.
+            begun = f"new Promise(done => new MutationObserver(() => {TEXT}.length > 20 && done()).observe("
+            begun += "document.getElementById('log'), {subtree: true, childList: true, characterData: true}))"
+            waiting = asyncio.ensure_future(page.value(begun))
+            await ask(page, "Tell me a story.")
+            await waiting
+            with stopped(worker):
+                if in_its_middle := await page.value("document.getElementById('send').hidden"):
+                    os.kill(worker, signal.SIGKILL)
+            if in_its_middle:
+                break
+            await asyncio.gather(*others)
+            await page.value("document.getElementById('new-chat').click()")
+        assert in_its_middle
         await page.until(done, seconds=300)
         assert await page.value(TEXT) == undisturbed
         assert await page.value(f"{LAST}.querySelector('.badge').textContent") == "survived a restart"

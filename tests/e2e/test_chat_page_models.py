@@ -14,10 +14,11 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 
@@ -175,6 +176,30 @@ dtype = "float32"
 """
 
 
+async def stopped_in_its_middle(
+    page: Page, server: Server, pool: ThreadPoolExecutor
+) -> tuple[list[Future[httpx2.Response]], dict[str, int]]:
+    """Asks for the story beside others; all workers stand still in its middle. What runs beside it, and by worker how
+    much did before. A story that ends before they stand still, because this process had to wait, is asked for again."""
+    for _ in range(5):
+        # Nodes report four times a second: the last word of before must not be taken for the answer that comes.
+        await asyncio.to_thread(all_at_rest, server)
+        # They share every step with the story and outlast it, however busy the machine is.
+        others = [pool.submit(server.post, "/v1/completions", BODY) for _ in range(BESIDE)]
+        running = await until_running(page, BESIDE)
+        await ask(page, STORY)
+        await page.until(f"{LAST} !== null && {TEXT}.length > 20")
+        workers = [int(pid) for pid in running]
+        send(signal.SIGSTOP, workers)
+        if not await page.value(IDLE):
+            return others, running
+        send(signal.SIGCONT, workers)
+        for other in others:
+            await asyncio.wrap_future(other)
+        await page.value("document.getElementById('new-chat').click()")
+    raise AssertionError("five stories ended before their workers stood still")
+
+
 @pytest.mark.usefixtures("slow_processor")
 async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page: Page, tmp_path: Path) -> None:
     with serving_fleet(tmp_path, TWO_REPLICAS) as server, ThreadPoolExecutor(BESIDE) as pool:
@@ -184,24 +209,16 @@ async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page:
         for field, value in (("seed", "21"), ("temperature", "0")):
             await put(page, field, value)
         await ask(page, STORY)
-        await page.until(f"{IDLE} && {TEXT}.length > 100", seconds=60)
+        await page.until(f"{IDLE} && {TEXT}.length > 100", seconds=300)
         undisturbed = await page.value(TEXT)
         await page.value("document.getElementById('new-chat').click()")
-        # Nodes report four times a second: the last word of before must not be taken for the answer that comes.
-        await asyncio.to_thread(all_at_rest, server)
         await page.value("document.getElementById('fleet-button').click()")
-        # They share every step with the story and outlast it, however busy the machine is.
-        others = [pool.submit(server.post, "/v1/completions", BODY) for _ in range(BESIDE)]
-        running = await until_running(page, BESIDE)
-        await ask(page, STORY)
-        await page.until(f"{LAST} !== null && {TEXT}.length > 20", seconds=60)
+        others, running = await stopped_in_its_middle(page, server, pool)
         workers = [int(pid) for pid in running]
-        send(signal.SIGSTOP, workers)
         try:
             after = await until_running(page, BESIDE + 1)
             # The page's answer is what has come, so its replica is the one that runs one more.
             [killed] = [pid for pid in after if after[pid] == running[pid] + 1]
-            assert not await page.value(IDLE), "the answer is in its middle"
             middle = await page.value(TEXT)
             row = f"[...document.querySelectorAll('.replica')].find(row => {PID} === '{killed}')"
             await page.value(f"{row}.querySelector('.kill').click()")
@@ -217,7 +234,7 @@ async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page:
         figures = await page.value(f"{LAST}.querySelector('.figures').textContent")
         assert " · longest pause " in figures
         restarts = "[...document.querySelectorAll('.replica .restarts')].map(one => one.textContent).sort().join()"
-        await page.until(f"{restarts} === '0,1'", seconds=30)
+        await page.until(f"{restarts} === '0,1'", seconds=300)
         assert {(await asyncio.wrap_future(other)).status_code for other in others} == {200}
         # The page asks for the fleet as long as it is open.
         await page.call("Page.navigate", url="about:blank")
@@ -234,7 +251,7 @@ def send(number: signal.Signals, processes: Sequence[int]) -> None:
 async def until_running(page: Page, streams: int) -> dict[str, int]:
     """Streams by the pid of their worker, once the page says that so many run."""
     rows = f"[...document.querySelectorAll('.replica')].map(row => [{PID}, Number({RUNNING})])"
-    await page.until(f"{rows}.reduce((sum, one) => sum + one[1], 0) === {streams}", seconds=60)
+    await page.until(f"{rows}.reduce((sum, one) => sum + one[1], 0) === {streams}", seconds=300)
     found: dict[str, int] = dict(await page.value(rows))
     return found
 

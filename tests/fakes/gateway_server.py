@@ -75,7 +75,7 @@ class Serving:
         return received
 
 
-async def until(condition: object, *, seconds: float = 60) -> None:
+async def until(condition: object, *, seconds: float = 300) -> None:
     """Waits until a callable is true; fails after the deadline."""
     assert callable(condition)
     async with asyncio.timeout(seconds):
