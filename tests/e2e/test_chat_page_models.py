@@ -186,7 +186,9 @@ async def stopped_in_its_middle(
         await asyncio.to_thread(all_at_rest, server)
         # They share every step with the story and outlast it, however busy the machine is.
         others = [pool.submit(server.post, "/v1/completions", BODY) for _ in range(BESIDE)]
-        running = await until_running(page, BESIDE)
+        # Asked here, because a page that looks once a second may miss what a fast machine has done by then.
+        await asyncio.to_thread(wait_until, lambda: sum(running_of(server).values()) == BESIDE, 120, "all run")
+        running = running_of(server)
         await ask(page, STORY)
         await page.until(f"{LAST} !== null && {TEXT}.length > 20")
         workers = [int(pid) for pid in running]
@@ -259,6 +261,11 @@ async def until_running(page: Page, streams: int) -> dict[str, int]:
 def fleet_of(server: Server) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = server.get("/fleet").json()["replicas"]
     return found
+
+
+def running_of(server: Server) -> dict[str, int]:
+    """Streams by the pid of their worker."""
+    return {str(one["worker_pid"]): one["running"] for one in fleet_of(server)}
 
 
 def all_at_rest(server: Server) -> None:
