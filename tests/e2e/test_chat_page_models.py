@@ -1,9 +1,9 @@
-"""Goal: the chat page asks the model that was chosen, shows what is behind each, and an answer outlives the worker that
-its own button kills.
+"""Goal: the chat page asks the model that was chosen, shows what is behind each, and an answer outlives the workers
+that its own buttons kill.
 
 Method: a real browser before a scripted front with two models, and before real processes with two replicas; there
-other streams make the answer last, and workers are stopped while the button is looked for, so that it is pressed in the
-middle of the answer on any machine.
+other streams make the answer last, and workers are stopped while the buttons are looked for, so that they are pressed
+in the middle of the answer on any machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is install
 LAST = "document.querySelector('.assistant:last-of-type')"
 TEXT = f"{LAST}.querySelector('.text').textContent"
 IDLE = "!document.getElementById('send').hidden"
-PID, RUNNING = (f"row.querySelector('.{name}').textContent" for name in ("pid", "running"))
+PID = "row.querySelector('.pid').textContent"
 STORY = "Tell me a story."
 BESIDE = 24
 BODY = {"model": "tiny-chat", "prompt": "Once upon a time", "max_tokens": 1_000, "ignore_eos": True}
@@ -177,35 +177,32 @@ dtype = "float32"
 
 
 async def stopped_in_its_middle(
-    page: Page, server: Server, pool: ThreadPoolExecutor
-) -> tuple[list[Future[httpx2.Response]], dict[str, int]]:
-    """Asks for the story beside others; all workers stand still in its middle. What runs beside it, and by worker how
-    much did before. A story that ends before they stand still, because this process had to wait, is asked for again."""
+    page: Page, server: Server, pool: ThreadPoolExecutor, undisturbed: str
+) -> list[Future[httpx2.Response]]:
+    """Asks for the story beside others; all workers stand still in its middle. Gives what runs beside it. A story that
+    is nearly through before they stand still, because this process had to wait, is asked for again."""
     for _ in range(5):
-        # Nodes report four times a second: the last word of before must not be taken for the answer that comes.
-        await asyncio.to_thread(all_at_rest, server)
         # They share every step with the story and outlast it, however busy the machine is.
         others = [pool.submit(server.post, "/v1/completions", BODY) for _ in range(BESIDE)]
-        # Asked here, because a page that looks once a second may miss what a fast machine has done by then.
-        await asyncio.to_thread(wait_until, lambda: sum(running_of(server).values()) == BESIDE, 120, "all run")
-        running = running_of(server)
         await ask(page, STORY)
-        await page.until(f"{LAST} !== null && {TEXT}.length > 20")
-        workers = [int(pid) for pid in running]
+        await page.until(f"{LAST} !== null && {TEXT}.length > 20", seconds=300)
+        workers = workers_of(server)
         send(signal.SIGSTOP, workers)
-        if not await page.value(IDLE):
-            return others, running
+        # Of the other third some may have left the worker and be on its way to the page.
+        if len(await page.value(TEXT)) < len(undisturbed) * 2 // 3:
+            return others
         send(signal.SIGCONT, workers)
         for other in others:
-            await asyncio.wrap_future(other)
+            assert (await asyncio.wrap_future(other)).status_code == 200
+        await page.until(IDLE, seconds=300)
         await page.value("document.getElementById('new-chat').click()")
     raise AssertionError("five stories ended before their workers stood still")
 
 
 @pytest.mark.usefixtures("slow_processor")
-async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page: Page, tmp_path: Path) -> None:
+async def test_an_answer_goes_on_when_the_workers_are_killed_with_their_buttons(page: Page, tmp_path: Path) -> None:
     with serving_fleet(tmp_path, TWO_REPLICAS) as server, ThreadPoolExecutor(BESIDE) as pool:
-        await asyncio.to_thread(all_at_rest, server)
+        await asyncio.to_thread(wait_until, lambda: states_of(server) == ["ready"] * 2, 120, "both replicas are ready")
         await page.open(server.base)
         await page.until("document.getElementById('model').value === 'tiny-chat'")
         for field, value in (("seed", "21"), ("temperature", "0")):
@@ -215,31 +212,34 @@ async def test_an_answer_goes_on_when_its_worker_is_killed_with_the_button(page:
         undisturbed = await page.value(TEXT)
         await page.value("document.getElementById('new-chat').click()")
         await page.value("document.getElementById('fleet-button').click()")
-        others, running = await stopped_in_its_middle(page, server, pool)
-        workers = [int(pid) for pid in running]
+        others = await stopped_in_its_middle(page, server, pool, undisturbed)
+        workers = workers_of(server)
         try:
-            after = await until_running(page, BESIDE + 1)
-            # The page's answer is what has come, so its replica is the one that runs one more.
-            [killed] = [pid for pid in after if after[pid] == running[pid] + 1]
-            middle = await page.value(TEXT)
-            row = f"[...document.querySelectorAll('.replica')].find(row => {PID} === '{killed}')"
-            await page.value(f"{row}.querySelector('.kill').click()")
-            await until(lambda: not psutil.pid_exists(int(killed)))
+            await press_kill(page, workers[0])
+            # Each button is its own worker's: the other one still stands.
+            assert psutil.Process(workers[1]).status() == psutil.STATUS_STOPPED
+            await press_kill(page, workers[1])
         finally:
             send(signal.SIGCONT, workers)
         await page.until(IDLE, seconds=300)
-        assert undisturbed.startswith(middle)
-        assert 20 < len(middle) < len(undisturbed)
         assert await page.value(TEXT) == undisturbed
         # Two where the next worker takes longer than half a second: then the replica gives its streams back.
         assert (await page.value(f"{LAST}.querySelector('.badge').textContent")).startswith("survived ")
         figures = await page.value(f"{LAST}.querySelector('.figures').textContent")
         assert " · longest pause " in figures
         restarts = "[...document.querySelectorAll('.replica .restarts')].map(one => one.textContent).sort().join()"
-        await page.until(f"{restarts} === '0,1'", seconds=300)
+        await page.until(f"{restarts} === '1,1'", seconds=300)
         assert {(await asyncio.wrap_future(other)).status_code for other in others} == {200}
         # The page asks for the fleet as long as it is open.
         await page.call("Page.navigate", url="about:blank")
+
+
+async def press_kill(page: Page, worker: int) -> None:
+    """Presses the button in the row of a worker, and waits until that worker is gone."""
+    row = f"[...document.querySelectorAll('.replica')].find(row => {PID} === '{worker}')"
+    await page.until(f"{row} !== undefined")
+    await page.value(f"{row}.querySelector('.kill').click()")
+    await until(lambda: not psutil.pid_exists(worker))
 
 
 def send(number: signal.Signals, processes: Sequence[int]) -> None:
@@ -250,26 +250,17 @@ def send(number: signal.Signals, processes: Sequence[int]) -> None:
             assert number == signal.SIGCONT
 
 
-async def until_running(page: Page, streams: int) -> dict[str, int]:
-    """Streams by the pid of their worker, once the page says that so many run."""
-    rows = f"[...document.querySelectorAll('.replica')].map(row => [{PID}, Number({RUNNING})])"
-    await page.until(f"{rows}.reduce((sum, one) => sum + one[1], 0) === {streams}", seconds=300)
-    found: dict[str, int] = dict(await page.value(rows))
-    return found
-
-
 def fleet_of(server: Server) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = server.get("/fleet").json()["replicas"]
     return found
 
 
-def running_of(server: Server) -> dict[str, int]:
-    """Streams by the pid of their worker."""
-    return {str(one["worker_pid"]): one["running"] for one in fleet_of(server)}
+def states_of(server: Server) -> list[str]:
+    return [one["state"] for one in fleet_of(server)]
 
 
-def all_at_rest(server: Server) -> None:
-    def states() -> list[tuple[str, int]]:
-        return [(one["state"], one["running"]) for one in fleet_of(server)]
-
-    wait_until(lambda: states() == [("ready", 0)] * 2, 120, "both replicas are ready and run nothing")
+def workers_of(server: Server) -> list[int]:
+    found = [one["worker_pid"] for one in fleet_of(server)]
+    # A replica between two workers has none, and whoever kills process 0 kills this one.
+    assert min(found) > 0
+    return found
