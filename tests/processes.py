@@ -96,13 +96,30 @@ class Server:
         """One POST of JSON."""
         return self.client.post(self.base + path, json=body)
 
+    def replicas(self) -> list[dict[str, Any]]:
+        """What the gateway says of each."""
+        found: list[dict[str, Any]] = self.get("/fleet").json()["replicas"]
+        return found
+
+    def states(self) -> list[str]:
+        """Of each replica, as the gateway sees it."""
+        return [one["state"] for one in self.replicas()]
+
+    def held(self) -> int:
+        """Requests that replicas have."""
+        return sum(one["running"] + one["waiting"] for one in self.replicas())
+
+    def steps(self) -> int:
+        """How many the replicas have computed."""
+        return sum(one["steps"] for one in self.replicas())
+
     def worker_pid(self) -> int:
         """The worker that is alive now, by what the fleet says of itself; waits for one after a death. There is none
         for a moment then, and whoever kills process 0 kills this one."""
         found = [0]
 
         def is_there() -> bool:
-            found[0] = self.get("/fleet").json()["replicas"][0]["worker_pid"]
+            found[0] = self.replicas()[0]["worker_pid"]
             return found[0] > 0
 
         wait_until(is_there, START_SECONDS, "there is a worker")

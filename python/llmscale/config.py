@@ -37,6 +37,13 @@ LEAST_EJECTION_SECONDS = 0.1
 MOST_EJECTION_SECONDS = 600.0
 
 
+def check_threads(threads: int | None) -> None:
+    """None is as many as the machine has. Raises ConfigError."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        # Kernels that are given none wait for the first of them for ever.
+        raise ConfigError(f"threads is {threads}, it must be from 1 to {MAX_THREADS:,}")
+
+
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
     """How a node serves one model."""
@@ -121,9 +128,7 @@ class NodeSettings:
             # Not `<= 0`, which a NaN passes.
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            # Kernels that are given none wait for the first of them for ever.
-            raise ConfigError(f"threads is {self.threads}, it must be from 1 to {MAX_THREADS:,}")
+        check_threads(self.threads)
         if self.first_device < 0:
             raise ConfigError(f"first_device is {self.first_device}, it must be 0 or more")
         self._check_tiers()

@@ -13,7 +13,6 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import psutil
 import pytest
@@ -51,15 +50,9 @@ BODIES: list[Body] = [
 ]
 
 
-def replicas(server: Server) -> list[dict[str, Any]]:
-    """What the gateway says of each."""
-    found: list[dict[str, Any]] = server.get("/fleet").json()["replicas"]
-    return found
-
-
 def all_ready(server: Server) -> bool:
     """Whether both replicas would take a request."""
-    return [one["state"] for one in replicas(server)] == ["ready"] * REPLICAS
+    return server.states() == ["ready"] * REPLICAS
 
 
 @dataclass
@@ -94,7 +87,7 @@ class Killer:
     def _ripe(self, wanted: int) -> list[psutil.Process]:
         """Workers that run something and have done so many steps, by process id; none while any has done too few."""
         found, done = [], []
-        for one in replicas(self.server):
+        for one in self.server.replicas():
             pid = one["worker_pid"]
             if one["state"] == "ready" and pid:
                 # What the fleet says is a quarter of a second old: a dead worker must not be hit once more.
@@ -154,4 +147,4 @@ def test_no_client_notices_kills_of_workers_and_nodes(server: Server, kills: int
     assert len(killer.killed) == kills
     wait_until(lambda: all_ready(server), 120, "both replicas are back")
     wait_until(lambda: server.get("/fleet").json()["live_requests"] == 0, 120, "the front has forgotten all")
-    wait_until(lambda: all(not one["running"] and not one["waiting"] for one in replicas(server)), 120, "nothing runs")
+    wait_until(lambda: all(not one["running"] and not one["waiting"] for one in server.replicas()), 120, "nothing runs")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.chaos.client import Load, undisturbed
 from tests.chaos.history import History, faults
-from tests.chaos.test_kills import BODIES, all_ready, replicas
+from tests.chaos.test_kills import BODIES, all_ready
 from tests.processes import Server, serving_fleet, wait_until
 
 STREAMS = 6
@@ -40,7 +40,7 @@ def restart(server: Server, node: psutil.Process) -> None:
 def both_take_streams(server: Server) -> bool:
     """Whether streams can be handed over from either to the other. One whose first tokens came late, on a machine that
     reads torch from its disk, is left alone for a while; then streams end where they are."""
-    return all(one["running"] and one["trust"] == "trusted" for one in replicas(server))
+    return all(one["running"] and one["trust"] == "trusted" for one in server.replicas())
 
 
 @pytest.mark.usefixtures("slow_processor")
@@ -48,7 +48,7 @@ def test_a_rolling_restart_under_load_loses_no_stream(tmp_path: Path) -> None:
     with serving_fleet(tmp_path, FLEET) as server:
         wait_until(lambda: all_ready(server), 120, "both replicas are ready")
         references = undisturbed(server, BODIES)
-        nodes = [psutil.Process(one["worker_pid"]).parent() for one in replicas(server)]
+        nodes = [psutil.Process(one["worker_pid"]).parent() for one in server.replicas()]
         history = History()
         with Load(server, BODIES, history).running(STREAMS) as look:
             wait_until(lambda: both_take_streams(server), 120, "both replicas run streams")

@@ -19,7 +19,7 @@ import pytest
 from tests.chaos.bad_link import BadLink, bad_link
 from tests.chaos.client import Load, undisturbed
 from tests.chaos.history import History, faults
-from tests.chaos.test_kills import BODIES, all_ready, replicas
+from tests.chaos.test_kills import BODIES, all_ready
 from tests.fleet import Fleet
 from tests.processes import Server, wait_until
 
@@ -82,7 +82,7 @@ def test_streams_through_bad_networks_come_as_through_good_ones(
                 lambda server=server: all_ready(server),
                 30,
                 "both nodes can be reached again",
-                seen=lambda server=server: f"{replicas(server)}\n{server.log()}\n{[node.log() for node in nodes]}",
+                seen=lambda server=server: f"{server.replicas()}\n{server.log()}\n{[node.log() for node in nodes]}",
             )
             wait_until(lambda server=server: server.get("/fleet").json()["live_requests"] == 0, 120, "all is forgotten")
         assert sum(server.metric("front_lost_attempts_total") for server in gateways) > 0, "streams were hit"

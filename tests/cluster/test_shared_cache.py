@@ -60,4 +60,4 @@ def test_a_gateway_knows_from_the_nodes_what_another_gateway_had_computed(fleet:
 
 
 def both_ready(server: Server) -> bool:
-    return [one["state"] for one in server.get("/fleet").json()["replicas"]] == ["ready"] * 2
+    return server.states() == ["ready"] * 2

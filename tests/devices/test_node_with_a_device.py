@@ -46,7 +46,7 @@ def body(seed: int) -> dict[str, object]:
 
 def test_ids_are_those_of_the_cpu_and_survive_a_killed_worker(server: Server) -> None:
     assert "captured decode steps" in server.log(), "the worker is on a device apart"
-    assert server.get("/fleet").json()["replicas"][0]["total_blocks"] == BLOCKS
+    assert server.replicas()[0]["total_blocks"] == BLOCKS
     with ThreadPoolExecutor(STREAMS) as pool:
         undisturbed = list(pool.map(lambda seed: token_ids(server, body(seed)), range(STREAMS)))
         worker = server.worker_pid()

@@ -202,7 +202,7 @@ async def stopped_in_its_middle(
 @pytest.mark.usefixtures("slow_processor")
 async def test_an_answer_goes_on_when_the_workers_are_killed_with_their_buttons(page: Page, tmp_path: Path) -> None:
     with serving_fleet(tmp_path, TWO_REPLICAS) as server, ThreadPoolExecutor(BESIDE) as pool:
-        await asyncio.to_thread(wait_until, lambda: states_of(server) == ["ready"] * 2, 120, "both replicas are ready")
+        await asyncio.to_thread(wait_until, lambda: server.states() == ["ready"] * 2, 120, "both replicas are ready")
         await page.open(server.base)
         await page.until("document.getElementById('model').value === 'tiny-chat'")
         for field, value in (("seed", "21"), ("temperature", "0")):
@@ -250,17 +250,8 @@ def send(number: signal.Signals, processes: Sequence[int]) -> None:
             assert number == signal.SIGCONT
 
 
-def fleet_of(server: Server) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = server.get("/fleet").json()["replicas"]
-    return found
-
-
-def states_of(server: Server) -> list[str]:
-    return [one["state"] for one in fleet_of(server)]
-
-
 def workers_of(server: Server) -> list[int]:
-    found = [one["worker_pid"] for one in fleet_of(server)]
+    found = [one["worker_pid"] for one in server.replicas()]
     # A replica between two workers has none, and whoever kills process 0 kills this one.
     assert min(found) > 0
     return found

@@ -98,7 +98,7 @@ def check(found: Sequence[CompletionOutput], expected: Sequence[CompletionOutput
 
 def replica(server: Server) -> dict[str, Any]:
     """What the fleet says of the one node."""
-    found: dict[str, Any] = server.get("/fleet").json()["replicas"][0]
+    found: dict[str, Any] = server.replicas()[0]
     return found
 
 

@@ -33,23 +33,17 @@ ANSWERS = 120
 RACES = 4
 
 
-def replicas(server: Server) -> list[dict[str, Any]]:
-    """What the gateway says of each."""
-    found: list[dict[str, Any]] = server.get("/fleet").json()["replicas"]
-    return found
-
-
 def replica(server: Server, node: str) -> dict[str, Any]:
     """What the gateway says of one."""
-    return next(one for one in replicas(server) if one["node"] == node)
+    return next(one for one in server.replicas() if one["node"] == node)
 
 
 @contextmanager
 def two_replicas(folder: Path, settings: str) -> Iterator[tuple[Server, dict[str, Any]]]:
     """A server with two replicas that are ready, and the one that will suffer."""
     with serving_fleet(folder, settings + MODEL) as server:
-        wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 120, "both replicas are ready")
-        yield server, replicas(server)[0]
+        wait_until(lambda: server.states() == ["ready"] * 2, 120, "both replicas are ready")
+        yield server, server.replicas()[0]
 
 
 def complete(server: Server, seed: int, max_tokens: int, prompt: str = "Once upon a time") -> dict[str, Any]:
@@ -81,11 +75,11 @@ def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_prob
             return held >= LEAST_HELD
 
         with stopped(victim["worker_pid"]):
-            wait_until(holds_enough, 120, "it holds enough", lambda: replicas(server))
+            wait_until(holds_enough, 120, "it holds enough", server.replicas)
             began = time.monotonic()
             wait_until(lambda: time.monotonic() - began > STALL_SECONDS, 120, "it has stood still for long enough")
         assert all(answer.result()["usage"]["completion_tokens"] == 4 for answer in answers)
-        judged = replicas(server)
+        judged = server.replicas()
         # With nobody asking, it stays what it is after its span.
         wait_until(
             lambda: replica(server, victim["node"])["trust"] == "probing",
@@ -96,7 +90,7 @@ def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_prob
         said = replica(server, victim["node"])
         assert (said["state"], said["ejections"]) == ("ready", 1)
         assert server.get("/fleet").json()["attempts"]["ejections"] == 1
-        trusted = {one["node"]: one["trust"] == "trusted" for one in replicas(server)}
+        trusted = {one["node"]: one["trust"] == "trusted" for one in server.replicas()}
         assert sorted(trusted.values()) == [False, True]
         for node, is_trusted in trusted.items():
             assert f'replica_trusted{{model_name="tiny-chat",node="{node}"}} {float(is_trusted)}' in exposition(server)
@@ -125,7 +119,7 @@ def test_a_first_token_that_a_stopped_worker_owes_comes_from_the_other_replica(t
         long = "The old sailor told of " + " and ".join(f"{number} ships" for number in range(12))
         list(pool.map(lambda seed: complete(server, seed, 1, long), range(ANSWERS)))
         undisturbed = list(pool.map(lambda seed: complete(server, seed, 64), range(RACES)))
-        wait_until(lambda: not any(one["running"] for one in replicas(server)), 120, "nothing runs")
+        wait_until(lambda: not any(one["running"] for one in server.replicas()), 120, "nothing runs")
         before = server.get("/fleet").json()["attempts"]
         answers: list[tuple[int, dict[str, Any]]] = []
         rounds = itertools.count()
@@ -138,7 +132,7 @@ def test_a_first_token_that_a_stopped_worker_owes_comes_from_the_other_replica(t
 
         with stopped(victim["worker_pid"]):
             # Without second attempts, those that were sent to it would wait until somebody replaces it.
-            wait_until(has_won, 240, "a second attempt has won", lambda: replicas(server))
+            wait_until(has_won, 240, "a second attempt has won", server.replicas)
             after = server.get("/fleet").json()["attempts"]
         names = ("prompt_tokens", "completion_tokens", "total_tokens")
         for seed, answer in answers:
@@ -150,5 +144,5 @@ def test_a_first_token_that_a_stopped_worker_owes_comes_from_the_other_replica(t
         assert after["hedges"] - before["hedges"] >= won
         assert server.metric("front_hedge_wins_total") == after["hedge_wins"]
         assert server.metric("front_hedged_tokens_total") * 20 <= server.metric("front_first_attempt_tokens_total")
-        wait_until(lambda: not any(one["running"] for one in replicas(server)), 120, "the losers are given up")
+        wait_until(lambda: not any(one["running"] for one in server.replicas()), 120, "the losers are given up")
         assert server.get("/fleet").json()["live_requests"] == 0

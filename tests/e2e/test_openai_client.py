@@ -212,7 +212,7 @@ def test_a_closed_stream_frees_its_sequence(client: openai.OpenAI, server: Serve
     stream.close()
 
     def is_idle() -> bool:
-        replica = server.get("/fleet").json()["replicas"][0]
+        replica = server.replicas()[0]
         return bool(replica["running"] == 0 and replica["free_blocks"] == replica["total_blocks"])
 
     wait_until(is_idle, 120, "the sequence is gone and its blocks are free")

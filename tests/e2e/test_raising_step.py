@@ -14,7 +14,7 @@ import pytest
 import tests.fakes
 from tests.e2e.test_worker_death import first_difference, restarts
 from tests.fakes.raising_worker.sitecustomize import DEADLY_ID
-from tests.processes import Server, serving, stopped, token_ids, wait_until
+from tests.processes import serving, stopped, token_ids, wait_until
 
 NEIGHBOURS = 4
 FAKES = Path(tests.fakes.__file__).parent
@@ -33,13 +33,6 @@ def body(seed: int) -> dict[str, object]:
     }
 
 
-def held(server: Server) -> int:
-    """Requests that the replica has."""
-    replica = server.get("/fleet").json()["replicas"][0]
-    count: int = replica["running"] + replica["waiting"]
-    return count
-
-
 def test_a_step_that_raises_ends_the_request_that_it_raised_for(monkeypatch: pytest.MonkeyPatch) -> None:
     folders = (FAKES / "raising_worker", FAKES, ROOT / "python", ROOT)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
@@ -52,9 +45,9 @@ def test_a_step_that_raises_ends_the_request_that_it_raised_for(monkeypatch: pyt
         deadly = {"model": "tiny-chat", "prompt": [20, DEADLY_ID, 30], "max_tokens": 4}
         with stopped(worker):
             streams = [pool.submit(token_ids, server, body(seed)) for seed in range(NEIGHBOURS)]
-            wait_until(lambda: held(server) == NEIGHBOURS, 120, "the neighbours are there")
+            wait_until(lambda: server.held() == NEIGHBOURS, 120, "the neighbours are there")
             last = pool.submit(server.post, "/v1/completions", deadly)
-            wait_until(lambda: held(server) == NEIGHBOURS + 1, 120, "so is the deadly one")
+            wait_until(lambda: server.held() == NEIGHBOURS + 1, 120, "so is the deadly one")
         answer = last.result()
         assert answer.status_code == 500, answer.text
         assert answer.json()["error"]["code"] == "request_poisoned"

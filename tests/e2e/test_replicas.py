@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
 
 import pytest
 
@@ -25,42 +24,31 @@ def body(number: int) -> dict[str, object]:
     return {"model": "tiny-chat", "prompt": prompt, "max_tokens": 1_800, "ignore_eos": True, "seed": number}
 
 
-def replicas(server: Server) -> list[dict[str, Any]]:
-    """What /fleet says of each."""
-    found: list[dict[str, Any]] = server.get("/fleet").json()["replicas"]
-    return found
-
-
-def held(server: Server) -> int:
-    """Requests that replicas have."""
-    return sum(one["running"] + one["waiting"] for one in replicas(server))
-
-
 @pytest.mark.usefixtures("slow_processor")
 def test_streams_of_a_killed_replica_go_on_at_the_other() -> None:
     with serving("tiny-chat", "--dtype", "float32", "--replicas", "2") as server:
-        wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 120, "both replicas are ready")
+        wait_until(lambda: server.states() == ["ready"] * 2, 120, "both replicas are ready")
         with ThreadPoolExecutor(STREAMS) as pool:
             undisturbed = list(pool.map(lambda number: token_ids(server, body(number)), range(STREAMS)))
         nodes = [one for one in server.family() if "llmscale.node" in " ".join(one.cmdline())]
         assert len(nodes) == 2
         # What is said of the last streams may be a quarter of a second old, and must not pass for the next ones.
-        wait_until(lambda: not any(one["running"] for one in replicas(server)), 120, "nothing runs")
+        wait_until(lambda: not any(one["running"] for one in server.replicas()), 120, "nothing runs")
         lost = server.metric("front_lost_attempts_total")
         with ThreadPoolExecutor(STREAMS) as pool:
             # What the gateway and this process have read lags behind what replicas have computed, on a busy machine by
             # all of 1,000 tokens of twelve streams: both stand still until the one is dead.
             with ExitStack() as still:
-                for one in replicas(server):
+                for one in server.replicas():
                     still.enter_context(stopped(one["worker_pid"]))
                 streams = [pool.submit(token_ids, server, body(number)) for number in range(STREAMS)]
-                wait_until(lambda: held(server) == STREAMS, 120, "all are placed")
-                assert all(one["running"] + one["waiting"] for one in replicas(server)), "both have streams"
+                wait_until(lambda: server.held() == STREAMS, 120, "all are placed")
+                assert all(one["running"] + one["waiting"] for one in server.replicas()), "both have streams"
                 nodes[0].kill()
             survived = [running.result() for running in streams]
         assert server.metric("front_lost_attempts_total") > lost, "the kill came in the middle"
         assert [first_difference(*pair) for pair in zip(survived, undisturbed, strict=True)] == [None] * STREAMS
-        wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 120, "the dead one is back")
+        wait_until(lambda: server.states() == ["ready"] * 2, 120, "the dead one is back")
         assert not alive_after([nodes[0]], 5)
 
 
@@ -91,7 +79,7 @@ def conversation(number: int, sentences: int) -> dict[str, object]:
 
 def test_conversations_come_back_to_the_replica_that_has_their_beginning() -> None:
     with serving("tiny-chat", "--replicas", "2") as server:
-        wait_until(lambda: [one["state"] for one in replicas(server)] == ["ready"] * 2, 120, "both replicas are ready")
+        wait_until(lambda: server.states() == ["ready"] * 2, 120, "both replicas are ready")
 
         def cached(number: int, sentences: int) -> tuple[int, int]:
             answer = server.post("/v1/completions", conversation(number, sentences))

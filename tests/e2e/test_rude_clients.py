@@ -109,12 +109,6 @@ def is_idle(server: Server) -> bool:
     return left == (0, 0, 0, 0) and replica["free_blocks"] == replica["total_blocks"]
 
 
-def steps(server: Server) -> int:
-    """How many the node has computed."""
-    count: int = server.get("/fleet").json()["replicas"][0]["steps"]
-    return count
-
-
 @pytest.fixture(scope="module")
 def server(slow_processor: None) -> Iterator[Server]:
     """In float32, so that the honest stream has the same ids in any company."""
@@ -127,7 +121,7 @@ def test_clients_that_break_off_leave_nothing_running_and_disturb_nobody(
     server: Server, way: Callable[[socket.socket], None]
 ) -> None:
     expected = token_ids(server, HONEST)
-    before = steps(server)
+    before = server.steps()
 
     def be_rude(_number: int) -> None:
         with connected(server) as connection:
@@ -141,6 +135,6 @@ def test_clients_that_break_off_leave_nothing_running_and_disturb_nobody(
     assert found == expected
     # The node's word is up to 250 ms old: one from before the honest stream's end does not count.
     ended = before + len(expected)
-    wait_until(lambda: is_idle(server) and steps(server) >= ended, 120, "the node is idle and has all its blocks")
+    wait_until(lambda: is_idle(server) and server.steps() >= ended, 120, "the node is idle and has all its blocks")
     # Run to its end, one of their streams alone would have taken more.
-    assert steps(server) - before < ENDLESS_TOKENS
+    assert server.steps() - before < ENDLESS_TOKENS

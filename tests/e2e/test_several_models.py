@@ -48,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, slow_processor: None) -> It
 
 def replicas(server: Server) -> dict[str, dict[str, Any]]:
     """What /fleet says of each model's only replica."""
-    return {one["model"]: one for one in server.get("/fleet").json()["replicas"]}
+    return {one["model"]: one for one in server.replicas()}
 
 
 async def test_both_models_answer_the_official_client_at_once(server: Server) -> None:
@@ -182,7 +182,7 @@ replicas = 1
 nodes = ["{other.address}"]
 """
         with serving_fleet(tmp_path, text) as server:
-            wait_until(lambda: len(server.get("/fleet").json()["replicas"]) == 2, 120, "both are there")
+            wait_until(lambda: len(server.replicas()) == 2, 120, "both are there")
             wait_until(lambda: "take sequences of 512 and 2048 tokens" in server.log(), 120, "it is said")
     for said in ("have the weights", "compute as", "take sequences of"):
         assert server.log().count(f"replicas of tiny-chat {said}") == 1, server.log()

@@ -60,13 +60,7 @@ def survived(server: Server, body: dict[str, Any], at: int, best: int = 0) -> li
 
 def restarts(server: Server) -> int:
     """How often the worker was replaced."""
-    count: int = server.get("/fleet").json()["replicas"][0]["worker_restarts"]
-    return count
-
-
-def steps(server: Server) -> int:
-    """How many the node has run."""
-    count: int = server.get("/fleet").json()["replicas"][0]["steps"]
+    count: int = server.replicas()[0]["worker_restarts"]
     return count
 
 
@@ -122,9 +116,9 @@ def test_eight_streams_at_once_survive_three_deaths_of_their_worker(exact: Serve
             wait_until(lambda deaths=deaths: restarts(server) == before + deaths, 120, f"{deaths} restarts")
             worker = server.worker_pid()
             # What clients read may be old: the worker itself has run steps with every stream before it dies.
-            ripe = steps(server) + 3 * len(bodies)
+            ripe = server.steps() + 3 * len(bodies)
             wait_until(
-                lambda ripe=ripe: steps(server) >= ripe or all(one.done() for one in streams), 120, "steps of it"
+                lambda ripe=ripe: server.steps() >= ripe or all(one.done() for one in streams), 120, "steps of it"
             )
             os.kill(worker, signal.SIGKILL)
         found = [running.result() for running in streams]

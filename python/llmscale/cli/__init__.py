@@ -244,7 +244,7 @@ def evaluate(
     quantization: QuantizationOption = None,
     limit: Annotated[int | None, typer.Option(help="Most items; 2,000 of tiny-chat, all of a file.")] = None,
     seed: Annotated[int, typer.Option(help="Which items are drawn.")] = 0,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1, max=1_024)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     executor: ExecutorOption = "auto",
     kv_dtype: KvDtypeOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

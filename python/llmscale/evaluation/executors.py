@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmscale import env
 from llmscale._core import CpuKernels, EngineLimits
+from llmscale.config import check_threads
 from llmscale.devices.cpu import CpuDevice
 from llmscale.devices.interface import OpsNeeds
 from llmscale.models.checkpoint import open_checkpoint
@@ -33,7 +34,7 @@ from llmscale.worker.step import StepInputs, StepLimits
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """A model folder and how to hold it; `executor` is "native", "torch" or "auto" as for `LLM`."""
+    """A model folder and how to hold it; `executor` is "native", "torch" or "auto" as for `LLM`. Raises ConfigError."""
 
     folder: Path
     dtype: str = "auto"
@@ -41,6 +42,9 @@ class ModelChoice:
     threads: int | None = None
     executor: str = "auto"
     kv_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
 
 
 class ScoringExecutor(Protocol):

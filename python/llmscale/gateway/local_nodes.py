@@ -131,7 +131,8 @@ class NodeKeeper:
         self._thread = threading.Thread(target=self._keep, name="node-keeper", daemon=True)
 
     def start(self) -> None:
-        """Starts the node, or has at least tried: it is tried again until `stop`."""
+        """Starts the node, or has at least tried: it is tried again until `stop`. Whoever is interrupted in here still
+        has to call `stop`."""
         self._thread.start()
         self._started.wait()
 
@@ -153,7 +154,8 @@ class NodeKeeper:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _keep(self) -> None:
         backoff = FIRST_BACKOFF_SECONDS
@@ -161,7 +163,7 @@ class NodeKeeper:
             began = time.monotonic()
             try:
                 code = self._run()
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 # No memory or no process left on this host, for now.
                 why = str(error)
                 _log.warning(
@@ -196,9 +198,8 @@ def kept(nodes: Sequence[LocalNode]) -> Iterator[None]:
     keepers: list[NodeKeeper] = []
     try:
         for node in nodes:
-            keeper = NodeKeeper(node)
-            keeper.start()
-            keepers.append(keeper)
+            keepers.append(NodeKeeper(node))
+            keepers[-1].start()
         yield
     finally:
         for keeper in keepers:

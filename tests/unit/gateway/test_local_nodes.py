@@ -11,7 +11,7 @@ import pytest
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, KeysEntry, ModelEntry, parse_fleet_file
 from llmscale.gateway.fleet import gateway_config, serve_fleet
-from llmscale.gateway.local_nodes import LocalNode, NodeKeeper, local_nodes, threads_per_worker
+from llmscale.gateway.local_nodes import LocalNode, NodeKeeper, kept, local_nodes, threads_per_worker
 from llmscale.node.__main__ import _parser
 from tests.captured_logs import captured_logs
 from tests.processes import wait_until
@@ -93,6 +93,28 @@ def test_a_node_that_cannot_be_started_is_tried_again_and_keeps_nobody_waiting(t
         wait_until(counted.exists, 60, "the node runs")
         keeper.stop()
     assert {(line["model"], "No such file" in line["why"]) for line in said} == {("a", True)}
+
+
+def test_a_node_is_ended_whose_start_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by SIGTERM: it raises SystemExit wherever the command is."""
+    listens, heard = tmp_path / "listens", tmp_path / "heard"
+    script = (
+        "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1});"
+        f"open({str(listens)!r}, 'w').close(); signal.sigwait({{signal.SIGUSR1}}); open({str(heard)!r}, 'w').close()"
+    )
+    start = NodeKeeper.start
+
+    def interrupted(keeper: NodeKeeper) -> None:
+        start(keeper)
+        wait_until(listens.exists, 60, "the node listens")
+        raise SystemExit
+
+    monkeypatch.setattr(NodeKeeper, "start", interrupted)
+    never = LocalNode("b", "ipc:///nowhere", ("/never/started",))
+    with pytest.raises(SystemExit), kept([LocalNode("a", "ipc:///nowhere", (sys.executable, "-c", script)), never]):
+        pass
+    assert heard.exists()
+    NodeKeeper(never).stop()
 
 
 def test_a_node_is_asked_to_end_by_a_signal_that_insists_on_nothing_if_its_group_had_one_before(tmp_path: Path) -> None:
