@@ -84,7 +84,8 @@ PARTS = {
     "quant": {"errors", "types"},
     "calibration": {"embedded", "errors", "layers", "models", "quant", "samples"},
     "evaluation": {
-        *("_core", "devices", "embedded", "env", "errors", "llm", "models", "node", "samples", "types", "worker")
+        *("_core", "config", "devices", "embedded", "env", "errors", "llm", "models", "node", "samples", "types"),
+        *("worker",),
     },
     "parallel": {"_core", "errors", "models"},
     "worker": {
