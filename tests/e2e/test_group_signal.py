@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.test_disk_tier import disk_options
 from tests.family import alive_after
-from tests.processes import serving, token_ids
+from tests.processes import free_port, serving, token_ids
 
 TOKENS = 300
 
@@ -44,3 +46,30 @@ def test_a_running_stream_is_finished_and_saved_after_a_signal_to_all_processes(
     saved = re.search(r"\bsaved_blocks\W+(\d+)", log)
     assert saved, log
     assert int(saved[1]) > 0, log
+
+
+# A node that gets the signal before it has made anything: when it reads the model's files.
+SIGNALLED = """
+import os, signal
+from llmscale.node import __main__ as node
+
+plan = node.plan_replica
+
+def signalled(*arguments):
+    os.kill(os.getpid(), signal.{number})
+    return plan(*arguments)
+
+node.plan_replica = signalled
+raise SystemExit(node.main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_node_that_is_ended_while_it_starts_leaves_no_folder(number: signal.Signals, tmp_path: Path) -> None:
+    script = SIGNALLED.format(number=number.name)
+    command = [sys.executable, "-c", script, "--model=tiny-chat", f"--listen=tcp://127.0.0.1:{free_port()}"]
+    surroundings = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -58,28 +58,35 @@ def main() -> int:
 
 
 async def _serve(settings: NodeSettings, hosts: Hosts) -> None:
+    # From the first moment: whoever ends a node that starts finds no socket's folder afterwards.
+    stop = StopSignal.listen()
     plan = plan_replica(settings, hosts.count)
     threads = plan.usual_threads(machine.cpus()) if settings.threads is None else settings.threads
     processes = WorkerProcesses(threads, keep_spare=settings.spare_worker, executor=plan.executor)
     disk = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
     try:
-        await _act(settings, hosts, plan, processes, disk)
+        await _act(settings, hosts, plan, processes, disk, stop)
     finally:
         if disk is not None:
             disk.close()
 
 
 async def _act(
-    settings: NodeSettings, hosts: Hosts, plan: ReplicaPlan, processes: WorkerProcesses, disk: DiskFolder | None
+    settings: NodeSettings,
+    hosts: Hosts,
+    plan: ReplicaPlan,
+    processes: WorkerProcesses,
+    disk: DiskFolder | None,
+    stop: StopSignal,
 ) -> None:
     if not hosts.is_leader:
-        await _follow(settings, hosts, plan, processes, disk)
+        await _follow(settings, hosts, plan, processes, disk, stop)
         return
     # Only this user may enter: worker links are not authenticated beyond the folder's permissions.
     with tempfile.TemporaryDirectory(prefix="llmscale-node-") as folder:
         span = None if hosts.count == 1 else Span.open(settings, hosts, plan)
         try:
-            await _lead(settings, plan, processes, span, folder, disk)
+            await _lead(settings, plan, processes, span, folder, disk, stop)
         finally:
             if span is not None:
                 span.close()
@@ -92,6 +99,7 @@ async def _lead(
     span: Span | None,
     folder: str,
     disk: DiskFolder | None,
+    stop: StopSignal,
 ) -> None:
     engine = Engine(
         limits=plan.limits,
@@ -114,7 +122,6 @@ async def _lead(
     said = {"model": plan.name, "dtype": plan.dtype, "kv_cache_mb": cache_mb, "longest_sequence": longest}
     _log.info("node listens", address=engine.address, **said)
     supervisor = WorkerSupervisor(engine, plan, processes, span, disk)
-    stop = StopSignal.listen()
     supervising = asyncio.create_task(supervisor.run())
     announcing = asyncio.create_task(_announce(supervisor))
     stopping = asyncio.create_task(stop.asked.wait())
@@ -131,14 +138,18 @@ async def _lead(
 
 
 async def _follow(
-    settings: NodeSettings, hosts: Hosts, plan: ReplicaPlan, processes: WorkerProcesses, disk: DiskFolder | None
+    settings: NodeSettings,
+    hosts: Hosts,
+    plan: ReplicaPlan,
+    processes: WorkerProcesses,
+    disk: DiskFolder | None,
+    stop: StopSignal,
 ) -> None:
     facts = host_facts(settings, hosts, plan)
     membership = Membership(hosts.index, secrets.token_hex(8), facts, plan.limits.total_blocks, time.monotonic())
     door = connect_to_leader(settings, hosts)
     try:
         follower = Follower(hosts, settings, plan, door, membership, processes, disk)
-        stop = StopSignal.listen()
         following = asyncio.create_task(follower.run())
         stopping = asyncio.create_task(stop.asked.wait())
         await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -7,7 +7,7 @@ use llmscale_net::{
     Role, Roles, SendError, ServerEndpoint, ServerKeys,
 };
 use std::io::{Read as _, Write as _};
-use support::{eventually, fresh_path, greeting, raw_peer, receive, receive_answer, send, tick, until_counted};
+use support::{eventually, fresh_folder, greeting, raw_peer, receive, receive_answer, send, tick, until_counted};
 
 fn options() -> EndpointOptions {
     EndpointOptions { min_reconnect_us: 5000, max_reconnect_us: 20_000, ..EndpointOptions::default() }
@@ -60,7 +60,8 @@ impl Fleet {
 
 #[test]
 fn a_listed_key_passes_and_its_principal_comes_with_every_message() {
-    let path = fresh_path("curve.sock");
+    let folder = fresh_folder();
+    let path = folder.path().join("curve.sock");
     for text in ["tcp://127.0.0.1:*", &format!("ipc://{}", path.display())] {
         let address = text.parse().expect(text);
         let mut fleet = Fleet::at(&address, Role::Client, "app", Some("acme"), Roles::ALL);

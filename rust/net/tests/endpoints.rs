@@ -10,7 +10,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 use support::{
-    DEADLINE, context, eventually, fresh_path, plain_client, plain_server, raw_peer, receive, receive_answer, send,
+    DEADLINE, context, eventually, fresh_folder, plain_client, plain_server, raw_peer, receive, receive_answer, send,
     shaken_peer, tick, until_counted,
 };
 
@@ -21,7 +21,8 @@ fn small() -> EndpointOptions {
 #[test]
 fn a_message_and_its_answer_pass_whole_over_every_transport() {
     let context = context();
-    let path = fresh_path("pass.sock");
+    let folder = fresh_folder();
+    let path = folder.path().join("pass.sock");
     for text in ["tcp://127.0.0.1:*", "tcp://[::1]:*", &format!("ipc://{}", path.display()), "inproc://pass"] {
         let address: Address = text.parse().expect(text);
         let options = EndpointOptions::default();
@@ -279,7 +280,8 @@ fn an_address_that_other_hosts_reach_is_refused_without_keys() {
 fn what_lies_at_an_ipc_path_is_not_replaced_unless_it_is_dead() {
     let context = context();
     let options = EndpointOptions::default();
-    let path = fresh_path("taken.sock");
+    let folder = fresh_folder();
+    let path = folder.path().join("taken.sock");
     let address: Address = format!("ipc://{}", path.display()).parse().expect("valid");
     let bind = || ServerEndpoint::bind(&context, &address, None, &options);
     std::fs::write(&path, "precious").expect("own folder");

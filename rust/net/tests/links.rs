@@ -8,7 +8,8 @@ use llmscale_net::{
 };
 use std::io::Write as _;
 use std::time::{Duration, Instant};
-use support::{DEADLINE, eventually, fresh_path, raw_peer_at, shaken_peer_at};
+use support::{DEADLINE, eventually, fresh_folder, raw_peer_at, shaken_peer_at};
+use tempfile::TempDir;
 
 const DEADLINE_US: u64 = DEADLINE.as_micros() as u64;
 
@@ -17,6 +18,8 @@ struct Pair {
     engine: Box<dyn WorkerLink>,
     worker: Box<dyn WorkerSide>,
     poller: Poller,
+    /// Of its socket, for as long as it is there.
+    _folder: Option<TempDir>,
 }
 
 fn options() -> EndpointOptions {
@@ -42,7 +45,7 @@ fn pairs() -> Vec<Pair> {
 fn in_process() -> Pair {
     let poller = Poller::new().expect("a poller");
     let (engine, worker) = in_process_link(&options(), poller.waker()).expect("valid options");
-    Pair { kind: "in process", engine: Box::new(engine), worker: Box::new(worker), poller }
+    Pair { kind: "in process", engine: Box::new(engine), worker: Box::new(worker), poller, _folder: None }
 }
 
 fn over_socket(kind: &'static str, with_keys: bool) -> Pair {
@@ -51,8 +54,9 @@ fn over_socket(kind: &'static str, with_keys: bool) -> Pair {
     let mut list = AllowList::default();
     list.insert(theirs.public, Principal::new(Role::Node, "worker-0", None).expect("valid"));
     let context = Context::new(list, 1).expect("a context");
+    let folder = fresh_folder();
     let address = match kind {
-        "ipc" => format!("ipc://{}", fresh_path("link.sock").display()).parse().expect("valid"),
+        "ipc" => format!("ipc://{}", folder.path().join("link.sock").display()).parse().expect("valid"),
         _ => Address::loopback(),
     };
     let server_keys = ServerKeys { own: ours.clone(), admitted: Roles::of(&[Role::Node]) };
@@ -63,7 +67,7 @@ fn over_socket(kind: &'static str, with_keys: bool) -> Pair {
     let context = support::context();
     let client_keys = with_keys.then_some(&client_keys);
     let worker = SocketWorker::connect(&context, engine.address(), client_keys, &options()).expect("a worker");
-    Pair { kind, engine: Box::new(engine), worker: Box::new(worker), poller }
+    Pair { kind, engine: Box::new(engine), worker: Box::new(worker), poller, _folder: Some(folder) }
 }
 
 impl Pair {
@@ -328,7 +332,7 @@ fn a_stranger_neither_takes_the_workers_place_nor_is_heard() {
     large.write_all(&vec![0; 1_500_000]).expect("a frame");
     let _mute = raw_peer_at(&address);
     let worker = SocketWorker::connect(&context, &address, None, &options()).expect("a worker");
-    let mut pair = Pair { kind: "tcp", engine: in_process().engine, worker: Box::new(worker), poller };
+    let mut pair = Pair { kind: "tcp", engine: in_process().engine, worker: Box::new(worker), poller, _folder: None };
     eventually("both strangers and the worker", || {
         assert_eq!(engine.receive().expect("nothing wrong"), None);
         assert_eq!(pair.worker.receive(100).expect("nothing yet"), None);

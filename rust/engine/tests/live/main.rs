@@ -17,11 +17,11 @@ use llmscale_wire::{
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+use tempfile::TempDir;
 use worker::{Lapses, Worker};
 
-const DEADLINE: std::time::Duration = std::time::Duration::from_secs(30);
+const DEADLINE: std::time::Duration = std::time::Duration::from_secs(120);
 
 fn limits() -> EngineLimits {
     EngineLimits {
@@ -52,12 +52,10 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 struct Node {
     handle: NodeHandle,
     context: Context,
-    folder: String,
+    folder: TempDir,
     limits: EngineLimits,
     epoch: Epoch,
 }
-
-static NEXT_FOLDER: AtomicU64 = AtomicU64::new(0);
 
 impl Node {
     fn start(address: Option<&Address>, node: u64) -> Self {
@@ -65,10 +63,8 @@ impl Node {
     }
 
     fn with_limits(address: Option<&Address>, node: u64, limits: EngineLimits) -> Self {
-        let number = NEXT_FOLDER.fetch_add(1, Ordering::Relaxed);
-        let folder = format!("{}/llmscale-live-{}-{number}", std::env::temp_dir().display(), std::process::id());
-        std::fs::create_dir_all(&folder).unwrap();
-        let own: Address = format!("ipc://{folder}/node").parse().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let own: Address = format!("ipc://{}/node", folder.path().display()).parse().unwrap();
         let config = NodeConfig {
             limits: limits.clone(),
             model: ModelIdentity {
@@ -102,7 +98,7 @@ impl Node {
     fn give_worker_that(&mut self, steps: u64, lapses: Lapses) -> Worker {
         self.epoch = self.epoch.next();
         let epoch = self.epoch;
-        let address: Address = format!("ipc://{}/worker-{epoch}", self.folder).parse().unwrap();
+        let address: Address = format!("ipc://{}/worker-{epoch}", self.folder.path().display()).parse().unwrap();
         let waker = self.handle.link_waker();
         let link = SocketLink::listen(&self.context, &address, None, &EndpointOptions::default(), waker).unwrap();
         let limits = self.limits.clone();
@@ -286,7 +282,9 @@ fn streams_go_on_when_a_worker_loses_the_order_of_steps_or_a_step_raises() {
 
 #[test]
 fn streams_go_on_when_their_node_is_replaced() {
-    let mut node = Node::start(None, 1);
+    let folder = tempfile::tempdir().unwrap();
+    let address: Address = format!("ipc://{}/node", folder.path().display()).parse().unwrap();
+    let mut node = Node::start(Some(&address), 1);
     let worker = node.give_worker(u64::MAX);
     node.wait_for(|event| *event == NodeEvent::Ready);
     let front = front(&node.handle);
@@ -298,7 +296,6 @@ fn streams_go_on_when_their_node_is_replaced() {
         reader.read(&front);
         reader.tokens() > 40
     });
-    let address = node.handle.address().clone();
     worker.kill();
     drop(node);
     let mut successor = Node::start(Some(&address), 2);

@@ -7,8 +7,6 @@ use llmscale_net::{
 };
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Far above what any condition takes, so that a failing test ends.
@@ -89,13 +87,9 @@ pub(crate) fn port_of(address: &Address) -> u16 {
     }
 }
 
-/// A path in a folder that the test process owns.
-pub(crate) fn fresh_path(name: &str) -> PathBuf {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let folder = std::env::temp_dir().join(format!("llmscale-net-{}-{number}", std::process::id()));
-    std::fs::create_dir_all(&folder).expect("a temporary folder");
-    folder.join(name)
+/// A folder for sockets, removed with what is returned.
+pub(crate) fn fresh_folder() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a temporary folder")
 }
 
 /// The 64-byte greeting of ZMTP 3.0.
