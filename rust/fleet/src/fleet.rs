@@ -236,11 +236,13 @@ impl Fleet {
             .unwrap_or(0)
     }
 
-    /// The longest sequence that a replica of a pool takes which is there and stays. O(replicas).
-    pub fn widest(&self, pool: PoolId) -> u64 {
+    /// The longest sequence, up to a limit, that a replica of a pool takes which is there and stays: 0 if each takes longer
+    /// ones. O(replicas).
+    pub fn widest(&self, pool: PoolId, limit: u64) -> u64 {
         let stays = |state: ReplicaState| state != ReplicaState::Draining;
         let there = self.pool_members(pool).filter(|member| member.state.is_some_and(stays));
-        there.map(|member| u64::from(member.limits.max_sequence_tokens)).max().unwrap_or(0)
+        let lengths = there.map(|member| u64::from(member.limits.max_sequence_tokens));
+        lengths.filter(|&length| length <= limit).max().unwrap_or(0)
     }
 
     /// Whether a pool has a connected replica.

@@ -29,19 +29,24 @@ pub(crate) enum Loss {
 impl Front {
     /// Sends what waits in a pool to whoever can start it soon, most urgent first.
     pub(crate) fn place_waiting(&mut self, now: Time, pool: PoolId, out: &mut Vec<FrontAction>) {
-        while let Some(id) = self.next_waiting(now, pool) {
-            let need = self.need(now, id);
-            let Some(replica) = self.policy.choose(&self.fleet, &need) else {
+        let mut longest = u64::MAX;
+        while !self.queue(pool).is_empty() {
+            // One that only a replica takes which is gone waits for it, and keeps nobody else waiting.
+            longest = self.fleet.widest(pool, longest);
+            let Some(id) = self.next_waiting(now, pool, longest) else {
                 return;
             };
-            self.send(now, id, replica, out);
+            let need = self.need(now, id);
+            match self.policy.choose(&self.fleet, &need) {
+                Some(replica) => self.send(now, id, replica, out),
+                // So does one that only a replica takes which is full: what a narrower one takes is looked at next.
+                None => longest = need.total_tokens - 1,
+            }
         }
     }
 
-    fn next_waiting(&self, now: Time, pool: PoolId) -> Option<RequestId> {
-        // One that only a replica takes which is gone waits for it, and keeps nobody else waiting.
-        let widest = self.fleet.widest(pool);
-        let heads = self.queue(pool).heads(|id| self.requests[&id].max_total_tokens() <= widest);
+    fn next_waiting(&self, now: Time, pool: PoolId, longest: u64) -> Option<RequestId> {
+        let heads = self.queue(pool).heads(|id| self.requests[&id].max_total_tokens() <= longest);
         let heads = heads.map(|(class, request)| Head { class, request, arrived: self.requests[&request].arrived });
         most_urgent(heads, now, self.options.promote_after).map(|head| head.request)
     }
@@ -117,8 +122,9 @@ impl Front {
         drop(member);
         let patience = self.options.max_silence + Duration::from_nanos(predicted_ns.saturating_mul(PATIENCE));
         let predicted = Duration::from_nanos(predicted_ns);
-        let (started, recalled) = (false, false);
-        let sent = Sent { replica, context_tokens, started, recalled, at: now, predicted, heard: now, patience };
+        let (started, recalled, doubted) = (false, false, false);
+        let sent =
+            Sent { replica, context_tokens, started, recalled, doubted, at: now, predicted, heard: now, patience };
         let submission = Box::new(request.submission(id, attempt));
         let new = self.sent.entry(replica).or_default().insert(id);
         assert!(new, "request {id} is on replica {replica} twice");
@@ -272,24 +278,30 @@ impl Front {
                 self.withdraw(id, None, out);
                 self.finish(id, EndReason::Finished(FinishReason::Aborted), None, out);
             }
-            Place::Sent(sent) if sent.heard + sent.patience <= now => self.fell_silent(now, id, sent, out),
+            Place::Sent(sent) if sent.silent_at() <= now => self.fell_silent(now, id, sent, out),
             Place::Sent(_) if request.hedge_at.is_some_and(|at| at <= now) => self.hedge(now, id, out),
             Place::SetAside { until } if until.is_none_or(|until| until <= now) => self.try_again(now, id, until, out),
             Place::Held(_) | Place::Queued | Place::SetAside { .. } | Place::Sent(_) => self.arm(id),
         }
     }
 
-    /// A replica that is not ready is silent for a reason; a ready one has lost the attempt.
+    /// A replica that is not ready is silent for a reason. A ready one is asked first: an attempt that waits there for
+    /// memory, as long as an older one runs, comes back and nobody is blamed. Who says nothing to that has lost it.
     fn fell_silent(&mut self, now: Time, id: RequestId, sent: Sent, out: &mut Vec<FrontAction>) {
         let ready = self.fleet.get(sent.replica).is_some_and(|member| member.is_willing(now));
-        if ready {
+        let is_alone = self.requests[&id].rival.is_none();
+        if ready && (sent.doubted || !is_alone) {
             self.counters.silences += 1;
             self.blame(now, id);
             self.abort(id, sent.replica, None, out);
             self.lose(id, Loss::Fault, out);
-        } else {
-            self.request_mut(id).place = Place::Sent(Sent { heard: now, ..sent });
-            self.arm(id);
+            return;
         }
+        let doubted = Sent { heard: now, recalled: false, doubted: ready, ..sent };
+        self.request_mut(id).place = Place::Sent(if ready { doubted } else { Sent { heard: now, ..sent } });
+        if ready {
+            self.recall(id, out);
+        }
+        self.arm(id);
     }
 }

@@ -137,7 +137,7 @@ impl Front {
             let Place::Sent(sent) = &mut request.place else { unreachable!("it was just found here") };
             sent.heard = now;
             // It has a place on the worker again: what was asked back stays.
-            sent.recalled = false;
+            (sent.recalled, sent.doubted) = (false, false);
             if sent.started {
                 findings.shape.decodes += 1;
                 findings.shape.context_tokens += u64::from(context_tokens);

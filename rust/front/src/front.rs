@@ -71,17 +71,21 @@ impl Front {
 
     /// Applies one event and appends what is to be done. `now` never goes back.
     pub fn on_event(&mut self, now: Time, event: FrontEvent, out: &mut Vec<FrontAction>) {
+        if let FrontEvent::Read { request, up_to_index } = event {
+            // There is one for every delivery, and it changes nothing that anybody waits for.
+            return self.read(request, up_to_index);
+        }
         self.fall_due(now, out);
         match event {
             FrontEvent::Cancel { request, at_token } => self.cancel(request, at_token, out),
             FrontEvent::ClientGone { request } => self.cancel(request, None, out),
             FrontEvent::Detach { request } => self.detach(now, request, out),
             FrontEvent::Attach { request, from_index } => self.attach(request, from_index, out),
-            FrontEvent::Read { request, up_to_index } => self.read(request, up_to_index),
             FrontEvent::Frame { replica, node, epoch, frame } => self.frame(now, replica, node, epoch, frame, out),
             FrontEvent::ReplicaUp { replica, offer } => self.replica_up(now, replica, *offer, out),
             FrontEvent::ReplicaDown { replica } => self.replica_down(now, replica, out),
             FrontEvent::Tick => self.relieve(now, out),
+            FrontEvent::Read { .. } => unreachable!("it was looked at above"),
         }
         self.settle(now, out);
     }

@@ -207,7 +207,7 @@ impl Front {
             .any(|member| member.id != replica && member.load.unstarted_sequences == 0 && need.fits(member))
     }
 
-    fn recall(&mut self, id: RequestId, out: &mut Vec<FrontAction>) {
+    pub(crate) fn recall(&mut self, id: RequestId, out: &mut Vec<FrontAction>) {
         let request = self.request_mut(id);
         let attempt = request.attempt;
         let Place::Sent(sent) = &mut request.place else { panic!("request {id} is not on a replica") };

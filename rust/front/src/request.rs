@@ -80,6 +80,8 @@ pub(crate) struct Sent {
     pub(crate) started: bool,
     /// It was asked back.
     pub(crate) recalled: bool,
+    /// It was asked back because nothing was heard of it: a replica that still knows it says so at once.
+    pub(crate) doubted: bool,
     /// When it was sent, and how long its first token was predicted to take from then.
     pub(crate) at: Time,
     pub(crate) predicted: Duration,
@@ -87,6 +89,13 @@ pub(crate) struct Sent {
     pub(crate) heard: Time,
     /// How long it may stay silent.
     pub(crate) patience: Duration,
+}
+
+impl Sent {
+    /// From when on its silence means something. One that was asked back is answered within a round trip, if at all.
+    pub(crate) fn silent_at(&self) -> Time {
+        self.heard + if self.doubted { Duration(self.patience.0 / 8) } else { self.patience }
+    }
 }
 
 /// Who reads.
@@ -214,7 +223,7 @@ impl Request {
     /// The moment at which something about this request is due next.
     pub(crate) fn next_due(&self) -> Option<Time> {
         let silence = match self.place {
-            Place::Sent(sent) => Some(sent.heard + sent.patience),
+            Place::Sent(sent) => Some(sent.silent_at()),
             Place::SetAside { until } => Some(until.unwrap_or(Time(0))),
             Place::Queued | Place::Held(_) => None,
         };

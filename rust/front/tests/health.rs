@@ -98,6 +98,7 @@ fn a_stream_stays_on_a_replica_that_is_left_alone_and_is_still_watched() {
     assert_eq!(bench.delivered[&stream], [50, 51]);
     bench.placed();
     bench.pass(Duration::from_millis(3_000));
+    bench.pass(Duration::from_millis(1_000));
     assert_eq!(bench.front.counters().silences, 1, "a silent stream is given up there as anywhere");
     assert_eq!(bench.placed().last().map(|&(replica, request, _)| (replica, request)), Some((1, stream)));
 }

@@ -3,9 +3,11 @@
 mod common;
 
 use common::{Bench, new_request, offer};
-use llmscale_fleet::Offer;
-use llmscale_front::{ReplicaFrame, ReplicaState, SubmitError, ToReplica};
-use llmscale_types::{Attempt, Duration, Refusal};
+use llmscale_fleet::{Fleet, LeastWork, Need, Offer, Policy};
+use llmscale_front::{Front, FrontEvent, FrontOptions, ReplicaFrame, ReplicaState, SubmitError, ToReplica};
+use llmscale_types::{Attempt, Duration, Refusal, ReplicaId};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 #[test]
 fn streams_leave_a_replica_that_is_without_a_worker_for_longer_than_a_spare_takes() {
@@ -52,13 +54,33 @@ fn a_stream_whose_worker_is_back_may_be_asked_for_again_after_the_next_death() {
     assert_eq!(bench.tokens(stream), [50, 51, 52]);
 }
 
+/// Of a replica that takes short sequences only.
+fn narrow(node: u64) -> Offer {
+    let offer = offer(node);
+    let limits = llmscale_fleet::ReplicaLimits { max_sequence_tokens: 16, ..offer.limits.clone() };
+    Offer { limits, ..offer }
+}
+
+#[test]
+fn who_needs_a_replica_that_is_without_a_worker_or_full_keeps_nobody_waiting_for_a_narrower_one() {
+    let mut bench = Bench::with_replicas(1);
+    bench.up_with(1, narrow(2));
+    bench.status(0, ReplicaState::Recovering);
+    let long = bench.take(new_request(40));
+    let short = bench.take(new_request(8));
+    let placed: Vec<_> = bench.submissions().into_iter().map(|(replica, sent)| (replica, sent.key.request)).collect();
+    assert_eq!(placed, [(1, short)]);
+    // What comes later does not pass it where it can go itself.
+    let later = bench.take_many(12, &new_request(8));
+    let placed = bench.submissions().len();
+    bench.status(0, ReplicaState::Ready);
+    let first = bench.submissions().remove(0);
+    assert_eq!((first.0, first.1.key.request), (0, long));
+    assert!(placed < later.len(), "the narrow one is full");
+}
+
 #[test]
 fn who_needs_a_replica_that_is_gone_keeps_nobody_waiting_and_is_placed_when_it_is_back() {
-    let narrow = |node: u64| {
-        let offer = offer(node);
-        let limits = llmscale_fleet::ReplicaLimits { max_sequence_tokens: 16, ..offer.limits.clone() };
-        Offer { limits, ..offer }
-    };
     let mut bench = Bench::with_replicas(1);
     bench.up_with(1, narrow(2));
     let long = bench.take(new_request(40));
@@ -73,4 +95,31 @@ fn who_needs_a_replica_that_is_gone_keeps_nobody_waiting_and_is_placed_when_it_i
     bench.up(0);
     let placed: Vec<_> = bench.submissions().into_iter().map(|(replica, sent)| (replica, sent.key.request)).collect();
     assert_eq!(placed, [(0, long)]);
+}
+
+/// Counts the choices of the usual policy.
+#[derive(Debug, Default)]
+struct Counting(Arc<AtomicU64>);
+
+impl Policy for Counting {
+    fn choose(&self, fleet: &Fleet, need: &Need) -> Option<ReplicaId> {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        LeastWork.choose(fleet, need)
+    }
+}
+
+#[test]
+fn readers_that_catch_up_make_nobody_look_for_places() {
+    let counting = Counting::default();
+    let choices = Arc::clone(&counting.0);
+    let mut bench = Bench::with_replicas(0);
+    bench.front = Front::with_policy(FrontOptions::default(), Box::new(counting)).expect("the options are sound");
+    bench.up(0);
+    let requests = bench.take_many(20, &new_request(8));
+    assert!(bench.front.status(bench.now).queued_requests > 0);
+    let before = choices.load(Ordering::Relaxed);
+    for request in requests {
+        bench.event(FrontEvent::Read { request, up_to_index: 0 });
+    }
+    assert_eq!(choices.load(Ordering::Relaxed), before);
 }

@@ -334,11 +334,46 @@ fn a_ready_replica_that_stays_silent_loses_the_attempt() {
     bench.pass(Duration::from_millis(119_000));
     assert_eq!(bench.sent(), []);
     bench.pass(Duration::from_millis(2_000));
+    // It is asked first: an attempt that waits for memory would come back.
+    assert_eq!(bench.sent(), [(0, ToReplica::Recall { request, attempt: Attempt(1) })]);
+    bench.pass(Duration::from_millis(14_000));
+    assert_eq!((bench.sent(), bench.front.counters().silences), (vec![], 0));
+    bench.pass(Duration::from_millis(2_000));
     let sent = bench.sent();
     assert_eq!(sent[0], (0, ToReplica::Abort { request, attempt: Attempt(1), at_token: None }));
     let ToReplica::Submit(submission) = &sent[1].1 else { panic!("{sent:?}") };
     assert_eq!((submission.key.attempt, submission.context.len()), (Attempt(2), 4));
     assert_eq!(bench.front.counters().silences, 1);
+}
+
+#[test]
+fn a_stream_that_waits_for_memory_for_long_comes_back_and_nobody_is_blamed() {
+    let mut bench = Bench::with_replicas(1);
+    let request = bench.take(new_request(9));
+    bench.token(0, request, 1, 0, 41);
+    bench.sent();
+    for attempt in 1..20 {
+        bench.pass(Duration::from_millis(121_000));
+        assert_eq!(bench.sent(), [(0, ToReplica::Recall { request, attempt: Attempt(attempt) })]);
+        bench.give_back(0, request, attempt, None);
+        let [(0, submission)] = &bench.submissions()[..] else { panic!("it is sent again") };
+        assert_eq!((submission.key.attempt, submission.context.len()), (Attempt(attempt + 1), 4));
+    }
+    let counters = bench.front.counters();
+    assert_eq!((counters.silences, counters.lost_attempts), (0, 0));
+}
+
+#[test]
+fn a_token_after_the_question_gives_new_patience() {
+    let mut bench = Bench::with_replicas(1);
+    let request = bench.take(new_request(9));
+    bench.token(0, request, 1, 0, 41);
+    bench.sent();
+    bench.pass(Duration::from_millis(121_000));
+    assert_eq!(bench.sent(), [(0, ToReplica::Recall { request, attempt: Attempt(1) })]);
+    bench.token(0, request, 1, 1, 42);
+    bench.pass(Duration::from_millis(119_000));
+    assert_eq!((bench.sent(), bench.front.counters().silences), (vec![], 0));
 }
 
 #[test]

@@ -277,7 +277,8 @@ impl Mix {
             hedging: care.hedges.then_some(hedging),
             front: FrontLimits::default(),
             max_silence: Duration::from_millis(20_000),
-            max_step: Duration::from_millis(10_000),
+            // Just longer than the slowest step of a slow worker: a node that counts what a step waits for kills it.
+            max_step: Duration(112_000),
             max_delay: Duration(300),
             deadlines: 0,
             unrest: Duration::from_millis(10_000),

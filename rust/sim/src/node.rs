@@ -368,7 +368,7 @@ impl NodeProcess {
     fn watch_time(&mut self, around: &mut Around) {
         let now = around.now();
         self.event(now, Event::Tick);
-        if self.sent.front().is_some_and(|sent| now.since(sent.at) > around.mix.max_step) {
+        if self.results.is_empty() && self.sent.front().is_some_and(|sent| now.since(sent.at) > around.mix.max_step) {
             around.reach("worker_hung", [self.place as u64, self.node.0, self.epoch.0, 0]);
             self.fail_worker(around, true);
         }
@@ -414,7 +414,11 @@ impl NodeProcess {
 
     fn complete(&mut self, now: Time) {
         for result in std::mem::take(&mut self.results) {
-            self.sent.pop_front_if(|sent| sent.step == result.step);
+            if self.sent.pop_front_if(|sent| sent.step == result.step).is_some()
+                && let Some(next) = self.sent.front_mut()
+            {
+                next.at = next.at.max(now);
+            }
             self.event(now, Event::StepDone(result));
         }
     }

@@ -13,6 +13,7 @@ fn run(seeds: u64, care: Care) -> (Vec<u64>, Coverage) {
         waits_us.extend(report.first_tokens.iter().map(|wait| wait.0));
         coverage.merge(&report.coverage);
     }
+    assert_eq!(coverage.count("worker_hung"), 0, "no single step took longer than the limit");
     waits_us.sort_unstable();
     let at = |permille: usize| waits_us[waits_us.len() * permille / 1_000];
     let mean_us = waits_us.iter().sum::<u64>() / waits_us.len() as u64;

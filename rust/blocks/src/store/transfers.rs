@@ -145,7 +145,8 @@ impl BlockStore {
 
     /// Has what the host gives up next written to the disk, as far as it is not there, so that `most` blocks are under way.
     pub fn begin_writes(&mut self, most: u32) {
-        let part = (self.host.total() / WRITTEN_PART).clamp(1, MAX_WRITTEN_PART);
+        // A smaller disk would take turns with the same blocks for ever, each write taking the place of the next.
+        let part = (self.host.total() / WRITTEN_PART).clamp(1, MAX_WRITTEN_PART).min(self.disk.total().max(1));
         let room = most.min(MAX_WRITES).min(part).saturating_sub(self.transfers.writes) as usize;
         let room = room.min(Delta::MAX_TRANSFERS.saturating_sub(self.transfers.pending.len()));
         let due: Vec<HostBlockId> = self

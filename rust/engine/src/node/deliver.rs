@@ -40,20 +40,38 @@ impl Node {
             let front = FrontId(index as u32);
             let outputs = std::mem::take(&mut self.out.outputs[index]);
             if front == PROBE {
-                let ran = outputs.finished.iter().any(|finished| finished.reason == FinishReason::Length);
-                if ran && !self.has_run {
-                    self.has_run = true;
-                    // A node that was told to drain meanwhile goes on draining.
-                    if self.state == NodeState::Starting {
-                        self.state = NodeState::Ready;
-                    }
-                    self.board.notify(NodeEvent::Ready);
-                    self.next_status = self.clock.now();
+                for finished in outputs.finished {
+                    self.probed(finished.reason);
                 }
                 continue;
             }
             let frame = FromNode::Outputs(NodeOutputs { node: self.config.node, epoch: self.epoch, outputs });
             self.hand_over(front, &frame);
+        }
+    }
+
+    /// The node's own first request has ended: the replica is ready, or its model is of no use.
+    fn probed(&mut self, reason: FinishReason) {
+        if self.has_run {
+            return;
+        }
+        match reason {
+            FinishReason::Length | FinishReason::Stop => {
+                self.has_run = true;
+                // A node that was told to drain meanwhile goes on draining.
+                if self.state == NodeState::Starting {
+                    self.state = NodeState::Ready;
+                }
+                self.board.notify(NodeEvent::Ready);
+                self.next_status = self.clock.now();
+            }
+            // Nobody would try again: the node would start for ever.
+            FinishReason::NotANumber | FinishReason::NothingToSample => {
+                let message = format!("its first step ended with {}: the model's weights are broken", reason.label());
+                self.fail_worker(self.epoch, message);
+            }
+            // By a drain, or with its worker, whose successor is probed in turn.
+            FinishReason::Aborted | FinishReason::Deadline | FinishReason::Poisoned => {}
         }
     }
 

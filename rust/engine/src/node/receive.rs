@@ -354,7 +354,9 @@ impl Node {
     fn watch_time(&mut self) {
         let now = self.clock.now();
         self.event(Event::Tick);
+        // A result that was just read says that the worker is well, however long this thread had to wait for it.
         if let (Some(sent), Some(worker)) = (self.sent.front(), &self.worker)
+            && self.results.is_empty()
             && now.since(sent.at) > self.config.max_step
         {
             let (epoch, step) = (worker.epoch, sent.step);

@@ -10,7 +10,12 @@ impl Node {
         for result in std::mem::take(&mut self.results) {
             self.step_ns = self.step_ns.saturating_add(result.elapsed_ns);
             self.stage_wait_ns = self.stage_wait_ns.saturating_add(result.waited_ns);
-            self.sent.pop_front_if(|sent| sent.step == result.step);
+            if self.sent.pop_front_if(|sent| sent.step == result.step).is_some()
+                && let Some(next) = self.sent.front_mut()
+            {
+                // The worker begins it now: what it waited behind the last one is not its time.
+                next.at = next.at.max(self.clock.now());
+            }
             let (epoch, step) = (result.epoch, result.step);
             if !self.replica.on_event(self.clock.now(), Event::StepDone(result), &mut self.out) {
                 self.fail_worker(epoch, format!("its result of step {step} does not fit the step"));

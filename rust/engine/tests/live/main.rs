@@ -281,6 +281,19 @@ fn streams_go_on_when_a_worker_loses_the_order_of_steps_or_a_step_raises() {
 }
 
 #[test]
+fn a_model_that_gives_no_number_condemns_its_worker_instead_of_starting_for_ever() {
+    let mut node = Node::start(None, 1);
+    let worker = node.give_worker_that(u64::MAX, Lapses::Broken);
+    node.wait_for(
+        |event| matches!(event, NodeEvent::WorkerFailed { message, .. } if message.contains("ended with not_a_number")),
+    );
+    node.bury(worker);
+    let worker = node.give_worker(u64::MAX);
+    node.wait_for(|event| *event == NodeEvent::Ready);
+    node.bury(worker);
+}
+
+#[test]
 fn streams_go_on_when_their_node_is_replaced() {
     let folder = tempfile::tempdir().unwrap();
     let address: Address = format!("ipc://{}/node", folder.path().display()).parse().unwrap();

@@ -4,7 +4,7 @@ use llmscale_net::link::socket::SocketWorker;
 use llmscale_net::link::{LinkError, WorkerSide};
 use llmscale_net::{Address, AllowList, Context, EndpointOptions};
 use llmscale_sim::{HashWorker, StepFailure};
-use llmscale_types::{Delta, Epoch};
+use llmscale_types::{Delta, Epoch, RowError, StepResult};
 use llmscale_wire::{
     CodecLimits, Configure, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker, decode, encode,
 };
@@ -18,6 +18,8 @@ pub(crate) enum Lapses {
     Never,
     /// In every fiftieth step it finds its mirror void, or the step raises.
     Now,
+    /// Never, but every row of it is not a number.
+    Broken,
 }
 
 /// A worker process played by a thread: it dies when told to, or after a number of steps.
@@ -77,6 +79,7 @@ fn work(address: &Address, epoch: Epoch, max_steps: u64, lapses: Lapses, told: &
                 steps += 1;
                 let lapse = lapses == Lapses::Now && steps % 50 == 0;
                 match compute(worker.as_mut().unwrap(), &delta, lapse, steps % 100 == 0) {
+                    Some(FromWorker::Result(result)) if lapses == Lapses::Broken => FromWorker::Result(spoiled(result)),
                     Some(answer) => answer,
                     None => continue,
                 }
@@ -86,6 +89,12 @@ fn work(address: &Address, epoch: Epoch, max_steps: u64, lapses: Lapses, told: &
         // The engine may be gone by now: then the next receive says so.
         let _ = link.send(encode(&answer, &codec).unwrap());
     }
+}
+
+/// As a model's whose weights are broken.
+fn spoiled(result: StepResult) -> StepResult {
+    let errors = result.slots.iter().map(|&slot| (slot, RowError::NotANumber)).collect();
+    StepResult { slots: Vec::new(), tokens: Vec::new(), errors, ..result }
 }
 
 /// What a worker says about a step; nothing, if it passes it over.

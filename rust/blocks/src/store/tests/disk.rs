@@ -73,6 +73,23 @@ fn a_block_can_be_found_when_its_transfer_has_ended_and_not_before() {
 }
 
 #[test]
+fn a_disk_smaller_than_what_is_written_ahead_comes_to_rest() {
+    let mut world = World::with_disk(2, 16, 4, 256);
+    fill_and_write(&mut world, 1, 20);
+    let mut written = 0;
+    for round in 0..50 {
+        world.store.begin_writes(u32::MAX);
+        world.copy();
+        world.transfer(usize::MAX, true);
+        if round == 10 {
+            written = world.store.counters().disk_written_blocks;
+        }
+    }
+    assert_eq!(world.store.counters().disk_written_blocks, written, "nothing new came");
+    assert!(!world.store.has_writes_due());
+}
+
+#[test]
 fn a_write_that_failed_and_a_block_that_cannot_be_read_are_misses() {
     let mut world = World::with_disk(2, 4, 16, 256);
     fill_and_write(&mut world, 1, 6);
