@@ -395,8 +395,8 @@ impl BlockStore {
     /// Walks everything, given how often sequences reference each block. O(blocks), for tests and idle checks.
     pub fn check(&self, expected_references: impl Fn(BlockId) -> u32, expected_pins: impl Fn(HostBlockId) -> u32) {
         self.pool.check();
-        let (hosts, disks) = self.pins_of_transfers();
-        self.host.check(|host| expected_pins(host) + hosts.get(&host).copied().unwrap_or(0));
+        let (hosts, disks, writing) = self.pins_of_transfers();
+        self.host.check(|host| expected_pins(host) + hosts.get(&host).copied().unwrap_or(0), &writing);
         self.disk.check(|disk| disks.get(&disk).copied().unwrap_or(0));
         for block in (0..self.total()).map(BlockId) {
             let (held, expected) = (self.pool.references(block), expected_references(block));

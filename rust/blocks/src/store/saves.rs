@@ -34,6 +34,12 @@ pub(super) struct Saves {
     whole: Option<u64>,
 }
 
+impl Saves {
+    pub(super) fn has_begun(&self) -> bool {
+        self.whole.is_some()
+    }
+}
+
 impl BlockStore {
     /// Begins to save. No transfer may be under way and no step in flight.
     pub fn begin_saves(&mut self) {

@@ -10,7 +10,7 @@ use crate::prefix::{Content, ContentId};
 use llmscale_types::{
     Delta, DiskBlockId, DiskDirection, DiskReport, DiskTransfer, HostBlockId, Planted, PrefixKey, Token,
 };
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::VecDeque;
 
 /// Writes under way at most, whoever asks.
@@ -44,6 +44,9 @@ pub(super) struct Transfers {
     pub(super) refused: bool,
     changes: Vec<IndexChange>,
 }
+
+/// How often the transfers under way pin each place of the host and of the disk, and which of the host's are being written.
+type TransferPins = (FxHashMap<HostBlockId, u32>, FxHashMap<DiskBlockId, u32>, FxHashSet<HostBlockId>);
 
 impl Transfers {
     /// The host tier holds something new, or in another order.
@@ -154,7 +157,7 @@ impl BlockStore {
             .oldest()
             .take(part as usize)
             .filter(|&host| {
-                let held = self.host.held(host);
+                let held = self.host.held(host).filter(|_| !self.host.is_writing(host));
                 held.is_some_and(|(content, ids)| self.disk.prefix.find_content(content, ids).is_none())
             })
             .collect();
@@ -174,7 +177,7 @@ impl BlockStore {
         let Some((disk, lost)) = self.disk.reserve() else { return false };
         self.transfers.changes.push(IndexChange::Drop(disk));
         self.say_lost(lost);
-        self.host.pin(host);
+        self.host.begin_write(host);
         self.transfers.writes += 1;
         self.ask(DiskDirection::Write, host, disk, content, ids);
         true
@@ -228,8 +231,8 @@ impl BlockStore {
         let Pending { transfer, content, ids } = pending;
         self.transfers.writes -= 1;
         self.transfers.writes_due = true;
-        // It was written because it gives way next; younger ones would give way unwritten if it were young now.
-        self.host.unpin_oldest(transfer.host);
+        // What is saved goes through few places of the host, so that the others' contents stay until their turn.
+        self.host.end_write(transfer.host, self.saves.has_begun());
         if done {
             self.counters.disk_written_blocks += 1;
             self.transfers.refused = false;
@@ -287,8 +290,11 @@ impl BlockStore {
         self.transfers.writes = 0;
         self.transfers.writes_due = true;
         while let Some(pending) = self.transfers.pending.pop_back() {
-            let DiskTransfer { host, disk, .. } = pending.transfer;
-            self.host.unpin_oldest(host);
+            let DiskTransfer { host, disk, direction, .. } = pending.transfer;
+            match direction {
+                DiskDirection::Write => self.host.end_write(host, false),
+                DiskDirection::Read => self.host.unpin(host),
+            }
             self.disk.unpin(disk);
         }
     }
@@ -329,13 +335,16 @@ impl BlockStore {
     }
 
     /// How often transfers pin a block of the host, and how often one of the disk.
-    pub(super) fn pins_of_transfers(&self) -> (FxHashMap<HostBlockId, u32>, FxHashMap<DiskBlockId, u32>) {
-        let (mut hosts, mut disks) = (FxHashMap::default(), FxHashMap::default());
+    pub(super) fn pins_of_transfers(&self) -> TransferPins {
+        let (mut hosts, mut disks, mut writing) = TransferPins::default();
         for Pending { transfer, .. } in &self.transfers.pending {
-            *hosts.entry(transfer.host).or_default() += 1;
             *disks.entry(transfer.disk).or_default() += 1;
+            match transfer.direction {
+                DiskDirection::Read => *hosts.entry(transfer.host).or_default() += 1,
+                DiskDirection::Write => assert!(writing.insert(transfer.host), "it is written twice at once"),
+            }
         }
-        (hosts, disks)
+        (hosts, disks, writing)
     }
 
     /// Whether any tier holds a named prefix of this hash.

@@ -73,9 +73,21 @@ fn a_block_can_be_found_when_its_transfer_has_ended_and_not_before() {
 }
 
 #[test]
+fn what_is_written_ahead_leaves_no_place_of_the_host_empty() {
+    let mut world = World::with_disk(2, 64, 256, 256);
+    fill_and_write(&mut world, 1, 60);
+    let full = world.store.host.oldest().all(|host| world.store.host.held(host).is_some());
+    assert!(full, "118 blocks left the device, and the host has room for 64");
+    assert_eq!(found(&mut world, &eight(1)).0, 0, "the oldest has given way");
+    // 64 blocks are the last 32 conversations but for the one on the device.
+    assert_eq!(found(&mut world, &eight(28)), (2, 0));
+    assert_eq!(found(&mut world, &eight(27)).0, 0);
+}
+
+#[test]
 fn a_disk_smaller_than_what_is_written_ahead_comes_to_rest() {
-    let mut world = World::with_disk(2, 16, 4, 256);
-    fill_and_write(&mut world, 1, 20);
+    let mut world = World::with_disk(2, 64, 4, 256);
+    fill_and_write(&mut world, 1, 60);
     let mut written = 0;
     for round in 0..50 {
         world.store.begin_writes(u32::MAX);
