@@ -22,7 +22,7 @@ class Variable:
 CPU_LEVEL = Variable(
     "LLMSCALE_CPU_LEVEL", "forces the CPU kernels down: portable, avx2, avx512 or avx512bf16", "the best there is"
 )
-CACHE_HOME = Variable("XDG_CACHE_HOME", "where kernels that were compiled for this machine are kept", "~/.cache")
+CACHE_HOME = Variable("XDG_CACHE_HOME", "where imported GGUF files and compiled CUDA kernels are kept", "~/.cache")
 HF_HOME = Variable("HF_HOME", "where the Hugging Face cache lies; read, never written", "~/.cache/huggingface")
 LOG_FORMAT = Variable("LLMSCALE_LOG_FORMAT", "text or json", "text on a terminal, json elsewhere")
 

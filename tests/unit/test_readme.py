@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from llmscale.env import VARIABLES
 from tests.processes import Server, serving
 
 ROOT = Path(__file__).parents[2]
@@ -138,6 +139,13 @@ def test_the_guides_commands_for_keys_make_the_files_that_its_other_commands_nam
     named = set(re.findall(r"--(?:key-file|allow-list) (\S+)", guide)) | set(re.findall(r"\$\(cat (\S+?)\)", guide))
     assert {"node.key", "allowed", "node.public"} <= named
     assert {name for name in named if not (tmp_path / "keys" / name).exists()} == set()
+
+
+def test_the_guides_table_of_the_environment_has_every_variable_with_its_meaning() -> None:
+    guide = (ROOT / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
+    section = guide.partition("\n## Environment\n")[2].partition("\n## ")[0]
+    written = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", section, flags=re.MULTILINE)
+    assert written == [(each.name, each.meaning, each.default) for each in VARIABLES]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
