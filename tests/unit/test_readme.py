@@ -131,6 +131,11 @@ def test_every_option_of_a_command_that_is_named_exists(module: str) -> None:
 
 def test_the_guides_commands_for_keys_make_the_files_that_its_other_commands_name(tmp_path: Path) -> None:
     guide = (ROOT / "docs" / "guides" / "serving.md").read_text(encoding="utf-8")
+    # Typed in the guide's order in one folder: API keys come before those of nodes.
+    api_keys = re.findall(r"^(?:key=|echo ).*$", guide.partition("\n## Keys\n")[2], flags=re.MULTILINE)
+    assert len(api_keys) == 2
+    subprocess.run(["bash", "-ec", "\n".join(api_keys)], cwd=tmp_path, check=True, timeout=60)
+    assert f"--api-key-file {next(tmp_path.iterdir()).name}\n" in guide
     commands = re.findall(r"^\.venv/bin/llmscale (keys .*?)(?: +#.*)?$", guide, flags=re.MULTILINE)
     assert commands
     for words in commands:
