@@ -22,10 +22,21 @@ app = typer.Typer(
 )
 
 ModelArgument = Annotated[
-    str, typer.Argument(help="A model folder, a GGUF file, a hub id in the local Hugging Face cache, or tiny-chat.")
+    str,
+    typer.Argument(
+        help="A folder, a GGUF file, a hub id in the local Hugging Face cache, tiny-chat or tiny-chat-mini."
+    ),
 ]
 
 
+ApiKeyOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A key that clients must send; visible to other users of this host. May be repeated."),
+]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option(help="Longest sequence in tokens (default: the model's, or what a quarter of the memory holds)."),
+]
 DeviceOption = Annotated[
     str, typer.Option(help="What workers compute on: cpu, cuda, or auto for CUDA where torch sees devices for all.")
 ]
@@ -75,15 +86,15 @@ def serve(
     model: ModelArgument = "tiny-chat",
     host: Annotated[str, typer.Option(help="Address; anything but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
-    api_key: Annotated[list[str] | None, typer.Option(help="An API key for clients; may be repeated.")] = None,
+    api_key: ApiKeyOption = None,
     api_key_file: Annotated[str | None, typer.Option(help="File of API keys with their tenants.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     dtype: DtypeOption = "auto",
     quantization: QuantizationOption = None,
     kv_dtype: KvDtypeOption = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
+    max_model_len: MaxModelLenOption = None,
     max_num_seqs: Annotated[int, typer.Option(help="Most sequences that run at once.")] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens per step.")] = 512,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Most tokens per step, at least --max-num-seqs.")] = 512,
     step_target_milliseconds: StepTargetOption = 20.0,
     kv_cache_bytes: Annotated[int | None, typer.Option(help="Memory for the KV cache.")] = None,
     kv_host_bytes: Annotated[int | None, typer.Option(help="Memory for what the KV cache evicts; 0 for none.")] = None,
@@ -165,7 +176,9 @@ def info(model: ModelArgument = "tiny-chat") -> None:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to complete.")],
-    model: Annotated[str, typer.Option(help="A model folder, hub id or tiny-chat.")] = "tiny-chat",
+    model: Annotated[
+        str, typer.Option(help="A folder, GGUF file, hub id in the local cache, tiny-chat or tiny-chat-mini.")
+    ] = "tiny-chat",
     max_tokens: Annotated[int, typer.Option(help="Most output tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
 ) -> None:
@@ -178,7 +191,10 @@ def generate(
 @app.command()
 def quantize(
     model: Annotated[
-        str, typer.Argument(help="A dense model: folder, hub id in the local cache, GGUF file, or tiny-chat.")
+        str,
+        typer.Argument(
+            help="A dense model: folder, GGUF file, hub id in the local cache, tiny-chat or tiny-chat-mini."
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     method: Annotated[

@@ -181,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="[NAME=]MODEL",
-        help="folder, hub id in the local cache, or tiny-chat; NAME= when the nodes call it otherwise; may be repeated",
+        help="folder, GGUF file, hub id in the local cache, tiny-chat or tiny-chat-mini; NAME= when the nodes call it"
+        " otherwise; may be repeated",
     )
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
