@@ -50,11 +50,11 @@ _Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """`[models.NAME]`: one model under the name that clients use. Names are those of the options of `llmscale serve`;
-    but for `model` and `nodes` they are about the replicas of this host."""
+    """`[models.NAME]`: one model under the name that clients use. Names are those of options, of `llmscale serve` or
+    of a node; but for `model` and `nodes` they are about the replicas of this host."""
 
     model: _Path
-    """A folder, a hub id in the local cache, or the name of an embedded model."""
+    """A folder, a GGUF file, a hub id in the local cache, or the name of an embedded model."""
     nodes: Annotated[tuple[str, ...], Meta(max_length=MAX_NODES)] = ()
     """Nodes that somebody else starts."""
     replicas: Annotated[int, Meta(ge=0, le=MAX_REPLICAS)] | None = None
