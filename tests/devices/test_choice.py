@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llmscale import extras
 from llmscale.config import DEVICES as ALLOWED
 from llmscale.config import NodeSettings
 from llmscale.devices import registry
@@ -106,7 +107,8 @@ def test_a_base_install_beside_a_driver_computes_on_the_cpu(driver: None, monkey
     monkeypatch.setattr(registry.subprocess, "run", run)
     assert registry.choose("auto") == "cpu"
     assert plan.plan_replica(NodeSettings(model="tiny-chat", listen="")).device == "cpu"
-    with pytest.raises(NoCudaDevice, match=r"torch is not installed; pip install 'llmscale\[node\]' brings it"):
+    monkeypatch.setattr(extras, "find_spec", lambda _name: None)
+    with pytest.raises(NoCudaDevice, match=r"torch is not installed; from the checkout: pip install '\.\[node\]'"):
         registry.choose("cuda")
 
 

@@ -65,6 +65,7 @@ PARTS = {
     "detokenizer": set[str](),
     "stop_strings": set[str](),
     "embedded": set[str](),
+    "extras": set[str](),
     "types": {"errors"},
     "config": {"errors", "env", "types"},
     "toml_document": {"errors"},
@@ -76,10 +77,10 @@ PARTS = {
     "chat_template": {"errors", "template_budget", "template_sandbox"},
     "tokenizer": {"errors", "chat_template", "detokenizer", "template_budget"},
     "choice": {"errors", "stop_strings", "types"},
-    "models": {"errors", "env", "embedded", "quant"},
+    "models": {"errors", "env", "embedded", "extras", "quant"},
     "cuda": {"errors", "env"},
     "layers": {"models", "quant", "_core"},
-    "devices": {"_core", "cuda", "errors", "layers", "models", "quant"},
+    "devices": {"_core", "cuda", "errors", "extras", "layers", "models", "quant"},
     "quant": {"errors", "types"},
     "calibration": {"embedded", "errors", "layers", "models", "quant", "samples"},
     "evaluation": {
@@ -90,29 +91,18 @@ PARTS = {
     "worker": {
         *("_core", "errors", "env", "logs", "machine", "config", "models", "layers", "quant", "parallel", "devices")
     },
-    "node": {"_core", "errors", "env", "logs", "machine", "config", "models", "parallel", "devices"},
+    "node": {"_core", "errors", "env", "extras", "logs", "machine", "config", "models", "parallel", "devices"},
     "client": {"errors", "types", "choice", "tokenizer", "models"},
     "gateway": {
-        "_core",
-        "collector",
-        "config",
-        "devices",
-        "errors",
-        "fleet_file",
-        "types",
-        "choice",
-        "metrics",
-        "logs",
-        "machine",
-        "tokenizer",
-        "models",
+        *("_core", "collector", "config", "devices", "errors", "fleet_file", "types", "choice", "metrics", "logs"),
+        *("machine", "tokenizer", "models"),
     },
     "llm": {
         *("_core", "collector", "errors", "env", "machine", "types", "choice", "config", "tokenizer", "node", "worker")
     },
     "cli": {
         *("_core", "errors", "env", "types", "logs", "config", "fleet_file", "tokenizer", "models", "node", "gateway"),
-        *("llm", "client", "calibration", "evaluation"),
+        *("llm", "client", "calibration", "evaluation", "extras"),
     },
     "__init__": {"client", "errors", "llm", "types"},
 }

@@ -12,6 +12,8 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
 from llmscale import env
+from llmscale.errors import ConfigError
+from llmscale.extras import NODE_PACKAGES, lacking
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class EvalOptions:
 
 def run(options: EvalOptions) -> None:
     """Prints a table, or one JSON object. Raises ModelError and ConfigError."""
+    if (lack := lacking(NODE_PACKAGES, "node")) is not None:
+        raise ConfigError(f"llmscale eval needs more than the base install: {lack}")
     env.prepare_for_torch()
     from llmscale.evaluation.evaluation import evaluate
     from llmscale.evaluation.executors import ModelChoice

@@ -13,6 +13,7 @@ from rich.progress import Progress as ProgressBars
 
 from llmscale import env
 from llmscale.errors import ConfigError
+from llmscale.extras import NODE_PACKAGES, lacking
 
 if TYPE_CHECKING:
     from llmscale.calibration.folder import Calibrated
@@ -43,8 +44,12 @@ class QuantizeOptions:
 
 def run(options: QuantizeOptions) -> None:
     """Writes the folder and prints what became of its size. Raises ModelError and ConfigError."""
-    env.prepare_for_torch()
     from llmscale.models.locate import is_gguf, locate_model
+
+    extras = ("node", "gguf") if is_gguf(options.model) else ("node",)
+    if (lack := lacking(NODE_PACKAGES, *extras)) is not None:
+        raise ConfigError(f"llmscale quantize needs more than the base install: {lack}")
+    env.prepare_for_torch()
     from llmscale.models.quantizer import layout_for, quantize_folder
 
     if options.calibrate is None:

@@ -19,6 +19,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from llmscale.errors import ConfigError, NoCudaDevice
+from llmscale.extras import lacking
 
 if TYPE_CHECKING:
     from llmscale.devices.interface import Device
@@ -66,11 +67,8 @@ def choose(asked: str, workers: int = 1) -> str:
         return "cuda" if len(list(usable)) >= workers else "cpu"
     if asked not in DEVICES:
         raise ConfigError(f"device is {asked!r}, it must be auto or one of {', '.join(DEVICES)}")
-    if asked == "cuda" and find_spec("torch") is None:
-        raise NoCudaDevice(
-            "device is cuda, and torch is not installed; pip install 'llmscale[node]' brings it. Or serve with"
-            " --device cpu."
-        )
+    if asked == "cuda" and (lack := lacking(("torch",), "node")) is not None:
+        raise NoCudaDevice(f"device is cuda, and {lack}. Or serve with --device cpu.")
     if asked == "cuda" and (there := len(cuda_devices())) < workers:
         raise NoCudaDevice(
             f"device is cuda for {workers} workers on this host, but torch sees {there} CUDA devices. It needs an"

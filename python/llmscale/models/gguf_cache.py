@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from llmscale import env, errors
-from llmscale.errors import InvalidCheckpoint, LlmscaleError
+from llmscale.errors import ConfigError, InvalidCheckpoint, LlmscaleError
+from llmscale.extras import NODE_PACKAGES, lacking
 from llmscale.models.gguf_header import read_gguf_header
 
 PAGES = 64
@@ -34,6 +35,10 @@ def imported_folder(file: Path) -> Path:
     target = home / "llmscale" / "gguf" / _key(file)
     if target.is_dir():
         return target
+    if (lack := lacking(NODE_PACKAGES, "node", "gguf")) is not None:
+        raise ConfigError(
+            f"{file.name!r} is imported before it is served, which needs more than the base install: {lack}"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "llmscale.models.gguf_cache", str(file), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=MAX_IMPORT_SECONDS, check=False)  # noqa: S603  # ours

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmscale.errors import ConfigError, InvalidCheckpoint
+from llmscale.extras import GGUF_PACKAGES, lacking
 from llmscale.models.config import CONFIG_NAME, ConfigFields
 from llmscale.models.fingerprint import TEXT_FILES
 from llmscale.models.gguf_config import ROPE_FACTORS, GgufModel, read_gguf_model
@@ -152,14 +153,14 @@ def _dense(source: Path, entry: GgufTensor) -> Tensor:
     raw = _raw(source, entry)
     if entry.type.name in FLOATS:
         return torch.from_numpy(raw).view(FLOATS[entry.type.name]).view(entry.shape)
-    try:
-        from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
-    except ImportError as error:
+    if (lack := lacking(GGUF_PACKAGES, "node", "gguf")) is not None:
         raise ConfigError(
-            f"{entry.name!r} of {source.name!r} is stored as {entry.type.name}, which the package gguf unpacks; install"
-            " it with: pip install 'llmscale[gguf]'"
-        ) from error
+            f"{entry.name!r} of {source.name!r} is stored as {entry.type.name}, which the package gguf unpacks, and"
+            f" {lack}"
+        )
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
     rows = raw.reshape(-1, entry.shape[-1] // entry.type.elements * entry.type.block_bytes)
     # Scales that are no numbers are found below; numpy need not say so as well.
     with np.errstate(all="ignore"):

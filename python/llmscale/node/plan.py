@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -17,6 +16,7 @@ from llmscale._core import EngineLimits
 from llmscale.config import NodeSettings
 from llmscale.devices.registry import choose, cuda_devices
 from llmscale.errors import ConfigError
+from llmscale.extras import NODE_PACKAGES, lacking
 from llmscale.models.checkpoint import compute_dtype, match_tensors, open_checkpoint
 from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
 from llmscale.models.kv_rows import row_bytes
@@ -159,10 +159,8 @@ def choose_executor(wanted: str, device: str, ranks: int, model_refusal: str | N
         raise ConfigError(f"executor is 'native', but {refusal}; use torch or auto")
     if wanted != "torch" and refusal is None:
         return "native"
-    if find_spec("torch") is None:
-        raise ConfigError(
-            f"{refusal or 'executor is torch'}, and torch is not installed; pip install 'llmscale[node]' brings it"
-        )
+    if (lack := lacking(NODE_PACKAGES, "node")) is not None:
+        raise ConfigError(f"{refusal or 'executor is torch'}, and {lack}")
     return "torch"
 
 

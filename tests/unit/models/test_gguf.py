@@ -7,7 +7,6 @@ the oracle of what block types mean.
 from __future__ import annotations
 
 import struct
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from llmscale import extras
 from llmscale.cli import app
 from llmscale.errors import ConfigError, InvalidCheckpoint, InvalidTokenizer, ModelError, UnsupportedModel
 from llmscale.models import gguf_header
@@ -33,7 +33,7 @@ from llmscale.quant.method import method_for
 from llmscale.quant.weight import QuantizedWeight
 from llmscale.tokenizer import Tokenizer
 
-pytest.importorskip("gguf", reason="needs the package gguf: pip install 'llmscale[gguf]'")
+pytest.importorskip("gguf", reason="needs the package gguf: pip install '.[node,gguf]'")
 
 from llmscale.models.gguf_import import import_gguf
 from tests.gguf_files import (
@@ -278,8 +278,11 @@ def test_a_scale_that_is_no_number_is_refused(tmp_path: Path) -> None:
 
 def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, _ = made(tmp_path, type_of=lambda _: "Q8_0")
-    monkeypatch.setitem(sys.modules, "gguf.constants", None)
-    with pytest.raises(ConfigError, match=r"stored as Q8_0.*pip install 'llmscale\[gguf\]'"):
+    found = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "gguf" else found(name))
+    with pytest.raises(
+        ConfigError, match=r"stored as Q8_0.*gguf is not installed; from.*pip install '\.\[node,gguf\]'"
+    ):
         import_gguf(file, tmp_path / "out")
 
 
