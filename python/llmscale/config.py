@@ -81,7 +81,9 @@ class NodeSettings:
     kv_disk_bytes: int | None = None
     """Most bytes there. None: four times the host tier."""
     threads: int | None = None
-    """CPU threads of a worker; None: as many as the process may use."""
+    """CPU threads of a worker; None: its share of `cpus`, fewer for a small model."""
+    cpus: int | None = None
+    """CPUs that this host's workers of the replica share where `threads` is None; None: all that the node may use."""
     spare_worker: bool = True
     """Whether as many processes as ranks wait with torch imported, to take over from dead workers."""
     tensor_parallel_size: int = 1
@@ -129,6 +131,8 @@ class NodeSettings:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
         check_threads(self.threads)
+        if self.cpus is not None and self.cpus < 1:
+            raise ConfigError(f"cpus is {self.cpus}, it must be 1 or more")
         if self.first_device < 0:
             raise ConfigError(f"first_device is {self.first_device}, it must be 0 or more")
         self._check_tiers()

@@ -83,7 +83,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     max_saving_seconds: Annotated[float, Meta(ge=0, le=MAX_DRAIN_SECONDS)] = 5.0
     """How long a drain may write what is cached above the disk; 0 for not at all."""
     threads: Annotated[int, Meta(ge=1, le=MAX_THREADS)] | None = None
-    """Of a worker; None: its share of the CPUs."""
+    """Of a worker; None: its share of the CPUs, fewer for a small model."""
     tensor_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1
     pipeline_parallel_size: Annotated[int, Meta(ge=1, le=256)] = 1
     spare_worker: bool = True

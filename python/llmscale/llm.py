@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmscale import env, machine
+from llmscale import env
 from llmscale._core import LocalReplica, Sampling, StepCounts, WorkerSession
 from llmscale.choice import ENDED_WELL, Choice, failure, ranked
 from llmscale.collector import paused_collector
@@ -106,7 +106,6 @@ class LLM:
             self.tokenizer = Tokenizer(plan.folder, vocabulary=plan.limits.vocabulary)
         self._seed = seed
         self._requests = 0
-        threads = plan.usual_threads(machine.cpus()) if threads is None else threads
         self._weights_digest = plan.weights_digest
         self._folder = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
         disk = None if self._folder is None else self._folder.place_of(0, plan.content)
@@ -116,7 +115,7 @@ class LLM:
             dtype=plan.dtype,
             quantization=quantization,
             kv_dtype=kv_dtype,
-            threads=threads,
+            threads=plan.threads_of_worker(settings),
             device=plan.device,
             disk=disk,
         )

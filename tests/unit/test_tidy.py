@@ -97,9 +97,7 @@ PARTS = {
         *("_core", "collector", "config", "devices", "errors", "fleet_file", "types", "choice", "metrics", "logs"),
         *("machine", "tokenizer", "models"),
     },
-    "llm": {
-        *("_core", "collector", "errors", "env", "machine", "types", "choice", "config", "tokenizer", "node", "worker")
-    },
+    "llm": {*("_core", "collector", "errors", "env", "types", "choice", "config", "tokenizer", "node", "worker")},
     "cli": {
         *("_core", "errors", "env", "types", "logs", "config", "fleet_file", "tokenizer", "models", "node", "gateway"),
         *("llm", "client", "calibration", "evaluation", "extras"),

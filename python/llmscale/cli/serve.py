@@ -21,7 +21,7 @@ from llmscale.config import MAX_REPLICAS, NodeSettings
 from llmscale.errors import ConfigError, Unavailable
 from llmscale.fleet_file import FleetFile, GatewayEntry, ModelEntry, read_fleet_file
 from llmscale.gateway.fleet import gateway_config, serve_fleet
-from llmscale.gateway.local_nodes import device_of, local_replicas, threads_per_worker
+from llmscale.gateway.local_nodes import cpus_of_replica, device_of, local_replicas
 from llmscale.models.locate import locate_model, model_name
 from llmscale.node.plan import plan_replica
 
@@ -137,7 +137,8 @@ def _node_settings(fleet: FleetFile, name: str, entry: ModelEntry) -> NodeSettin
         first_device=fleet.first_device(name),
         kv_disk=None if entry.kv_disk is None else Path(entry.kv_disk),
         kv_disk_bytes=entry.kv_disk_bytes,
-        threads=threads_per_worker(fleet, name),
+        threads=entry.threads,
+        cpus=cpus_of_replica(fleet, name),
         spare_worker=entry.spare_worker,
         tensor_parallel_size=entry.tensor_parallel_size,
         pipeline_parallel_size=entry.pipeline_parallel_size,

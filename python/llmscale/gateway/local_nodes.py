@@ -43,12 +43,12 @@ class LocalNode:
     command: tuple[str, ...]
 
 
-def threads_per_worker(fleet: FleetFile, model: str) -> int | None:
-    """What was asked for, or each worker's share of the CPUs; None lets a single replica decide."""
-    asked = fleet.models[model].threads
-    if asked is not None or local_replicas(fleet) == 1:
-        return asked
-    return max(1, machine.cpus() // fleet.local_workers)
+def cpus_of_replica(fleet: FleetFile, model: str) -> int:
+    """The shares of a replica's workers; all workers of this host have the same. How many threads these CPUs are worth
+    is the node's to say, which knows the weights."""
+    entry = fleet.models[model]
+    workers = entry.tensor_parallel_size * entry.pipeline_parallel_size
+    return workers * max(1, machine.cpus() // fleet.local_workers)
 
 
 def local_replicas(fleet: FleetFile) -> int:
@@ -98,7 +98,8 @@ def _command(fleet: FleetFile, model: str, address: str, replica: int, first_dev
         "--kv-disk": None if entry.kv_disk is None else f"{entry.kv_disk}/{quote(model, safe='')}-{replica}",
         "--kv-disk-bytes": entry.kv_disk_bytes,
         "--max-saving-seconds": entry.max_saving_seconds,
-        "--threads": threads_per_worker(fleet, model),
+        "--threads": entry.threads,
+        "--cpus": cpus_of_replica(fleet, model),
         "--tensor-parallel-size": entry.tensor_parallel_size,
         "--pipeline-parallel-size": entry.pipeline_parallel_size,
         "--fleet": fleet.fleet,

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llmscale import env, logs, machine
+from llmscale import env, logs
 from llmscale._core import Engine, end_with_parent
 from llmscale.config import DEVICES, DTYPES, EXECUTORS, KV_DTYPES, MAX_DRAIN_SECONDS, QUANTIZATIONS, NodeSettings
 from llmscale.errors import LlmscaleError
@@ -61,8 +61,9 @@ async def _serve(settings: NodeSettings, hosts: Hosts) -> None:
     # From the first moment: whoever ends a node that starts finds no socket's folder afterwards.
     stop = StopSignal.listen()
     plan = plan_replica(settings, hosts.count)
-    threads = plan.usual_threads(machine.cpus()) if settings.threads is None else settings.threads
-    processes = WorkerProcesses(threads, keep_spare=settings.spare_worker, executor=plan.executor)
+    processes = WorkerProcesses(
+        plan.threads_of_worker(settings), keep_spare=settings.spare_worker, executor=plan.executor
+    )
     disk = None if settings.kv_disk is None else DiskFolder(settings.kv_disk)
     try:
         await _act(settings, hosts, plan, processes, disk, stop)
@@ -195,6 +196,7 @@ def _settings(arguments: argparse.Namespace) -> NodeSettings:
         kv_disk=arguments.kv_disk,
         kv_disk_bytes=arguments.kv_disk_bytes,
         threads=arguments.threads,
+        cpus=arguments.cpus,
         spare_worker=arguments.spare_worker,
         tensor_parallel_size=arguments.tensor_parallel_size,
         pipeline_parallel_size=arguments.pipeline_parallel_size,
@@ -250,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         "--first-device", type=int, default=0, help="the device of the first rank; others follow (default: %(default)s)"
     )
     add("--threads", type=int, help="CPU threads of a worker (default: its share of the CPUs, fewer for a small model)")
+    add("--cpus", type=int, help="CPUs that its workers on this host share (default: all that the node may use)")
     add(
         "-tp", "--tensor-parallel-size", type=int, default=1, help="ranks that share every layer (default: %(default)s)"
     )

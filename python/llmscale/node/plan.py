@@ -85,8 +85,11 @@ class ReplicaPlan:
         """What KV blocks are computed from, for those that outlive this process."""
         return f"{self.weights_digest.hex()}/{self.configuration_digest.hex()}/{self.quantization}"
 
-    def usual_threads(self, cpus: int) -> int:
-        """Threads of a worker that nobody has set: its share of the CPUs, but no more than its weights are worth."""
+    def threads_of_worker(self, settings: NodeSettings) -> int:
+        """What was asked for, else its share of the CPUs, but no more than its weights are worth."""
+        if settings.threads is not None:
+            return settings.threads
+        cpus = machine.cpus() if settings.cpus is None else settings.cpus
         share = cpus // self.layout.ranks_per_host
         return max(1, min(share, self.weight_bytes // self.layout.ranks // BYTES_PER_THREAD))
 

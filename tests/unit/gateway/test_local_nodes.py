@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from llmscale import machine
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, KeysEntry, ModelEntry, parse_fleet_file
 from llmscale.gateway.fleet import gateway_config, serve_fleet
-from llmscale.gateway.local_nodes import LocalNode, NodeKeeper, kept, local_nodes, threads_per_worker
-from llmscale.node.__main__ import _parser
+from llmscale.gateway.local_nodes import LocalNode, NodeKeeper, cpus_of_replica, kept, local_nodes
+from llmscale.node.__main__ import _parser, _settings
+from llmscale.node.plan import plan_replica
 from tests.captured_logs import captured_logs
 from tests.processes import wait_until
 
@@ -57,14 +60,30 @@ def test_a_name_that_begins_with_a_dash_is_a_value() -> None:
 
 
 def test_workers_share_the_cpus_unless_the_file_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(13)))
+    monkeypatch.setattr(machine, "cpus", lambda: 13)
     # Two workers of a and two of c, 13 CPUs.
-    assert threads_per_worker(TWO, "a") == 3
-    assert threads_per_worker(TWO, "c") == 3
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {0, 1})
-    assert threads_per_worker(TWO, "a") == 1
+    assert cpus_of_replica(TWO, "a") == 3
+    assert cpus_of_replica(TWO, "c") == 6
+    told = [_parser().parse_args(list(node.command[3:])) for node in local_nodes(TWO, "/run")]
+    assert [(read.threads, read.cpus) for read in told] == [(None, 3), (None, 3), (3, 6)]
+    monkeypatch.setattr(machine, "cpus", lambda: 2)
+    assert (cpus_of_replica(TWO, "a"), cpus_of_replica(TWO, "c")) == (1, 2), "a thread for each worker all the same"
     alone = FleetFile(models={"a": ModelEntry(model="tiny-chat"), "b": TWO.models["-b"]})
-    assert threads_per_worker(alone, "a") is None, "a node alone knows best"
+    assert cpus_of_replica(alone, "a") == 2
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_small_model_has_few_threads_however_many_replicas_there_are(
+    monkeypatch: pytest.MonkeyPatch, replicas: int
+) -> None:
+    monkeypatch.setattr(machine, "cpus", lambda: 64)
+    fleet = FleetFile(models={"tiny-chat": ModelEntry(model="tiny-chat", replicas=replicas)})
+    for node in local_nodes(fleet, "/run"):
+        settings = _settings(_parser().parse_args(list(node.command[3:])))
+        plan = plan_replica(settings)
+        assert plan.threads_of_worker(settings) == 1, "nine megabytes are one thread's work"
+        larger = dataclasses.replace(plan, weight_bytes=16 << 30)
+        assert larger.threads_of_worker(settings) == 64 // replicas
 
 
 def test_a_node_that_ends_is_started_again_until_it_is_asked_to_stop(tmp_path: Path) -> None:

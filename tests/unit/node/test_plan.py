@@ -22,7 +22,7 @@ from tests.models_support import write_random_checkpoint
 
 def with_cpus(plan: ReplicaPlan, cpus: int, weight_bytes: int = 9 << 20, layout: HostLayout | None = None) -> int:
     changed = dataclasses.replace(plan, weight_bytes=weight_bytes, layout=layout or plan.layout)
-    return changed.usual_threads(cpus)
+    return changed.threads_of_worker(NodeSettings(model="tiny-chat", listen="", cpus=cpus))
 
 
 def test_threads_are_a_share_of_the_cpus_and_no_more_than_the_weights_are_worth() -> None:
@@ -34,6 +34,10 @@ def test_threads_are_a_share_of_the_cpus_and_no_more_than_the_weights_are_worth(
     assert with_cpus(plan, 16, weight_bytes=16 << 30, layout=HostLayout(4)) == 4
     assert with_cpus(plan, 2, weight_bytes=16 << 30, layout=HostLayout(2, 2)) == 1
     assert with_cpus(plan, 16, weight_bytes=16 << 30, layout=HostLayout(2, 2, 2)) == 8, "two ranks on this host"
+    asked = NodeSettings(model="tiny-chat", listen="", cpus=16, threads=3)
+    assert plan.threads_of_worker(asked) == 3, "whoever asks decides"
+    with pytest.raises(ConfigError, match="cpus is 0, it must be 1 or more"):
+        replace(asked, cpus=0)
 
 
 @pytest.mark.parametrize("milliseconds", [-0.1, 60_001.0, float("nan")])
