@@ -26,8 +26,10 @@ def run(model: str) -> None:
         ("attention", f"{attention.query_heads} query heads, {attention.kv_heads} KV heads of {attention.head_dim}"),
         ("vocabulary", f"{spec.vocabulary:,}"),
         ("longest sequence", f"{plan.limits.max_sequence_tokens:,} tokens ({plan.sequence_reason})"),
+        ("executor", f"{plan.executor} ({plan.executor_reason})"),
+        ("device", plan.device),
         ("number format", plan.dtype),
-        ("quantization", "none" if spec.quantization is None else spec.quantization.label),
+        ("quantization", plan.quantization_label),
         ("KV cache", f"{plan.limits.total_blocks:,} blocks of {plan.limits.block_tokens} tokens, {cache_mib:,} MiB"),
         ("revision", plan.revision),
     )

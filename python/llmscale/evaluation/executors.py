@@ -62,7 +62,7 @@ def scoring_executor(choice: ModelChoice, limits: StepLimits, blocks: int) -> Sc
     """Loads a model, with room for so many KV blocks. Raises ModelError, ConfigError and MemoryError."""
     model = describe_model(choice.folder, choice.quantization)
     refusal = native_refusal(model.spec, open_checkpoint(model.folder))
-    executor = choose_executor(choice.executor, "cpu", 1, refusal)
+    executor, _ = choose_executor(choice.executor, "cpu", 1, refusal)
     check_kv_dtype(choice.kv_dtype, executor, "cpu")
     if executor == "native":
         return NativeExecutor(choice, model, limits, blocks)

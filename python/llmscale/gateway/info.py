@@ -69,6 +69,8 @@ class ReplicaHealth(msgspec.Struct, frozen=True):
     free_blocks: int
     total_blocks: int
     steps: int
+    numerics: str
+    """How it computes, with the executor first: kernels, number format, ranks. Empty until its worker has told."""
     worker_pid: int
     worker_restarts: int
     preemptions: int

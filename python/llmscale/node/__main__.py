@@ -118,10 +118,7 @@ async def _lead(
         allow_list=None if settings.allow_list is None else str(settings.allow_list),
         disk_index=None if disk is None else disk.index,
     )
-    cache_mb = plan.limits.total_blocks * plan.block_bytes // (1 << 20)
-    longest = f"{plan.limits.max_sequence_tokens} tokens ({plan.sequence_reason})"
-    said = {"model": plan.name, "dtype": plan.dtype, "kv_cache_mb": cache_mb, "longest_sequence": longest}
-    _log.info("node listens", address=engine.address, **said)
+    _log.info("node listens", address=engine.address, **_said(plan, plan.threads_of_worker(settings)))
     supervisor = WorkerSupervisor(engine, plan, processes, span, disk)
     supervising = asyncio.create_task(supervisor.run())
     announcing = asyncio.create_task(_announce(supervisor))
@@ -136,6 +133,22 @@ async def _lead(
     engine.close()
     stopping.cancel()
     await supervising
+
+
+def _said(plan: ReplicaPlan, threads: int) -> dict[str, object]:
+    """What an operator wants to know of a replica before its worker is there, the executor first of all: its speed and
+    its last bits follow from that."""
+    return {
+        "model": plan.name,
+        "executor": plan.executor,
+        "executor_reason": plan.executor_reason,
+        "device": plan.device,
+        "threads": threads,
+        "dtype": plan.dtype,
+        "quantization": plan.quantization_label,
+        "kv_cache_mb": plan.limits.total_blocks * plan.block_bytes // (1 << 20),
+        "longest_sequence": f"{plan.limits.max_sequence_tokens} tokens ({plan.sequence_reason})",
+    }
 
 
 async def _follow(

@@ -79,6 +79,10 @@ class ReplicaPlan:
     first_device: int
     executor: str
     """What computes steps, native or torch: "auto" is decided."""
+    executor_reason: str
+    """Why it is that one."""
+    quantization_label: str
+    """A word for how the layers' projections are quantized once they are loaded, or none."""
 
     @property
     def content(self) -> str:
@@ -109,7 +113,9 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     checkpoint = open_checkpoint(description.folder)
     match_tensors(spec, checkpoint)
     dtype = compute_dtype(settings.dtype, spec, checkpoint, device)
-    executor = choose_executor(settings.executor, device, layout.ranks, native_refusal(spec, checkpoint))
+    executor, executor_reason = choose_executor(
+        settings.executor, device, layout.ranks, native_refusal(spec, checkpoint)
+    )
     check_kv_dtype(settings.kv_dtype, executor, device)
     block_bytes = _block_bytes(spec, dtype if settings.kv_dtype == "auto" else settings.kv_dtype)
     fingerprint = weights_fingerprint(checkpoint)
@@ -149,22 +155,26 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         device=device,
         first_device=settings.first_device,
         executor=executor,
+        executor_reason=executor_reason,
+        quantization_label="none" if spec.quantization is None else spec.quantization.label,
     )
 
 
-def choose_executor(wanted: str, device: str, ranks: int, model_refusal: str | None) -> str:
-    """native or torch. Raises ConfigError for what is wanted and cannot be, or needs torch that is not installed."""
+def choose_executor(wanted: str, device: str, ranks: int, model_refusal: str | None) -> tuple[str, str]:
+    """native or torch, and why. Raises ConfigError for what is wanted and cannot be, or needs torch that is not
+    installed."""
     refusal = None if device == "cpu" else f"the native executor computes on the CPU, not on {device}"
     if ranks > 1:
         refusal = f"the native executor runs one rank, not {ranks}"
     refusal = refusal or model_refusal
     if wanted == "native" and refusal is not None:
         raise ConfigError(f"executor is 'native', but {refusal}; use torch or auto")
+    asked = "as executor (--executor) says"
     if wanted != "torch" and refusal is None:
-        return "native"
+        return "native", asked if wanted == "native" else "auto is native for one rank on the CPU"
     if (lack := lacking(NODE_PACKAGES, "node")) is not None:
         raise ConfigError(f"{refusal or 'executor is torch'}, and {lack}")
-    return "torch"
+    return "torch", asked if refusal is None or wanted == "torch" else refusal
 
 
 def check_kv_dtype(kv_dtype: str, executor: str, device: str) -> None:

@@ -25,7 +25,7 @@ def test_the_help_names_every_command() -> None:
 def test_info_says_what_a_folder_holds() -> None:
     done = llmscale("info", "tiny-chat")
     assert done.returncode == 0, done.stderr
-    for said in ("llama", "bfloat16", "2,048 tokens", "blocks of 32 tokens"):
+    for said in ("llama", "bfloat16", "2,048 tokens", "blocks of 32 tokens", "native (auto is native for one rank"):
         assert said in done.stdout.lower(), said
 
 

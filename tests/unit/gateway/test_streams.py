@@ -406,7 +406,7 @@ async def test_a_draining_gateway_is_not_ready_and_lets_streams_finish(tokenizer
 
 
 async def test_the_fleet_page_shows_each_replica_and_metrics_count_tokens(tokenizer: Tokenizer) -> None:
-    front = FakeFront(replicas=[FakeReplica(state="recovering", worker_restarts=3, worker_pid=77)])
+    front = FakeFront(replicas=[FakeReplica(state="recovering", worker_restarts=3, worker_pid=77, numerics="native/x")])
     async with serving(tokenizer, front) as gateway:
         client = gateway.client()
         answer = await client.completions.create(
@@ -419,7 +419,8 @@ async def test_the_fleet_page_shows_each_replica_and_metrics_count_tokens(tokeni
     assert answer.usage is not None
     assert isinstance(fleet, dict)
     assert fleet["state"] == "recovering"
-    assert fleet["replicas"][0] | {"worker_pid": 77, "worker_restarts": 3} == fleet["replicas"][0]
+    said = {"worker_pid": 77, "worker_restarts": 3, "numerics": "native/x"}
+    assert fleet["replicas"][0] | said == fleet["replicas"][0]
     assert 'llmscale:generation_tokens_total{model_name="tiny"} 5.0' in text
     assert f'llmscale:prompt_tokens_total{{model_name="tiny"}} {answer.usage.prompt_tokens}.0' in text
     assert 'llmscale:request_success_total{finished_reason="length",model_name="tiny"} 1.0' in text

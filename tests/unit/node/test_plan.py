@@ -15,7 +15,7 @@ import torch
 from llmscale import machine
 from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError
-from llmscale.node.plan import ReplicaPlan, check_kv_dtype, plan_replica
+from llmscale.node.plan import ReplicaPlan, check_kv_dtype, choose_executor, plan_replica
 from llmscale.parallel.layout import HostLayout
 from tests.models_support import write_random_checkpoint
 
@@ -98,6 +98,30 @@ def test_the_configuration_has_one_digest_in_every_process() -> None:
     assert printed == {plan_replica(settings).configuration_digest.hex().encode()}
     other = plan_replica(NodeSettings(model="tiny-chat", listen="tcp://127.0.0.1:0"))
     assert other.configuration_digest.hex().encode() not in printed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "ranks", "refusal", "chosen"),
+    [
+        ("auto", "cpu", 1, None, ("native", "auto is native for one rank on the CPU")),
+        ("native", "cpu", 1, None, ("native", "as executor (--executor) says")),
+        ("torch", "cpu", 1, None, ("torch", "as executor (--executor) says")),
+        ("torch", "cpu", 1, "it cannot", ("torch", "as executor (--executor) says")),
+        ("auto", "cpu", 1, "it cannot read these scales", ("torch", "it cannot read these scales")),
+        ("auto", "cpu", 2, None, ("torch", "the native executor runs one rank, not 2")),
+        ("auto", "cuda", 1, None, ("torch", "the native executor computes on the CPU, not on cuda")),
+    ],
+)
+def test_an_executor_is_chosen_with_a_reason(
+    wanted: str, device: str, ranks: int, refusal: str | None, chosen: tuple[str, str]
+) -> None:
+    assert choose_executor(wanted, device, ranks, refusal) == chosen
+
+
+def test_a_plan_says_how_weights_are_held_once_they_are_loaded() -> None:
+    settings = NodeSettings(model="tiny-chat", listen="")
+    assert plan_replica(settings).quantization_label == "none"
+    assert plan_replica(replace(settings, quantization="int4-64")).quantization_label == "int4-g64"
 
 
 def test_keys_and_values_are_bytes_only_where_something_reads_them_so() -> None:
