@@ -30,7 +30,7 @@ _FAILURES: Final[dict[str, tuple[type[errors.LlmscaleError], str]]] = {
     "aborted": (errors.Cancelled, "the request was cancelled"),
     "deadline_exceeded": (
         errors.DeadlineExceeded,
-        "the request did not finish before its deadline; shorten it or retry later",
+        "the request did not finish within {deadline}; shorten it or retry later",
     ),
     "request_poisoned": (
         errors.RequestPoisoned,
@@ -68,10 +68,11 @@ class Delivery(Protocol):
     def restarts(self) -> int: ...
 
 
-def failure(reason: str) -> errors.LlmscaleError:
-    """The error that a finish reason other than "stop" and "length" stands for."""
+def failure(reason: str, deadline: str = "its deadline") -> errors.LlmscaleError:
+    """The error that a finish reason other than "stop" and "length" stands for. `deadline` is how long the request had,
+    and who says so: whoever made the request knows."""
     kind, message = _FAILURES.get(reason, (errors.RequestFailed, f"the request ended with {reason!r}"))
-    return kind(message)
+    return kind(message.replace("{deadline}", deadline))
 
 
 def ranked(

@@ -78,11 +78,7 @@ class AsyncStream:
             return await self._next()
         except TimeoutError as error:
             self.cancel()
-            raise self._late() from error
-        except errors.DeadlineExceeded as error:
-            self._ended = True
-            # The server's clock was a little faster with the same limit.
-            raise (self._late() if self._call.timeout_seconds is not None else error) from error
+            raise self._call.late() from error
         except BaseException:
             self.cancel()
             raise
@@ -103,11 +99,6 @@ class AsyncStream:
         if not chunks:
             self._ended = True
         return chunks
-
-    def _late(self) -> errors.ClientTimeout:
-        return errors.ClientTimeout(
-            f"no complete answer within {self._call.timeout_seconds:g} s (timeout); the request was cancelled"
-        )
 
     async def __anext__(self) -> StreamChunk:
         if not self._waiting:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmscale.client.wire import CLASSES
-from llmscale.errors import InvalidField
+from llmscale.errors import ClientTimeout, InvalidField
 from llmscale.types import SamplingParams
 
 Message = Mapping[str, Any]
@@ -45,6 +45,12 @@ class Call:
     def prompt_text(self) -> str | None:
         """The prompt, if it is a text."""
         return self.prompt if isinstance(self.prompt, str) else None
+
+    def late(self) -> ClientTimeout:
+        """The error of an answer that was not there within `timeout_seconds`."""
+        return ClientTimeout(
+            f"no complete answer within {self.timeout_seconds:g} s (timeout); the request was cancelled"
+        )
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

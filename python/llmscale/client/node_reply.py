@@ -50,6 +50,7 @@ class NodeReply:
         self.assembly = Assembly(call.prompt_text, tuple(self.prompt))
         self._max_tokens = _max_tokens(self.params, len(self.prompt), limits.max_sequence_tokens)
         self._eos = frozenset(limits.eos_tokens)
+        self._call = call
         self._id = request_id
         self._tokenizer = tokenizer
         self._seed = secrets.randbits(64) if self.params.seed is None else self.params.seed & ((1 << 64) - 1)
@@ -96,7 +97,9 @@ class NodeReply:
             sequence.ended = True
             self._remaining -= 1
             if reason not in ENDED_WELL:
-                self.error = failure(reason)
+                # A node has no deadline of its own: its clock was a little faster than the client's.
+                is_late = reason == "deadline_exceeded" and self._call.timeout_seconds is not None
+                self.error = self._call.late() if is_late else failure(reason)
                 return kept
         self._chunks.append(self._chunk(sequence, tokens, delivery, reason))
         if self._remaining == 0:

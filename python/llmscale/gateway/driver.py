@@ -26,8 +26,9 @@ _log = get_logger("llmscale.gateway")
 class FrontDriver:
     """All live requests of this process. Use from the event loop only."""
 
-    def __init__(self, front: Front, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, front: Front, loop: asyncio.AbstractEventLoop, max_request_seconds: float) -> None:
         self._front = front
+        self._max_request_seconds = max_request_seconds
         self._loop = loop
         self._live: dict[int, tuple[Choice, Reply, RequestMetrics]] = {}
         self._replies: set[Reply] = set()
@@ -53,14 +54,19 @@ class FrontDriver:
         prompt: Sequence[int],
         sampling: Any,
         priority: str,
-        timeout_us: int,
     ) -> None:
         """Starts one choice. When it is refused, the reply's other choices are cancelled and the error goes on."""
         if self._closed:
             raise Unavailable("this gateway is shutting down; retry on another one")
         try:
             choice.request = self._front.submit(
-                tenant, metrics.model, prompt, sampling, priority=priority, timeout_us=timeout_us, detached=False
+                tenant,
+                metrics.model,
+                prompt,
+                sampling,
+                priority=priority,
+                timeout_us=int(self._max_request_seconds * 1e6),
+                detached=False,
             )
         except UnknownModel as error:
             self.abandon(reply)
@@ -145,7 +151,7 @@ class FrontDriver:
             self._front.cancel(delivery.request, at_token=keep)
         metrics.finished(choice, reason)
         if reason not in ENDED_WELL:
-            reply.error = failure(reason)
+            reply.error = failure(reason, f"{self._max_request_seconds:g} s (max_request_seconds of the gateway)")
             self.abandon(reply)
         elif reply.remaining == 0:
             self._replies.discard(reply)

@@ -175,7 +175,6 @@ def _submit(services: Services, job: _Job, reply: Reply) -> None:
                 prompt=prompt,
                 sampling=sampling,
                 priority=job.priority,
-                timeout_us=int(services.limits.max_request_seconds * 1e6),
             )
             index += 1
         metrics.admitted(job.tenant, len(prompt))

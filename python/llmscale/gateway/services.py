@@ -60,7 +60,7 @@ class Services:
     def open(self) -> None:
         """Joins the event loop."""
         loop = asyncio.get_running_loop()
-        self._driver = FrontDriver(self.front, loop)
+        self._driver = FrontDriver(self.front, loop, self.limits.max_request_seconds)
         self._sweeper = Sweeper(self.metrics, loop)
         self._watch.start(loop)
         # One thread: it exists to keep the event loop responsive, not to use a second core.

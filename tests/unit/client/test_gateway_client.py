@@ -80,6 +80,17 @@ async def test_a_timeout_is_typed_and_cancels(tokenizer):
         await until(lambda: not front.live)
 
 
+async def test_a_gateway_that_has_less_time_than_the_caller_names_its_own_limit(tokenizer):
+    front = FakeFront(automatic=False)
+    limits = GatewayLimits(max_request_seconds=2.5, max_drain_seconds=1)
+    async with serving(tokenizer, front, limits=limits) as server, AsyncClient(server.url) as client:
+        asking = asyncio.create_task(client.generate("hello", ENDLESS, timeout=3_600))
+        await until(lambda: front.live)
+        front.fail(1, "deadline_exceeded")
+        with pytest.raises(errors.DeadlineExceeded, match=r"within 2\.5 s \(max_request_seconds of the gateway\)"):
+            await asking
+
+
 async def test_a_cancelled_task_cancels_its_request(tokenizer):
     front = FakeFront(automatic=False)
     async with serving(tokenizer, front) as server, AsyncClient(server.url) as client:
