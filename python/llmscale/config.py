@@ -35,6 +35,22 @@ MOST_NODE_SILENCE_SECONDS = 600.0
 USUAL_EJECTION_SECONDS = 5.0
 LEAST_EJECTION_SECONDS = 0.1
 MOST_EJECTION_SECONDS = 600.0
+# Rows of all steps that may be in flight, which are two, or one per pipeline stage: the core's MAX_ROWS_IN_FLIGHT.
+MAX_ROWS_IN_FLIGHT = 1 << 15
+MAX_SEQUENCES = MAX_ROWS_IN_FLIGHT // 2
+MAX_STEP_TOKENS = 1 << 20
+# What `LLM` and fleet files call settings that have another name within, and so the option.
+_OPTIONS = {
+    "max_sequence_tokens": "max_model_len",
+    "max_sequences": "max_num_seqs",
+    "max_step_tokens": "max_num_batched_tokens",
+}
+
+
+def setting_name(name: str) -> str:
+    """A setting of a node as errors name it: with the words that whoever set it has used, where these are others."""
+    option = _OPTIONS.get(name)
+    return name if option is None else f"{name} ({option}, --{option.replace('_', '-')})"
 
 
 def check_threads(threads: int | None) -> None:
@@ -129,18 +145,14 @@ class NodeSettings:
         ):
             # Not `<= 0`, which a NaN passes.
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}, it must be above 0")
+                raise ConfigError(f"{setting_name(name)} is {getattr(self, name)}, it must be above 0")
+        self._check_steps()
         check_threads(self.threads)
         if self.cpus is not None and self.cpus < 1:
             raise ConfigError(f"cpus is {self.cpus}, it must be 1 or more")
         if self.first_device < 0:
             raise ConfigError(f"first_device is {self.first_device}, it must be 0 or more")
         self._check_tiers()
-        if self.max_step_seconds > MAX_STEP_SECONDS:
-            raise ConfigError(f"max_step_seconds is {self.max_step_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
-        if not 0 <= self.step_target_milliseconds <= MAX_STEP_TARGET_MILLISECONDS:
-            limit = f"0, for no bound, to {MAX_STEP_TARGET_MILLISECONDS:g}"
-            raise ConfigError(f"step_target_milliseconds is {self.step_target_milliseconds:g}, it must be {limit}")
         if self.max_join_seconds > MAX_STEP_SECONDS:
             raise ConfigError(f"max_join_seconds is {self.max_join_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
         if not 0 <= self.max_saving_seconds <= MAX_DRAIN_SECONDS:
@@ -148,6 +160,16 @@ class NodeSettings:
             raise ConfigError(f"max_saving_seconds is {self.max_saving_seconds:g}, it must be {limit}")
         if (self.key_file is None) != (self.allow_list is None):
             raise ConfigError("key_file and allow_list belong together: set both, or neither to stay on loopback")
+
+    def _check_steps(self) -> None:
+        for name, most in (("max_sequences", MAX_SEQUENCES), ("max_step_tokens", MAX_STEP_TOKENS)):
+            if getattr(self, name) > most:
+                raise ConfigError(f"{setting_name(name)} is {getattr(self, name):,}, it must be at most {most:,}")
+        if self.max_step_seconds > MAX_STEP_SECONDS:
+            raise ConfigError(f"max_step_seconds is {self.max_step_seconds:g}, it must be at most {MAX_STEP_SECONDS:g}")
+        if not 0 <= self.step_target_milliseconds <= MAX_STEP_TARGET_MILLISECONDS:
+            limit = f"0, for no bound, to {MAX_STEP_TARGET_MILLISECONDS:g}"
+            raise ConfigError(f"step_target_milliseconds is {self.step_target_milliseconds:g}, it must be {limit}")
 
     def _check_tiers(self) -> None:
         if self.kv_host_bytes is not None and self.kv_host_bytes < 0:

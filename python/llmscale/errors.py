@@ -66,9 +66,10 @@ class InvalidField(RequestError):
 
 
 class RequestTooLong(RequestError):
-    """Prompt and output together exceed the longest sequence."""
+    """Prompt and output together exceed the longest sequence. Messages name its `setting`, which is the server's."""
 
     code = "request_too_long"
+    setting = "max_sequence_tokens, the server's --max-model-len"
 
 
 class PromptTemplateError(RequestError):

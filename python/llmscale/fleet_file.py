@@ -24,8 +24,10 @@ from llmscale.config import (
     MAX_DRAIN_SECONDS,
     MAX_NODES,
     MAX_REPLICAS,
+    MAX_SEQUENCES,
     MAX_STEP_SECONDS,
     MAX_STEP_TARGET_MILLISECONDS,
+    MAX_STEP_TOKENS,
     MAX_THREADS,
     MOST_EJECTION_SECONDS,
     MOST_NODE_SILENCE_SECONDS,
@@ -65,8 +67,8 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     kv_dtype: Annotated[str, Meta(pattern=f"^({'|'.join(KV_DTYPES)})\\Z")] = "auto"
     """What keys and values are kept as; auto: as the activations."""
     max_model_len: Annotated[int, Meta(ge=2, le=2 << 20)] | None = None
-    max_num_seqs: Annotated[int, Meta(ge=1, le=1 << 14)] = 256
-    max_num_batched_tokens: _Count = 512
+    max_num_seqs: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 256
+    max_num_batched_tokens: Annotated[int, Meta(ge=1, le=MAX_STEP_TOKENS)] = 512
     max_step_seconds: Annotated[float, Meta(gt=0, le=MAX_STEP_SECONDS)] = 120.0
     step_target_milliseconds: Annotated[float, Meta(ge=0, le=MAX_STEP_TARGET_MILLISECONDS)] = 20.0
     """What a prompt may add to a step that streams wait for; 0 for no bound."""

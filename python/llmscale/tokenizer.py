@@ -184,7 +184,7 @@ class Tokenizer:
         size = len(text.encode(errors="surrogatepass"))
         if size > limit:
             raise RequestTooLong(
-                f"the prompt has {size} bytes, which cannot fit into {max_tokens} tokens (max_sequence_tokens);"
+                f"the prompt has {size} bytes, which cannot fit into {max_tokens} tokens ({RequestTooLong.setting});"
                 " shorten the prompt",
                 field=field,
             )

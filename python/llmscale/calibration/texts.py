@@ -28,9 +28,13 @@ class TextLimits:
 
 def calibration_texts(source: str, tokenizer: TextEncoder, limits: TextLimits, seed: int) -> list[tuple[int, ...]]:
     """Token ids of the texts of `source`, a path or BUILT_IN. Raises ConfigError."""
-    for name in ("max_sequences", "max_sequence_tokens", "max_tokens"):
+    for name, option in (
+        ("max_sequences", " (--calibration-samples)"),
+        ("max_sequence_tokens", ""),
+        ("max_tokens", " (--calibration-tokens)"),
+    ):
         if getattr(limits, name) < 1:
-            raise ConfigError(f"{name} of the calibration is {getattr(limits, name):,}, it must be at least 1")
+            raise ConfigError(f"{name}{option} of the calibration is {getattr(limits, name):,}, it must be at least 1")
     found: list[tuple[int, ...]] = []
     left = limits.max_tokens
     for sample in _samples(source, limits, seed):

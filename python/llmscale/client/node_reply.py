@@ -182,6 +182,6 @@ def _max_tokens(params: SamplingParams, prompt_tokens: int, max_sequence_tokens:
     if wanted > room:
         raise errors.RequestTooLong(
             f"the request needs {prompt_tokens} tokens for the prompt and {wanted} for the answer, the limit is"
-            f" {max_sequence_tokens} (max_sequence_tokens); shorten the prompt or lower max_tokens"
+            f" {max_sequence_tokens} ({errors.RequestTooLong.setting}); shorten the prompt or lower max_tokens"
         )
     return wanted

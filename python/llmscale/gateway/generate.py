@@ -140,7 +140,7 @@ def _submit(services: Services, job: _Job, reply: Reply) -> None:
             answer = max(most, 1)
             raise RequestTooLong(
                 f"the request needs {len(prompt)} tokens for the prompt and {answer} for the answer,"
-                f" the limit is {job.model.max_sequence_tokens} (max_sequence_tokens);"
+                f" the limit is {job.model.max_sequence_tokens} ({RequestTooLong.setting});"
                 " shorten the prompt or lower max_tokens",
                 field="max_tokens" if params.max_tokens is not None else None,
             )
@@ -271,7 +271,8 @@ def _check_ids(prompt: list[int], model: ServedModel) -> list[int]:
         raise InvalidField("prompt has no tokens, at least 1 is needed", field="prompt")
     if len(prompt) > model.max_sequence_tokens:
         raise RequestTooLong(
-            f"the prompt has {len(prompt)} tokens, the limit is {model.max_sequence_tokens} (max_sequence_tokens)",
+            f"the prompt has {len(prompt)} tokens, the limit is {model.max_sequence_tokens} ({RequestTooLong.setting});"
+            " shorten it",
             field="prompt",
         )
     largest = max(prompt)

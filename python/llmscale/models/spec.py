@@ -239,14 +239,15 @@ class ModelSpec:
     def sequence_limit(self, requested_tokens: int | None) -> int:
         """The longest sequence to serve: the model's own, or a lower one that was asked for.
 
-        Raises ConfigError if more is asked for than the model defines.
+        Raises ConfigError if more is asked for than the model defines, or less than a prompt and an answer.
         """
         if requested_tokens is None:
             return self.max_sequence_tokens
         if not 2 <= requested_tokens <= self.max_sequence_tokens:
+            advice = "more" if requested_tokens < 2 else "less, or serve a model with a longer context"
             raise ConfigError(
-                f"max_sequence_tokens is {requested_tokens:,}, but this model allows 2 to {self.max_sequence_tokens:,} "
-                f"({self.max_sequence_reason}). Ask for less, or serve a model with a longer context."
+                f"max_sequence_tokens (max_model_len, --max-model-len) is {requested_tokens:,}, but this model allows 2"
+                f" to {self.max_sequence_tokens:,} ({self.max_sequence_reason}). Ask for {advice}."
             )
         return requested_tokens
 

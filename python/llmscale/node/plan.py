@@ -13,7 +13,7 @@ import msgspec
 
 from llmscale import machine
 from llmscale._core import EngineLimits
-from llmscale.config import NodeSettings
+from llmscale.config import MAX_ROWS_IN_FLIGHT, NodeSettings, setting_name
 from llmscale.devices.registry import choose, cuda_devices
 from llmscale.errors import ConfigError
 from llmscale.extras import NODE_PACKAGES, lacking
@@ -133,8 +133,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         max_sequences=settings.max_sequences,
         max_step_tokens=max(settings.max_step_tokens, settings.max_sequences),
         eos_tokens=list(description.defaults.eos_token_ids),
-        # Two steps of one group hide the engine's part of a step; stages need a group each.
-        max_steps_in_flight=max(2, settings.pipeline_parallel_size),
+        max_steps_in_flight=_steps_in_flight(settings),
         groups=settings.pipeline_parallel_size,
     )
     return ReplicaPlan(
@@ -158,6 +157,17 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         executor_reason=executor_reason,
         quantization_label="none" if spec.quantization is None else spec.quantization.label,
     )
+
+
+def _steps_in_flight(settings: NodeSettings) -> int:
+    """Two steps of one group hide the engine's part of a step; stages need a group each."""
+    steps = max(2, settings.pipeline_parallel_size)
+    if settings.max_sequences > (most := MAX_ROWS_IN_FLIGHT // steps):
+        raise ConfigError(
+            f"{setting_name('max_sequences')} is {settings.max_sequences:,}, it must be at most {most:,} where"
+            f" {steps} stages have a step in flight each; lower it, or use fewer stages"
+        )
+    return steps
 
 
 def choose_executor(wanted: str, device: str, ranks: int, model_refusal: str | None) -> tuple[str, str]:
@@ -215,7 +225,7 @@ def _longest_sequence(
     131,072 tokens take 17 GB, and a laptop was refused after all weights had been read."""
     longest = spec.sequence_limit(settings.max_sequence_tokens)
     if settings.max_sequence_tokens is not None:
-        return longest, "as max_sequence_tokens (--max-model-len) says"
+        return longest, f"as {setting_name('max_sequence_tokens')} says"
     if settings.kv_cache_bytes is None and device_bytes is None:
         fitting = max(_share_of_blocks(settings, block_bytes) * BLOCK_TOKENS, LEAST_SEQUENCE_TOKENS)
         if fitting < longest:
@@ -240,7 +250,7 @@ def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens:
             raise ConfigError(
                 f"kv_cache_bytes is {settings.kv_cache_bytes:,}, which holds {blocks:,} blocks; one sequence of"
                 f" {max_sequence_tokens:,} tokens needs {needed:,} ({needed * block_bytes:,} bytes); raise it or lower"
-                " max_sequence_tokens"
+                f" {setting_name('max_sequence_tokens')}"
             )
         return blocks
     if device_bytes is not None:

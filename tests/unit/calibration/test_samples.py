@@ -124,5 +124,9 @@ def test_calibration_texts_keep_within_their_limits(tokenizer: Tokenizer, tmp_pa
     assert max(map(len, texts)) == 30
     path = write(tmp_path / "a", *({"text": f"A fox number {number}"} for number in range(9)))
     assert len(calibration_texts(str(path), tokenizer, TextLimits(max_sequences=4), 0)) == 4
-    with pytest.raises(ConfigError, match="max_tokens of the calibration is 0, it must be at least 1"):
+    with pytest.raises(
+        ConfigError, match=r"max_tokens \(--calibration-tokens\) of the calibration is 0, it must be at least 1"
+    ):
         calibration_texts("builtin", tokenizer, TextLimits(max_tokens=0), 0)
+    with pytest.raises(ConfigError, match=r"max_sequences \(--calibration-samples\) of the calibration is 0"):
+        calibration_texts("builtin", tokenizer, TextLimits(max_sequences=0), 0)

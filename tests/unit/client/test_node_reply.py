@@ -1,5 +1,7 @@
 """What a node's answer becomes without a tokenizer, and how it ends badly."""
 
+import pytest
+
 from llmscale import errors
 from llmscale.client import wire
 from llmscale.client.calls import Call
@@ -37,3 +39,11 @@ def test_a_node_that_ends_an_answer_without_a_timeout_for_its_time_is_believed()
     late.started(7, 0)
     late.accept(Delivery(7, 0, finish_reason="deadline_exceeded"))
     assert isinstance(late.error, errors.DeadlineExceeded)
+
+
+def test_an_answer_that_does_not_fit_names_the_setting_of_the_node():
+    reply(max_tokens=126)
+    with pytest.raises(
+        errors.RequestTooLong, match=r"the limit is 128 \(max_sequence_tokens, the server's --max-model-len\)"
+    ):
+        reply(max_tokens=127)

@@ -165,6 +165,17 @@ async def test_a_bad_field_of_a_chat_is_refused_by_name(gateway: Gateway, fields
     assert param is None or error["param"] == param
 
 
+@pytest.mark.parametrize(
+    "fields", [{"prompt": [3] * 5_000}, {"prompt": "x", "max_tokens": 4_096}], ids=["ids", "answer"]
+)
+async def test_a_request_that_is_too_long_names_the_setting_of_the_server(
+    gateway: Gateway, fields: dict[str, Any]
+) -> None:
+    error = await refused(gateway, "/v1/completions", json.dumps({**COMPLETION, **fields}).encode())
+    assert error["code"] == "request_too_long"
+    assert "the limit is 4096 (max_sequence_tokens, the server's --max-model-len); shorten" in error["message"]
+
+
 @pytest.mark.parametrize(("fields", "param"), BAD_COMPLETIONS, ids=lambda value: str(value)[:40])
 async def test_a_bad_field_of_a_completion_is_refused_by_name(
     gateway: Gateway, fields: dict[str, Any], param: str

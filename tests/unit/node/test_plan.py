@@ -118,6 +118,13 @@ def test_an_executor_is_chosen_with_a_reason(
     assert choose_executor(wanted, device, ranks, refusal) == chosen
 
 
+def test_stages_lower_the_most_sequences_by_the_name_that_the_option_has() -> None:
+    settings = NodeSettings(model="tiny-chat", listen="", pipeline_parallel_size=3, max_sequences=32_768 // 3)
+    plan_replica(settings)
+    with pytest.raises(ConfigError, match=r"--max-num-seqs\) is 10,923, it must be at most 10,922 where 3 stages"):
+        plan_replica(replace(settings, max_sequences=10_923))
+
+
 def test_a_plan_says_how_weights_are_held_once_they_are_loaded() -> None:
     settings = NodeSettings(model="tiny-chat", listen="")
     assert plan_replica(settings).quantization_label == "none"
