@@ -33,6 +33,7 @@ from llmscale.models.quantizer import (
 )
 from llmscale.models.registry import ModelDescription
 from llmscale.models.spec import BlockSpec, RopeSpec, WeightSpec
+from llmscale.models.tied_tables import refuse_different_tables
 from llmscale.quant.layouts import Layout
 from llmscale.quant.method import GriddedMethod, gridded_method_for
 from llmscale.quant.weight import QuantizedWeight
@@ -123,6 +124,7 @@ class _Run:
         self._options = options
         self._checkpoint = open_checkpoint(model.folder)
         match_tensors(model.spec, self._checkpoint)
+        refuse_different_tables(model.spec, self._checkpoint)
         self._shards = Shards(making)
         self._tables: dict[tuple[RopeSpec, int], RopeTable] = {}
 

@@ -23,6 +23,7 @@ from llmscale.models.open_files import OpenFiles
 from llmscale.models.shard import RankModel, TensorSlice, whole_model
 from llmscale.models.spec import ModelSpec, TensorSpec, WeightSpec
 from llmscale.models.stored import stored_weights
+from llmscale.models.tied_tables import refuse_different_tables
 from llmscale.quant.layouts import Cut, whole_cut
 from llmscale.quant.method import method_for
 from llmscale.quant.weight import QuantizedWeight, stacked
@@ -81,14 +82,12 @@ def load_weights(
     options = options or LoadOptions()
     checkpoint = open_checkpoint(folder)
     match_tensors(spec, checkpoint)
+    refuse_different_tables(spec, checkpoint)
     dtype = getattr(torch, compute_dtype(options.dtype, spec, checkpoint, options.device.type))
     assert isinstance(dtype, torch.dtype)
     reading = _Reading(part or whole_model(spec), spec, checkpoint, options)
     with reading.files:
         tensors, quantized = reading.run(dtype)
-        embedding_name, tied_name = spec.embedding.parts[0].name, spec.head.tied_name
-        if tied_name is not None and {embedding_name, tied_name} <= checkpoint.tensors.keys():
-            _check_tied(reading.files, embedding_name, tied_name)
     return Weights(tensors, dtype, weights_fingerprint(checkpoint), quantized)
 
 
@@ -217,17 +216,3 @@ def _on_device(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight
         zeros=moved(weight.zeros),
         order=moved(weight.order),
     )
-
-
-def _check_tied(files: OpenFiles, embedding_name: str, head_name: str) -> None:
-    """A tied checkpoint that stores both tables must store the same twice.
-
-    Releases of transformers disagree on what two different tables mean (4 ties regardless, 5 does not tie), so neither
-    is right.
-    """
-    tables = [files.read(name, ()) for name in (embedding_name, head_name)]
-    if not torch.equal(tables[0], tables[1].to(tables[0].dtype)):
-        raise InvalidCheckpoint(
-            f"config.json ties the head to the embedding, but {head_name!r} and {embedding_name!r} differ. Set "
-            "tie_word_embeddings to false in config.json, or remove the one that is wrong."
-        )

@@ -34,6 +34,7 @@ from llmscale.models.checkpoint import (
 from llmscale.models.config import CONFIG_NAME
 from llmscale.models.open_files import OpenFiles
 from llmscale.models.registry import ModelDescription, describe_model
+from llmscale.models.tied_tables import refuse_different_tables
 from llmscale.quant.layouts import Fp8Scales, Int4Layout, Layout, compressed_fp8, compressed_int4, compressed_int8
 from llmscale.quant.method import QuantMethod, method_for
 from llmscale.quant.weight import QuantizedWeight
@@ -121,6 +122,7 @@ def projections(model: ModelDescription) -> set[str]:
 def _write_weights(model: ModelDescription, making: Path, method: QuantMethod, progress: Progress | None) -> Written:
     checkpoint = open_checkpoint(model.folder)
     match_tensors(model.spec, checkpoint)
+    refuse_different_tables(model.spec, checkpoint)
     chosen = projections(model)
     shards = Shards(making)
     with OpenFiles(checkpoint, list(checkpoint.tensors), progress) as files:

@@ -18,6 +18,7 @@ from llmscale.models.native import WeightPlaces, native_refusal
 from llmscale.models.registry import describe_model
 from llmscale.models.rope import inverse_frequencies
 from llmscale.models.spec import ModelSpec
+from llmscale.models.tied_tables import refuse_different_tables
 from llmscale.worker.host_tier import CopySource
 from llmscale.worker.kv_layout import KvLayout, kv_layout_of, require_room
 from llmscale.worker.runner import RunnerOptions, make_copies, open_tiers
@@ -54,6 +55,7 @@ class NativeRunner:
         spec = description.spec
         checkpoint = open_checkpoint(description.folder)
         match_tensors(spec, checkpoint)
+        refuse_different_tables(spec, checkpoint)
         refusal = native_refusal(spec, checkpoint)
         if refusal is not None or self.place.ranks > 1:
             raise ConfigError(f"{refusal or 'the native executor runs one rank'}; use --executor torch")
