@@ -21,7 +21,7 @@ from llmscale.models.gguf_header import read_gguf_header
 
 PAGES = 64
 PAGE_BYTES = 4_096
-SCHEME = b"gguf-import-1"
+SCHEME = b"gguf-import-2"
 """Another one whenever an import gives other bytes."""
 MAX_IMPORT_SECONDS = 4 * 3_600.0
 _log = logging.getLogger(__name__)

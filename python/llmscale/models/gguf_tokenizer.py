@@ -18,25 +18,26 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+"""llama.cpp's names for the tokenizer of Llama 3. It begins every text with the token for that where a file does not
+say whether it should, and files of these models mostly do not."""
 SPLITS: dict[str, str | None] = {
-    "llama-bpe": _LLAMA3,
+    **dict.fromkeys(LLAMA3, _LLAMA3),
     "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
     "gpt-2": None,
 }
 """Pattern by the file's name for it; None for that of GPT-2, which the library has."""
 NORMALIZED = ("qwen2",)
-WITH_MERGES_IGNORED = ("llama-bpe",)
 
 
 def tokenizer_files(metadata: Mapping[str, Value], shown: str) -> dict[str, dict[str, object]]:
     """The content of tokenizer.json and tokenizer_config.json by name. Raises InvalidTokenizer."""
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or split not in SPLITS:
+    if kind != "gpt2" or not isinstance(split, str) or split not in SPLITS:
         raise _refusal(
             f"{shown} has a tokenizer {str(kind)[:40]!r} that splits as {str(split)[:40]!r}; converted are"
             f" gpt2 tokenizers that split as {', '.join(SPLITS)}"
         )
-    assert isinstance(split, str)
     tokens = _strings(metadata, "tokenizer.ggml.tokens", shown)
     merges = [merge.split(" ") for merge in _strings(metadata, "tokenizer.ggml.merges", shown)]
     if len(set(tokens)) != len(tokens) or any(len(merge) != 2 for merge in merges):
@@ -48,7 +49,7 @@ def tokenizer_files(metadata: Mapping[str, Value], shown: str) -> dict[str, dict
         "added_tokens": _added(metadata, tokens, shown),
         "normalizer": {"type": "NFC"} if split in NORMALIZED else None,
         "pre_tokenizer": _splitting(SPLITS[split]),
-        "post_processor": _beginning(metadata, tokens, shown),
+        "post_processor": _beginning(metadata, split, tokens, shown),
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -58,7 +59,7 @@ def tokenizer_files(metadata: Mapping[str, Value], shown: str) -> dict[str, dict
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": split in WITH_MERGES_IGNORED,
+            "ignore_merges": split in LLAMA3,
             "vocab": {token: place for place, token in enumerate(tokens)},
             "merges": merges,
         },
@@ -94,10 +95,10 @@ def _splitting(pattern: str | None) -> dict[str, object]:
     return {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]}
 
 
-def _beginning(metadata: Mapping[str, Value], tokens: list[str], shown: str) -> dict[str, object] | None:
+def _beginning(metadata: Mapping[str, Value], split: str, tokens: list[str], shown: str) -> dict[str, object] | None:
     """What puts the token before every text that a model wants there."""
     token = _named(metadata, "bos", tokens, shown)
-    if metadata.get("tokenizer.ggml.add_bos_token") is not True or token is None:
+    if metadata.get("tokenizer.ggml.add_bos_token", split in LLAMA3) is not True or token is None:
         return None
     first, text = {"SpecialToken": {"id": token, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 0}}

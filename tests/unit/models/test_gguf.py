@@ -148,11 +148,39 @@ def test_the_vocabulary_gives_the_ids_of_the_original(tmp_path: Path) -> None:
     import_gguf(file, tmp_path / "out")
     tokenizer = Tokenizer(tmp_path / "out", vocabulary=320)
     for text in TEXTS:
-        assert tokenizer.encode(text) == original.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode_part(text) == original.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eos_token_ids == (1,)
     assert tokenizer.control_ids == {"<|begin|>": 0, "<|end|>": 1, "<|turn|>": 2}
     assert tokenizer.encode_chat([{"role": "user", "content": "fox"}])[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("split", "said", "first"),
+    [
+        ("llama-bpe", {}, [0]),
+        ("llama3", {}, [0]),
+        ("llama-v3", {}, [0]),
+        ("llama-bpe", {"tokenizer.ggml.add_bos_token": False}, []),
+        ("qwen2", {}, []),
+        ("qwen2", {"tokenizer.ggml.add_bos_token": True}, [0]),
+    ],
+)
+def test_a_prompt_begins_as_llama_cpp_has_it_where_a_file_does_not_say(
+    split: str, said: dict[str, object], first: list[int], tmp_path: Path
+) -> None:
+    file, _ = made(tmp_path, split=split, metadata=said)
+    import_gguf(file, tmp_path / "out")
+    tokenizer = Tokenizer(tmp_path / "out")
+    assert tokenizer.encode("fox") == first + tokenizer.encode_part("fox")
+    assert tokenizer.encode_chat([{"role": "user", "content": "fox"}])[0] == 2, "a template says it itself"
+
+
+@pytest.mark.parametrize("split", [["llama-bpe"], 7, True])
+def test_a_way_to_split_that_is_no_name_is_refused(split: Any) -> None:
+    metadata = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": split}
+    with pytest.raises(InvalidTokenizer, match="that splits as"):
+        tokenizer_files(metadata, "model.gguf")
 
 
 def test_a_file_is_served_as_the_folder_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
