@@ -1,6 +1,6 @@
 """Text to token ids and back: the only place that sees both.
 
-`Tokenizer` reads a model folder (tokenizer.json, tokenizer_config.json, generation_config.json, chat template), encodes
+`Tokenizer` reads a model folder (tokenizer.json, tokenizer_config.json, the configs' ids, chat template), encodes
 prompts in time linear in their bytes, which are bounded before, and renders chats so that control ids come from the
 template alone: text from a request is never parsed for special tokens. `Detokenizer` turns one stream of ids into text
 in O(1) per token. Nothing here knows of HTTP, of engines or of torch.
@@ -20,11 +20,11 @@ import tokenizers
 
 from llmscale.chat_template import ChatTemplate
 from llmscale.detokenizer import Detokenizer
+from llmscale.end_tokens import end_token_ids
 from llmscale.errors import InvalidTokenizer, PromptTemplateError, RequestTooLong
 from llmscale.template_budget import DEFAULT_LIMITS, TemplateLimits
+from llmscale.tokenizer_json import MAX_SETTINGS_BYTES, read_definition, read_settings, token_text
 
-_MAX_TOKENIZER_FILE_BYTES: Final = 256 << 20
-_MAX_CONFIG_FILE_BYTES: Final = 8 << 20
 _LARGE_TEXT: Final = 2_048
 _NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_FALLBACK: Final = re.compile(r"<0x([0-9A-F]{2})>")
@@ -42,30 +42,6 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
 
 
-def _read_json(path: Path, max_bytes: int) -> dict[str, Any]:
-    size = path.stat().st_size
-    if size > max_bytes:
-        raise InvalidTokenizer(f"{path.name} has {size} bytes, the limit is {max_bytes}")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InvalidTokenizer(f"{path.name} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidTokenizer(f"{path.name} must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
-def _read_optional_json(path: Path) -> dict[str, Any]:
-    return _read_json(path, _MAX_CONFIG_FILE_BYTES) if path.is_file() else {}
-
-
-def _token_text(value: object) -> str | None:
-    """A token as tokenizer_config.json writes it: a text, or an object with its text."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) and value else None
-
-
 class Tokenizer:
     """The tokenizer of one model folder. Thread-safe after construction.
 
@@ -78,11 +54,10 @@ class Tokenizer:
             raise InvalidTokenizer(
                 f"{folder} has no tokenizer.json; convert the tokenizer with the transformers library"
             )
-        definition = _read_json(path, _MAX_TOKENIZER_FILE_BYTES)
-        settings = _read_optional_json(folder / "tokenizer_config.json")
-        generation = _read_optional_json(folder / "generation_config.json")
+        definition, settings = read_definition(folder), read_settings(folder)
+        generation = read_settings(folder, "generation_config.json")
         self._tokenizer = _build(definition)
-        self._named = {name: text for name in _NAMED_TOKENS if (text := _token_text(settings.get(name)))}
+        self._named = {name: text for name in _NAMED_TOKENS if (text := token_text(settings.get(name)))}
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocabulary = 1 + max(ids.values(), default=-1)
         if vocabulary is not None and self.vocabulary > vocabulary:
@@ -96,7 +71,8 @@ class Tokenizer:
         self.control_ids = {text: ids[text] for text in controls if text in ids}
         self._prefix, self._suffix = self._surrounding_ids()
         self._encoder = _SafeEncoder(definition, self.control_ids, self._named.get("unk_token"))
-        self.eos_token_ids = self._end_ids(generation, ids)
+        listed = _listed_ends(generation) or _listed_ends(read_settings(folder, "config.json"))
+        self.eos_token_ids = end_token_ids(listed, definition, settings)
         self.generation_defaults = _generation_defaults(generation)
         source = _chat_template_source(folder, settings)
         self.chat_template = ChatTemplate(source, limits=limits) if source is not None else None
@@ -199,14 +175,6 @@ class Tokenizer:
             "the tokenizer's post-processor changes ids instead of adding some, which is not supported"
         )
 
-    def _end_ids(self, generation: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[int, ...]:
-        """Ids that end a sequence: generation_config.json's, and the end-of-sequence token of the tokenizer."""
-        listed = generation.get("eos_token_id")
-        found = {value for value in (listed if isinstance(listed, list) else [listed]) if isinstance(value, int)}
-        if (text := self._named.get("eos_token")) and text in ids:
-            found.add(ids[text])
-        return tuple(sorted(found))
-
 
 class _SafeEncoder:
     """Encodes text so that no control id can come from it.
@@ -308,6 +276,11 @@ def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
     return built
 
 
+def _listed_ends(config: Mapping[str, Any]) -> list[int]:
+    listed = config.get("eos_token_id")
+    return [value for value in (listed if isinstance(listed, list) else [listed]) if type(value) is int]
+
+
 def _control_tokens(definition: Mapping[str, Any], settings: Mapping[str, Any], named: Mapping[str, str]) -> set[str]:
     """Texts of the special tokens: those that steer the model and that no text from a request may spell."""
     listed: list[object] = list(definition.get("added_tokens") or [])
@@ -315,10 +288,10 @@ def _control_tokens(definition: Mapping[str, Any], settings: Mapping[str, Any], 
     if isinstance(decoder, dict):
         listed += decoder.values()
     found = {
-        text for entry in listed if isinstance(entry, dict) and entry.get("special") and (text := _token_text(entry))
+        text for entry in listed if isinstance(entry, dict) and entry.get("special") and (text := token_text(entry))
     }
     extra = settings.get("additional_special_tokens")
-    found.update(text for entry in (extra if isinstance(extra, list) else []) if (text := _token_text(entry)))
+    found.update(text for entry in (extra if isinstance(extra, list) else []) if (text := token_text(entry)))
     return found | set(named.values())
 
 
@@ -361,9 +334,9 @@ def _generation_defaults(generation: Mapping[str, Any]) -> GenerationDefaults:
 def _chat_template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        if path.stat().st_size > _MAX_CONFIG_FILE_BYTES:
+        if path.stat().st_size > MAX_SETTINGS_BYTES:
             raise InvalidTokenizer(
-                f"chat_template.jinja has {path.stat().st_size} bytes, the limit is {_MAX_CONFIG_FILE_BYTES}"
+                f"chat_template.jinja has {path.stat().st_size} bytes, the limit is {MAX_SETTINGS_BYTES}"
             )
         return path.read_text(encoding="utf-8")
     value = settings.get("chat_template")

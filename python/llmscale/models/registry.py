@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
+from llmscale.end_tokens import folder_end_token_ids
 from llmscale.errors import UnsupportedModel
 from llmscale.models.config import ConfigFields, GenerationDefaults, read_config, read_generation_defaults
 from llmscale.models.folder import ModelFolder
@@ -31,6 +32,13 @@ class ModelDescription:
     folder: ModelFolder
     spec: ModelSpec
     defaults: GenerationDefaults
+
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The ids at which an engine ends a sequence: the configs' and the tokenizer's own, whose files are read for
+        it. Raises InvalidTokenizer for malformed ones."""
+        found = folder_end_token_ids(self.defaults.eos_token_ids, self.folder.path)
+        # The tokenizer of another model is refused where text is made; an id that cannot come ends nothing.
+        return tuple(token for token in found if token < self.spec.vocabulary)
 
 
 def describe_model(path: str | Path, quantization: str | None = None) -> ModelDescription:

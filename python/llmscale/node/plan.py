@@ -22,7 +22,7 @@ from llmscale.models.fingerprint import tokenizer_digest, weights_fingerprint
 from llmscale.models.kv_rows import row_bytes
 from llmscale.models.locate import locate_model, model_name
 from llmscale.models.native import native_refusal
-from llmscale.models.registry import ModelDescription, describe_model
+from llmscale.models.registry import describe_model
 from llmscale.models.shard import shard_model
 from llmscale.models.spec import ModelSpec
 from llmscale.parallel.layout import HostLayout
@@ -119,6 +119,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
     check_kv_dtype(settings.kv_dtype, executor, device)
     block_bytes = _block_bytes(spec, dtype if settings.kv_dtype == "auto" else settings.kv_dtype)
     fingerprint = weights_fingerprint(checkpoint)
+    end_token_ids = description.end_token_ids()
     device_bytes = _device_bytes(device, settings, layout)
     max_sequence_tokens, sequence_reason = _longest_sequence(settings, spec, block_bytes, device_bytes)
     total_blocks = _total_blocks(settings, block_bytes, max_sequence_tokens, device_bytes)
@@ -132,7 +133,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         max_sequence_tokens=max_sequence_tokens,
         max_sequences=settings.max_sequences,
         max_step_tokens=max(settings.max_step_tokens, settings.max_sequences),
-        eos_tokens=list(description.defaults.eos_token_ids),
+        eos_tokens=list(end_token_ids),
         max_steps_in_flight=_steps_in_flight(settings),
         groups=settings.pipeline_parallel_size,
     )
@@ -149,7 +150,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         revision=fingerprint.rpartition(":")[2][:16],
         block_bytes=block_bytes,
         weight_bytes=sum(checkpoint.dtype_bytes.values()),
-        configuration_digest=_configuration_digest(description),
+        configuration_digest=_configuration_digest(spec, end_token_ids),
         layout=layout,
         device=device,
         first_device=settings.first_device,
@@ -198,9 +199,8 @@ def check_kv_dtype(kv_dtype: str, executor: str, device: str) -> None:
     )
 
 
-def _configuration_digest(description: ModelDescription) -> bytes:
-    said = (description.spec, description.defaults.eos_token_ids)
-    return hashlib.sha256(msgspec.json.encode(said, order="deterministic")).digest()
+def _configuration_digest(spec: ModelSpec, end_token_ids: tuple[int, ...]) -> bytes:
+    return hashlib.sha256(msgspec.json.encode((spec, end_token_ids), order="deterministic")).digest()
 
 
 def _block_bytes(spec: ModelSpec, dtype: str) -> int:
