@@ -17,6 +17,7 @@ from llmscale.errors import InvalidCheckpoint, UnsupportedModel
 from llmscale.models import config as bounds
 from llmscale.models.config import ConfigFields
 from llmscale.models.gguf_header import GgufHeader
+from llmscale.models.gguf_tokenizer import ends_by_text
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_FACTORS = "rope_freqs.weight"
@@ -138,7 +139,7 @@ def _config(
         "tie_word_embeddings": "lm_head.weight" not in names,
         "attention_bias": kind != "qwen2" and first + "self_attn.q_proj.bias" in names,
         "mlp_bias": first + "mlp.gate_proj.bias" in names,
-        "eos_token_id": _end_ids(fields),
+        "eos_token_id": _end_ids(fields, header, embedding.shape[0]),
     }
 
 
@@ -157,10 +158,11 @@ def _refuse(fields: ConfigFields, kind: str) -> None:
             raise UnsupportedModel(f"{fields.source}: {kind}.{name} is set, which is not implemented for GGUF files.")
 
 
-def _end_ids(fields: ConfigFields) -> list[int]:
-    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot")]
-    found = {fields.integer(name, 0, bounds.MAX_VOCABULARY) for name in names if fields.present(name)}
-    return sorted(found)
+def _end_ids(fields: ConfigFields, header: GgufHeader, vocabulary: int) -> list[int]:
+    """The ids that the file names, and those that llama.cpp knows by their text: files mostly name one of several."""
+    names = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    named = {fields.integer(name, 0, bounds.MAX_VOCABULARY) for name in names if fields.present(name)}
+    return sorted(named | {token for token in ends_by_text(header.metadata) if token < vocabulary})
 
 
 def _rope_scaling(

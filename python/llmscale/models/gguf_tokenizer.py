@@ -14,6 +14,13 @@ from llmscale.models.gguf_header import Value
 
 CONTROL, USER_DEFINED = 3, 4
 """Kinds of tokens that are found in a text before it is split."""
+ENDS = frozenset(
+    {
+        *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
+        *("<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>"),
+    }
+)
+"""Texts of control tokens that end an answer, as llama.cpp has them: turns, messages and texts of chat formats."""
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -73,6 +80,15 @@ def tokenizer_files(metadata: Mapping[str, Value], shown: str) -> dict[str, dict
     if isinstance(template, str):
         settings["chat_template"] = template
     return {"tokenizer.json": definition, "tokenizer_config.json": settings}
+
+
+def ends_by_text(metadata: Mapping[str, Value]) -> set[int]:
+    """Ids of the control tokens that end an answer by what they are called; of a malformed vocabulary none."""
+    tokens, kinds = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not isinstance(kinds, list):
+        return set()
+    pairs = enumerate(zip(tokens, kinds, strict=False))
+    return {place for place, (token, kind) in pairs if kind == CONTROL and token in ENDS}
 
 
 def _added(metadata: Mapping[str, Value], tokens: list[str], shown: str) -> list[dict[str, object]]:

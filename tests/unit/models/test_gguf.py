@@ -7,6 +7,7 @@ the oracle of what block types mean.
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,30 @@ def test_a_prompt_begins_as_llama_cpp_has_it_where_a_file_does_not_say(
     tokenizer = Tokenizer(tmp_path / "out")
     assert tokenizer.encode("fox") == first + tokenizer.encode_part("fox")
     assert tokenizer.encode_chat([{"role": "user", "content": "fox"}])[0] == 2, "a template says it itself"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kinds", "said", "ends"),
+    [
+        (["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "a"], [3, 3, 3, 1], {"eos": 0}, [0, 1, 2]),
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a"], [3, 3, 3, 1], {"eos": 0}, [0, 2]),
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a"], [3, 3, 1, 1], {"eos": 0, "eot": 1}, [0, 1]),
+        (["a", "b", "c", "<|im_end|>"], [1, 1, 1, 3], {"eom": 2}, [2, 3]),
+        (["a", "b", "c", *["d"] * 400, "<|im_end|>"], [1, 1, 1, *[1] * 400, 3], {"eos": 2}, [2]),
+        (["<|im_end|>"], None, {"eos": 1}, [1]),
+        (7, [3], {}, []),
+    ],
+)
+def test_an_answer_ends_on_what_a_vocabulary_calls_an_end(
+    tokens: Any, kinds: Any, said: dict[str, int], ends: list[int], tmp_path: Path
+) -> None:
+    file, _ = made(tmp_path)
+    header = read_gguf_header(file)
+    named = {f"tokenizer.ggml.{name}_token_id": token for name, token in said.items()}
+    others = {name: value for name, value in header.metadata.items() if "tokenizer." not in name}
+    vocabulary = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    changed = replace(header, metadata=others | named | vocabulary)
+    assert read_gguf_model(changed, "model.gguf", None).config["eos_token_id"] == ends
 
 
 @pytest.mark.parametrize("split", [["llama-bpe"], 7, True])
