@@ -1,8 +1,9 @@
 """Imports a GGUF file: a model folder in safetensors with the same weights, which everything else then serves.
 
-Projections in Q4_0 keep their integers as groups of 32 with a zero point, wherever all parts of a fused product are;
-everything else is dequantized and floats stay as they are. One tensor is held at a time. Values of block types are
-unpacked by the package `gguf`, after the header is proved. It does not know who wants the folder.
+Projections of the blocks in Q4_0 keep their integers as groups of 32 with a zero point, wherever all parts of a fused
+product are; everything else, the head too, is dequantized and floats stay as they are. One tensor is held at a time.
+Values of block types are unpacked by the package `gguf`, after the header is proved. It does not know who wants the
+folder.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def import_gguf(source: Path, target: Path, *, tokenizer: Path | None = None, ke
         imported = _write_weights(source, making, spec, model, header, kept)
         config = dict(model.config)
         if kept:
-            config["quantization_config"] = quantization_config(compressed_int4(KEPT_GROUP, symmetric=False))
+            layout = compressed_int4(KEPT_GROUP, symmetric=False)
+            config["quantization_config"] = quantization_config(layout, _dense_modules(spec, kept))
         _write_json(making / CONFIG_NAME, config)
         for name, content in (texts or {}).items():
             _write_json(making / name, content)
@@ -102,11 +104,21 @@ def _match(shown: str, spec: ModelSpec, model: GgufModel, header: GgufHeader) ->
 def _kept(spec: ModelSpec, model: GgufModel, header: GgufHeader) -> frozenset[str]:
     """Parts of products whose integers can be kept: a product has quantized parts only, or none."""
     found: set[str] = set()
-    for linear in spec.linears():
-        names = [part.name for part in linear.weight.parts]
+    for names in _products(spec):
         if all(header.tensors[model.names[name]].type.name == KEPT_TYPE for name in names):
             found.update(names)
     return frozenset(found)
+
+
+def _products(spec: ModelSpec) -> list[list[str]]:
+    """The names of the parts of each product of the blocks. vLLM has no integers of a head."""
+    linears = [linear for linear in spec.linears() if linear.weight.name != spec.head.weight.name]
+    return [[part.name for part in linear.weight.parts] for linear in linears]
+
+
+def _dense_modules(spec: ModelSpec, kept: frozenset[str]) -> list[str]:
+    """Modules of the blocks without integers; a reader that is not told looks for theirs."""
+    return [name.removesuffix(".weight") for names in _products(spec) for name in names if name not in kept]
 
 
 def _write_weights(

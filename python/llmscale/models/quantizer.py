@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,8 +220,9 @@ def copy_rest(model: ModelDescription, making: Path, layout: Layout) -> None:
         shutil.copymode(making / CONFIG_NAME, weights)
 
 
-def quantization_config(layout: Layout) -> dict[str, Any]:
-    """What compressed-tensors 0.17 and vLLM 0.32 read for a layout that we write."""
+def quantization_config(layout: Layout, dense: Sequence[str] = ()) -> dict[str, Any]:
+    """What compressed-tensors 0.17 and vLLM 0.32 read for a layout that we write. `dense` are the modules of the blocks
+    that it does not hold for; the head is always dense, because vLLM does not look for integers there."""
     kind, bits = ("float", 8) if layout.method == "fp8" else ("int", 4 if layout.method == "int4" else 8)
     weights: dict[str, Any] = {"num_bits": bits, "type": kind, "dynamic": False, "observer": "minmax"}
     if isinstance(layout, Int4Layout):
@@ -235,7 +236,7 @@ def quantization_config(layout: Layout) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": {"int8": "int-quantized", "int4": "pack-quantized", "fp8": "float-quantized"}[layout.method],
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *dense],
         "kv_cache_scheme": None,
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}},
     }

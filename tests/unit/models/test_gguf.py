@@ -6,6 +6,7 @@ the oracle of what block types mean.
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -115,15 +116,24 @@ def dequantized(folder: Path) -> dict[str, Tensor]:
     }
 
 
+def ignored(folder: Path) -> set[str]:
+    """The modules that config.json says are dense, as other readers take it."""
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert len(set(quantization["ignore"])) == len(quantization["ignore"])
+    return set(quantization["ignore"])
+
+
 def test_four_bit_integers_are_kept_value_for_value(tmp_path: Path) -> None:
     file, tensors = made(tmp_path, type_of=lambda _: "Q4_0")
     imported = import_gguf(file, tmp_path / "out")
-    assert imported.kept == 7 * 2 + 1, "every projection and the head"
-    assert imported.dequantized == 1, "the embedding"
-    found = dequantized(tmp_path / "out")
-    for linear in describe_model(tmp_path / "out").spec.linears():
+    assert imported.kept == 7 * 2, "every projection of the blocks"
+    assert imported.dequantized == 2, "the embedding and the head"
+    found, spec = dequantized(tmp_path / "out"), describe_model(tmp_path / "out").spec
+    for linear in spec.linears():
         expected = torch.cat([meant(part.name, tensors[part.name], "Q4_0") for part in linear.weight.parts])
-        assert torch.equal(found[linear.weight.name], expected), linear.weight.name
+        kept = linear.weight.name != spec.head.weight.name
+        assert torch.equal(found[linear.weight.name], expected if kept else expected.bfloat16()), linear.weight.name
+    assert ignored(tmp_path / "out") == {"lm_head"}
 
 
 def test_a_product_of_which_a_part_is_no_q4_0_is_dequantized_whole(tmp_path: Path) -> None:
@@ -135,6 +145,10 @@ def test_a_product_of_which_a_part_is_no_q4_0_is_dequantized_whole(tmp_path: Pat
     assert torch.equal(stored[query], meant(query, tensors[query], "Q4_0").bfloat16())
     assert "model.layers.0.self_attn.o_proj.weight_packed" in stored
     dequantized(tmp_path / "out")
+    attention = [f"model.layers.{layer}.self_attn.{part}_proj" for layer in range(2) for part in "qkv"]
+    assert ignored(tmp_path / "out") == {"lm_head", *attention}
+    dense = {name.removesuffix(".weight") for name in stored if name.endswith("_proj.weight")}
+    assert ignored(tmp_path / "out") == {"lm_head", *dense}, "exactly the projections that are stored dense"
 
 
 def test_integers_can_be_left_out(tmp_path: Path) -> None:
