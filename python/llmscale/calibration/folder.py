@@ -20,13 +20,13 @@ from llmscale.errors import ConfigError
 from llmscale.layers.ops import RopeTable
 from llmscale.layers.rotary import rope_table
 from llmscale.models.checkpoint import Progress, match_tensors, open_checkpoint
+from llmscale.models.new_folder import new_folder
 from llmscale.models.open_files import OpenFiles
 from llmscale.models.quantizer import (
     Shards,
     Written,
     copy_rest,
     dense_model,
-    new_folder,
     projections,
     stored_tensors,
     tensor_bytes,

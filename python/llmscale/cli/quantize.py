@@ -43,7 +43,15 @@ class QuantizeOptions:
 
 
 def run(options: QuantizeOptions) -> None:
-    """Writes the folder and prints what became of its size. Raises ModelError and ConfigError."""
+    """Writes the folder and prints what became of its size. Raises ModelError and ConfigError; a signal that ends the
+    command leaves nothing of it."""
+    from llmscale.models.end_signals import unwound_by_signals
+
+    with unwound_by_signals():
+        _run(options)
+
+
+def _run(options: QuantizeOptions) -> None:
     from llmscale.models.locate import is_gguf, locate_model
 
     extras = ("node", "gguf") if is_gguf(options.model) else ("node",)
@@ -86,7 +94,8 @@ def run(options: QuantizeOptions) -> None:
 def _run_gguf(options: QuantizeOptions) -> None:
     """Imports a file as it is, or as a dense folder that is quantized then."""
     from llmscale.models.gguf_import import import_gguf
-    from llmscale.models.quantizer import layout_for, require_new
+    from llmscale.models.new_folder import require_new
+    from llmscale.models.quantizer import layout_for
 
     source = Path(options.model).expanduser()
     if options.method == KEEP:
@@ -106,7 +115,7 @@ def _run_gguf(options: QuantizeOptions) -> None:
         # Integers of the file would be rounded to integers: their numbers are what is quantized.
         imported = import_gguf(source, folder, tokenizer=options.tokenizer, keeps_integers=False)
         Console().print(f"{source.name}: {imported}")
-        run(replace(options, model=str(folder), tokenizer=None))
+        _run(replace(options, model=str(folder), tokenizer=None))
 
 
 def _calibrated(options: QuantizeOptions, folder: Path, layout: Layout) -> Calibrated:

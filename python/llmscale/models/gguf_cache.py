@@ -7,6 +7,7 @@ stay without it. Folders lie below XDG_CACHE_HOME and may be deleted at any time
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,13 +18,17 @@ from pathlib import Path
 from llmscale import env, errors
 from llmscale.errors import ConfigError, InvalidCheckpoint, LlmscaleError
 from llmscale.extras import NODE_PACKAGES, lacking
+from llmscale.models.end_signals import unwound_by_signals
 from llmscale.models.gguf_header import read_gguf_header
+from llmscale.models.new_folder import remove_abandoned
 
 PAGES = 64
 PAGE_BYTES = 4_096
 SCHEME = b"gguf-import-2"
 """Another one whenever an import gives other bytes."""
 MAX_IMPORT_SECONDS = 4 * 3_600.0
+MAX_END_SECONDS = 30.0
+"""For a child to remove its folder."""
 _log = logging.getLogger(__name__)
 _PROBLEM = 3
 """Exit code of the child for an error that its output describes."""
@@ -40,18 +45,39 @@ def imported_folder(file: Path) -> Path:
             f"{file.name!r} is imported before it is served, which needs more than the base install: {lack}"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "llmscale.models.gguf_cache", str(file), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=MAX_IMPORT_SECONDS, check=False)  # noqa: S603  # ours
+    remove_abandoned(target)
+    code, said, logged = _imported(file, target)
     if target.is_dir():
         # Also where another process was faster and this one found the folder there.
-        _log.info("imported %s into %s: %s", file.name, target, done.stdout)
+        _log.info("imported %s into %s: %s", file.name, target, said)
         return target
-    if done.returncode == _PROBLEM:
-        said = json.loads(done.stdout)
-        kind = getattr(errors, said["error"])
+    if code == _PROBLEM:
+        problem = json.loads(said)
+        kind = getattr(errors, problem["error"])
         assert issubclass(kind, LlmscaleError), kind
-        raise kind(said["message"])
-    raise InvalidCheckpoint(f"{str(file)!r} could not be imported: {done.stderr[-400:]}")
+        raise kind(problem["message"])
+    raise InvalidCheckpoint(f"{str(file)!r} could not be imported, its process ended with {code}: {logged[-400:]}")
+
+
+def _imported(file: Path, target: Path) -> tuple[int, str, str]:
+    """What the child ended with, said and logged. Raises InvalidCheckpoint if it takes too long."""
+    command = [sys.executable, "-m", "llmscale.models.gguf_cache", str(file), str(target)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:  # noqa: S603  # ours
+        try:
+            said, logged = child.communicate(timeout=MAX_IMPORT_SECONDS)
+        except BaseException as error:
+            # It removes what it has written, and is not waited for longer than that takes.
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.communicate(timeout=MAX_END_SECONDS)
+            child.kill()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            raise InvalidCheckpoint(
+                f"{str(file)!r} was not imported within {MAX_IMPORT_SECONDS:,.0f} s (MAX_IMPORT_SECONDS). Import it"
+                " once with llmscale quantize FILE OUT --method keep, which may take longer, and serve OUT."
+            ) from error
+    return child.returncode, said, logged
 
 
 def _key(file: Path) -> str:
@@ -71,13 +97,14 @@ def _key(file: Path) -> str:
 
 def main(file: Path, target: Path) -> int:
     """The child: imports, or says what is wrong as one JSON object."""
-    from llmscale.models.gguf_import import import_gguf
+    with unwound_by_signals():
+        from llmscale.models.gguf_import import import_gguf
 
-    try:
-        sys.stdout.write(str(import_gguf(file, target)))
-    except LlmscaleError as error:
-        sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        return _PROBLEM
+        try:
+            sys.stdout.write(str(import_gguf(file, target)))
+        except LlmscaleError as error:
+            sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            return _PROBLEM
     return 0
 
 

@@ -24,7 +24,8 @@ from llmscale.models.fingerprint import TEXT_FILES
 from llmscale.models.gguf_config import ROPE_FACTORS, GgufModel, read_gguf_model
 from llmscale.models.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from llmscale.models.gguf_tokenizer import tokenizer_files
-from llmscale.models.quantizer import Shards, new_folder, quantization_config
+from llmscale.models.new_folder import new_folder
+from llmscale.models.quantizer import Shards, quantization_config
 from llmscale.models.registry import spec_for
 from llmscale.models.spec import ModelSpec
 from llmscale.quant.layouts import compressed_int4

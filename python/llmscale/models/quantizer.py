@@ -7,12 +7,9 @@ appears under its name. It does not know how weights are multiplied.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +29,7 @@ from llmscale.models.checkpoint import (
     open_checkpoint,
 )
 from llmscale.models.config import CONFIG_NAME
+from llmscale.models.new_folder import new_folder
 from llmscale.models.open_files import OpenFiles
 from llmscale.models.registry import ModelDescription, describe_model
 from llmscale.models.tied_tables import refuse_different_tables
@@ -88,29 +86,6 @@ def dense_model(source: Path) -> ModelDescription:
             " original one: every rounding of a rounding loses more."
         )
     return model
-
-
-def require_new(target: Path) -> None:
-    """Raises ConfigError if the target exists."""
-    if target.exists():
-        raise ConfigError(f"{str(target)!r} exists; give a folder that does not, or remove it first")
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into that gets its name when the context ends well, and is gone when it does not.
-
-    Raises ConfigError if the target exists.
-    """
-    require_new(target)
-    making = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
-    making.mkdir(parents=True)
-    try:
-        yield making
-        os.replace(making, target)
-    except BaseException:
-        shutil.rmtree(making)
-        raise
 
 
 def projections(model: ModelDescription) -> set[str]:
