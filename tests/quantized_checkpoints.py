@@ -53,6 +53,12 @@ def _scales(generator: Generator, *shape: int, dtype: torch.dtype) -> Tensor:
     return ((0.5 + torch.rand(*shape, generator=generator)) * 0.02).to(dtype)
 
 
+def _signed_scales(generator: Generator, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Half of them negative, as AutoRound's of 4 bits are."""
+    signs = torch.randint(2, shape, generator=generator) * 2 - 1
+    return _scales(generator, *shape, dtype=dtype) * signs.to(dtype)
+
+
 def _word(nibbles: list[int]) -> int:
     """Eight values in one int32, the first in the lowest bits, as Python's integers spell it."""
     word = sum(value << 4 * place for place, value in enumerate(nibbles))
@@ -89,7 +95,7 @@ def _compressed(group: int | None, *, symmetric: bool, shuffled: bool = False) -
         group_of = _group_index(inputs, size, shuffled=shuffled)
         codes = _codes(generator, out, inputs)
         zeros = [[8] * (inputs // size)] * out if symmetric else _codes(generator, out, inputs // size)
-        scales = _scales(generator, out, inputs // size, dtype=torch.bfloat16)
+        scales = _signed_scales(generator, out, inputs // size, dtype=torch.bfloat16)
         tensors = {
             "weight_packed": _packed_rows(codes),
             "weight_scale": scales,
@@ -115,7 +121,7 @@ def _group_index(inputs: int, size: int, *, shuffled: bool) -> list[int]:
 
 def _awq(out: int, inputs: int, generator: Generator) -> Made:
     codes, zeros = _codes(generator, out, inputs), _codes(generator, out, inputs // 32)
-    scales = _scales(generator, out, inputs // 32, dtype=torch.float16)
+    scales = _signed_scales(generator, out, inputs // 32, dtype=torch.float16)
     tensors = {
         "qweight": _packed_rows(_turned(codes), AWQ_ORDER),
         "qzeros": _packed_rows(_turned(zeros), AWQ_ORDER),
@@ -130,7 +136,7 @@ def _gptq(*, less_one: bool, shuffled: bool, group: int | None = 32) -> Callable
         group_of = _group_index(inputs, size, shuffled=shuffled)
         codes, stored = _codes(generator, out, inputs), _codes(generator, out, inputs // size)
         zeros = [[value + 1 if less_one else value for value in row] for row in stored]
-        scales = _scales(generator, out, inputs // size, dtype=torch.float16)
+        scales = _signed_scales(generator, out, inputs // size, dtype=torch.float16)
         tensors = {
             "qweight": _packed_rows(codes).t().contiguous(),
             "qzeros": _packed_rows(_turned(stored)),

@@ -29,7 +29,8 @@ def int4_case(rows: int, columns: int, depth: int, group: int, *, zero_points: b
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(0, 16, (columns, depth), dtype=torch.uint8, generator=generator)
     groups = -(-depth // group)
-    scales = (torch.rand(columns, groups, generator=generator) * 0.1 + 0.01).bfloat16()
+    signs = torch.randint(0, 2, (columns, groups), generator=generator) * 2 - 1
+    scales = ((torch.rand(columns, groups, generator=generator) * 0.1 + 0.01) * signs).bfloat16()
     zeros = torch.randint(0, 16, (columns, groups), dtype=torch.uint8, generator=generator)
     if not zero_points:
         zeros.fill_(8)

@@ -58,7 +58,8 @@ class Int4:
         self._check(tensors, cut)
         codes = _unpacked(tensors[layout.codes], layout, layout.packed, layout.code_order)
         codes = _trimmed(codes, cut, layout.packed)
-        scales = checked_scales(_upright(tensors[layout.scales], layout))
+        # Codes reach from -8 to 7 around their zero point, and AutoRound gives -8 to the larger end, whatever its sign.
+        scales = checked_scales(_upright(tensors[layout.scales], layout), are_signed=True)
         zeros = None
         if layout.zeros is not None:
             zeros = _unpacked(tensors[layout.zeros], layout, Feature.OUTPUT, layout.code_order)

@@ -87,13 +87,13 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, largest / MAX_CODE
 
 
-def checked_scales(scales: Tensor) -> Tensor:
-    """Scales as float32. Raises InvalidCheckpoint for one that is negative or not finite."""
+def checked_scales(scales: Tensor, *, are_signed: bool = False) -> Tensor:
+    """Scales as float32. Raises InvalidCheckpoint for one that is not finite, or negative unless they `are_signed`."""
     scales = scales.float()
-    if not bool(((scales >= 0) & scales.isfinite()).all()):
-        raise InvalidCheckpoint(
-            "A quantized weight has a scale that is negative or not a finite number. Download or quantize it again."
-        )
+    right = scales.isfinite() if are_signed else scales.isfinite() & (scales >= 0)
+    if not bool(right.all()):
+        what = "not a finite number" if are_signed else "negative or not a finite number"
+        raise InvalidCheckpoint(f"A quantized weight has a scale that is {what}. Download or quantize it again.")
     return scales
 
 

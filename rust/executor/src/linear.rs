@@ -185,10 +185,37 @@ fn scales_of(codes: &Stack, scales: &Stack) -> Result<Vec<f32>, LoadError> {
     Ok(all)
 }
 
-/// Refuses scales that no quantization gives.
+/// Refuses scales of bytes or e4m3 that no quantization gives.
 pub(crate) fn check_scales(scales: &[f32]) -> Result<(), LoadError> {
-    let Some(bad) = scales.iter().find(|scale| !(scale.is_finite() && **scale >= 0.0)) else { return Ok(()) };
+    check(scales, |scale| scale.is_finite() && scale >= 0.0, "negative or not a finite number")
+}
+
+/// Refuses scales of four bits that no quantization gives. A negative one is right: codes reach from -8 to 7 around their
+/// zero point, and AutoRound gives -8 to the larger end of a group, whatever its sign.
+pub(crate) fn check_signed_scales(scales: &[f32]) -> Result<(), LoadError> {
+    check(scales, f32::is_finite, "not a finite number")
+}
+
+fn check(scales: &[f32], is_right: impl Fn(f32) -> bool, what: &str) -> Result<(), LoadError> {
+    let Some(bad) = scales.iter().find(|scale| !is_right(**scale)) else { return Ok(()) };
     Err(LoadError::Shape(format!(
-        "A quantized weight has the scale {bad}, which is negative or not a finite number. Download or quantize it again."
+        "A quantized weight has the scale {bad}, which is {what}. Download or quantize it again."
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{check_scales, check_signed_scales};
+
+    #[test]
+    fn only_scales_of_four_bits_may_be_negative_and_none_may_be_no_number() {
+        assert!(check_scales(&[0.0, 0.5]).is_ok() && check_signed_scales(&[0.0, -0.5, 0.5]).is_ok());
+        let refused = check_scales(&[0.5, -0.25]).unwrap_err().to_string();
+        assert!(refused.contains("has the scale -0.25, which is negative or not a finite number"), "{refused}");
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(check_scales(&[0.5, bad]).is_err());
+            let refused = check_signed_scales(&[0.5, bad]).unwrap_err().to_string();
+            assert!(refused.contains(&format!("has the scale {bad}, which is not a finite number")), "{refused}");
+        }
+    }
 }

@@ -2,7 +2,7 @@
 //! of compressed-tensors stores them. Linear in the weights. It does not know products.
 
 use crate::error::LoadError;
-use crate::linear::{Processor, check_scales};
+use crate::linear::{Processor, check_signed_scales};
 use crate::source::{Stack, Stored};
 use llmscale_kernels::dispatch::Level;
 use llmscale_kernels::matmul::nibbles::{MAX_GROUP, NibbleRows, PackedNibbles, unpack};
@@ -64,7 +64,7 @@ pub(crate) fn stored(
         return Err(LoadError::Shape(format!("a weight of 4 bits has {given} entries where {wanted} are needed")));
     }
     let all_scales: Vec<f32> = scales.read_all()?;
-    check_scales(&all_scales)?;
+    check_signed_scales(&all_scales)?;
     let all_zeros = zeros.map(|zeros| zero_points(codes, zeros, stored_groups)).transpose()?;
     let times = Groups::of(group.min(inputs), inputs)?;
     let packed = PackedNibbles::read(pool, (outputs, inputs), times.group, zeros.is_some(), |first, rows| {

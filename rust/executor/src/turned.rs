@@ -5,7 +5,7 @@
 //! products.
 
 use crate::error::LoadError;
-use crate::linear::check_scales;
+use crate::linear::check_signed_scales;
 use crate::nibbles::Groups;
 use crate::source::{Stack, Stored};
 use llmscale_kernels::matmul::nibbles::PackedNibbles;
@@ -71,7 +71,7 @@ impl Words {
             }
         }
         let scales = part.scales.read_all::<f32>()?;
-        check_scales(&scales)?;
+        check_signed_scales(&scales)?;
         Ok(Self { codes: words(&part.codes)?, zeros: words(&part.zeros)?, scales, outputs, packing })
     }
 

@@ -29,7 +29,7 @@ impl<T: Element> Case<T> {
         let groups = inputs.div_ceil(group);
         let codes = (0..outputs * inputs).map(|_| random.next() as u8 & 15).collect();
         let exact = |value: f32| if seed.is_multiple_of(2) { Bf16::from_f32(value).to_f32() } else { value };
-        let scales = (0..outputs * groups).map(|_| exact(random.signed().abs() * 0.01)).collect();
+        let scales = (0..outputs * groups).map(|_| exact(random.signed() * 0.01)).collect();
         let zeros = (0..if has_zeros { outputs * groups } else { 0 }).map(|_| random.next() as u8 & 15).collect();
         let mut input: Vec<T> = random.elements(rows * inputs);
         if rows > 1 {

@@ -178,7 +178,24 @@ def _put(name: str, make: Callable[[Tensor], Tensor]) -> Change:
             r"has shape \[127, 8\], expected \[128",
         ),
         ("awq", _put(f"{PREFIX}.qzeros", torch.Tensor.float), InvalidCheckpoint, "has dtype F32, expected one of I32"),
-        ("awq", _put(f"{PREFIX}.scales", lambda t: -t), InvalidCheckpoint, "a scale that is negative"),
+        (
+            "awq",
+            _put(f"{PREFIX}.scales", lambda t: t * torch.nan),
+            InvalidCheckpoint,
+            "q_proj.*a scale that is not a finite number",
+        ),
+        (
+            "compressed_int4_symmetric",
+            _put(f"{PREFIX}.weight_scale", lambda t: t * -torch.inf),
+            InvalidCheckpoint,
+            "q_proj.*a scale that is not a finite number",
+        ),
+        (
+            "compressed_fp8_channel",
+            _put(f"{PREFIX}.weight_scale", torch.neg),
+            InvalidCheckpoint,
+            "q_proj.*a scale that is negative or not a finite number",
+        ),
         (
             "compressed_int8",
             _put(f"{PREFIX}.weight_scale", lambda t: t * torch.inf),
