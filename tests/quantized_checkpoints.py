@@ -73,6 +73,12 @@ def _packed_rows(rows: list[list[int]], order: tuple[int, ...] = tuple(range(8))
     return torch.tensor(words, dtype=torch.int32)
 
 
+def _less_ones(words: Tensor) -> Tensor:
+    """Words less one in each of their values, borrows and all, as version 1 of GPTQ stores zero points."""
+    rows = [[(word - 0x11111111) % (1 << 32) for word in row] for row in words.tolist()]
+    return torch.tensor([[word - (1 << 32) * (word >= 1 << 31) for word in row] for row in rows], dtype=torch.int32)
+
+
 def _turned(rows: list[list[int]]) -> list[list[int]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
@@ -134,12 +140,12 @@ def _gptq(*, less_one: bool, shuffled: bool, group: int | None = 32) -> Callable
     def make(out: int, inputs: int, generator: Generator) -> Made:
         size = inputs if group is None else group
         group_of = _group_index(inputs, size, shuffled=shuffled)
-        codes, stored = _codes(generator, out, inputs), _codes(generator, out, inputs // size)
-        zeros = [[value + 1 if less_one else value for value in row] for row in stored]
+        codes, zeros = _codes(generator, out, inputs), _codes(generator, out, inputs // size)
+        packed_zeros = _packed_rows(_turned(zeros))
         scales = _signed_scales(generator, out, inputs // size, dtype=torch.float16)
         tensors = {
             "qweight": _packed_rows(codes).t().contiguous(),
-            "qzeros": _packed_rows(_turned(stored)),
+            "qzeros": _less_ones(packed_zeros) if less_one else packed_zeros,
             "scales": scales.t().contiguous(),
             "g_idx": torch.tensor(group_of, dtype=torch.int32),
             "bias": torch.zeros(out, dtype=torch.float16),

@@ -59,9 +59,6 @@ NATIVE = (
     "fp8_tensor",
     "compressed_fp8_channel",
 )
-# Evenly drawn zero points, one more than codes are in the mean, leave groups with a mean that is not zero, and bytes
-# for rows lose more of their sums: 0.069 was measured. Trained weights have no such groups.
-NATIVE_BOUNDS = {"gptq": 0.1, "gptq_one_group": 0.1}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,18 +103,19 @@ def test_the_native_executor_computes_the_weights_that_are_meant(name: str, tmp_
     dense = write_quantized_model(tmp_path / "quantized", name, num_hidden_layers=2)
     model = oracle(tmp_path / "dense", dense, num_hidden_layers=2)
     executor = NativeExecutor(tmp_path / "quantized", "float32", LIMITS, BLOCKS)
-    bound = NATIVE_BOUNDS.get(name, BOUNDS["fp8" if "fp8" in name else "int8"])
+    bound = BOUNDS["fp8" if "fp8" in name else "int8"]
     assert_near(computed(RandomPlanner(executor, executor.region, LIMITS, seed=1)), model, bound)
 
 
-def test_the_native_executor_has_the_same_bits_of_two_formats_with_the_same_codes(tmp_path: Path) -> None:
+def test_the_native_executor_has_the_same_bits_of_formats_with_the_same_codes(tmp_path: Path) -> None:
     """They are drawn in one order, and no number is stored otherwise."""
     logits = []
-    for name in ("awq", "gptq_v2"):
+    for name in ("awq", "gptq", "gptq_v2"):
         write_quantized_model(tmp_path / name, name, num_hidden_layers=2)
         executor = NativeExecutor(tmp_path / name, "float32", LIMITS, BLOCKS)
         logits.append(computed(RandomPlanner(executor, executor.region, LIMITS, seed=1)))
-    assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+    for one, *others in zip(*logits, strict=True):
+        assert all(torch.equal(one, other) for other in others)
 
 
 def test_the_native_executor_refuses_what_only_torch_reads(tmp_path: Path) -> None:

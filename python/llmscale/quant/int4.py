@@ -35,6 +35,8 @@ from llmscale.quant.weight import (
 MIDDLE = 8
 """The zero point of symmetric codes."""
 MAX_CODE = 15
+ONES = 0x11111111
+"""An int32 word of eight ones."""
 KERNEL_GROUPS = (256, 128, 64, 32)
 ROWS_TOGETHER = 4_096
 """Outputs that are widened to int32 at once while a weight is laid out; a multiple of the kernel's 64."""
@@ -62,8 +64,8 @@ class Int4:
         scales = checked_scales(_upright(tensors[layout.scales], layout), are_signed=True)
         zeros = None
         if layout.zeros is not None:
-            zeros = _unpacked(tensors[layout.zeros], layout, Feature.OUTPUT, layout.code_order)
-            zeros = _trimmed(zeros, cut, Feature.OUTPUT).add_(layout.zero_offset)
+            words = _raised(tensors[layout.zeros], layout.zero_offset)
+            zeros = _trimmed(_unpacked(words, layout, Feature.OUTPUT, layout.code_order), cut, Feature.OUTPUT)
         order = self._order(tensors, cut)
         group_size = cut.whole[1] if layout.group_size is None else layout.group_size
         scales, size = trimmed_groups(scales, cut.inputs, group_size)
@@ -247,6 +249,18 @@ def _kernel_codes(packed: Tensor, added: int) -> Tensor:
 def _upright(stored: Tensor, layout: Int4Layout) -> Tensor:
     """`[out, in]` whatever the checkpoint has."""
     return stored.t() if layout.is_transposed else stored
+
+
+def _raised(words: Tensor, offset: int) -> Tensor:
+    """int32 words with `offset` added to their eight values.
+
+    Writers that store zero points less one subtract from whole words, so a value of 0 is stored as 15 and borrows of
+    the next one: adding to words gives both back.
+    """
+    if offset == 0:
+        return words
+    # In int64, because an int32 that overflows is not torch's promise.
+    return ((words.long() + offset * ONES + (1 << 31)) % (1 << 32) - (1 << 31)).int()
 
 
 def _unpacked(stored: Tensor, layout: Int4Layout, packed: Feature, order: tuple[int, ...]) -> Tensor:

@@ -102,8 +102,9 @@ class Int4Layout:
     """4-bit codes, eight to an int32 in the order `code_order`, with a scale per output and group of inputs.
 
     A weight is `(code - zero) * scale`; without stored zero points `zero` is 8. `is_transposed`: tensors are
-    `[in, out]`. Codes are packed along `packed`, zero points along the outputs. `zero_offset` is added to stored zero
-    points. `group_index` names the group of every input feature (act-order).
+    `[in, out]`. Codes are packed along `packed`, zero points along the outputs. `zero_offset` times
+    0x11111111 is added to words of stored zero points. `group_index` names the group of every input feature
+    (act-order).
     """
 
     format: str

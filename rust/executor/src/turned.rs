@@ -13,13 +13,15 @@ use llmscale_kernels::pool::Pool;
 
 /// Codes in a word.
 const CODES: usize = 8;
+/// A word of eight ones.
+const ONES: u32 = 0x1111_1111;
 /// Where AWQ has output `j` of eight within a word.
 const AWQ_PLACES: [usize; CODES] = [0, 4, 1, 5, 2, 6, 3, 7];
 
 /// How codes are packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
-    /// Along the inputs; zero points along the outputs, less this number.
+    /// Along the inputs; zero points along the outputs, and their words less this number times [`ONES`].
     Gptq(u8),
     /// Both along the outputs.
     Awq,
@@ -87,7 +89,8 @@ impl Words {
     fn zero(&self, output: usize, group: usize) -> u8 {
         let word = self.zeros[group * self.outputs.div_ceil(CODES) + output / CODES];
         match self.packing {
-            Packing::Gptq(less) => nibble(word, output % CODES) + less,
+            // Writers take the ones from whole words, so a zero point of 0 is stored as 15 and borrows of the next one.
+            Packing::Gptq(less) => nibble(word.wrapping_add(u32::from(less) * ONES), output % CODES),
             Packing::Awq => nibble(word, AWQ_PLACES[output % CODES]),
         }
     }
@@ -139,7 +142,7 @@ pub(crate) fn load(
 
 #[cfg(test)]
 mod tests {
-    use super::{AWQ_PLACES, Packing, Words, nibble};
+    use super::{AWQ_PLACES, ONES, Packing, Words, nibble};
 
     #[test]
     fn codes_and_zero_points_are_where_each_format_has_them() {
@@ -154,7 +157,12 @@ mod tests {
         for input in 0..8 {
             assert_eq!((gptq.code(0, input), gptq.code(1, input)), (input as u8, input as u8 + 8));
         }
-        assert_eq!((gptq.zero(0, 0), gptq.zero(1, 0)), (4, 16), "stored less one");
+        assert_eq!((gptq.zero(0, 0), gptq.zero(1, 0)), (4, 0), "stored less one");
+        let true_zeros = 0xf008_7010_u32;
+        let gptq = Words { zeros: vec![true_zeros.wrapping_sub(ONES)], outputs: 8, ..gptq };
+        for output in 0..8 {
+            assert_eq!(gptq.zero(output, 0), nibble(true_zeros, output), "a zero borrows of its neighbour");
+        }
         // Eight outputs of one input, in the order 0, 2, 4, 6, 1, 3, 5, 7.
         let word = [0_u32, 2, 4, 6, 1, 3, 5, 7].iter().enumerate().map(|(place, value)| value << (4 * place)).sum();
         let awq =

@@ -38,7 +38,7 @@ pub struct NibbleRows<'a> {
     pub codes: &'a mut [u8],
     /// `outputs x groups`.
     pub scales: &'a mut [f32],
-    /// The same, from 0 to 16; empty where all are 8.
+    /// The same, from 0 to 15; empty where all are 8.
     pub zeros: &'a mut [u8],
 }
 
