@@ -150,9 +150,11 @@ def load_program(
         done_bytes += here.total_bytes
         if progress is not None:
             progress(done_bytes, places.total_bytes)
+    program = builder.finish(kernels, places.norm(spec.norm), places.head(), places.embedding())
+    # Head and table, gigabytes of a large vocabulary, are there only now. The region is too, but not yet its pages: the
+    # thread that makes the first ones has just begun.
     layout = kv_layout_of(spec, dtype if kv_dtype == "auto" else kv_dtype, limits.block_tokens)
     require_room(limits.total_blocks * layout.block_bytes)
-    program = builder.finish(kernels, places.norm(spec.norm), places.head(), places.embedding())
     if progress is not None:
         progress(places.total_bytes, places.total_bytes)
     return program
