@@ -38,7 +38,7 @@ _FAILURES: Final[dict[str, tuple[type[errors.LlmscaleError], str]]] = {
     ),
     "not_a_number": (errors.NotANumber, "the model returned a value that is not a number for this request"),
     "nothing_to_sample": (
-        errors.RequestFailed,
+        errors.NothingToSample,
         "every token is suppressed; relax logit_bias, min_tokens or the stop tokens",
     ),
     "unavailable": (errors.Unavailable, "no replica could go on with the request; retry later"),

@@ -6,6 +6,7 @@ LlmscaleError
     RequestTooLong        prompt and output exceed the longest sequence
     PromptTemplateError   the chat template refused the messages
       TemplateLimitReached  it wanted more steps, time or memory than it may have
+    NothingToSample       its own bias, minimum or stop tokens left no token to draw
     UnknownModel          HTTP 404
     Unauthorized          HTTP 401
     PayloadTooLarge       HTTP 413
@@ -82,6 +83,12 @@ class TemplateLimitReached(PromptTemplateError):
     """The chat template wanted more steps, time or memory than it may have."""
 
     code = "template_limit_reached"
+
+
+class NothingToSample(RequestError):
+    """The request's own bias, minimum or stop tokens left no token to draw."""
+
+    code = "nothing_to_sample"
 
 
 class UnknownModel(RequestError):

@@ -110,5 +110,10 @@ def test_every_bad_end_of_a_request_is_an_exception_that_names_it(reason: str) -
     error = failure(reason)
     assert error.http_status >= 400
     assert str(error), "the message says what happened"
-    # Where sampling left nothing, the request's own filters are at fault; the others carry the reason as their code.
-    assert reason == "nothing_to_sample" or error.code == reason
+    assert error.code == reason
+
+
+def test_the_requests_own_filters_are_at_fault_where_they_leave_nothing_to_sample() -> None:
+    from llmscale.choice import failure
+
+    assert isinstance(failure("nothing_to_sample"), errors.RequestError)

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from llmscale.errors import LlmscaleError, Overloaded, RequestError
+from llmscale.errors import LlmscaleError, Overloaded, RequestError, RequestFailed
 from llmscale.gateway.asgi import Receive, Scope, Send
 from llmscale.gateway.body import header
 from llmscale.gateway.openai import Error, ErrorResponse
@@ -114,6 +114,9 @@ class Exchange:
         headers: list[tuple[bytes, bytes]] = []
         if isinstance(error, Overloaded):
             headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_seconds))))
+        if isinstance(error, RequestFailed):
+            # OpenAI's clients send every 5xx again, twice. What killed two workers would kill two with each.
+            headers.append((b"x-should-retry", b"false"))
         if error.http_status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         if error.http_status in _CLOSING:

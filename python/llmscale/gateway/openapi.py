@@ -30,7 +30,9 @@ _ERRORS: Final = {
     "404": "The model is not served here.",
     "413": "The body is too large.",
     "429": "A queue is full; Retry-After says for how long.",
+    "500": "The request was started and failed; x-should-retry is false where it would fail again.",
     "503": "No replica can take the request now.",
+    "504": "The request did not finish before its deadline.",
 }
 
 

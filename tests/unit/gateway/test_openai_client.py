@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import openai
@@ -97,6 +98,35 @@ async def test_a_full_queue_is_a_429_with_the_seconds_until_there_is_room(tokeni
             await gateway.client().chat.completions.create(model="tiny", messages=QUESTION)
     assert refused.value.code == "queue_full"
     assert refused.value.response.headers["retry-after"] == "3"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reason", ["request_poisoned", "not_a_number", "deadline_exceeded", "nothing_to_sample"])
+async def test_what_would_fail_again_is_not_sent_again(tokenizer: Tokenizer, reason: str, stream: bool) -> None:
+    front = FakeFront(automatic=False)
+    async with serving(tokenizer, front) as gateway:
+        # With the retries that applications have unless they say otherwise.
+        client = gateway.client().with_options(max_retries=openai.DEFAULT_MAX_RETRIES)
+        asking = asyncio.ensure_future(client.completions.create(model="tiny", prompt="x", stream=stream))
+        while not asking.done():
+            for request in list(front.live):
+                front.fail(request, reason)
+            await asyncio.sleep(0.002)
+        with pytest.raises(openai.APIStatusError) as failed:
+            await asking
+    assert failed.value.code == reason
+    assert len(front.submitted) == 1
+
+
+async def test_a_request_that_no_replica_took_is_sent_again(tokenizer: Tokenizer) -> None:
+    front = FakeFront(refusal=Unavailable("no replica"))
+    async with serving(tokenizer, front) as gateway:
+        client = gateway.client().with_options(max_retries=openai.DEFAULT_MAX_RETRIES)
+        asking = asyncio.ensure_future(client.completions.create(model="tiny", prompt="x", max_tokens=1))
+        await asyncio.sleep(0.1)
+        front.refusal = None
+        answer = await asking
+    assert answer.choices[0].finish_reason == "length"
 
 
 async def test_no_replica_is_a_503(tokenizer: Tokenizer) -> None:

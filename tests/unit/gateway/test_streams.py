@@ -297,7 +297,7 @@ FAILURES = {
     "deadline_exceeded": (504, "deadline_exceeded"),
     "request_poisoned": (500, "request_poisoned"),
     "not_a_number": (500, "not_a_number"),
-    "nothing_to_sample": (500, "request_failed"),
+    "nothing_to_sample": (400, "nothing_to_sample"),
     "unavailable": (503, "unavailable"),
 }
 
