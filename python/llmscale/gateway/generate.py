@@ -32,6 +32,7 @@ class _Job:
     model: ServedModel
     tenant: str
     prompts: list[list[int]]
+    """Emptied when the front has them."""
     params: SamplingParams
     format: Format
     priority: str
@@ -42,7 +43,12 @@ class _Job:
 
 async def completions(services: Services, exchange: Exchange, tenant: str) -> None:
     """POST /v1/completions."""
-    body = await read_body(exchange.scope, exchange.receive, services.limits)
+    # While the answer comes, nothing holds the body or what was parsed of it: thousands of requests may be live.
+    await _answer(services, exchange, await _completion_job(services, exchange, tenant))
+
+
+async def _completion_job(services: Services, exchange: Exchange, tenant: str) -> _Job:
+    body = await read_body(exchange.scope, exchange.receive, services.limits, services.arriving)
     request = openai.decode_completion(body)
     model = services.model(request.model)
     prompts = openai.prompts_of(request.prompt)
@@ -70,13 +76,16 @@ async def completions(services: Services, exchange: Exchange, tenant: str) -> No
         logprobs=request.logprobs,
         echoes=[_text_of(prompt, model) for prompt in prompts] if request.echo else None,
     )
-    job = _Job(model, tenant, ids, params, form, request.priority or "standard", bool(request.stream), most_tokens)
-    await _answer(services, exchange, job)
+    return _Job(model, tenant, ids, params, form, request.priority or "standard", bool(request.stream), most_tokens)
 
 
 async def chat_completions(services: Services, exchange: Exchange, tenant: str) -> None:
     """POST /v1/chat/completions."""
-    body = await read_body(exchange.scope, exchange.receive, services.limits)
+    await _answer(services, exchange, await _chat_job(services, exchange, tenant))
+
+
+async def _chat_job(services: Services, exchange: Exchange, tenant: str) -> _Job:
+    body = await read_body(exchange.scope, exchange.receive, services.limits, services.arriving)
     request = openai.decode_chat(body)
     model = services.model(request.model)
     openai.check_chat(request, services.limits.max_messages)
@@ -101,8 +110,7 @@ async def chat_completions(services: Services, exchange: Exchange, tenant: str) 
         include_usage=_wants_usage(request),
         logprobs=logprobs,
     )
-    job = _Job(model, tenant, [ids], params, form, request.priority or "standard", bool(request.stream), most_tokens)
-    await _answer(services, exchange, job)
+    return _Job(model, tenant, [ids], params, form, request.priority or "standard", bool(request.stream), most_tokens)
 
 
 async def _answer(services: Services, exchange: Exchange, job: _Job) -> None:
@@ -111,6 +119,7 @@ async def _answer(services: Services, exchange: Exchange, job: _Job) -> None:
     stop_watching: Callable[[], None] | None = None
     try:
         _submit(services, job, reply)
+        job.prompts.clear()
         stop_watching = connection.watch(exchange.scope, exchange.receive, lambda: driver.client_gone(reply))
         if job.stream:
             await services.sweeper.run(EventStream(exchange, reply, job.format, services.limits), exchange)

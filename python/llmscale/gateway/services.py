@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from llmscale.errors import Overloaded, Unavailable, UnknownModel
 from llmscale.gateway.auth import ApiKeys
+from llmscale.gateway.body import Arriving
 from llmscale.gateway.config import GatewayConfig, ServedModel
 from llmscale.gateway.driver import FrontDriver
 from llmscale.gateway.front import Front, SamplingFactory
@@ -47,6 +48,7 @@ class Services:
         self.sampling = sampling
         self.models = {model.name: model for model in models}
         self.keys = keys
+        self.arriving = Arriving()
         per_model = [RequestMetrics(model.name, keys.tenants) for model in models]
         self.metrics = GatewayMetrics(per_model, routes, front.status)
         self._watch = ReplicaWatch(front, self.models)

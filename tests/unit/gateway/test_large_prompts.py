@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
+from collections.abc import Iterator
 
 import openai
 import pytest
@@ -10,7 +12,8 @@ import pytest
 from llmscale.gateway import services
 from llmscale.gateway.config import GatewayLimits
 from llmscale.tokenizer import Tokenizer
-from tests.fakes.gateway_server import serving
+from tests.fakes.fake_front import FakeFront
+from tests.fakes.gateway_server import serving, until
 
 LARGE = "the quick brown fox jumps over the lazy dog " * 20_000
 
@@ -69,3 +72,44 @@ async def test_a_prompt_that_is_too_long_is_refused_whether_or_not_it_is_tokeniz
                 await gateway.client().completions.create(model="tiny", prompt=prompt, max_tokens=1)
             assert refused.value.code == "request_too_long"
             assert "(max_sequence_tokens, the server's --max-model-len); shorten" in refused.value.message
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+LIVE: dict[str, tuple[str, str]] = {
+    "padded completion": ("/v1/completions", '"prompt":"x"'),
+    "padded chat": ("/v1/chat/completions", '"messages":[{"role":"user","content":"x"}]'),
+    "many ids": ("/v1/completions", '"prompt":[' + "5," * 500_000 + "5]"),
+}
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("stream", ["false", "true"])
+@pytest.mark.parametrize("kind", LIVE)
+async def test_live_requests_hold_neither_bodies_nor_prompts(tokenizer: Tokenizer, kind: str, stream: str) -> None:
+    path, fields = LIVE[kind]
+    body = f'{{"model":"tiny","stream":{stream},{fields}}}'.encode()
+    body += b" " * ((4 << 20) - len(body))
+    front = FakeFront(automatic=False, tokens=lambda _prompt, _sampling: iter([5]))
+    async with serving(tokenizer, front, max_sequence_tokens=1 << 20) as gateway:
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{gateway.port}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        ).encode()
+        before = 0
+        for live in range(1, 22):
+            _, writer = await gateway.raw()
+            writer.write(head)
+            writer.write(body)
+            await until(lambda wanted=live: len(front.live) == wanted)
+            front.live[live].prompt.clear()
+            if live == 1:
+                # What the first request makes once, as a compiled template, is not counted.
+                before = tracemalloc.get_traced_memory()[0]
+        grown = tracemalloc.get_traced_memory()[0] - before
+    assert grown < 20 << 20, f"20 live requests hold {grown} bytes"
