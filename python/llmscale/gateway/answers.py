@@ -156,8 +156,9 @@ class CompletionFormat(_Events):
         tokenizer: Tokenizer,
         include_usage: bool,
         logprobs: int | None,
-        echoes: list[str] | None,
+        echoes: list[bytes] | None,
     ) -> None:
+        """`echoes` are the prompts as texts in JSON, when they are to be repeated."""
         super().__init__(response_id, "text_completion", model, include_usage=include_usage, logprobs=logprobs)
         self._tokenizer = tokenizer
         self._echoes = echoes
@@ -167,11 +168,10 @@ class CompletionFormat(_Events):
         """The prompt, when it is to be repeated."""
         if self._echoes is None:
             return b""
-        text = _json.encode(self._echoes[choice.prompt])
         return b'%b{"index":%d,"text":%b,"logprobs":null,"finish_reason":null%b' % (
             self._head,
             choice.index,
-            text,
+            self._echoes[choice.prompt],
             self._tail,
         )
 
@@ -201,7 +201,7 @@ class CompletionFormat(_Events):
         for choice in reply.choices:
             text = choice.take_text()
             if self._echoes is not None:
-                text = self._echoes[choice.prompt] + text
+                text = msgspec.json.decode(self._echoes[choice.prompt]) + text
             logprobs = None
             if self._logprobs is not None:
                 rows, offsets = choice.take_logprobs(), _Offsets()

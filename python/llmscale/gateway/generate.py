@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
+
+import msgspec
 
 from llmscale.choice import Choice
 from llmscale.errors import InvalidField, RequestTooLong
@@ -22,6 +25,8 @@ from llmscale.gateway.services import Services
 from llmscale.gateway.stream import EventStream
 from llmscale.types import SamplingParams
 
+MAX_ECHO_BYTES: Final = 16 << 20
+"""Of all repetitions of a request's prompts in its answer."""
 _DEFAULT_COMPLETION_TOKENS = 16
 
 
@@ -39,6 +44,8 @@ class _Job:
     stream: bool
     most_tokens: int
     """Of an answer whose length nobody bounded."""
+    echo_bytes: int = 0
+    """Of the prompts that the answer repeats, once per sequence."""
 
 
 async def completions(services: Services, exchange: Exchange, tenant: str) -> None:
@@ -59,24 +66,35 @@ async def _completion_job(services: Services, exchange: Exchange, tenant: str) -
     params = _params(request, model, request.max_tokens or _DEFAULT_COMPLETION_TOKENS, request.logprobs)
     most_tokens = _check(services, model, len(prompts), params)
 
-    def tokenize() -> list[list[int]]:
-        return [
+    def tokenize() -> tuple[list[list[int]], list[bytes] | None]:
+        ids = [
             model.tokenizer.encode(prompt, max_tokens=model.max_sequence_tokens)
             if isinstance(prompt, str)
             else _check_ids(prompt, model)
             for prompt in prompts
         ]
+        return ids, _echoes(prompts, params.n, model) if request.echo else None
 
-    ids = await services.compute(tokenize, len(body))
+    ids, echoes = await services.compute(tokenize, len(body))
     form = CompletionFormat(
         f"cmpl-{exchange.request_id}",
         model.name,
         tokenizer=model.tokenizer,
         include_usage=_wants_usage(request),
         logprobs=request.logprobs,
-        echoes=[_text_of(prompt, model) for prompt in prompts] if request.echo else None,
+        echoes=echoes,
     )
-    return _Job(model, tenant, ids, params, form, request.priority or "standard", bool(request.stream), most_tokens)
+    return _Job(
+        model,
+        tenant,
+        ids,
+        params,
+        form,
+        request.priority or "standard",
+        bool(request.stream),
+        most_tokens,
+        params.n * sum(map(len, echoes or ())),
+    )
 
 
 async def chat_completions(services: Services, exchange: Exchange, tenant: str) -> None:
@@ -130,7 +148,7 @@ async def _answer(services: Services, exchange: Exchange, job: _Job) -> None:
         if reply.error is not None:
             raise reply.error
         values = sum(len(choice.logprobs) for choice in reply.choices) * (1 + (job.params.logprobs or 0))
-        await exchange.respond(await services.build(lambda: job.format.whole(reply), values))
+        await exchange.respond(await services.build(lambda: job.format.whole(reply), values, job.echo_bytes))
     finally:
         if stop_watching is not None:
             stop_watching()
@@ -290,5 +308,19 @@ def _check_ids(prompt: list[int], model: ServedModel) -> list[int]:
     return prompt
 
 
-def _text_of(prompt: str | list[int], model: ServedModel) -> str:
-    return prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt, skip_special_tokens=False)
+def _echoes(prompts: list[str | list[int]], n: int, model: ServedModel) -> list[bytes]:
+    """The prompts as texts in JSON. Linear in what they are, so it runs where they are tokenized."""
+    echoes, size = [], 0
+    for prompt in prompts:
+        text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt, skip_special_tokens=False)
+        echo = msgspec.json.encode(text)
+        size += n * len(echo)
+        # Looked at after each prompt: ids are short in a body and may stand for long texts.
+        if size > MAX_ECHO_BYTES:
+            raise InvalidField(
+                f"echo with n={n} repeats the prompts in {size} bytes or more, the limit is {MAX_ECHO_BYTES};"
+                " lower n, send shorter prompts or leave echo out",
+                field="echo",
+            )
+        echoes.append(echo)
+    return echoes

@@ -23,6 +23,7 @@ from llmscale.metrics import GatewayMetrics, RequestMetrics
 
 MAX_INLINE_VALUES = 2_048
 """Log probabilities of an answer that are written on the event loop, in a few milliseconds."""
+_ECHO_BYTES_PER_VALUE = 1 << 10
 MAX_WAITING_PROMPT_BYTES = 256 << 20
 """Of bodies whose texts wait to be tokenized; a single one is bounded by its own limit."""
 
@@ -124,10 +125,11 @@ class Services:
             self._large_prompts -= 1
             self._large_bytes -= size_bytes
 
-    async def build(self, work: Callable[[], T], values: int) -> T:
-        """Makes the body of an answer with so many log probabilities: of many on the thread, since a million of them
-        are seconds in which no stream would get a token. Never refused: what it tells has been computed."""
-        if values <= MAX_INLINE_VALUES or self._executor is None:
+    async def build(self, work: Callable[[], T], values: int, echo_bytes: int) -> T:
+        """Makes the body of an answer with so many log probabilities and so much of its prompts: of many on the thread,
+        since a million of them are seconds in which no stream would get a token. Never refused: what it tells has been
+        computed."""
+        if values + echo_bytes // _ECHO_BYTES_PER_VALUE <= MAX_INLINE_VALUES or self._executor is None:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 

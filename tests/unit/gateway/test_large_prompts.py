@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import openai
 import pytest
 
 from llmscale.gateway import services
+from llmscale.gateway.answers import CompletionFormat
 from llmscale.gateway.config import GatewayLimits
+from llmscale.gateway.reply import Reply
 from llmscale.tokenizer import Tokenizer
 from tests.fakes.fake_front import FakeFront
 from tests.fakes.gateway_server import serving, until
@@ -84,7 +89,7 @@ def traced() -> Iterator[None]:
 LIVE: dict[str, tuple[str, str]] = {
     "padded completion": ("/v1/completions", '"prompt":"x"'),
     "padded chat": ("/v1/chat/completions", '"messages":[{"role":"user","content":"x"}]'),
-    "many ids": ("/v1/completions", '"prompt":[' + "5," * 500_000 + "5]"),
+    "many ids": ("/v1/completions", '"prompt":[' + "5," * 400_000 + "5]"),
 }
 
 
@@ -113,3 +118,40 @@ async def test_live_requests_hold_neither_bodies_nor_prompts(tokenizer: Tokenize
                 before = tracemalloc.get_traced_memory()[0]
         grown = tracemalloc.get_traced_memory()[0] - before
     assert grown < 20 << 20, f"20 live requests hold {grown} bytes"
+
+
+@pytest.mark.parametrize("prompt", [LARGE[:500_000], [5] * 150_000])
+async def test_echoes_of_more_than_an_answer_may_repeat_are_refused(tokenizer: Tokenizer, prompt: Any) -> None:
+    async with serving(tokenizer, max_sequence_tokens=1 << 20) as gateway:
+        # The client looks at each id of a prompt, but not at those of an extra body.
+        create = functools.partial(gateway.client().completions.create, prompt="", extra_body={"prompt": prompt})
+        with pytest.raises(openai.BadRequestError, match=r"in \d{8} bytes or more, the limit is 16777216") as refused:
+            await create(model="tiny", echo=True, n=128, max_tokens=1)
+        assert refused.value.param == "echo"
+        assert gateway.front.submitted == {}
+        answer = await create(model="tiny", echo=True, n=2, max_tokens=1)
+    assert all(len(choice.text) >= 150_000 for choice in answer.choices)
+
+
+async def test_large_echoes_are_decoded_and_written_beside_the_event_loop(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    decode, whole = Tokenizer.decode, CompletionFormat.whole
+
+    def watched_decode(given: Tokenizer, ids: Sequence[int], **options: bool) -> str:
+        threads.append(threading.current_thread().name)
+        return decode(given, ids, **options)
+
+    def watched_whole(form: CompletionFormat, reply: Reply) -> bytes:
+        threads.append(threading.current_thread().name)
+        return whole(form, reply)
+
+    monkeypatch.setattr(Tokenizer, "decode", watched_decode)
+    monkeypatch.setattr(CompletionFormat, "whole", watched_whole)
+    async with serving(tokenizer, max_sequence_tokens=1 << 20) as gateway:
+        create = gateway.client().completions.create
+        ids = tokenizer.encode(LARGE[:600_000])
+        answer = await create(model="tiny", prompt="", extra_body={"prompt": ids}, echo=True, n=4, max_tokens=1)
+    assert [choice.text[:600_000] for choice in answer.choices] == [LARGE[:600_000]] * 4
+    assert [name.partition("_")[0] for name in threads] == ["llmscale-prompts"] * 2
