@@ -82,7 +82,7 @@ async def test_the_models_are_listed_with_their_longest_sequence(tokenizer: Toke
 async def test_an_answer_that_nobody_bounded_is_as_long_as_the_bounds_leave_it(
     tokenizer: Tokenizer, fields: dict[str, Any], most: int | None
 ) -> None:
-    async with serving(tokenizer, max_sequence_tokens=131_072) as gateway:
+    async with serving(tokenizer, scripted(tokenizer, "hi"), max_sequence_tokens=131_072) as gateway:
         message = {"role": "user", "content": "hi"}
         create: Any = gateway.client().chat.completions.create
         await create(model="tiny", messages=[message], **fields)
