@@ -2,7 +2,8 @@
 
 One `FrontDriver` per process watches the front's eventfd, drains it once per wake-up and hands each delivery to its
 choice in O(tokens), then wakes each touched reply once. It owns which request belongs to which reply and sees to it
-that a reply that ends, fails or is abandoned leaves nothing running. It knows nothing of HTTP, JSON or sockets.
+that a reply that ends, fails or is abandoned leaves nothing running, and that all unsent answers together hold a
+bounded memory. It knows nothing of HTTP, JSON or sockets.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from llmscale.choice import ENDED_WELL, Choice, Delivery, failure
-from llmscale.errors import LlmscaleError, Unavailable, UnknownModel
+from llmscale.errors import LlmscaleError, Overloaded, Unavailable, UnknownModel
 from llmscale.gateway.front import Front
 from llmscale.gateway.http import trace_of
 from llmscale.gateway.reply import Reply
 from llmscale.logs import get_logger
 from llmscale.metrics import RequestMetrics
 
+MAX_HELD_BYTES: Final = 1 << 30
+"""Of the log probabilities of all answers that are sent whole, and of the prompts that all answers repeat."""
+# A row of log probabilities takes so much, and as much again for each of its values: 112 and 184 bytes are measured.
+_VALUE_BYTES: Final = 112
 _log = get_logger("llmscale.gateway")
 
 
@@ -32,6 +37,7 @@ class FrontDriver:
         self._loop = loop
         self._live: dict[int, tuple[Choice, Reply, RequestMetrics]] = {}
         self._replies: set[Reply] = set()
+        self._held_bytes = 0
         self._closed = False
         loop.add_reader(front.fileno(), self._wake)
 
@@ -43,6 +49,22 @@ class FrontDriver:
     def start(self, *, streaming: bool) -> Reply:
         """A reply without choices; `submit` adds them."""
         return Reply(self._loop, streaming=streaming)
+
+    @property
+    def held_bytes(self) -> int:
+        """What unsent answers hold, as far as `MAX_HELD_BYTES` is about it."""
+        return self._held_bytes
+
+    def hold(self, reply: Reply, size_bytes: int) -> None:
+        """Counts the prompts that an answer repeats, until it is abandoned. Raises `Overloaded`."""
+        if size_bytes and self._held_bytes + size_bytes > MAX_HELD_BYTES:
+            raise Overloaded(
+                f"answers that are not sent yet hold {self._held_bytes} bytes, with the {size_bytes} of this echo they"
+                f" are more than {MAX_HELD_BYTES}; leave echo out or retry later",
+                retry_after_seconds=1.0,
+            )
+        self._held_bytes += size_bytes
+        reply.held_bytes += size_bytes
 
     def submit(
         self,
@@ -85,6 +107,8 @@ class FrontDriver:
 
     def abandon(self, reply: Reply) -> None:
         """Cancels what still runs of a reply. Safe to call at any time, also twice."""
+        self._held_bytes -= reply.held_bytes
+        reply.held_bytes = 0
         for choice in reply.choices:
             entry = self._live.pop(choice.request, None) if choice.request is not None else None
             if entry is not None and choice.request is not None:
@@ -141,6 +165,10 @@ class FrontDriver:
         before = choice.output_tokens
         keep = choice.accept(delivery)
         metrics.tokens(choice, choice.output_tokens - before, now)
+        if choice.logprobs and not reply.streaming:
+            self._hold_rows(reply, choice, choice.output_tokens - before)
+            if reply.error is not None:
+                return
         reason = choice.finish_reason
         if reason is None:
             return
@@ -155,3 +183,19 @@ class FrontDriver:
             self.abandon(reply)
         elif reply.remaining == 0:
             self._replies.discard(reply)
+
+    def _hold_rows(self, reply: Reply, choice: Choice, rows: int) -> None:
+        """Counts new log probabilities. Where all are too many, the answer that holds the most ends."""
+        size = rows * (2 + len(choice.logprobs[-1][2])) * _VALUE_BYTES
+        self._held_bytes += size
+        reply.held_bytes += size
+        if self._held_bytes <= MAX_HELD_BYTES:
+            return
+        largest = max(self._replies, key=lambda live: live.held_bytes)
+        largest.error = Overloaded(
+            f"answers that are not sent yet hold {self._held_bytes} bytes of log probabilities, the limit is"
+            f" {MAX_HELD_BYTES}; this one held the most, {largest.held_bytes}: stream it, or ask for fewer",
+            retry_after_seconds=10.0,
+        )
+        self.abandon(largest)
+        largest.notify()

@@ -136,6 +136,7 @@ async def _answer(services: Services, exchange: Exchange, job: _Job) -> None:
     reply = driver.start(streaming=job.stream)
     stop_watching: Callable[[], None] | None = None
     try:
+        driver.hold(reply, job.echo_bytes // job.params.n)
         _submit(services, job, reply)
         job.prompts.clear()
         stop_watching = connection.watch(exchange.scope, exchange.receive, lambda: driver.client_gone(reply))

@@ -38,6 +38,7 @@ _ERROR_TYPES: Final = {
 }
 # After these the rest of the body is still under way; closing is cheaper and safer than reading it.
 _CLOSING: Final = frozenset({408, 413, 431})
+_LARGE_BODY_BYTES: Final = 1 << 20
 Headers = Sequence[tuple[bytes, bytes]]
 
 
@@ -107,7 +108,12 @@ class Exchange:
         """Sends a whole response."""
         length = (b"content-length", b"%d" % len(body))
         await self.start(status, [(b"content-type", kind), length, *headers])
-        await self.write(body)
+        if len(body) <= _LARGE_BODY_BYTES:
+            await self.write(body)
+            return
+        await self.write(body, more=True)
+        # Returns when the client has read nearly all: until then the answer counts as one that is not sent.
+        await self.write(b"")
 
     async def fail(self, error: LlmscaleError) -> None:
         """Sends an error as the whole response."""

@@ -17,7 +17,18 @@ from llmscale.types import Usage
 class Reply:
     """With `streaming` the waiter wakes for every piece of news, otherwise only at the end."""
 
-    __slots__ = ("_loop", "_news", "_waiter", "choices", "error", "gone", "prompt_tokens", "remaining", "streaming")
+    __slots__ = (
+        "_loop",
+        "_news",
+        "_waiter",
+        "choices",
+        "error",
+        "gone",
+        "held_bytes",
+        "prompt_tokens",
+        "remaining",
+        "streaming",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, streaming: bool) -> None:
         self._loop = loop
@@ -27,6 +38,8 @@ class Reply:
         self.choices: list[Choice] = []
         self.remaining = 0
         self.prompt_tokens = 0
+        # What the driver counts for it until it is abandoned.
+        self.held_bytes = 0
         self.error: LlmscaleError | None = None
         # Set when the client has gone away: nobody reads what is written from now on.
         self.gone = False
