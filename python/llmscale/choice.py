@@ -85,7 +85,10 @@ def ranked(
 
 
 class Choice:
-    """The text of one sequence of a request; `prompt` says which of its prompts. `finish_reason` is set at the end."""
+    """The text of one sequence of a request; `prompt` says which of its prompts. `finish_reason` is set at the end.
+
+    `context` are the ids of a prompt that the text goes on from; an answer in a chat begins a text of its own.
+    """
 
     __slots__ = (
         "_detokenizer",
@@ -108,7 +111,9 @@ class Choice:
         "stop_reason",
     )
 
-    def __init__(self, index: int, prompt: int, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(
+        self, index: int, prompt: int, tokenizer: Tokenizer, params: SamplingParams, context: Sequence[int] = ()
+    ) -> None:
         self.index = index
         self.prompt = prompt
         self.request: int | None = None
@@ -121,7 +126,9 @@ class Choice:
         self.last_token_at: float | None = None
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprobs] = []
-        self._detokenizer: Detokenizer = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
+        self._detokenizer: Detokenizer = tokenizer.detokenizer(
+            skip_special_tokens=params.skip_special_tokens, context=context
+        )
         self._matcher = (
             StopMatcher(params.stop, include_match=params.include_stop_str_in_output) if params.stop else None
         )

@@ -7,6 +7,7 @@ who reads the text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import tokenizers
@@ -14,19 +15,30 @@ from tokenizers.decoders import DecodeStream
 
 # A character has at most 4 bytes, so 4 byte tokens complete it; text that is still open after 8 tokens is not UTF-8.
 _MAX_OPEN_TOKENS: Final = 8
+# All but the last byte of a character, so many tokens at most.
+_MAX_OPEN_BYTES: Final = 3
+# Further back nobody looks for text behind special tokens.
+_MAX_CONTEXT_TOKENS: Final = 512
+_REPLACEMENT: Final = "\ufffd"
 
 
 class Detokenizer:
-    """The text of one stream of ids, piece by piece; characters whose bytes are split over tokens come out whole."""
+    """The text of one stream of ids, piece by piece; characters whose bytes are split over tokens come out whole.
+
+    `context` are the ids that the stream goes on after; of these only the last few are looked at. A decoder of
+    SentencePiece's kind drops the space before the first word of a text, so it must know that this is not the first.
+    """
 
     __slots__ = ("_context", "_open", "_skip", "_stream", "_tokenizer")
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, *, skip_special_tokens: bool, context: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._context: list[int] = self._whole_tail(context) if context else []
         # None while bytes that are not UTF-8 pass through: the library would hold them back, and then repeat them.
-        self._stream: DecodeStream | None = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._context: list[int] = []
+        self._stream: DecodeStream | None = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
         self._open: list[int] = []
 
     def push(self, token: int) -> str:
@@ -61,11 +73,33 @@ class Detokenizer:
         self._open = []
         return text
 
+    def _whole_tail(self, ids: Sequence[int]) -> list[int]:
+        """The last ids whose text ends with a whole character: the library would repeat what stands before an open one.
+
+        Bytes that fall back make no text unless they begin with the first byte of a character, so four begins are
+        tried; ends are tried from the last id to the one before an open character.
+        """
+        size = _MAX_OPEN_TOKENS
+        while size < min(len(ids), _MAX_CONTEXT_TOKENS) and not self._decode(ids[-size:]):
+            size *= 2  # All of them are special tokens that are skipped.
+        for end in range(len(ids), max(0, len(ids) - _MAX_OPEN_BYTES - 1), -1):
+            for begin in range(end - size, end - size + _MAX_OPEN_BYTES + 1):
+                tail = list(ids[max(0, begin) : end])
+                if not self._decode(tail).endswith(_REPLACEMENT):
+                    return tail
+        return []
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
     def _push_undecodable(self) -> str:
         text, broken = self._open_text()
         if broken and len(self._open) < _MAX_OPEN_TOKENS:
             return ""
-        self._context, self._open = [*self._context, *self._open][-_MAX_OPEN_TOKENS:], []
+        # Special tokens that are skipped add nothing; the text before them goes on being what the next id follows.
+        if text or not self._context:
+            self._context = [*self._context, *self._open][-_MAX_OPEN_TOKENS:]
+        self._open = []
         if not broken:
             self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
         return text
@@ -74,12 +108,12 @@ class Detokenizer:
         """What the ids that were held back add to the text, and whether its last character may still be open."""
         if not self._open:
             return "", False
-        before = self._tokenizer.decode(self._context, skip_special_tokens=self._skip)
-        text = self._tokenizer.decode([*self._context, *self._open], skip_special_tokens=self._skip)
+        before = self._decode(self._context)
+        text = self._decode([*self._context, *self._open])
         if text.startswith(before):
             # A byte may add nothing and still leave a character open: it goes on with bytes that were shown as one
             # replacement already. A stream that began anew there would repeat what it was given as context.
-            return text[len(before) :], text.endswith("\ufffd")
+            return text[len(before) :], text.endswith(_REPLACEMENT)
         # Byte fallback: one bad byte turns the good ones before it, which were shown already, into replacements too.
-        alone = self._tokenizer.decode(self._open, skip_special_tokens=self._skip)
-        return alone, alone.endswith("\ufffd")
+        alone = self._decode(self._open)
+        return alone, alone.endswith(_REPLACEMENT)

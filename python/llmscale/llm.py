@@ -140,7 +140,7 @@ class LLM:
         params = _one_each(sampling_params or SamplingParams(), len(batch))
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in batch]
         texts = [prompt if isinstance(prompt, str) else None for prompt in batch]
-        return self._run(texts, ids, params)
+        return self._run(texts, ids, params, contexts=ids)
 
     def chat(
         self,
@@ -151,7 +151,7 @@ class LLM:
         conversations: Sequence[Any] = messages if messages and not isinstance(messages[0], Mapping) else [messages]
         params = _one_each(sampling_params or SamplingParams(max_tokens=None), len(conversations))
         ids = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
-        return self._run([None] * len(ids), ids, params)
+        return self._run([None] * len(ids), ids, params, contexts=[()] * len(ids))
 
     def close(self, *, max_saving_seconds: float = 5.0) -> None:
         """Writes what is cached to `kv_disk`, the latest first, for so long at most, and lets go of it, so that another
@@ -172,11 +172,18 @@ class LLM:
             self._folder = None
 
     def _run(
-        self, texts: Sequence[str | None], prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+        self,
+        texts: Sequence[str | None],
+        prompts: Sequence[list[int]],
+        params: Sequence[SamplingParams],
+        contexts: Sequence[Sequence[int]],
     ) -> list[RequestOutput]:
+        """`contexts` are what the texts go on from: the prompts, or nothing for answers in a chat."""
         sequences = [
             _Sequence(
-                Choice(number, index, self.tokenizer, wanted), ids, self._sampling(len(ids), wanted, index, number)
+                Choice(number, index, self.tokenizer, wanted, contexts[index]),
+                ids,
+                self._sampling(len(ids), wanted, index, number),
             )
             for index, (ids, wanted) in enumerate(zip(prompts, params, strict=True))
             for number in range(wanted.n)

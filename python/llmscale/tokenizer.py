@@ -133,9 +133,9 @@ class Tokenizer:
         """The text of a whole sequence of ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """Starts the text of one stream."""
-        return Detokenizer(self._tokenizer, skip_special_tokens=skip_special_tokens)
+    def detokenizer(self, *, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> Detokenizer:
+        """Starts the text of one stream, which goes on after the ids in `context`."""
+        return Detokenizer(self._tokenizer, skip_special_tokens=skip_special_tokens, context=context)
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one id stands for, which need not be whole characters. Unknown ids stand for nothing."""

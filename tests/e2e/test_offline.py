@@ -6,6 +6,7 @@ One model in float32 for all tests of this file: ids there do not depend on what
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 from llmscale import LLM, Client, SamplingParams, errors
 from llmscale.embedded import embedded_model_path
 from llmscale.llm import MAX_AHEAD
+from llmscale.tokenizer import Tokenizer
+from tests.fakes.tiny_tokenizer import write_metaspace
 from tests.processes import Server, serving
 
 PROMPTS = ["Once upon a time", "The old sailor", "What is 23 + 45?", "A list of colours: red,"]
@@ -70,6 +73,19 @@ def test_a_prompt_of_ids_is_the_prompt_of_its_text(llm: LLM) -> None:
     assert ids(llm, encoded, GREEDY) == ids(llm, PROMPTS, GREEDY)
     assert ids(llm, encoded[0], GREEDY) == ids(llm, PROMPTS[0], GREEDY)
     assert llm.generate(encoded[0], GREEDY)[0].prompt is None
+
+
+def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer(write_metaspace(tmp_path))
+    word = tokenizer.encode("hello")[1]
+    assert tokenizer.token_bytes(word) == b" h"
+    monkeypatch.setattr(llm, "tokenizer", tokenizer)
+    params = SamplingParams(temperature=0, max_tokens=2, logit_bias={word: 1_000.0}, ignore_eos=True)
+    for prompt in ("hello", tokenizer.encode("hello")):
+        assert llm.generate(prompt, params)[0].outputs[0].text == " h h"
+    assert llm.chat(QUESTION, params)[0].outputs[0].text == "h h"
 
 
 def test_company_changes_no_id_of_a_seeded_request(llm: LLM) -> None:

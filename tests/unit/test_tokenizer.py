@@ -154,6 +154,49 @@ def test_a_stream_of_ids_gives_the_text_of_the_whole(tokenizers: dict[str, Token
     assert "\ufffd" not in "".join(pieces) or "\ufffd" in text
 
 
+# Also more special tokens in a row than a stream looks back, and more bytes that fall back than it does.
+ADDED = st.sampled_from(["hello", " the", " ", "  ", "\n", "é", "😀", "中文字中文字", "a\ufffd", (1,), (1,) * 9])
+
+
+@settings(max_examples=400)
+@example(name=METASPACE, pieces=["hello", " the"], cut=2, skip=True)
+@example(name=METASPACE, pieces=["中文字中文字", " the"], cut=18, skip=True)
+@example(name=METASPACE, pieces=["hello", (1,) * 9, " the"], cut=11, skip=True)
+@given(
+    name=st.sampled_from([BYTE_LEVEL, METASPACE]),
+    pieces=st.lists(ADDED, max_size=8),
+    cut=st.integers(0, 60),
+    skip=st.booleans(),
+)
+def test_a_stream_goes_on_where_its_context_ends(
+    tokenizers: dict[str, Tokenizer], name: str, pieces: list[str | tuple[int, ...]], cut: int, skip: bool
+) -> None:
+    tokenizer = tokenizers[name]
+    ids: list[int] = []
+    ends = {0}
+    for piece in pieces:
+        ids += tokenizer.encode_part(piece) if isinstance(piece, str) else piece
+        ends.add(len(ids))
+    stream = tokenizer.detokenizer(skip_special_tokens=skip, context=ids[:cut])
+    text = "".join(map(stream.push, ids[cut:])) + stream.finish()
+    before = tokenizer.decode(ids[:cut], skip_special_tokens=skip)
+    # A cut within a character leaves parts on both sides, and neither is text.
+    if cut in ends or not before.endswith("\ufffd"):
+        assert before + text == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("name", [BYTE_LEVEL, METASPACE])
+def test_a_context_that_ends_within_a_character_is_not_repeated(tokenizers: dict[str, Tokenizer], name: str) -> None:
+    tokenizer = tokenizers[name]
+    before, character, after = map(tokenizer.encode_part, ("hello ", "😀", "the"))
+    # Before the four bytes, a decoder of SentencePiece's kind has a space.
+    character = character[-4:]
+    for cut in range(1, 4):
+        stream = tokenizer.detokenizer(context=[*before, *character[:cut]])
+        text = "".join(map(stream.push, [*character[cut:], *after])) + stream.finish()
+        assert text.replace(" ", "") == "\ufffd" * (4 - cut) + "the"
+
+
 @pytest.mark.parametrize("name", [BYTE_LEVEL, METASPACE])
 # Seven that cannot begin a character, then one that is open while the limit of open tokens passes over it.
 @example(values=[128] * 7 + [224, 160, 0])

@@ -53,6 +53,8 @@ class NodeReply:
         self._call = call
         self._id = request_id
         self._tokenizer = tokenizer
+        # A completion goes on from its prompt; an answer in a chat begins a text of its own.
+        self._context = self.prompt if call.messages is None else ()
         self._seed = secrets.randbits(64) if self.params.seed is None else self.params.seed & ((1 << 64) - 1)
         self._sequences: dict[int, _Sequence] = {}
         self._remaining = self.params.n
@@ -76,7 +78,7 @@ class NodeReply:
 
     def started(self, request: int, index: int) -> None:
         """The request that computes a choice."""
-        choice = None if self._tokenizer is None else Choice(index, 0, self._tokenizer, self.params)
+        choice = None if self._tokenizer is None else Choice(index, 0, self._tokenizer, self.params, self._context)
         self._sequences[request] = _Sequence(index, choice)
 
     def accept(self, delivery: Delivery) -> int | None:

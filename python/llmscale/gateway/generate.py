@@ -177,6 +177,8 @@ def _submit(services: Services, job: _Job, reply: Reply) -> None:
                 f"min_tokens is {params.min_tokens}, the sequence has room for {most}; lower it", field="min_tokens"
             )
         reply.prompt_tokens += len(prompt)
+        # A completion goes on from its prompt; an answer in a chat begins a text of its own.
+        context = prompt if isinstance(job.format, CompletionFormat) else ()
         for number in range(params.n):
             sampling = services.sampling(
                 temperature=params.temperature,
@@ -197,7 +199,7 @@ def _submit(services: Services, job: _Job, reply: Reply) -> None:
             )
             services.driver.submit(
                 reply,
-                Choice(index, position, job.model.tokenizer, params),
+                Choice(index, position, job.model.tokenizer, params, context),
                 metrics=metrics,
                 tenant=job.tenant,
                 prompt=prompt,

@@ -70,6 +70,26 @@ async def test_each_model_reads_and_writes_with_its_own_tokenizer_and_template(
     ]
 
 
+async def test_a_completion_goes_on_from_its_prompt_also_where_the_first_word_of_a_text_has_no_space(
+    tokenizer: Tokenizer, other: ServedModel
+) -> None:
+    answer = [*other.tokenizer.encode("stop there.")[1:], 2]
+    front = FakeFront(tokens=lambda *_: iter(answer), eos=frozenset({2}), replicas=replicas())
+    asked: dict[str, Any] = {"model": "second", "prompt": "hello", "max_tokens": 30}
+    async with serving(tokenizer, front, more_models=[other]) as gateway:
+        create = gateway.client().completions.create
+        plain = (await create(**asked, logprobs=0)).choices[0]
+        echoed = (await create(**asked, echo=True)).choices[0]
+        streamed = "".join([event.choices[0].text async for event in await create(**asked, stream=True)])
+        stopped = (await create(**asked, stop=[" stop"])).choices[0]
+    assert (plain.text, streamed, echoed.text) == (" stop there.", " stop there.", "hello stop there.")
+    assert (stopped.text, stopped.finish_reason) == ("", "stop")
+    assert plain.logprobs is not None
+    pieces = zip(plain.logprobs.text_offset or [], plain.logprobs.tokens or [], strict=True)
+    for offset, piece in list(pieces)[:-1]:
+        assert plain.text[offset : offset + len(piece)] == piece
+
+
 async def test_all_models_are_listed_and_an_unknown_one_is_refused_with_the_list(
     tokenizer: Tokenizer, other: ServedModel
 ) -> None:

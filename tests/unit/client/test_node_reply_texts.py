@@ -1,0 +1,45 @@
+"""What a node's ids become, without a node."""
+
+from pathlib import Path
+
+import pytest
+
+from llmscale.client import wire
+from llmscale.client.calls import Call, split_input
+from llmscale.client.node_reply import NodeReply
+from llmscale.client.session import Delivery
+from llmscale.tokenizer import Tokenizer
+from llmscale.types import SamplingParams
+from tests.fakes.tiny_tokenizer import write_metaspace
+
+LIMITS = wire.NodeLimits(600, 128, 4, 4, 64, 16, [2])
+
+
+@pytest.fixture(scope="module")
+def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder: Path = tmp_path_factory.mktemp("metaspace")
+    return Tokenizer(write_metaspace(folder))
+
+
+def reply_to(prompt, tokenizer, params=None):
+    text, messages = split_input(prompt)
+    call = Call(text, messages, params or SamplingParams(max_tokens=8), None, "standard", None, streaming=True)
+    reply = NodeReply(call, LIMITS, tokenizer, "request-1")
+    reply.started(1, 0)
+    return reply
+
+
+def text_of(reply, tokens):
+    kept = reply.accept(Delivery(1, 0, tokens, finish_reason="length", output_tokens=len(tokens)))
+    return "".join(chunk.text for chunk in reply.take()), kept
+
+
+def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(metaspace):
+    prompt, output = metaspace.encode("hello"), metaspace.encode("the fox")[1:]
+    assert text_of(reply_to("hello", metaspace), output) == (" the fox", None)
+    assert text_of(reply_to(prompt, metaspace), output) == (" the fox", None)
+    assert text_of(reply_to([{"role": "user", "content": "hello"}], metaspace), output) == ("the fox", None)
+    stopped = reply_to("hello", metaspace, SamplingParams(max_tokens=8, stop=" the"))
+    text, kept = text_of(stopped, output)
+    assert text == ""
+    assert kept is not None
