@@ -7,6 +7,7 @@ Knows nothing of sockets or of event loops.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeVar
 
@@ -21,7 +22,8 @@ MAX_EVENT_BYTES: Final = 16 << 20
 _ENDED_WELL: Final = ("stop", "length")
 _DATA: Final = b"data:"
 _DONE: Final = b"[DONE]"
-_RESTARTS: Final = b": restarts "
+# As our gateways write it; a proxy's comment that only begins like it is a comment.
+_RESTARTS: Final = re.compile(rb": restarts ([0-9]{1,9})")
 _SHOWN_BODY_CHARACTERS: Final = 200
 _T = TypeVar("_T")
 
@@ -256,8 +258,8 @@ class HttpReply:
                     self._end()
                 else:
                     chunks += self._take(payload)
-            elif line.startswith(_RESTARTS):
-                self._restarts = int(line[len(_RESTARTS) :])
+            elif restarts := _RESTARTS.fullmatch(line):
+                self._restarts = int(restarts[1])
         return chunks
 
     def whole(self, body: bytes) -> list[StreamChunk]:

@@ -71,6 +71,10 @@ class HttpAnswer:
                     await self._queue.put(chunks)
         except errors.LlmscaleError as error:
             await self._queue.put(error)
+        except Exception as error:  # noqa: BLE001 - whoever waits must hear of every end, also an unforeseen one
+            failed = errors.TransportError(f"the answer could not be read: {type(error).__name__}: {error}")
+            failed.__cause__ = error
+            await self._queue.put(failed)
         else:
             await self._queue.put(None)
 

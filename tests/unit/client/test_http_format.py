@@ -102,6 +102,13 @@ def test_carriage_returns_and_comments_are_no_data():
     assert list(EventDecoder().feed(b": ping\r\n\r\ndata: 1\r\n\r\nrest")) == [b": ping", b"data: 1"]
 
 
+@pytest.mark.parametrize("comment", [b"soon", b"-1", b"", b"9" * 5_000, b"\xff"])
+def test_a_comment_that_only_begins_like_a_count_of_restarts_is_a_comment(comment):
+    reply = HttpReply(call())
+    [chunk] = reply.feed(b": restarts 2\n: restarts " + comment + b"\n" + events(piece("Hel")))
+    assert (chunk.text, chunk.restarts) == ("Hel", 2)
+
+
 def test_an_error_in_the_middle_of_a_stream_is_raised_with_its_type():
     reply = HttpReply(call())
     reply.feed(events(piece("Hel")))
