@@ -130,8 +130,8 @@ class AsyncClient:
 
     `api_key` is for gateways. For nodes: `tokenizer` is the model's (a folder, the name of an embedded model or a
     `Tokenizer`) and is needed for text, `keys` are needed beyond this machine, `fleet` must be the node's.
-    `connect_timeout` is how long, in seconds, a server may take to be there. Raises ConfigError for options that do not
-    fit the address.
+    `connect_timeout` is how long, in seconds, a server may take to be there, and a gateway to say how it is and what it
+    serves. Raises ConfigError for options that do not fit the address.
     """
 
     def __init__(

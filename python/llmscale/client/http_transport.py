@@ -86,6 +86,10 @@ class HttpTransport:
         self._url = url.rstrip("/")
         self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._connect_seconds = connect_seconds
+        # Reading has no limit of its own: a whole answer has, and a long prompt is silent for long.
+        self._patient = httpx2.Timeout(None, connect=connect_seconds)
+        # What a gateway knows by heart it says at once, or it is not there.
+        self._brief = httpx2.Timeout(connect_seconds)
         self._http: httpx2.AsyncClient | None = None
         self._models: dict[str, ModelInfo] = {}
         self._answers: set[HttpAnswer] = set()
@@ -96,7 +100,7 @@ class HttpTransport:
         path = http_format.path_of(call)
 
         async def read(reply: HttpReply) -> AsyncIterator[list[StreamChunk]]:
-            async with self._request("POST", path, body) as response:
+            async with self._request("POST", path, body, self._patient) as response:
                 if not call.streaming:
                     yield reply.whole(await response.aread())
                     return
@@ -112,13 +116,13 @@ class HttpTransport:
         return answer
 
     async def models(self) -> list[ModelInfo]:
-        async with self._request("GET", "/v1/models", None) as response:
+        async with self._request("GET", "/v1/models", None, self._brief) as response:
             found = http_format.models(await response.aread())
         self._models = {model.name: model for model in found}
         return found
 
     async def health(self) -> Health:
-        async with self._request("GET", "/fleet", None) as response:
+        async with self._request("GET", "/fleet", None, self._brief) as response:
             return http_format.health(await response.aread())
 
     async def close(self) -> None:
@@ -148,10 +152,12 @@ class HttpTransport:
         return self._models[name]
 
     @asynccontextmanager
-    async def _request(self, method: str, path: str, body: bytes | None) -> AsyncIterator[httpx2.Response]:
+    async def _request(
+        self, method: str, path: str, body: bytes | None, patience: httpx2.Timeout
+    ) -> AsyncIterator[httpx2.Response]:
         """A response whose status is a success. Every failure of the transport becomes a typed error."""
         try:
-            async with self._client().stream(method, path, content=body) as response:
+            async with self._client().stream(method, path, content=body, timeout=patience) as response:
                 if response.status_code == _NOT_FOUND:
                     # Another model may be served here by now: the next call asks.
                     self._models = {}
@@ -160,7 +166,8 @@ class HttpTransport:
                 yield response
         except httpx2.TimeoutException as error:
             raise errors.ClientTimeout(
-                f"{self._url} could not be reached within {self._connect_seconds:g} s: {type(error).__name__}"
+                f"{self._url} did not answer within {self._connect_seconds:g} s (connect_timeout):"
+                f" {type(error).__name__}; look after the gateway, or give it more time"
             ) from error
         except (httpx2.HTTPError, httpx2.StreamError, httpx2.InvalidURL) as error:
             reason = str(error) or type(error).__name__
@@ -171,8 +178,7 @@ class HttpTransport:
             self._http = httpx2.AsyncClient(
                 base_url=self._url,
                 headers={"content-type": "application/json", "accept-encoding": "identity", **self._headers},
-                # Reading has no limit of its own: a whole answer has, and a long prompt is silent for long.
-                timeout=httpx2.Timeout(None, connect=self._connect_seconds),
+                timeout=self._patient,
                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
                 # A proxy that the environment names cannot reach this machine's own addresses.
                 trust_env=urlsplit(self._url).hostname not in _LOOPBACK,

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from llmscale import errors
+from llmscale import AsyncClient, errors
 from llmscale.client.calls import Call
 from llmscale.client.http_format import HttpReply
 from llmscale.client.http_transport import HttpAnswer
 from llmscale.client.results import StreamChunk
 
+Ask = Callable[[AsyncClient], Awaitable[object]]
 CALL = Call("hi", None, None, None, "standard", None, streaming=True)
+
+
+@pytest.mark.parametrize("ask", [AsyncClient.models, AsyncClient.health, lambda client: client.generate("hi")])
+async def test_a_gateway_that_takes_the_connection_and_says_nothing_is_a_timeout(ask: Ask) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with AsyncClient(f"http://127.0.0.1:{silent.getsockname()[1]}", connect_timeout=0.2) as client:
+            async with asyncio.timeout(20):
+                with pytest.raises(errors.ClientTimeout, match=r"did not answer within 0\.2 s"):
+                    await ask(client)
 
 
 async def test_an_error_that_nobody_thought_of_ends_an_answer_after_what_came_before_it() -> None:
