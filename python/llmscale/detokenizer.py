@@ -18,7 +18,7 @@ _MAX_OPEN_TOKENS: Final = 8
 # All but the last byte of a character, so many tokens at most.
 _MAX_OPEN_BYTES: Final = 3
 # Further back nobody looks for text behind special tokens.
-_MAX_CONTEXT_TOKENS: Final = 512
+_MAX_CONTEXT_TOKENS: Final = 64
 _REPLACEMENT: Final = "\ufffd"
 
 
@@ -44,8 +44,7 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Takes the next id and returns the text that is now certain, often one piece, sometimes nothing."""
         if self._stream is None:
-            self._open.append(token)
-            return self._push_undecodable()
+            return self._push_textless(token)
         try:
             text = self._stream.step(self._tokenizer, token)
         except Exception as error:
@@ -56,15 +55,12 @@ class Detokenizer:
             self._open.append(token)
             return self._push_undecodable()
         if text is None:
-            self._open.append(token)
-            if len(self._open) < _MAX_OPEN_TOKENS:
-                return ""
-            # Bytes that never become a character would be decoded again with every token, in quadratic time.
-            self._stream = None
-            return self._push_undecodable()
+            return self._push_textless(token)
         if self._open:
-            self._open.clear()
-        self._context = [token]
+            # All of its bytes: a context that begins within a character would be repeated.
+            self._context, self._open = [*self._open, token], []
+        else:
+            self._context = [token]
         return text
 
     def finish(self) -> str:
@@ -79,15 +75,46 @@ class Detokenizer:
         Bytes that fall back make no text unless they begin with the first byte of a character, so four begins are
         tried; ends are tried from the last id to the one before an open character.
         """
-        size = _MAX_OPEN_TOKENS
-        while size < min(len(ids), _MAX_CONTEXT_TOKENS) and not self._decode(ids[-size:]):
-            size *= 2  # All of them are special tokens that are skipped.
-        for end in range(len(ids), max(0, len(ids) - _MAX_OPEN_BYTES - 1), -1):
-            for begin in range(end - size, end - size + _MAX_OPEN_BYTES + 1):
-                tail = list(ids[max(0, begin) : end])
+        shown: list[int] = []
+        for token in reversed(ids[-_MAX_CONTEXT_TOKENS:]):
+            if not self._adds_nothing(token):
+                shown.append(token)
+                if len(shown) == _MAX_OPEN_TOKENS + _MAX_OPEN_BYTES:
+                    break
+        shown.reverse()
+        for end in range(len(shown), max(0, len(shown) - _MAX_OPEN_BYTES - 1), -1):
+            for begin in range(end - _MAX_OPEN_TOKENS, end - _MAX_OPEN_TOKENS + _MAX_OPEN_BYTES + 1):
+                tail = shown[max(0, begin) : end]
                 if not self._decode(tail).endswith(_REPLACEMENT):
                     return tail
         return []
+
+    def _push_textless(self, token: int) -> str:
+        if self._adds_nothing(token):
+            if self._stream is not None:
+                # The library would keep it, and decode it again with every token: a stream without it.
+                self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
+                for open_token in self._open:
+                    self._stream.step(self._tokenizer, open_token)
+            return ""
+        self._open.append(token)
+        if self._stream is not None:
+            if len(self._open) < _MAX_OPEN_TOKENS:
+                return ""
+            # Bytes that never become a character would be decoded again with every token, in quadratic time.
+            self._stream = None
+        return self._push_undecodable()
+
+    def _adds_nothing(self, token: int) -> bool:
+        """Whether it is an unknown id, or a special token that is not shown. A space that the decoder strips is
+        neither."""
+        if self._tokenizer.id_to_token(token) is None:
+            return True
+        return (
+            self._skip
+            and not self._decode([token])
+            and self._tokenizer.decode([token], skip_special_tokens=False) != ""
+        )
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
@@ -96,10 +123,7 @@ class Detokenizer:
         text, broken = self._open_text()
         if broken and len(self._open) < _MAX_OPEN_TOKENS:
             return ""
-        # Special tokens that are skipped add nothing; the text before them goes on being what the next id follows.
-        if text or not self._context:
-            self._context = [*self._context, *self._open][-_MAX_OPEN_TOKENS:]
-        self._open = []
+        self._context, self._open = [*self._context, *self._open][-_MAX_OPEN_TOKENS:], []
         if not broken:
             self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
         return text

@@ -162,6 +162,8 @@ ADDED = st.sampled_from(["hello", " the", " ", "  ", "\n", "é", "😀", "中文
 @example(name=METASPACE, pieces=["hello", " the"], cut=2, skip=True)
 @example(name=METASPACE, pieces=["中文字中文字", " the"], cut=18, skip=True)
 @example(name=METASPACE, pieces=["hello", (1,) * 9, " the"], cut=11, skip=True)
+@example(name=METASPACE, pieces=["hello", "a\ufffd", (1,) * 9, "hello"], cut=16, skip=True)
+@example(name=METASPACE, pieces=["中", (1,) * 9, "é"], cut=1, skip=True)
 @given(
     name=st.sampled_from([BYTE_LEVEL, METASPACE]),
     pieces=st.lists(ADDED, max_size=8),
