@@ -8,15 +8,17 @@ HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from jinja2.exceptions import TemplateError
 
-from llmscale.errors import InvalidTokenizer, PromptTemplateError
+from llmscale.errors import InvalidField, InvalidTokenizer, PromptTemplateError
 from llmscale.template_budget import DEFAULT_LIMITS, Budget, TemplateLimits, current_budget
 from llmscale.template_sandbox import SandboxedTemplates
 
+_SHOWN_CHARACTERS: Final = 64
+_TEXT_PART: Final = '{"type": "text", "text": ...}'
 # What a template's own mistakes look like in Python. Anything else is a defect of ours and must surface.
 _TEMPLATE_MISTAKES = (
     ArithmeticError,
@@ -75,3 +77,44 @@ class ChatTemplate:
                 field="messages",
             )
         return text
+
+
+def with_text_contents(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates read them: every content is one text, parts joined by line ends, empty where there is none.
+
+    A template would print a list of parts as Python writes it, and the word None. Raises InvalidField for what is no
+    message and for parts that are no text.
+    """
+    found: list[dict[str, Any]] = []
+    for position, message in enumerate(messages):
+        field = f"messages[{position}]"
+        if not isinstance(message, Mapping):
+            raise InvalidField(
+                f"{field} is a {type(message).__name__}, it must be an object with role and content", field=field
+            )
+        found.append({**message, "content": _text(message.get("content"), f"{field}.content")})
+    return found
+
+
+def _text(content: object, field: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise InvalidField(
+            f"{field} is a {type(content).__name__}, it must be a text or a list of text parts", field=field
+        )
+    return "\n".join(_part_text(part, f"{field}[{place}]") for place, part in enumerate(content))
+
+
+def _part_text(part: object, field: str) -> str:
+    if not isinstance(part, Mapping):
+        raise InvalidField(f"{field} is a {type(part).__name__}, it must be {_TEXT_PART}", field=field)
+    if (kind := part.get("type")) != "text":
+        raise InvalidField(
+            f"{field} is of type {repr(kind)[:_SHOWN_CHARACTERS]}, only text is served: {_TEXT_PART}", field=field
+        )
+    if not isinstance(text := part.get("text"), str):
+        raise InvalidField(f"{field}.text is a {type(text).__name__}, it must be a text", field=f"{field}.text")
+    return text

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import tokenizers
 
-from llmscale.chat_template import ChatTemplate
+from llmscale.chat_template import ChatTemplate, with_text_contents
 from llmscale.detokenizer import Detokenizer
 from llmscale.end_tokens import end_token_ids
 from llmscale.errors import InvalidTokenizer, PromptTemplateError, RequestTooLong
@@ -104,8 +104,8 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a conversation, rendered by the model's chat template.
 
-        `messages` are objects with `role` and `content`. `variables` are passed to the template; only the names in
-        `TEMPLATE_VARIABLES` are allowed. Raises `PromptTemplateError` or `RequestTooLong`.
+        `messages` are objects with `role` and `content`, a text or a list of text parts. `variables` are passed to the
+        template; only the names in `TEMPLATE_VARIABLES` are allowed. Raises a `RequestError`.
         """
         if self.chat_template is None:
             raise PromptTemplateError("this model has no chat template; use /v1/completions", field="messages")
@@ -122,7 +122,7 @@ class Tokenizer:
                 "tools": None,
                 "documents": None,
                 **(protect(variables) if variables else {}),
-                "messages": protect(list(messages)),
+                "messages": protect(with_text_contents(messages)),
                 "add_generation_prompt": add_generation_prompt,
             }
         )

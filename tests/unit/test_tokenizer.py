@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from llmscale.errors import InvalidTokenizer, PromptTemplateError, RequestTooLong
+from llmscale.errors import InvalidField, InvalidTokenizer, PromptTemplateError, RequestTooLong
 from llmscale.tokenizer import Tokenizer
 from tests.fakes.tiny_tokenizer import VOCABULARY, write_byte_level, write_metaspace
 
@@ -70,6 +70,48 @@ def test_a_conversation_has_the_ids_that_transformers_gives(
 ) -> None:
     expected = oracles[name].apply_chat_template(chat(*contents), add_generation_prompt=True, return_dict=False)
     assert tokenizers[name].encode_chat(chat(*contents)) == expected
+
+
+@pytest.mark.parametrize("name", [BYTE_LEVEL, METASPACE])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}], "one\ntwo"),
+        (({"type": "text", "text": "<|im_end|>"},), "<|im_end|>"),
+        ([], ""),
+        (None, ""),
+    ],
+)
+def test_a_content_in_parts_or_without_any_is_read_as_its_text(
+    tokenizers: dict[str, Tokenizer], name: str, content: object, text: str
+) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
+    plain = [*chat("x"), {"role": "assistant", "content": text}]
+    assert tokenizers[name].encode_chat(messages) == tokenizers[name].encode_chat(plain)
+    assert messages[1]["content"] is content
+
+
+def test_a_message_without_content_has_an_empty_one(tokenizers: dict[str, Tokenizer]) -> None:
+    for tokenizer in tokenizers.values():
+        assert tokenizer.encode_chat([{"role": "assistant"}]) == tokenizer.encode_chat(
+            [{"role": "assistant", "content": ""}]
+        )
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"role": "user", "content": 5}, "messages[1].content"),
+        ({"role": "user", "content": ["a"]}, "messages[1].content[0]"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[1].content[0]"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "messages[1].content[0].text"),
+        ("hello", "messages[1]"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_place(tokenizers: dict[str, Tokenizer], message: Any, field: str) -> None:
+    with pytest.raises(InvalidField) as refused:
+        tokenizers[BYTE_LEVEL].encode_chat([*chat("x"), message])
+    assert refused.value.field == field
 
 
 def test_a_forged_turn_in_a_message_stays_text(tokenizers: dict[str, Tokenizer]) -> None:

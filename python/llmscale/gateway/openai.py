@@ -389,14 +389,14 @@ def template_variables(request: ChatRequest) -> dict[str, object]:
     return variables
 
 
-def template_messages(request: ChatRequest) -> list[dict[str, str]]:
-    """The messages as chat templates read them: every content is one text, its parts joined by line ends."""
-    messages: list[dict[str, str]] = []
+def template_messages(request: ChatRequest) -> list[dict[str, object]]:
+    """The messages as the tokenizer takes them, with the fields that chat templates read."""
+    messages: list[dict[str, object]] = []
     for message in request.messages:
-        content = message.content
+        content: object = message.content
         if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        entry = {"role": message.role, "content": content or ""}
+            content = [{"type": "text", "text": part.text} for part in content]
+        entry: dict[str, object] = {"role": message.role, "content": content}
         if message.name is not None:
             entry["name"] = message.name
         if message.reasoning_content is not None:

@@ -43,3 +43,8 @@ def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(metaspace
     text, kept = text_of(stopped, output)
     assert text == ""
     assert kept is not None
+
+
+def test_a_chat_in_parts_has_the_prompt_of_its_text(metaspace):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    assert reply_to(parts, metaspace).prompt == reply_to([{"role": "user", "content": "hello"}], metaspace).prompt

@@ -250,11 +250,13 @@ async def test_every_documented_field_of_the_official_client_is_known() -> None:
     assert not missing
 
 
-def test_the_text_parts_of_a_message_are_joined_by_line_ends() -> None:
+def test_the_text_parts_of_a_message_are_joined_by_line_ends(tokenizer: Tokenizer) -> None:
     body = (
-        b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}]}'
+        b'{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]},'
+        b'{"role":"assistant"}]}'
     )
-    assert openai.template_messages(openai.decode_chat(body)) == [{"role": "user", "content": "a\nb"}]
+    plain = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": ""}]
+    assert tokenizer.encode_chat(openai.template_messages(openai.decode_chat(body))) == tokenizer.encode_chat(plain)
 
 
 def test_the_effort_reaches_the_template_unless_its_variables_say_otherwise() -> None:
