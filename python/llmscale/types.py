@@ -143,10 +143,13 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise InvalidField(f"stop holds {text!r}, every stop string must be a non-empty text", field="stop")
-            if len(text.encode()) > MAX_STOP_STRING_BYTES:
+            try:
+                size = len(text.encode())
+            except UnicodeEncodeError as error:
+                raise InvalidField(f"stop holds {text!r}, which is no Unicode text: {error}", field="stop") from error
+            if size > MAX_STOP_STRING_BYTES:
                 raise InvalidField(
-                    f"a stop string has {len(text.encode())} bytes, the limit is {MAX_STOP_STRING_BYTES}; shorten it",
-                    field="stop",
+                    f"a stop string has {size} bytes, the limit is {MAX_STOP_STRING_BYTES}; shorten it", field="stop"
                 )
         _check_integer("number of stop_token_ids", len(self.stop_token_ids), 0, MAX_STOP_TOKENS)
         for token in self.stop_token_ids:

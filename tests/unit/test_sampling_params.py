@@ -53,6 +53,7 @@ def test_any_value_is_either_kept_as_a_finite_number_or_refused_by_name(name: st
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": "x" * 513}, "stop"),
+        ({"stop": "\ud800"}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"stop_token_ids": list(range(65))}, "stop_token_ids"),
         ({"logit_bias": {1: math.nan}}, "logit_bias"),

@@ -25,6 +25,8 @@ _DONE: Final = b"[DONE]"
 # As our gateways write it; a proxy's comment that only begins like it is a comment.
 _RESTARTS: Final = re.compile(rb": restarts ([0-9]{1,9})")
 _SHOWN_BODY_CHARACTERS: Final = 200
+# Objects of other types, halves of characters (lone surrogates), lists that hold themselves.
+_UNWRITABLE: Final = (TypeError, ValueError, OverflowError, RecursionError)
 _T = TypeVar("_T")
 
 
@@ -159,10 +161,19 @@ def request_body(call: Call, model: ModelInfo) -> bytes:
         body["priority"] = call.priority
     if call.params is not None:
         body |= _sampling(call, call.params, model)
+    return _encode(body)
+
+
+def _encode(body: dict[str, Any]) -> bytes:
     try:
         return msgspec.json.encode(body)
-    except TypeError as error:
-        raise errors.InvalidField(f"messages cannot be written as JSON: {error}", field="messages") from error
+    except _UNWRITABLE as unwritable:
+        for name, value in body.items():
+            try:
+                msgspec.json.encode(value)
+            except _UNWRITABLE as error:
+                raise errors.InvalidField(f"{name} cannot be written as JSON: {error}", field=name) from error
+        raise errors.InvalidField(f"the request cannot be written as JSON: {unwritable}") from unwritable
 
 
 def _sampling(call: Call, params: SamplingParams, model: ModelInfo) -> dict[str, Any]:

@@ -83,8 +83,8 @@ class HttpTransport:
     """A client's connections to one gateway."""
 
     def __init__(self, url: str, *, api_key: str | None, connect_seconds: float) -> None:
-        self._url = url.rstrip("/")
-        self._headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._url = _checked_url(url)
+        self._headers = {} if api_key is None else {"authorization": f"Bearer {_checked_key(api_key)}"}
         self._connect_seconds = connect_seconds
         # Reading has no limit of its own: a whole answer has, and a long prompt is silent for long.
         self._patient = httpx2.Timeout(None, connect=connect_seconds)
@@ -184,3 +184,23 @@ class HttpTransport:
                 trust_env=urlsplit(self._url).hostname not in _LOOPBACK,
             )
         return self._http
+
+
+def _checked_url(url: str) -> str:
+    """Without a slash at its end. What the parts of the network stack would refuse each in its own way is refused."""
+    try:
+        port, host = urlsplit(url).port, httpx2.URL(url).host
+    except (ValueError, httpx2.InvalidURL) as error:
+        raise errors.ConfigError(f"the address {url!r} is no URL: {error}; write it as http://HOST:PORT") from error
+    if not host or port == 0:
+        raise errors.ConfigError(f"the address {url!r} has no host, or the port 0; write it as http://HOST:PORT")
+    return url.rstrip("/")
+
+
+def _checked_key(api_key: str) -> str:
+    # The key itself is not shown: messages end up in logs.
+    if not isinstance(api_key, str):
+        raise errors.ConfigError(f"api_key is a {type(api_key).__name__}, it must be a text")
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise errors.ConfigError("api_key has characters that are not printable ASCII; copy it again, whole")
+    return api_key

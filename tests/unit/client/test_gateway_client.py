@@ -190,6 +190,15 @@ async def test_a_closed_client_says_so(tokenizer):
         ("http://host", {"tokenizer": "tiny-chat"}),
         ("ipc:///tmp/x", {"api_key": "k"}),
         ("http://host", {"connect_timeout": 0}),
+        ("http://", {}),
+        ("http://[::1", {}),
+        ("http://127.0.0.1:99999", {}),
+        ("http://127.0.0.1:0", {}),
+        ("http://127.0.0.1:port", {}),
+        ("http://\ud800", {}),
+        ("http://host", {"api_key": "ключ"}),
+        ("http://host", {"api_key": "key\n"}),
+        ("http://host", {"api_key": b"key"}),
     ],
 )
 def test_options_that_do_not_fit_the_address_are_refused(url, options):

@@ -74,6 +74,25 @@ def test_a_timeout_must_be_above_zero():
         call(timeout=0.0)
 
 
+ITSELF = []
+ITSELF.append(ITSELF)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field"),
+    [
+        ("\ud800", "prompt"),
+        ([{"role": "user", "content": "a\udfff"}], "messages"),
+        ([{"role": "user", "content": object()}], "messages"),
+        ([{"role": "user", "content": ITSELF}], "messages"),
+    ],
+)
+def test_what_json_cannot_say_is_refused_by_its_field(prompt, field):
+    with pytest.raises(errors.InvalidField, match=f"{field} cannot be written as JSON") as refused:
+        http_format.request_body(call(prompt), MODEL)
+    assert refused.value.field == field
+
+
 STREAM = (
     events(piece("Hel"), piece("lo \u00e9\u4e2d"), piece("", "stop"))
     + b": restarts 2\n\n"
