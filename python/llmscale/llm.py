@@ -7,6 +7,7 @@ sample, collect. It uses the same state machines as a served model; it knows no 
 from __future__ import annotations
 
 import collections
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,7 +139,11 @@ class LLM:
         """
         batch = _as_batch(prompts)
         params = _one_each(sampling_params or SamplingParams(), len(batch))
-        ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in batch]
+        vocabulary = self._limits.vocabulary
+        ids = [
+            self.tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt, vocabulary)
+            for prompt in batch
+        ]
         texts = [prompt if isinstance(prompt, str) else None for prompt in batch]
         return self._run(texts, ids, params, contexts=ids)
 
@@ -316,9 +321,29 @@ class LLM:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, Mapping | bytes) or not hasattr(prompts, "__len__"):
+        raise InvalidField(
+            f"prompts is a {type(prompts).__name__}, it must be a text, a list of token ids, or a list of such prompts",
+            field="prompts",
+        )
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]  # one prompt: a text, or the ids of one
     return prompts  # type: ignore[return-value]  # the other members of the union
+
+
+def _checked_ids(prompt: Sequence[int], vocabulary: int) -> list[int]:
+    wanted = "a prompt must be a text or a list of token ids"
+    if isinstance(prompt, Mapping | bytes):
+        raise InvalidField(f"{wanted}, not {type(prompt).__name__}", field="prompts")
+    try:
+        # numpy's integers are whole numbers, too.
+        ids = list(map(operator.index, prompt))
+    except TypeError as error:
+        raise InvalidField(f"{wanted}: {error}", field="prompts") from error
+    for token in (min(ids, default=0), max(ids, default=0)):
+        if not 0 <= token < vocabulary:
+            raise InvalidField(f"a prompt has the token id {token}, the vocabulary is {vocabulary}", field="prompts")
+    return ids
 
 
 def _one_each(params: SamplingParams | Sequence[SamplingParams], prompts: int) -> Sequence[SamplingParams]:

@@ -21,7 +21,7 @@ import tokenizers
 from llmscale.chat_template import ChatTemplate, with_text_contents
 from llmscale.detokenizer import Detokenizer
 from llmscale.end_tokens import end_token_ids
-from llmscale.errors import InvalidTokenizer, PromptTemplateError, RequestTooLong
+from llmscale.errors import InvalidField, InvalidTokenizer, PromptTemplateError, RequestTooLong
 from llmscale.template_budget import DEFAULT_LIMITS, TemplateLimits
 from llmscale.tokenizer_json import MAX_SETTINGS_BYTES, read_definition, read_settings, token_text
 
@@ -84,14 +84,17 @@ class Tokenizer:
     def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
         """The ids of a prompt, with the ids that the model wants around it. Special tokens in the text stay text.
 
-        Raises `RequestTooLong` before it tokenizes when the text cannot fit into `max_tokens`.
+        Raises `RequestTooLong` before it tokenizes when the text cannot fit into `max_tokens`, and `InvalidField` for
+        halves of characters (lone surrogates), which have no bytes.
         """
         self._check_length(text, max_tokens, "prompt")
+        _check_unicode(text, "prompt")
         ids = self._encoder.encode(text)
         return [*self._prefix, *ids, *self._suffix] if self._prefix or self._suffix else ids
 
     def encode_part(self, text: str) -> list[int]:
         """The ids of a text that goes on where another one ended, with nothing around it."""
+        _check_unicode(text, "text")
         return self._encoder.encode(text)
 
     def encode_chat(
@@ -127,6 +130,7 @@ class Tokenizer:
             }
         )
         self._check_length(text, max_tokens, "messages")
+        _check_unicode(text, "messages")
         return self._encoder.encode_rendered(text)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -279,6 +283,15 @@ def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
 def _listed_ends(config: Mapping[str, Any]) -> list[int]:
     listed = config.get("eos_token_id")
     return [value for value in (listed if isinstance(listed, list) else [listed]) if type(value) is int]
+
+
+def _check_unicode(text: str, field: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidField(f"{field} is no Unicode text: {error}", field=field) from error
 
 
 def _control_tokens(definition: Mapping[str, Any], settings: Mapping[str, Any], named: Mapping[str, str]) -> set[str]:

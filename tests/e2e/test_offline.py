@@ -88,6 +88,16 @@ def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(
     assert llm.chat(QUESTION, params)[0].outputs[0].text == "h h"
 
 
+@pytest.mark.parametrize(
+    "prompts",
+    [[[-1]], [[2_048]], [[1 << 70]], [[1.5]], [["a"]], [None], None, 5, [b"abc"], {"prompt": "a"}, ["\ud800"], [[]]],
+)
+def test_what_is_no_prompt_is_refused_as_a_request(llm: LLM, prompts: Any) -> None:
+    assert llm.generate([[2_047]], GREEDY)[0].finished
+    with pytest.raises(errors.RequestError):
+        llm.generate(prompts, GREEDY)
+
+
 def test_company_changes_no_id_of_a_seeded_request(llm: LLM) -> None:
     params = [SamplingParams(temperature=1, seed=seed, max_tokens=30, ignore_eos=True) for seed in range(len(PROMPTS))]
     together = ids(llm, PROMPTS, params)

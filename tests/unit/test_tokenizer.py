@@ -64,6 +64,15 @@ def test_a_prompt_has_the_ids_that_transformers_gives(
 
 
 @pytest.mark.parametrize("name", [BYTE_LEVEL, METASPACE])
+@pytest.mark.parametrize("text", ["\ud800", "é" * 3_000 + "\udfff"])
+def test_halves_of_characters_are_refused(tokenizers: dict[str, Tokenizer], name: str, text: str) -> None:
+    tokenizer = tokenizers[name]
+    for encode in (tokenizer.encode, tokenizer.encode_part, lambda text: tokenizer.encode_chat(chat(text))):
+        with pytest.raises(InvalidField, match="no Unicode text"):
+            encode(text)
+
+
+@pytest.mark.parametrize("name", [BYTE_LEVEL, METASPACE])
 @pytest.mark.parametrize("contents", [("hello",), ("one two", " three "), ("é中😀", "", "<b>x</b>")])
 def test_a_conversation_has_the_ids_that_transformers_gives(
     tokenizers: dict[str, Tokenizer], oracles: dict[str, Any], name: str, contents: tuple[str, ...]
