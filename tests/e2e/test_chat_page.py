@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -48,9 +49,11 @@ def scripted(tokenizer: Tokenizer, *answers: str, automatic: bool = False) -> Fa
     return FakeFront(tokens=lambda _prompt, _sampling: iter(left.pop(0)), automatic=automatic)
 
 
-async def opened(page: Page, gateway: Serving) -> None:
-    await page.open(gateway.url)
-    await page.until("document.getElementById('model').value === 'tiny'")
+@contextlib.asynccontextmanager
+async def opened(page: Page, gateway: Serving) -> AsyncIterator[None]:
+    async with page.visiting(gateway.url):
+        await page.until("document.getElementById('model').value === 'tiny'")
+        yield
 
 
 async def ask(page: Page, text: str) -> None:
@@ -63,8 +66,7 @@ async def ask(page: Page, text: str) -> None:
 
 async def test_an_answer_streams_in_and_its_figures_are_shown(tokenizer: Tokenizer, page: Page) -> None:
     front = scripted(tokenizer, "the quick brown fox. né 😀")
-    async with serving(tokenizer, front) as gateway:
-        await opened(page, gateway)
+    async with serving(tokenizer, front) as gateway, opened(page, gateway):
         await ask(page, "hello world")
         await until(lambda: front.live)
         front.step(tokens=4)
@@ -85,8 +87,7 @@ async def test_an_answer_streams_in_and_its_figures_are_shown(tokenizer: Tokeniz
 
 async def test_a_conversation_goes_on_and_can_begin_anew(tokenizer: Tokenizer, page: Page) -> None:
     front = scripted(tokenizer, "one", "two", "three", automatic=True)
-    async with serving(tokenizer, front) as gateway:
-        await opened(page, gateway)
+    async with serving(tokenizer, front) as gateway, opened(page, gateway):
         for number, answer in enumerate(("one", "two"), start=1):
             await ask(page, f"question {number}")
             await page.until(f"{TEXT} === '{answer}' && !document.getElementById('send').hidden")
@@ -104,8 +105,7 @@ async def test_a_conversation_goes_on_and_can_begin_anew(tokenizer: Tokenizer, p
 
 async def test_an_answer_is_text_and_never_markup(tokenizer: Tokenizer, page: Page) -> None:
     hostile = "<img src=x onerror=alert(1)> <script>document.title='owned'</script>\n```html\n<b>bold</b>\n```\n`<i>`"
-    async with serving(tokenizer, scripted(tokenizer, hostile, automatic=True)) as gateway:
-        await opened(page, gateway)
+    async with serving(tokenizer, scripted(tokenizer, hostile, automatic=True)) as gateway, opened(page, gateway):
         await ask(page, "<b>me too</b>")
         await page.until("!document.getElementById('send').hidden && document.querySelector('.assistant .text pre')")
         assert await page.value(f"{LAST}.querySelector('pre').textContent") == "<b>bold</b>"
@@ -116,8 +116,7 @@ async def test_an_answer_is_text_and_never_markup(tokenizer: Tokenizer, page: Pa
 
 async def test_stop_cancels_the_request_and_keeps_the_text(tokenizer: Tokenizer, page: Page) -> None:
     front = scripted(tokenizer, "the quick brown fox " * 20)
-    async with serving(tokenizer, front) as gateway:
-        await opened(page, gateway)
+    async with serving(tokenizer, front) as gateway, opened(page, gateway):
         await ask(page, "go")
         await until(lambda: front.live)
         front.step(tokens=3)
@@ -130,8 +129,7 @@ async def test_stop_cancels_the_request_and_keeps_the_text(tokenizer: Tokenizer,
 
 async def test_a_replaced_worker_is_shown_and_the_stream_goes_on(tokenizer: Tokenizer, page: Page) -> None:
     front = scripted(tokenizer, "one two three four five six")
-    async with serving(tokenizer, front) as gateway:
-        await opened(page, gateway)
+    async with serving(tokenizer, front) as gateway, opened(page, gateway):
         await page.until("document.getElementById('fleet-state').textContent === 'ready'")
         await ask(page, "count")
         await until(lambda: front.live)
@@ -160,8 +158,7 @@ async def test_every_replica_has_a_button_that_kills_its_worker_where_that_is_al
     front = FakeFront()
     front.replicas = [FakeReplica(node=str(number), worker_pid=one.pid) for number, one in enumerate(victims)]
     try:
-        async with serving(tokenizer, front, kill_button=True) as gateway:
-            await opened(page, gateway)
+        async with serving(tokenizer, front, kill_button=True) as gateway, opened(page, gateway):
             await page.value("document.getElementById('fleet-button').click()")
             await page.until("document.querySelectorAll('.replica .kill:not([hidden])').length === 2")
             await page.value("document.querySelectorAll('.replica .kill')[1].click()")
@@ -169,8 +166,7 @@ async def test_every_replica_has_a_button_that_kills_its_worker_where_that_is_al
             assert victims[0].poll() is None
             front.replicas = [FakeReplica(node="0", worker_pid=victims[0].pid), FakeReplica(node="1", worker_pid=0)]
             await page.until("document.querySelectorAll('.replica .kill:not([hidden])').length === 1")
-        async with serving(tokenizer, front) as gateway:
-            await opened(page, gateway)
+        async with serving(tokenizer, front) as gateway, opened(page, gateway):
             await page.value("document.getElementById('fleet-button').click()")
             await page.until("document.querySelectorAll('.replica .kill[hidden]').length === 2")
     finally:
@@ -181,8 +177,7 @@ async def test_every_replica_has_a_button_that_kills_its_worker_where_that_is_al
 
 async def test_the_settings_are_sent_and_absent_ones_are_not(tokenizer: Tokenizer, page: Page) -> None:
     front = scripted(tokenizer, "one", "two", automatic=True)
-    async with serving(tokenizer, front) as gateway:
-        await opened(page, gateway)
+    async with serving(tokenizer, front) as gateway, opened(page, gateway):
         await ask(page, "x")
         await page.until(f"{TEXT} === 'one'")
         for field, value in (("temperature", "0.25"), ("max-tokens", "7"), ("seed", "11"), ("system", "be brief")):
@@ -203,8 +198,7 @@ async def test_the_settings_are_sent_and_absent_ones_are_not(tokenizer: Tokenize
 async def test_a_refusal_is_explained_and_can_be_tried_again(tokenizer: Tokenizer, page: Page) -> None:
     front = scripted(tokenizer, "here now", automatic=True)
     front.refusal = Overloaded("the queue holds 9 of at most 9 requests", retry_after_seconds=2.5)
-    async with serving(tokenizer, front) as gateway:
-        await opened(page, gateway)
+    async with serving(tokenizer, front) as gateway, opened(page, gateway):
         await ask(page, "x")
         await page.until(f"{LAST}.querySelector('.failure').textContent.includes('9 of at most 9')")
         assert "retry in 3 s" in await page.value(f"{LAST}.querySelector('.failure').textContent")
@@ -217,8 +211,10 @@ async def test_a_refusal_is_explained_and_can_be_tried_again(tokenizer: Tokenize
 
 async def test_a_gateway_with_keys_asks_for_one(tokenizer: Tokenizer, page: Page) -> None:
     key = "key-for-the-page"
-    async with serving(tokenizer, scripted(tokenizer, "with a key", automatic=True), api_keys=(key,)) as gateway:
-        await page.open(gateway.url)
+    async with (
+        serving(tokenizer, scripted(tokenizer, "with a key", automatic=True), api_keys=(key,)) as gateway,
+        page.visiting(gateway.url),
+    ):
         await page.until("document.getElementById('settings').open")
         await page.value(f"document.getElementById('api-key').value = '{key}'")
         await page.value("document.getElementById('settings').close()")
@@ -231,8 +227,7 @@ async def test_a_gateway_with_keys_asks_for_one(tokenizer: Tokenizer, page: Page
 @pytest.mark.parametrize(("width", "height"), [(360, 640), (1_400, 900)])
 async def test_nothing_is_wider_than_the_window(tokenizer: Tokenizer, page: Page, width: int, height: int) -> None:
     long = "unbroken" * 60 + "\n```\n" + "x = 1; " * 80 + "\n```"
-    async with serving(tokenizer, scripted(tokenizer, long, automatic=True)) as gateway:
-        await opened(page, gateway)
+    async with serving(tokenizer, scripted(tokenizer, long, automatic=True)) as gateway, opened(page, gateway):
         await page.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
@@ -251,8 +246,7 @@ async def test_nothing_is_wider_than_the_window(tokenizer: Tokenizer, page: Page
 
 
 async def test_every_control_has_a_name(tokenizer: Tokenizer, page: Page) -> None:
-    async with serving(tokenizer, scripted(tokenizer, "x", automatic=True)) as gateway:
-        await opened(page, gateway)
+    async with serving(tokenizer, scripted(tokenizer, "x", automatic=True)) as gateway, opened(page, gateway):
         tree = await page.call("Accessibility.getFullAXTree")
     roles = {"button", "textbox", "slider", "spinbutton", "combobox", "link", "dialog"}
     unnamed = [
@@ -267,7 +261,10 @@ async def test_every_control_has_a_name(tokenizer: Tokenizer, page: Page) -> Non
 
 @pytest.mark.usefixtures("slow_processor")
 async def test_a_worker_that_is_killed_under_the_page_leaves_the_answer_whole(page: Page) -> None:
-    with serving_processes("tiny-chat", "--dtype", "float32", "--threads", "1") as server:
+    with (
+        serving_processes("tiny-chat", "--dtype", "float32", "--threads", "1") as server,
+        ThreadPoolExecutor(24) as pool,
+    ):
         await page.open(server.base)
         await page.until("document.getElementById('model').value === 'tiny-chat'")
         for field, value in (("seed", "21"), ("temperature", "1")):
@@ -285,15 +282,11 @@ async def test_a_worker_that_is_killed_under_the_page_leaves_the_answer_whole(pa
         # that is nearly through before its worker stands still, because this process had to wait, is asked for again:
         # of the last third some may have left the worker and be on its way to the page.
         body = {"model": "tiny-chat", "prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True}
-        loop, pool = asyncio.get_running_loop(), ThreadPoolExecutor(24)
+        loop = asyncio.get_running_loop()
         for _ in range(5):
             others = [loop.run_in_executor(pool, server.post, "/v1/completions", body) for _ in range(24)]
-            # The page says by itself when the story has begun.
-            begun = f"new Promise(done => new MutationObserver(() => {TEXT}.length > 20 && done()).observe("
-            begun += "document.getElementById('log'), {subtree: true, childList: true, characterData: true}))"
-            waiting = asyncio.ensure_future(page.value(begun))
             await ask(page, "Tell me a story.")
-            await waiting
+            await page.until(f"{LAST} !== null && {TEXT}.length > 20", seconds=300)
             with stopped(worker):
                 if in_its_middle := len(await page.value(TEXT)) < len(undisturbed) * 2 // 3:
                     os.kill(worker, signal.SIGKILL)
@@ -305,11 +298,10 @@ async def test_a_worker_that_is_killed_under_the_page_leaves_the_answer_whole(pa
         assert in_its_middle
         await page.until(done, seconds=300)
         assert await page.value(TEXT) == undisturbed
-        assert await page.value(f"{LAST}.querySelector('.badge').textContent") == "survived a restart"
+        # Two where the next worker takes longer than half a second: then the replica gives its streams back.
+        assert (await page.value(f"{LAST}.querySelector('.badge').textContent")).startswith("survived ")
         assert {(await other).status_code for other in others} == {200}
-        pool.shutdown()
-        # The page asks for the fleet as long as it is open.
-        await page.call("Page.navigate", url="about:blank")
+        await page.leave()
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node is installed")

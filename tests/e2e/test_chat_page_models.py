@@ -82,8 +82,7 @@ async def test_the_page_asks_the_chosen_model_and_says_which_one_answered(
     script = itertools.chain([[*tokenizer.encode("from tiny"), 2]], [[*second.tokenizer.encode("stop here.")[1:], 2]])
     front = FakeFront(tokens=lambda _prompt, _sampling: next(script), eos=frozenset({2}))
     front.replicas = [replica("tiny"), replica("second")]
-    async with serving(tokenizer, front, more_models=[second]) as gateway:
-        await page.open(gateway.url)
+    async with serving(tokenizer, front, more_models=[second]) as gateway, page.visiting(gateway.url):
         await page.until("document.getElementById('model').value === 'tiny'")
         assert await page.value(OPTIONS) == ["tiny", "second"]
         await ask(page, "hello")
@@ -107,8 +106,7 @@ async def test_a_model_without_a_replica_is_marked_and_each_replica_shows_its_mo
 ) -> None:
     front = FakeFront(automatic=False)
     front.replicas = [replica("tiny"), replica("second", "starting"), replica("stranger")]
-    async with serving(tokenizer, front, more_models=[second]) as gateway:
-        await page.open(gateway.url)
+    async with serving(tokenizer, front, more_models=[second]) as gateway, page.visiting(gateway.url):
         await page.until(f"{OPTIONS}.join() === 'tiny,second (starting)'")
         assert await page.value("document.getElementById('fleet-state').textContent") == "starting"
         await page.value("document.getElementById('fleet-button').click()")
@@ -127,8 +125,7 @@ async def test_a_model_without_a_replica_is_marked_and_each_replica_shows_its_mo
 async def test_a_replica_that_is_down_shows_dashes_where_nothing_is_known(tokenizer: Tokenizer, page: Page) -> None:
     front = FakeFront()
     front.replicas = [FakeReplica(node="a"), FakeReplica(node="b", state="down", free_blocks=0, worker_pid=0)]
-    async with serving(tokenizer, front) as gateway:
-        await page.open(gateway.url)
+    async with serving(tokenizer, front) as gateway, page.visiting(gateway.url):
         await page.until("document.getElementById('fleet-state').textContent === 'ready'")
         await page.value("document.getElementById('fleet-button').click()")
         parts = "['state', 'running', 'steps', 'used'].map(part => row.querySelector('.' + part).textContent)"
@@ -144,8 +141,7 @@ async def test_a_worker_of_another_model_is_no_news_for_an_answer(
     answer = [*tokenizer.encode("one two three four"), 2]
     front = FakeFront(tokens=lambda _prompt, _sampling: iter(answer), automatic=False)
     front.replicas = [replica("tiny"), replica("second")]
-    async with serving(tokenizer, front, more_models=[second]) as gateway:
-        await page.open(gateway.url)
+    async with serving(tokenizer, front, more_models=[second]) as gateway, page.visiting(gateway.url):
         await page.until("document.getElementById('model').value === 'tiny'")
         await ask(page, "count")
         await until(lambda: front.live)
@@ -230,8 +226,7 @@ async def test_an_answer_goes_on_when_the_workers_are_killed_with_their_buttons(
         restarts = "[...document.querySelectorAll('.replica .restarts')].map(one => one.textContent).sort().join()"
         await page.until(f"{restarts} === '1,1'", seconds=300)
         assert {(await asyncio.wrap_future(other)).status_code for other in others} == {200}
-        # The page asks for the fleet as long as it is open.
-        await page.call("Page.navigate", url="about:blank")
+        await page.leave()
 
 
 async def press_kill(page: Page, worker: int) -> None:

@@ -42,8 +42,23 @@ class Page:
         await self.call("Page.navigate", url=url)
         await self.until("document.readyState === 'complete'")
 
+    async def leave(self) -> None:
+        """Empties the tab. A page that asks its server again and again must not outlive it: a connection that is
+        refused would be a failure of the page."""
+        await self.call("Page.navigate", url="about:blank")
+        await self.until("location.href === 'about:blank' && document.readyState === 'complete'")
+
+    @contextlib.asynccontextmanager
+    async def visiting(self, url: str) -> AsyncIterator[None]:
+        """Opens a tab and leaves it when the block ends."""
+        await self.open(url)
+        yield
+        await self.leave()
+
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
         """One command of the protocol."""
+        if self._listening.done():
+            raise ConnectionError("the browser has ended")
         number = next(self._ids)
         message = {"id": number, "method": method, "params": params}
         if self._session is not None:
@@ -77,10 +92,20 @@ class Page:
             await self._listening
 
     async def _listen(self) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await self._hear_all()
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(ConnectionError("the browser has ended"))
+
+    async def _hear_all(self) -> None:
         while True:
             message = json.loads((await self._reader.readuntil(b"\0"))[:-1])
             if "id" in message:
-                self._waiting.pop(message["id"]).set_result(message)
+                waiting = self._waiting.pop(message["id"])
+                # Whoever waited for too long has given up.
+                if not waiting.done():
+                    waiting.set_result(message)
             elif message["method"] == "Runtime.exceptionThrown":
                 self.failures.append(json.dumps(message["params"]))
             elif message["method"] == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
@@ -120,9 +145,9 @@ async def browsing(profile: Path, *, width: int = 1_100, height: int = 800) -> A
     try:
         yield page
     finally:
-        with contextlib.suppress(TimeoutError, AssertionError):
+        with contextlib.suppress(TimeoutError, AssertionError, ConnectionError):
             page._session = None
-            await asyncio.wait_for(page.call("Browser.close"), 5)
+            await asyncio.wait_for(page.call("Browser.close"), 60)
         await page.close()
         incoming.close()
         outgoing.close()
