@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -64,11 +65,26 @@ def stopped(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
+# Where the ports begin that a system gives to connections and to whoever asks for any.
+LOWEST_GIVEN_PORT = 32_768
+# One number of UDP for each port that was chosen; they end with this process.
+_chosen: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A port that nobody listens on now, and that nobody takes before the process that it is for: it is below those
+    that the system gives away, and other tests find its number of UDP, which no server uses, taken."""
+    while True:
+        port = random.randrange(10_000, LOWEST_GIVEN_PORT)
+        mark = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            mark.bind(("", port))
+            with socket.socket() as probe:
+                probe.bind(("", port))
+        except OSError:
+            mark.close()
+            continue
+        _chosen.append(mark)
         return port
 
 
