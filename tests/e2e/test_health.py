@@ -25,7 +25,9 @@ MODEL = '[models.tiny-chat]\nmodel = "tiny-chat"\nreplicas = 2\ndtype = "float32
 REQUESTS_AT_ONCE = 24
 LEAST_HELD = 8
 # Late is half a second more than predicted, and four times what was: so long after the last of them has arrived there.
+# On a busy machine more is predicted, and the other replica is late too: then it stands still once more, for longer.
 STALL_SECONDS = 2.0
+MOST_STALLS = 5
 # What is predicted rests on the first steps; what is late is weighed beside the others' answers.
 WARM_ANSWERS = 8
 # A front knows what is late after a hundred first tokens, and may send a twentieth of their prompts' tokens twice.
@@ -63,23 +65,11 @@ def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_prob
         list(pool.map(lambda seed: complete(server, seed, 4), range(WARM_ANSWERS)))
         assert (victim["trust"], victim["ejections"]) == ("trusted", 0)
 
-        answers: list[Future[dict[str, Any]]] = []
-
-        def holds_enough() -> bool:
-            said = replica(server, victim["node"])
-            held = said["running"] + said["waiting"]
-            if sum(not answer.done() for answer in answers) > held:
-                return False
-            if held < LEAST_HELD:
-                answers.extend(pool.submit(complete, server, seed, 4) for seed in range(REQUESTS_AT_ONCE))
-            return held >= LEAST_HELD
-
-        with stopped(victim["worker_pid"]):
-            wait_until(holds_enough, 120, "it holds enough", server.replicas)
-            began = time.monotonic()
-            wait_until(lambda: time.monotonic() - began > STALL_SECONDS, 120, "it has stood still for long enough")
-        assert all(answer.result()["usage"]["completion_tokens"] == 4 for answer in answers)
-        judged = server.replicas()
+        for stall in range(1, MOST_STALLS + 1):
+            stand_still(server, victim, pool, stall * STALL_SECONDS)
+            judged = server.replicas()
+            if replica(server, victim["node"])["ejections"]:
+                break
         # With nobody asking, it stays what it is after its span.
         wait_until(
             lambda: replica(server, victim["node"])["trust"] == "probing",
@@ -88,8 +78,8 @@ def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_prob
             lambda: judged,
         )
         said = replica(server, victim["node"])
-        assert (said["state"], said["ejections"]) == ("ready", 1)
-        assert server.get("/fleet").json()["attempts"]["ejections"] == 1
+        assert said["state"] == "ready"
+        assert 1 <= said["ejections"] <= server.get("/fleet").json()["attempts"]["ejections"]
         trusted = {one["node"]: one["trust"] == "trusted" for one in server.replicas()}
         assert sorted(trusted.values()) == [False, True]
         for node, is_trusted in trusted.items():
@@ -107,6 +97,38 @@ def test_a_replica_that_stands_still_is_left_alone_and_used_again_after_its_prob
             return bool(replica(server, victim["node"])["steps"] > steps)
 
         wait_until(has_run, 120, "it gets requests again")
+
+
+def stand_still(server: Server, victim: dict[str, Any], pool: ThreadPoolExecutor, seconds: float) -> None:
+    """A replica's worker is stopped until it owes enough first tokens for so long; then everybody is answered."""
+    answers: list[Future[dict[str, Any]]] = []
+
+    def held() -> int:
+        said = replica(server, victim["node"])
+        count: int = said["running"] + said["waiting"]
+        return count
+
+    def ask(times: int) -> None:
+        """More, once all that are open are the victim's."""
+        if sum(not answer.done() for answer in answers) <= held():
+            answers.extend(pool.submit(complete, server, seed, 4) for seed in range(times))
+
+    def holds_enough() -> bool:
+        if held() >= LEAST_HELD:
+            return True
+        ask(REQUESTS_AT_ONCE)
+        return False
+
+    def is_over() -> bool:
+        # Lateness is weighed beside what the other one has answered in the last seconds.
+        ask(1)
+        return time.monotonic() - began > seconds
+
+    with stopped(victim["worker_pid"]):
+        wait_until(holds_enough, 120, "it holds enough", server.replicas)
+        began = time.monotonic()
+        wait_until(is_over, 120, "it has stood still for long enough")
+    assert all(answer.result()["usage"]["completion_tokens"] == 4 for answer in answers)
 
 
 def exposition(server: Server) -> str:
