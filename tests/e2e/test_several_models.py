@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import openai
@@ -27,8 +28,11 @@ from tests.support_processes import node
 
 MODELS = ("tiny-chat", "mini")
 STREAMS = 6
-# Float32, so that a continued stream has the ids of an undisturbed one.
+# Float32, so that a continued stream has the ids of an undisturbed one. On a busy machine a node that lives may say
+# nothing for seconds.
 BOTH = """
+max_node_silence_seconds = 30
+
 [models.tiny-chat]
 model = "tiny-chat"
 dtype = "float32"
@@ -83,7 +87,8 @@ class Streamed:
     restarts: list[str]
 
 
-def streamed(server: Server, model: str, seed: int) -> Streamed:
+def streamed(server: Server, model: str, seed: int, begun: Event | None = None) -> Streamed:
+    """A stream to its end; `begun` is set when it has text."""
     body = {"model": model, "prompt": "Once upon a time", "max_tokens": 1_000, "ignore_eos": True, "seed": seed}
     text: list[str] = []
     restarts: list[str] = []
@@ -94,35 +99,58 @@ def streamed(server: Server, model: str, seed: int) -> Streamed:
                 restarts.append(line)
             elif line.startswith("data: {"):
                 text += [choice["text"] for choice in json.loads(line.removeprefix("data: "))["choices"]]
+                if begun is not None and any(text):
+                    begun.set()
             last = line or last
     assert last == "data: [DONE]"
     return Streamed(list("".join(text)), restarts)
 
 
+ASKED = [(model, seed) for seed in range(STREAMS) for model in MODELS]
+
+
+def survived(server: Server, pool: ThreadPoolExecutor) -> list[Streamed]:
+    """All streams, of which every one has text when the worker of tiny-chat is killed."""
+    begun = [Event() for _ in ASKED]
+    victim = replicas(server)["tiny-chat"]
+    streams = [pool.submit(streamed, server, *one, has_text) for one, has_text in zip(ASKED, begun, strict=True)]
+    both = list(zip(begun, streams, strict=True))
+    wait_until(lambda: all(has_text.is_set() or one.done() for has_text, one in both), 120, "every stream has text")
+    os.kill(victim["worker_pid"], signal.SIGKILL)
+    found = [stream.result() for stream in streams]
+    wait_until(lambda: is_replaced(server, victim), 120, "there is another worker")
+    return found
+
+
+def is_replaced(server: Server, before: dict[str, Any]) -> bool:
+    """Whether one worker has followed on that of before, and serves."""
+    now = replicas(server)[before["model"]]
+    return bool(now["state"] == "ready" and now["worker_restarts"] == before["worker_restarts"] + 1)
+
+
 def test_the_death_of_one_models_worker_leaves_the_streams_of_the_other_alone(server: Server) -> None:
-    asked = [(model, seed) for seed in range(STREAMS) for model in MODELS]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        undisturbed = list(pool.map(lambda one: streamed(server, *one), asked))
-        # A report of these streams must not pass for one of the next.
-        wait_until(lambda: not any(one["running"] for one in replicas(server).values()), 120, "nothing runs")
-        before = replicas(server)
-        streams = [pool.submit(streamed, server, *one) for one in asked]
-        # Of the servers' own reports: what this process has read lags behind them.
-        wait_until(lambda: all(one["running"] for one in replicas(server).values()), 120, "both models have streams")
-        os.kill(before["tiny-chat"]["worker_pid"], signal.SIGKILL)
-        survived = [stream.result() for stream in streams]
-    after = replicas(server)
-    assert [first_difference(one.text, other.text) for one, other in zip(undisturbed, survived, strict=True)] == [
-        None
-    ] * len(asked)
-    restarts = {
-        model: [one.restarts for one, of in zip(survived, asked, strict=True) if of[0] == model] for model in MODELS
-    }
-    assert any(restarts["tiny-chat"]), "the kill came in the middle"
+    with ThreadPoolExecutor(len(ASKED)) as pool:
+        undisturbed = list(pool.map(lambda one: streamed(server, *one), ASKED))
+        before = replicas(server)["mini"]
+        # What this process reads lags behind: on a busy machine the last token may be computed before the kill. Then
+        # other streams are made.
+        for _ in range(5):
+            found = survived(server, pool)
+            differences = [
+                first_difference(one.text, other.text) for one, other in zip(undisturbed, found, strict=True)
+            ]
+            assert differences == [None] * len(ASKED)
+            restarts = {
+                model: [one.restarts for one, of in zip(found, ASKED, strict=True) if of[0] == model]
+                for model in MODELS
+            }
+            if any(restarts["tiny-chat"]):
+                break
+        assert any(restarts["tiny-chat"]), "five kills came after the last token"
     assert restarts["mini"] == [[]] * STREAMS
-    assert after["tiny-chat"]["worker_restarts"] == before["tiny-chat"]["worker_restarts"] + 1
+    after = replicas(server)["mini"]
     for figure in ("node", "worker_pid", "worker_restarts", "preemptions"):
-        assert after["mini"][figure] == before["mini"][figure]
+        assert after[figure] == before[figure]
 
 
 @pytest.fixture(scope="module")
