@@ -11,13 +11,14 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.test_disk_tier import disk_options
 from tests.family import alive_after
-from tests.processes import free_port, serving, token_ids
+from tests.processes import free_port, serving, stopped, token_ids, wait_until
 
 TOKENS = 300
 
@@ -27,19 +28,17 @@ def test_a_running_stream_is_finished_and_saved_after_a_signal_to_all_processes(
     number: signal.Signals, tmp_path: Path
 ) -> None:
     with serving("tiny-chat", *disk_options(tmp_path, pool_blocks=128)) as server:
-        family, sent = server.family(), list[int]()
-
-        def signal_all(count: int) -> None:
-            if count >= 5 and not sent:
-                sent.append(count)
-                os.killpg(server.process.pid, number)
-
+        family = server.family()
         body = {"model": "tiny-chat", "prompt": "Once upon a time", "max_tokens": TOKENS, "ignore_eos": True}
-        assert len(token_ids(server, {**body, "seed": 3, "temperature": 1}, signal_all)) == TOKENS
-        assert sent
-        assert sent[0] < TOKENS
+        with ThreadPoolExecutor(1) as pool:
+            # The stream is in the middle for as long as its worker stands still, however late this process is.
+            with stopped(server.worker_pid()):
+                stream = pool.submit(token_ids, server, {**body, "seed": 3, "temperature": 1})
+                wait_until(lambda: server.held() == 1, 120, "the replica has the stream", server.replicas)
+                os.killpg(server.process.pid, number)
+            assert len(stream.result()) == TOKENS
         assert server.process.wait(60) == 0
-        assert not alive_after(family, 20)
+        assert not alive_after(family, 60)
     log = server.log()
     assert "worker died" not in log, log
     assert "Traceback" not in log, log
