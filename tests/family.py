@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
 
-STOP_SECONDS = 20.0
-GONE_SECONDS = 5.0
+STOP_SECONDS = 60.0
+GONE_SECONDS = 60.0
 
 
 def alive_after(processes: Sequence[psutil.Process], seconds: float) -> list[psutil.Process]:
     """Those that still run after so long."""
-    return [one for one in psutil.wait_procs(processes, timeout=seconds)[1] if is_alive(one)]
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while (left := [one for one in processes if is_alive(one)]) and time.monotonic() < deadline:
+        pause.wait(0.01)
+    return left
 
 
 def is_alive(process: psutil.Process) -> bool:

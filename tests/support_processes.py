@@ -20,7 +20,7 @@ from llmscale.errors import TransportError
 from tests import family
 from tests.network import Host
 
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 
 @dataclass

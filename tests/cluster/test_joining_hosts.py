@@ -11,7 +11,7 @@ from tests.host_group import host_process
 from tests.processes import free_port, wait_until
 
 MODEL = ("--model", "tiny-chat-mini", "-pp", "2", "--no-spare-worker")
-END_SECONDS = 30.0
+END_SECONDS = 120.0
 
 
 def options(port: int, index: int, *more: str, hosts: int = 2, wait: float = 20.0) -> tuple[str, ...]:

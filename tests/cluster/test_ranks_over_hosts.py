@@ -142,7 +142,8 @@ def test_a_rank_that_is_killed_on_the_other_host_costs_its_streams_time_only(
     [victim] = pipeline.followers.by_index[1].workers()
     before = pipeline.leader.worker().pid
     pipeline.check_while(victim.kill, expected)
-    assert pipeline.leader.worker().pid != before, "the whole group is new"
+    # The last token may be computed before the kill, and the next group is then told of after it.
+    wait_until(lambda: pipeline.leader.worker().pid != before, 120, "the whole group is new")
 
 
 def test_streams_go_on_when_the_other_hosts_node_is_killed_and_started_again(
@@ -153,8 +154,8 @@ def test_streams_go_on_when_the_other_hosts_node_is_killed_and_started_again(
 
     def kill_and_replace() -> None:
         victim.process.kill()
-        assert victim.process.wait(5) == -signal.SIGKILL
-        assert not alive_after(ranks, 5), "the kernel ends a node's ranks with it"
+        assert victim.process.wait(60) == -signal.SIGKILL
+        assert not alive_after(ranks, 60), "the kernel ends a node's ranks with it"
         pipeline.followers.start(1)
 
     pipeline.check_while(kill_and_replace, expected)
@@ -184,8 +185,8 @@ def test_the_leaders_end_ends_the_ranks_everywhere_and_the_next_leader_finds_the
         follower = group.followers.by_index[1]
         ranks = follower.workers()
         group.leader.process.kill()
-        assert group.leader.process.wait(5) == -signal.SIGKILL
-        assert not alive_after(ranks, 10), "ranks without a leader end"
+        assert group.leader.process.wait(60) == -signal.SIGKILL
+        assert not alive_after(ranks, 60), "ranks without a leader end"
         wait_until(lambda: "the leader is gone" in follower.log(), 120, "the follower notices")
         assert follower.process.poll() is None
         with leading(fleet, group_options(a, group.layout), tmp_path / "again", a) as again:

@@ -162,8 +162,8 @@ def test_streams_go_on_at_the_other_host_when_a_node_is_killed_and_a_new_one_is_
     below = psutil.Process(victim.process.pid).children(recursive=True)
     with two_hosts.streaming():
         victim.process.kill()
-        assert victim.process.wait(5) < 0
-        assert not alive_after(below, 5), "the kernel ends a node's workers with it"
+        assert victim.process.wait(60) < 0
+        assert not alive_after(below, 60), "the kernel ends a node's workers with it"
     with fleet.node(tmp_path, "--no-spare-worker", on=two_hosts.hosts[0]) as again:
         two_hosts = replace(two_hosts, first=again)
         two_hosts.check_that_it_is_used_again(again)

@@ -95,7 +95,7 @@ def test_a_killed_rank_costs_its_streams_time_only(
         assert_same(answers(running, kill), expected)
         assert killed
         wait_until(lambda: "worker died" in running.log(), 120, "the death is told")
-        gone = alive_after(group, 5)
+        gone = alive_after(group, 60)
         assert not gone, "the ranks of a dead group do not live on"
 
 
@@ -117,7 +117,7 @@ def test_a_hung_rank_is_replaced_with_its_group_after_the_longest_step(
             # The reader was late, and the last token was computed by then: the next step is the one that hangs.
             assert_same(answers(running), expected)
         assert "longer than" in running.log()
-        assert not alive_after(group, 5), "a stopped process is killed like any other"
+        assert not alive_after(group, 60), "a stopped process is killed like any other"
 
 
 def test_a_model_that_cannot_be_cut_so_is_refused_before_anything_starts(tmp_path: Path) -> None:
