@@ -42,7 +42,7 @@ class Serving:
 
     def client(self, api_key: str = "none-needed") -> openai.AsyncOpenAI:
         """OpenAI's own client, without retries: a test sees every refusal."""
-        client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=20)
+        client = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120)
         self._clients.append(client)
         return client
 
@@ -61,7 +61,7 @@ class Serving:
         self._connections.append(writer)
         return reader, writer
 
-    async def exchange(self, data: bytes, *, seconds: float = 10) -> bytes:
+    async def exchange(self, data: bytes, *, seconds: float = 120) -> bytes:
         """Sends bytes and returns everything until the server closes."""
         reader, writer = await self.raw()
         async with asyncio.timeout(seconds):

@@ -49,7 +49,7 @@ def request(gateway: Serving, path: str = "/v1/completions", **fields: Any) -> b
 async def events(reader: asyncio.StreamReader, count: int) -> list[str]:
     """The next events or comments of a stream, without the framing of the chunks."""
     found: list[str] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(120):
         while len(found) < count:
             line = (await reader.readline()).decode().rstrip("\r\n")
             if line.startswith(("data: ", ": ")):
@@ -143,7 +143,9 @@ async def test_an_idle_stream_is_pinged(tokenizer: Tokenizer) -> None:
         writer.write(request(gateway))
         assert await events(reader, 1) == [": ping"]
         front.step()
-        [event] = await events(reader, 1)
+        # On a busy machine there may be more of them before the token.
+        while (event := (await events(reader, 1))[0]) == ": ping":
+            pass
         assert "hello" in event
         writer.close()
 

@@ -29,7 +29,7 @@ from llmscale.worker import model_runner
 from llmscale.worker.runner import RunnerOptions
 from tests.processes import wait_until
 
-MEETING_SECONDS = 4.0
+MEETING_SECONDS = 15.0
 PATIENCE_SECONDS = 120
 Rank = Callable[[int, Meeting, Barrier], object]
 
@@ -117,7 +117,7 @@ def answers(tmp_path: Path, work: Rank) -> list[object]:
         assert all(receiver.poll(PATIENCE_SECONDS) for receiver, _ in ends), "both ranks answer"
         found: list[object] = [receiver.recv() for receiver, _ in ends]
         for process in processes:
-            process.join(30)
+            process.join(PATIENCE_SECONDS)
         assert [process.exitcode for process in processes] == [0, 0]
         return found
     finally:
