@@ -11,7 +11,7 @@ import zmq
 
 from llmscale import AsyncClient, Client, SamplingParams, errors
 from llmscale.client import CurveKeys
-from tests.processes import base_install, serving, wait_until
+from tests.processes import base_install, serving, stopped, wait_until
 from tests.support_processes import node
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -96,16 +96,23 @@ def test_leaving_a_stream_frees_the_node(client):
     wait_until(lambda: client.health().running == 0, 120, "the node has dropped the request")
 
 
-def test_cancelling_from_another_thread_ends_a_blocked_reader(client):
-    stream = client.stream(PROMPT, ENDLESS)
-    next(stream)
-    threading.Timer(0.05, stream.cancel).start()
-    assert read_to_the_end(stream) < 1_900
+def test_cancelling_from_another_thread_ends_a_blocked_reader(shared_node, client):
+    # The reader is blocked while the worker stands still. On a busy machine the last token may be computed before that:
+    # then there is another stream.
+    for _ in range(5):
+        stream = client.stream(PROMPT, ENDLESS)
+        tokens = len(next(stream).token_ids)
+        with stopped(shared_node.worker().pid):
+            threading.Timer(0.05, stream.cancel).start()
+            tokens += read_to_the_end(stream)
+        if tokens < 1_900:
+            break
+    assert tokens < 1_900
     wait_until(lambda: client.health().running == 0, 120, "the node has dropped the request")
 
 
-def test_a_timeout_is_typed_and_frees_the_node(client):
-    with pytest.raises(errors.ClientTimeout):
+def test_a_timeout_is_typed_and_frees_the_node(shared_node, client):
+    with stopped(shared_node.worker().pid), pytest.raises(errors.ClientTimeout):
         client.generate(PROMPT, ENDLESS, timeout=0.1)
     wait_until(lambda: client.health().running == 0, 120, "the node has dropped the request")
 
@@ -146,7 +153,7 @@ async def test_an_async_client_runs_many_streams_at_once(shared_node):
         assert await asyncio.gather(*(read(client) for _ in range(16))) == [alone] * 16
         async for _ in client.stream(PROMPT, ENDLESS):
             break
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await client.health()).running:  # noqa: ASYNC110 - the condition is in another process
                 await asyncio.sleep(0.01)
 
@@ -187,10 +194,12 @@ def test_a_stream_survives_its_worker_and_a_dead_node_is_a_transport_error(tmp_p
             assert stream.output.outputs[0].token_ids == undisturbed
             if stream.restarts:
                 break
-        assert stream.restarts == 1
-        other = client.stream(PROMPT, ENDLESS)
-        next(other)
-        started.kill()
+        # Two where the next worker takes longer than half a second.
+        assert stream.restarts >= 1
+        with stopped(started.worker().pid):
+            other = client.stream(PROMPT, ENDLESS)
+            wait_until(lambda: client.health().running + client.health().waiting == 1, 120, "the node has the stream")
+            started.kill()
         with pytest.raises(errors.TransportError):
             list(other)
 
@@ -209,7 +218,7 @@ def test_a_node_with_keys_serves_only_those_on_its_list(tmp_path):
         with Client(started.address, keys=keys) as client:
             assert client.generate(PROMPT, GREEDY).finished
         unknown = CurveKeys(strangers[0].decode(), strangers[1].decode(), public)
-        with Client(started.address, keys=unknown, connect_timeout=5) as client, pytest.raises(errors.Unauthorized):
+        with Client(started.address, keys=unknown, connect_timeout=60) as client, pytest.raises(errors.Unauthorized):
             client.generate(PROMPT)
         # A client without keys is told or just cut off, whichever side gives the handshake up first.
         refused = (errors.TransportError, errors.Unauthorized)
