@@ -36,7 +36,7 @@ ENDS_OF_A_HANDSHAKE = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_DISCONNECTED
 )
-DEADLINE_MS = 10_000
+DEADLINE_MS = 60_000
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_a_node_with_made_keys_answers_its_client_and_its_gateway_alike(fleet: F
 
 def test_a_client_whose_key_is_not_listed_is_refused(fleet: Fleet, open_node: NodeProcess) -> None:
     keys = fleet.stranger()
-    with Client(open_node.address, keys=keys, connect_timeout=5) as client, pytest.raises(errors.Unauthorized):
+    with Client(open_node.address, keys=keys, connect_timeout=60) as client, pytest.raises(errors.Unauthorized):
         client.generate(PROMPT, PARAMS)
 
 
@@ -130,7 +130,7 @@ def test_a_node_does_not_listen_beyond_this_machine_without_keys() -> None:
         "--listen",
         f"tcp://0.0.0.0:{free_port()}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     assert "key" in done.stderr + done.stdout
 

@@ -34,8 +34,8 @@ wait
 
 def answer(address: str, keys: CurveKeys | None = None) -> int:
     """How many tokens a first answer has."""
-    with Client(address, keys=keys, connect_timeout=60) as client:
-        output = client.generate([1, 2, 3], SamplingParams(max_tokens=5, ignore_eos=True), timeout=60)
+    with Client(address, keys=keys, connect_timeout=180) as client:
+        output = client.generate([1, 2, 3], SamplingParams(max_tokens=5, ignore_eos=True), timeout=180)
     return len(output.outputs[0].token_ids)
 
 

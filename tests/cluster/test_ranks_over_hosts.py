@@ -34,7 +34,7 @@ def answers(
     fleet: Fleet, running: NodeProcess, on_tokens: Callable[[int], None] | None = None, tokens: int = TOKENS
 ) -> list[list[int]]:
     """Ids of concurrent streams; calls back with the tokens of the first one so far."""
-    with Client(running.address, keys=fleet.client(), connect_timeout=30) as client:
+    with Client(running.address, keys=fleet.client(), connect_timeout=120) as client:
 
         def ask(number: int) -> list[int]:
             params = SamplingParams(max_tokens=tokens, temperature=1.2, seed=number, ignore_eos=True)
@@ -106,7 +106,7 @@ def leading(fleet: Fleet, options: tuple[str, ...], folder: Path, on: Host) -> I
 def group_options(a: Host, layout: tuple[str, ...]) -> tuple[str, ...]:
     """What every host is told. Groups that run beside each other have other layouts, hence other ports."""
     port = 7_100 + 10 * LAYOUTS.index(layout)
-    return (*layout, "--hosts", "2", "--max-join-seconds", "40", "--leader", f"{a.address}:{port}")
+    return (*layout, "--hosts", "2", "--max-join-seconds", "120", "--leader", f"{a.address}:{port}")
 
 
 @contextmanager
