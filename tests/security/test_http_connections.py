@@ -18,32 +18,36 @@ from tests.fakes.gateway_server import Serving, serving, until
 from tests.fakes.raw_http import BODY, HEADER, code, post, status
 
 
+async def dripped(gateway: Serving, head: bytes, drop: bytes, *, drops: int) -> bytes:
+    """The answer to a client that goes on sending. A drop that meets a closed socket resets the connection, and may
+    take the answer with it: then another client tries."""
+    for _ in range(5):
+        reader, writer = await gateway.raw()
+        writer.write(head)
+        received = asyncio.ensure_future(reader.read())
+        with contextlib.suppress(ConnectionError):
+            for _ in range(drops):
+                if received.done():
+                    return received.result()
+                writer.write(drop)
+                await asyncio.wait({received}, timeout=0.05)
+            raise AssertionError(f"it is still open after {drops} drops and {0.05 * drops:g} seconds")
+    raise AssertionError("five connections were reset")
+
+
 async def test_a_header_that_never_ends_is_closed_in_time(gateway: Serving) -> None:
-    reader, writer = await gateway.raw()
-    writer.write(b"GET /v1/models HTTP/1.1\r\n")
-    answer = b""
-    with contextlib.suppress(ConnectionError):
-        for _ in range(100):
-            writer.write(b"X-Slow: 1\r\n")
-            await writer.drain()
-            if reader.at_eof():
-                break
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.05):
-                    answer += await reader.read(1_000)
-        else:
-            raise AssertionError("it is still open after a hundred lines and five seconds")
+    answer = await dripped(gateway, b"GET /v1/models HTTP/1.1\r\n", b"X-Slow: 1\r\n", drops=95)
     assert (status(answer), code(answer)) == (408, "arrival_timeout")
 
 
 async def test_a_connection_that_says_nothing_is_closed_in_time(gateway: Serving) -> None:
-    assert status(await gateway.exchange(b"", seconds=3)) == 408
+    assert status(await gateway.exchange(b"")) == 408
 
 
 async def test_line_ends_alone_do_not_keep_a_connection_open(gateway: Serving) -> None:
     reader, writer = await gateway.raw()
     writer.write(post(BODY, extra=b""))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         await reader.readuntil(b"}}")
         with contextlib.suppress(ConnectionError):
             while not reader.at_eof():
@@ -55,30 +59,33 @@ async def test_line_ends_alone_do_not_keep_a_connection_open(gateway: Serving) -
 
 
 async def test_an_idle_connection_is_closed_after_its_time(gateway: Serving) -> None:
-    answer = await gateway.exchange(post(BODY, extra=b""), seconds=4)
+    answer = await gateway.exchange(post(BODY, extra=b""))
     assert status(answer) == 200
 
 
-async def test_a_hundred_slow_clients_do_not_delay_an_honest_one(gateway: Serving) -> None:
-    slow = [await gateway.raw() for _ in range(100)]
-    for _, writer in slow:
+async def slow_clients(gateway: Serving) -> list[asyncio.StreamReader]:
+    """A hundred, which have sent less than a header: what they will read."""
+    clients = [await gateway.raw() for _ in range(100)]
+    for _, writer in clients:
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: loc")
-    assert status(await gateway.exchange(post(BODY))) == 200
+    return [reader for reader, _ in clients]
+
+
+async def test_a_hundred_slow_clients_do_not_delay_an_honest_one(patient: Serving) -> None:
+    await slow_clients(patient)
+    assert status(await patient.exchange(post(BODY))) == 200
     # It has not waited for them: they are still being waited for.
-    assert len(gateway.server.server_state.connections) > 1
-    await until(lambda: len(gateway.server.server_state.connections) == 0, seconds=5)
+    assert len(patient.server.server_state.connections) >= 100
+
+
+async def test_a_hundred_slow_clients_are_closed_in_time(gateway: Serving) -> None:
+    slow = await slow_clients(gateway)
+    async with asyncio.timeout(60):
+        assert {status(await reader.read()) for reader in slow} == {408}
 
 
 async def test_a_body_that_drips_is_a_408_and_closes(gateway: Serving) -> None:
-    reader, writer = await gateway.raw()
-    writer.write(post(b"x" * 100)[:-100])
-    received = asyncio.ensure_future(reader.read())
-    async with asyncio.timeout(4):
-        with contextlib.suppress(ConnectionError):
-            while not received.done():
-                writer.write(b"{")
-                await asyncio.sleep(0.05)
-        answer = await received
+    answer = await dripped(gateway, post(b"x" * 100)[:-100], b"{", drops=95)
     assert (status(answer), code(answer)) == (408, "arrival_timeout")
 
 
@@ -92,9 +99,9 @@ async def test_a_body_that_drips_is_a_408_and_closes(gateway: Serving) -> None:
     ids=["one long field", "many fields", "together"],
 )
 @pytest.mark.parametrize("parts", [1, 50])
-async def test_a_header_beyond_its_limit_is_a_431(gateway: Serving, head: bytes, parts: int) -> None:
+async def test_a_header_beyond_its_limit_is_a_431(patient: Serving, head: bytes, parts: int) -> None:
     data = b"GET /v1/models HTTP/1.1\r\n" + HEADER + head + b"\r\n"
-    reader, writer = await gateway.raw()
+    reader, writer = await patient.raw()
     received = asyncio.ensure_future(reader.read())
     step = -(-len(data) // parts)
     with contextlib.suppress(ConnectionError):
@@ -103,18 +110,18 @@ async def test_a_header_beyond_its_limit_is_a_431(gateway: Serving, head: bytes,
             await writer.drain()
             await asyncio.sleep(0)
     with contextlib.suppress(ConnectionError):
-        answer = await asyncio.wait_for(received, 5)
+        answer = await asyncio.wait_for(received, 60)
         assert (status(answer), code(answer)) == (431, "header_too_large")
 
 
-async def test_a_header_below_its_limit_is_read(gateway: Serving) -> None:
+async def test_a_header_below_its_limit_is_read(patient: Serving) -> None:
     data = b"GET /v1/models HTTP/1.1\r\n" + HEADER + b"X-Long: " + b"a" * 32_000 + b"\r\nConnection: close\r\n\r\n"
-    assert status(await gateway.exchange(data)) == 200
+    assert status(await patient.exchange(data)) == 200
 
 
-async def test_a_long_path_is_a_431(gateway: Serving) -> None:
+async def test_a_long_path_is_a_431(patient: Serving) -> None:
     data = b"GET /" + b"a" * 40_000 + b" HTTP/1.1\r\n" + HEADER + b"\r\n"
-    assert status(await gateway.exchange(data)) == 431
+    assert status(await patient.exchange(data)) == 431
 
 
 SMUGGLED = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -144,7 +151,7 @@ AMBIGUOUS = {
 @pytest.mark.parametrize("name", AMBIGUOUS)
 async def test_a_request_that_two_parsers_could_read_differently_smuggles_nothing(gateway: Serving, name: str) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n" + HEADER
-    answer = await gateway.exchange(head + AMBIGUOUS[name], seconds=5)
+    answer = await gateway.exchange(head + AMBIGUOUS[name])
     assert b"llmscale:prompt_tokens" not in answer
     assert answer.count(b"HTTP/1.1 4") <= 1
     assert status(answer) in {0, 400, 408, 413}
@@ -165,14 +172,14 @@ NOT_HTTP = [
 
 @pytest.mark.parametrize("data", NOT_HTTP, ids=range(len(NOT_HTTP)))
 async def test_bytes_that_are_not_http_are_refused_and_closed(gateway: Serving, data: bytes) -> None:
-    assert status(await gateway.exchange(data, seconds=4)) in {0, 400, 431}
+    assert status(await gateway.exchange(data)) in {0, 400, 431}
 
 
 async def test_an_upgrade_is_not_followed(gateway: Serving) -> None:
     upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n"
-    answer = await gateway.exchange(b"GET /v1/models HTTP/1.1\r\n" + HEADER + upgrade + b"\r\n", seconds=5)
+    answer = await gateway.exchange(b"GET /v1/models HTTP/1.1\r\n" + HEADER + upgrade + b"\r\n")
     assert status(answer) in {200, 400}
-    connect = await gateway.exchange(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n", seconds=5)
+    connect = await gateway.exchange(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n")
     assert status(connect) in {0, 400, 404, 405}
 
 
@@ -190,13 +197,13 @@ async def test_a_flood_of_tiny_chunks_is_bounded_in_memory_and_ends_at_the_limit
             writer.write(b"1\r\n[\r\n" * 5_000)
             await writer.drain()
     with contextlib.suppress(ConnectionError):
-        answer = await asyncio.wait_for(received, 10)
+        answer = await asyncio.wait_for(received, 60)
         assert status(answer) in {0, 408, 413}
     assert process.memory_info().rss - before < 32 << 20
 
 
-async def test_a_hundred_megabytes_of_body_are_not_kept(gateway: Serving) -> None:
-    reader, writer = await gateway.raw()
+async def test_a_hundred_megabytes_of_body_are_not_kept(patient: Serving) -> None:
+    reader, writer = await patient.raw()
     received = asyncio.ensure_future(reader.read())
     process = psutil.Process()
     before = process.memory_info().rss
@@ -212,25 +219,25 @@ async def test_a_hundred_megabytes_of_body_are_not_kept(gateway: Serving) -> Non
             await writer.drain()
             sent += 1
     with contextlib.suppress(ConnectionError):
-        answer = await asyncio.wait_for(received, 10)
+        answer = await asyncio.wait_for(received, 60)
         assert (status(answer), code(answer)) == (413, "payload_too_large")
     assert sent < 100
     assert process.memory_info().rss - before < 32 << 20
 
 
-async def test_a_declared_body_beyond_the_limit_is_refused_at_once(gateway: Serving) -> None:
+async def test_a_declared_body_beyond_the_limit_is_refused_at_once(patient: Serving) -> None:
     head = post(b"", extra=b"").replace(b"Content-Length: 0", b"Content-Length: 104857600")
-    answer = await gateway.exchange(head, seconds=3)
+    answer = await patient.exchange(head)
     assert (status(answer), code(answer)) == (413, "payload_too_large")
 
 
-async def test_a_client_that_waits_to_send_its_body_is_told_first(gateway: Serving) -> None:
-    reader, writer = await gateway.raw()
+async def test_a_client_that_waits_to_send_its_body_is_told_first(patient: Serving) -> None:
+    reader, writer = await patient.raw()
     data = post(BODY, extra=b"Expect: 100-continue\r\nConnection: close\r\n")
     writer.write(data[: -len(BODY)])
-    assert b"100 Continue" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert b"100 Continue" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 60)
     writer.write(BODY)
-    assert status(await asyncio.wait_for(reader.read(), 5)) == 200
+    assert status(await asyncio.wait_for(reader.read(), 60)) == 200
 
 
 async def test_pipelined_requests_are_answered_in_order(gateway: Serving) -> None:
@@ -266,9 +273,9 @@ async def test_connections_beyond_the_limit_are_refused(tokenizer: Tokenizer) ->
     ],
 )
 async def test_a_request_id_is_repeated_only_if_it_is_short_and_plain(
-    gateway: Serving, given: bytes, echoed: bool
+    patient: Serving, given: bytes, echoed: bool
 ) -> None:
-    answer = await gateway.exchange(post(BODY, extra=b"X-Request-Id: " + given + b"\r\nConnection: close\r\n"))
+    answer = await patient.exchange(post(BODY, extra=b"X-Request-Id: " + given + b"\r\nConnection: close\r\n"))
     assert (b"x-request-id: " + given + b"\r\n" in answer) == echoed
     assert b"x-request-id: " in answer
 
