@@ -20,6 +20,8 @@ MAX_STEP_SECONDS = 3_600.0
 MAX_STEP_TARGET_MILLISECONDS = 60_000.0
 MAX_THREADS = 1_024
 """Of a worker."""
+# The longest that a frame carries (docs/wire.md): a process that sends a longer one ends.
+MAX_NAME_BYTES = 256
 # From SIGTERM to a node until it ends whatever still runs.
 MAX_DRAIN_SECONDS = 30.0
 # On one machine, of all models together.
@@ -60,6 +62,12 @@ def check_threads(threads: int | None) -> None:
         raise ConfigError(f"threads is {threads}, it must be from 1 to {MAX_THREADS:,}")
 
 
+def check_name(setting: str, name: str) -> None:
+    """A name that nodes and gateways tell each other. Raises ConfigError."""
+    if not 1 <= len(name.encode(errors="surrogatepass")) <= MAX_NAME_BYTES:
+        raise ConfigError(f"{setting} is {name[:32]!r}..., it must have from 1 to {MAX_NAME_BYTES} bytes of UTF-8")
+
+
 @dataclass(frozen=True, slots=True)
 class NodeSettings:
     """How a node serves one model."""
@@ -76,7 +84,7 @@ class NodeSettings:
     kv_dtype: str = "auto"
     """What keys and values are kept as, one of `KV_DTYPES`: int8 takes little more than half of bfloat16's memory."""
     max_sequence_tokens: int | None = None
-    """None: what the model allows."""
+    """None: what the model allows, or what a quarter of the memory holds."""
     max_sequences: int = 256
     max_step_tokens: int = 512
     kv_cache_bytes: int | None = None
@@ -147,6 +155,9 @@ class NodeSettings:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{setting_name(name)} is {getattr(self, name)}, it must be above 0")
         self._check_steps()
+        check_name("fleet", self.fleet)
+        if self.served_name is not None:
+            check_name("served_name (--served-name)", self.served_name)
         check_threads(self.threads)
         if self.cpus is not None and self.cpus < 1:
             raise ConfigError(f"cpus is {self.cpus}, it must be 1 or more")

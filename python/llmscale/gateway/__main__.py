@@ -24,6 +24,7 @@ from llmscale.config import (
     MOST_NODE_SILENCE_SECONDS,
     USUAL_EJECTION_SECONDS,
     USUAL_NODE_SILENCE_SECONDS,
+    check_name,
 )
 from llmscale.errors import ConfigError, LlmscaleError
 from llmscale.fleet_file import read_fleet_file
@@ -87,6 +88,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         limits=limits,
     )
     keys = load_keys(config.api_keys, config.api_key_file)
+    check_name("fleet (--fleet)", arguments.fleet)
     folders = dict(_named(model) for model in arguments.model)
     front = Front(
         arguments.nodes,

@@ -19,6 +19,7 @@ import msgspec
 
 from llmscale._core import Front, Sampling
 from llmscale.collector import paused_collector
+from llmscale.config import check_name
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, KeysEntry
 from llmscale.gateway.auth import load_keys
@@ -54,6 +55,7 @@ def serve_fleet(
     be read, they end again, and `ModelError` is raised.
     """
     config = gateway_config(fleet, api_keys)
+    check_name("fleet", fleet.fleet)
     keys = load_keys(config.api_keys, config.api_key_file)
     has_local_nodes = any(entry.local_replicas for entry in fleet.models.values())
     key_file, node_key = _front_keys(fleet.keys, has_local_nodes=has_local_nodes)

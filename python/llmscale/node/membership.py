@@ -82,6 +82,9 @@ class Membership:
         if message.incarnation != self._leader:
             self._forget()
             self._leader = message.incarnation
+            if self._death is not None:
+                # Its epochs count from 1 again: a death under the last leader would end the first of them.
+                self._epoch, self._death = 0, None
         self._heard_at = now
         self._wanted = message if message.links else None
 

@@ -414,10 +414,8 @@ impl NodeProcess {
 
     fn complete(&mut self, now: Time) {
         for result in std::mem::take(&mut self.results) {
-            if self.sent.pop_front_if(|sent| sent.step == result.step).is_some()
-                && let Some(next) = self.sent.front_mut()
-            {
-                next.at = next.at.max(now);
+            if self.sent.pop_front_if(|sent| sent.step == result.step).is_some() {
+                self.sent.front_mut().into_iter().for_each(|next| next.at = next.at.max(now));
             }
             self.event(now, Event::StepDone(result));
         }

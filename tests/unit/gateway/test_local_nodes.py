@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmscale import machine
+from llmscale.config import NodeSettings
 from llmscale.errors import ConfigError
 from llmscale.fleet_file import FleetFile, KeysEntry, ModelEntry, parse_fleet_file
 from llmscale.gateway.fleet import gateway_config, serve_fleet
@@ -170,6 +171,13 @@ def test_a_node_on_another_host_needs_keys() -> None:
     entry = ModelEntry(model="tiny-chat", nodes=("tcp://10.0.0.1:7000",))
     with pytest.raises(ConfigError, match="reachable from other hosts and no CURVE keys"):
         serve_fleet(FleetFile(models={"tiny-chat": entry}))
+
+
+def test_a_fleet_whose_name_no_frame_carries_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"fleet is .*, it must have from 1 to 256 bytes of UTF-8"):
+        serve_fleet(FleetFile(models={"a": ModelEntry(model="tiny-chat")}, fleet="名" * 86))
+    with pytest.raises(ConfigError, match=r"fleet is .*, it must have from 1 to 256 bytes of UTF-8"):
+        NodeSettings(model="tiny-chat", listen="", fleet="x" * 257)
 
 
 def test_a_gateway_that_others_reach_needs_api_keys() -> None:

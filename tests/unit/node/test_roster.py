@@ -117,6 +117,23 @@ def test_every_host_is_told_its_own_ranks_and_when_the_group_serves(group: Group
     assert group.wanted() == {1: None, 2: None}
 
 
+def test_a_death_under_the_last_leader_is_no_news_for_the_next_one(group: Group) -> None:
+    group.run(1)
+    group.members[1].ended(1, "the worker of rank 1 died: its peer closed")
+    group.roster = Roster("next leader", FACTS, BLOCKS)
+    group.pass_time(MAX_SILENCE_SECONDS + BEAT_SECONDS)
+    assert group.roster.missing == ()
+    # The next leader's first epoch has the same number, and ranks take seconds to start.
+    group.deliver(group.roster.run(1, ALL_LINKS, 5_000))
+    group.pass_time(BEAT_SECONDS * 2)
+    assert group.roster.trouble is None
+    for member in group.members.values():
+        member.started(1)
+    group.members[2].ended(1, "the worker of rank 2 died: SIGKILL")
+    group.pass_time(BEAT_SECONDS * 2)
+    assert group.roster.trouble == "host 2: the worker of rank 2 died: SIGKILL"
+
+
 def test_a_frame_that_is_lost_is_said_again_with_the_next_beat(group: Group) -> None:
     group.cut = {1}
     group.run(1)
