@@ -4,7 +4,8 @@ input loses is made good by those that have not been rounded yet.
 How much of an error an input can take over is read from the second moments of the activations, X^T X, whose inverse is
 factored once (Cholesky, cubic in the inputs). Inputs are rounded in the order of their energy on grids that were laid
 before, so that the order is gone when it is done: the checkpoint needs no index of groups. Memory: three matrices of
-inputs x inputs in float64. It does not know models, files or where activations come from.
+inputs x inputs in float64, the moments that are given, their copy in order and one factor, which is inverted in place.
+It does not know models, files or where activations come from.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def fed_back(
             f"A weight has {inputs:,} input features, the limit of error feedback is {MAX_INPUTS:,} (MAX_INPUTS)."
             " Quantize this model without --calibrate."
         )
-    if not bool(moments.isfinite().all()):
+    # One sum: asking each number makes copies of the matrix.
+    if not bool(moments.sum(dtype=torch.float64).isfinite()):
         raise ConfigError(
             "Activations of the calibration texts are not finite numbers: the model overflows float32 on them. Use"
             " other texts, or quantize without --calibrate."
@@ -61,8 +63,11 @@ def fed_back(
     energy = moments.diagonal().float()
     grid = searched_grid(weight, energy, method) if options.searches_range else method.grid(weight)
     order = energy.argsort(descending=True, stable=True) if options.uses_order else torch.arange(inputs)
-    factor = _inverse_factor(moments.double()[order][:, order])
-    return method.coded(grid, _codes(weight, grid, order, factor))
+    # The name is given to the copy, so that moments which nobody else holds are gone before the factor is made.
+    moments = moments[order[:, None], order].double()
+    factor = _inverse_factor(moments)
+    del moments
+    return method.coded(grid, _codes(weight, grid, order, factor.float()))
 
 
 def searched_grid(weight: Tensor, energy: Tensor, method: GriddedMethod) -> CodeGrid:
@@ -85,19 +90,20 @@ def _losses(weight: Tensor, energy: Tensor, grid: CodeGrid) -> Tensor:
 
 
 def _inverse_factor(moments: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of damped moments [K, K], float32."""
-    mean = moments.diagonal().mean().clamp_min(1e-30)
+    """The upper Cholesky factor of the inverse of damped moments [K, K], float64. Damps `moments` itself."""
+    energy = moments.diagonal().clone()
+    mean = energy.mean().clamp_min(1e-30)
     damping = DAMPING
     while True:
-        damped = moments.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        moments.diagonal().copy_(energy + damping * mean)
+        factor, failed = torch.linalg.cholesky_ex(moments)
         if not bool(failed):
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            torch.cholesky_inverse(factor, out=factor)
+            torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
             if not bool(failed):
-                factor: Tensor = upper.float()
-                return factor
+                found: Tensor = factor
+                return found
+        del factor
         # Rounding of nearly singular moments; ten times as much damping has always been enough.
         damping *= 10
         assert damping <= MAX_DAMPING, "moments that are finite and symmetric have a factor when they are damped"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -146,3 +149,35 @@ def test_activations_of_nothing_have_no_scales() -> None:
 def test_powers_of_two_divide_exactly() -> None:
     scales = powers_of_two(torch.tensor([0.3, 1.0, 5.0, 6.0]))
     assert scales.tolist() == [0.25, 1.0, 4.0, 8.0]
+
+
+MEASURED = """
+from pathlib import Path
+import torch
+from llmscale.models.quantizer import layout_for
+from llmscale.quant.error_feedback import fed_back
+from llmscale.quant.method import gridded_method_for
+
+def status(name):
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) << 10
+
+def feed(inputs):
+    rows = torch.randn(64, inputs)
+    moments = torch.mm(rows.t(), rows).double()
+    # The peak counts from now on.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    fed_back(torch.randn(32, inputs), moments, gridded_method_for(layout_for("int4", 32)))
+    return status("VmHWM") - before
+
+torch.set_num_threads(1)
+feed(256)
+inputs = 2_048
+print(feed(inputs) / (inputs * inputs * 8))
+"""
+
+
+def test_feedback_needs_two_matrices_beside_the_moments() -> None:
+    done = subprocess.run([sys.executable, "-c", MEASURED], capture_output=True, text=True, check=True)
+    assert 1.5 < float(done.stdout) < 2.6, "in matrices; at 32,768 inputs each takes 8.6 GB"
