@@ -112,17 +112,29 @@ async def test_a_refusal_of_the_front_keeps_its_type_and_its_time(tokenizer):
     assert raised.value.retry_after_seconds == 4
 
 
-async def test_a_failure_in_the_middle_of_a_stream_is_typed(tokenizer):
+@pytest.mark.parametrize(
+    ("reason", "seconds", "kind"),
+    [
+        ("request_poisoned", None, errors.RequestPoisoned),
+        ("deadline_exceeded", None, errors.DeadlineExceeded),
+        ("deadline_exceeded", 300, errors.DeadlineExceeded),
+    ],
+)
+async def test_a_failure_in_the_middle_of_a_stream_is_typed_and_its_text_is_not_the_whole(
+    tokenizer, reason, seconds, kind
+):
     front = FakeFront(automatic=False)
     async with serving(tokenizer, front) as server, AsyncClient(server.url) as client:
-        stream = client.stream("hello", ENDLESS)
+        stream = client.stream("hello", ENDLESS, timeout=seconds)
         reading = asyncio.create_task(stream.next_pieces())
         await until(lambda: len(front.live) == 1)
         front.step(32)
         await reading
-        front.fail(next(iter(front.live)), "request_poisoned")
-        with pytest.raises(errors.RequestPoisoned):
+        front.fail(next(iter(front.live)), reason)
+        with pytest.raises(kind):
             [chunk async for chunk in stream]
+        assert await stream.next_pieces() == []
+    assert stream.output.outputs[0].text
     assert not stream.output.finished
 
 
