@@ -108,13 +108,11 @@ class Detokenizer:
     def _adds_nothing(self, token: int) -> bool:
         """Whether it is an unknown id, or a special token that is not shown. A space that the decoder strips is
         neither."""
+        if self._decode([token]):
+            return False
         if self._tokenizer.id_to_token(token) is None:
             return True
-        return (
-            self._skip
-            and not self._decode([token])
-            and self._tokenizer.decode([token], skip_special_tokens=False) != ""
-        )
+        return self._skip and self._tokenizer.decode([token], skip_special_tokens=False) != ""
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
