@@ -191,7 +191,7 @@ pub(crate) fn check_scales(scales: &[f32]) -> Result<(), LoadError> {
 }
 
 /// Refuses scales of four bits that no quantization gives. A negative one is right: codes reach from -8 to 7 around their
-/// zero point, and AutoRound gives -8 to the larger end of a group, whatever its sign.
+/// zero point, and `AutoRound` gives -8 to the larger end of a group, whatever its sign.
 pub(crate) fn check_signed_scales(scales: &[f32]) -> Result<(), LoadError> {
     check(scales, f32::is_finite, "not a finite number")
 }
