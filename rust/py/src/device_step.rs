@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "memory of torch is reached by address")]
 
 use crate::disk_region::PyDiskRegion;
-use crate::error;
+use crate::error::Refused;
 use crate::kernels::{Memory, view, view_mut};
 use llmscale_engine::columns::{Changes, drawn_entries, read_drawn};
 use llmscale_engine::drawn::{self, SampledStep};
@@ -48,7 +48,7 @@ impl PyPackedStep {
 pub(crate) type Copy = (bool, u32, u32, u64);
 
 /// What the mirror's step copies.
-pub(crate) fn copies(mirror: &Mirror, disk: Option<&PyDiskRegion>) -> PyResult<Vec<Copy>> {
+pub(crate) fn copies(mirror: &Mirror, disk: Option<&PyDiskRegion>) -> Result<Vec<Copy>, Refused> {
     disk.map_or(Ok(()), |disk| disk.settle(mirror))?;
     let copy = |copy: &llmscale_types::BlockCopy| {
         (copy.direction == CopyDirection::Restore, copy.block.0, copy.host.0, copy.tag)
@@ -63,7 +63,7 @@ pub(crate) fn pack_rows(
     room: (usize, usize),
     out: Memory,
     changes: Memory,
-) -> PyResult<PyPackedStep> {
+) -> Result<PyPackedStep, Refused> {
     let ((first, last), (room_rows, sequences)) = (rows, room);
     // SAFETY: the caller holds contiguous int32 tensors that nobody else touches during the call.
     let (out, changes) = unsafe { (view_mut::<i32>(out), view_mut::<i32>(changes)) };
@@ -85,7 +85,7 @@ pub(crate) fn take_drawn(
     sampled: Memory,
     max_rows: usize,
     words: Memory,
-) -> PyResult<()> {
+) -> Result<(), Refused> {
     // SAFETY: the caller holds contiguous int32 tensors that nobody else touches during the call.
     let (sampled, words) = unsafe { (view::<i32>(sampled), view_mut::<u32>(words)) };
     let bounds = bounds_of(step, &samples, words.len())?;
@@ -97,16 +97,16 @@ pub(crate) fn take_drawn(
 }
 
 /// Where the words of every sampling row begin.
-fn bounds_of(step: &SampledStep, samples: &Range<usize>, words: usize) -> PyResult<Vec<usize>> {
+fn bounds_of(step: &SampledStep, samples: &Range<usize>, words: usize) -> Result<Vec<usize>, Refused> {
     let bounds = step.word_bounds();
     if samples.end >= bounds.len() || bounds[bounds.len() - 1] > words {
         let (rows, needed) = (bounds.len() - 1, bounds[bounds.len() - 1]);
         let asked = format!("rows {} to {} of {rows}", samples.start, samples.end);
-        return Err(error::worker(format!("{asked} are drawn into {words} words of {needed}")));
+        return Err(Refused(format!("{asked} are drawn into {words} words of {needed}")));
     }
     Ok(bounds)
 }
 
-fn no_room(problem: NoRoom) -> PyErr {
-    error::worker(problem.to_string())
+fn no_room(problem: NoRoom) -> Refused {
+    Refused::of(&problem)
 }

@@ -2,7 +2,7 @@
 //! beside the steps. Python starts it and hands it on; jobs and reports pass here, between the core's own parts.
 
 use crate::detach::detached;
-use crate::error;
+use crate::error::{self, Refused};
 use crate::host_region::PyHostRegion;
 use crate::kernels::Memory;
 use crate::sampling::random_bytes;
@@ -82,7 +82,7 @@ impl PyDiskRegion {
         mirror: &Mirror,
         host: &PyHostRegion,
         kv: Memory,
-    ) -> PyResult<(Vec<HostBlockId>, Duration)> {
+    ) -> Result<(Vec<HostBlockId>, Duration), Refused> {
         self.settle(mirror)?;
         let (bad, took) = host.copy(mirror.copies(), kv)?;
         if bad.is_empty() {
@@ -92,23 +92,23 @@ impl PyDiskRegion {
     }
 
     /// Waits for transfers that the copies of a mirror's step touch.
-    pub(crate) fn settle(&self, mirror: &Mirror) -> PyResult<()> {
+    pub(crate) fn settle(&self, mirror: &Mirror) -> Result<(), Refused> {
         for copy in mirror.copies() {
             if !self.thread.settle(copy.host.0, copy.direction == CopyDirection::Offload, MAX_WAIT) {
                 let limit = MAX_WAIT.as_secs();
-                return Err(error::worker(format!("the disk did not finish host block {} in {limit} s", copy.host)));
+                return Err(Refused(format!("the disk did not finish host block {} in {limit} s", copy.host)));
             }
         }
         Ok(())
     }
 
     /// Begins the transfers of a mirror's step, behind its copies.
-    pub(crate) fn start(&self, mirror: &Mirror) -> PyResult<()> {
+    pub(crate) fn start(&self, mirror: &Mirror) -> Result<(), Refused> {
         let jobs: Vec<Job> = mirror.transfers().iter().map(job).collect();
         if self.thread.ask(&jobs) {
             return Ok(());
         }
-        Err(error::worker("a block is to be moved to or from the disk that does not exist".to_owned()))
+        Err(Refused("a block is to be moved to or from the disk that does not exist".to_owned()))
     }
 
     /// What has become of transfers since the last call.
@@ -136,9 +136,9 @@ impl PyDiskRegion {
     }
 
     /// Another engine asks from now on.
-    pub(crate) fn begin(&self) -> PyResult<()> {
+    pub(crate) fn begin(&self) -> Result<(), Refused> {
         let idle = self.thread.begin(MAX_WAIT);
-        idle.then_some(()).ok_or_else(|| error::worker(format!("the disk is busy for {} s", MAX_WAIT.as_secs())))
+        idle.then_some(()).ok_or_else(|| Refused(format!("the disk is busy for {} s", MAX_WAIT.as_secs())))
     }
 }
 

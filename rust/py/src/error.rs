@@ -7,6 +7,24 @@ use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+/// Why a worker cannot go on, in words. Whoever holds a lock says it so: making an exception takes the GIL, or gives it to
+/// others for a moment, and one of them may wait for that lock with the GIL in hand.
+#[derive(Debug)]
+pub(crate) struct Refused(pub(crate) String);
+
+impl Refused {
+    /// In the words of an error of the core.
+    pub(crate) fn of(error: &impl std::fmt::Display) -> Self {
+        Self(error.to_string())
+    }
+}
+
+impl From<Refused> for PyErr {
+    fn from(Refused(message): Refused) -> Self {
+        worker(message)
+    }
+}
+
 /// Makes an exception of the named class of `llmscale.errors`.
 fn exception(class: &str, message: String, keywords: &[(&str, f64)]) -> PyErr {
     Python::attach(|py| {

@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "the KV region is reached by address")]
 
 use crate::detach::detached;
-use crate::error;
+use crate::error::{self, Refused};
 use crate::kernels::{Memory, view_mut};
 use crate::sampling::random_bytes;
 use llmscale_kernels::host_region::HostRegion;
@@ -94,7 +94,7 @@ impl PyHostRegion {
     }
 
     /// Makes copies in order, and says how long they took. Returns the host blocks that do not hold what they should.
-    pub(crate) fn copy(&self, copies: &[BlockCopy], kv: Memory) -> PyResult<(Vec<HostBlockId>, Duration)> {
+    pub(crate) fn copy(&self, copies: &[BlockCopy], kv: Memory) -> Result<(Vec<HostBlockId>, Duration), Refused> {
         let mut region = self.lock();
         let started = Instant::now();
         // SAFETY: the caller holds the contiguous KV region, which nobody else touches during the call.
@@ -107,7 +107,7 @@ impl PyHostRegion {
             let Some(block) = kv.get_mut(start..start + block_bytes).filter(|_| copy.host.0 < has) else {
                 let (block, host, bytes) = (copy.block, copy.host, kv.len());
                 let problem = format!("block {block} of {bytes} bytes and host block {host} of {has} are to be copied");
-                return Err(error::worker(problem));
+                return Err(Refused(problem));
             };
             match copy.direction {
                 CopyDirection::Offload => {

@@ -2,10 +2,10 @@
 //! shortest path through the system: submit, plan, run the model, sample, take what came out.
 #![expect(unsafe_code, reason = "words of torch are reached by address")]
 
-use crate::detach::detached;
+use crate::detach::{asked, asked_detached, detached};
 use crate::device_step::{self, PyPackedStep};
 use crate::disk_region::PyDiskRegion;
-use crate::error;
+use crate::error::{self, Refused};
 use crate::host_region::PyHostRegion;
 use crate::kernels::{CpuKernels, Memory, view};
 use crate::limits::PyEngineLimits;
@@ -64,7 +64,7 @@ impl LocalReplica {
         Time(self.started.elapsed().as_micros() as u64)
     }
 
-    fn plan_once(&self) -> PyResult<Option<PyStepCounts>> {
+    fn plan_once(&self) -> Result<Option<PyStepCounts>, Refused> {
         let mut local = self.lock();
         let now = self.now();
         if let Some(report) = self.disk.as_ref().and_then(|disk| disk.get().report(EPOCH)) {
@@ -73,12 +73,12 @@ impl LocalReplica {
         let _ = local.event(now, Event::Tick);
         let Local { replica, mirror, out, unanswered, max_steps_in_flight, .. } = &mut *local;
         if unanswered.len() >= *max_steps_in_flight {
-            return Err(error::worker("the step before has not been sampled; call complete first".to_owned()));
+            return Err(Refused("the step before has not been sampled; call complete first".to_owned()));
         }
         replica.plan(out);
         let delta = out.execute.take();
         let counts = delta.map(|delta| mirror.expand(&delta)).transpose();
-        let counts = counts.map_err(|gap| error::worker(gap.to_string()))?;
+        let counts = counts.map_err(|gap| Refused::of(&gap))?;
         if counts.is_some() {
             unanswered.begin(mirror, Instant::now());
         }
@@ -171,6 +171,7 @@ impl LocalReplica {
         };
         let _ = local.event(now, Event::Submit(Box::new(submission)));
         if let Some((_, GiveBack { refusal: Some(refusal), .. })) = local.out.give_back.pop() {
+            drop(local);
             return Err(error::refusal(&refusal));
         }
         local.next_request = request.next();
@@ -235,11 +236,10 @@ impl LocalReplica {
         kv: Memory,
         disk: Option<&PyDiskRegion>,
     ) -> PyResult<bool> {
-        detached(py, || {
-            let mut local = self.lock();
+        asked_detached(py, &self.inner, |local| {
             let now = self.now();
             if local.unanswered.is_empty() {
-                return Err(error::worker("there is no step to copy for; call plan first".to_owned()));
+                return Err(Refused("there is no step to copy for; call plan first".to_owned()));
             }
             let (bad_host_blocks, took) = copy_step(&local.mirror, host, kv, disk)?;
             local.unanswered.set_copied(took);
@@ -255,22 +255,22 @@ impl LocalReplica {
     /// these host blocks and the disk.
     #[pyo3(signature = (disk = None))]
     fn copies(&self, py: Python<'_>, disk: Option<&PyDiskRegion>) -> PyResult<Vec<device_step::Copy>> {
-        detached(py, || device_step::copies(&self.lock().mirror, disk))
+        asked_detached(py, &self.inner, |local| device_step::copies(&local.mirror, disk))
     }
 
     /// A device makes the step's copies, which take `took_ns`; begins its transfers. False if there are bad host blocks: the
     /// step is given up.
     #[pyo3(signature = (took_ns, bad_host_blocks, disk = None))]
     fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>, disk: Option<&PyDiskRegion>) -> PyResult<bool> {
-        let now = self.now();
-        let mut local = self.lock();
-        local.unanswered.set_copied(Duration::from_nanos(took_ns));
-        if bad_host_blocks.is_empty() {
-            disk.map_or(Ok(()), |disk| disk.start(&local.mirror))?;
-            return Ok(true);
-        }
-        local.give_up_step(now, bad_host_blocks.into_iter().map(HostBlockId).collect())?;
-        Ok(false)
+        asked(&self.inner, |local| {
+            local.unanswered.set_copied(Duration::from_nanos(took_ns));
+            if bad_host_blocks.is_empty() {
+                disk.map_or(Ok(()), |disk| disk.start(&local.mirror))?;
+                return Ok(true);
+            }
+            local.give_up_step(self.now(), bad_host_blocks.into_iter().map(HostBlockId).collect())?;
+            Ok(false)
+        })
     }
 
     /// See `WorkerSession.compute`.
@@ -281,8 +281,9 @@ impl LocalReplica {
         program: &PyNativeProgram,
         counts: &PyStepCounts,
     ) -> PyResult<()> {
-        let run = || program.compute(kernels, &self.lock().mirror, counts.into());
-        detached(py, run).map_err(|problem| error::kernel(&problem))
+        asked_detached(py, &self.inner, |local| {
+            program.compute(kernels, &local.mirror, counts.into()).map_err(|problem| Refused::of(&problem))
+        })
     }
 
     /// See `WorkerSession.pack_step`.
@@ -293,7 +294,7 @@ impl LocalReplica {
         out: Memory,
         changes: Memory,
     ) -> PyResult<PyPackedStep> {
-        device_step::pack_rows(&self.lock().mirror, rows, room, out, changes)
+        asked(&self.inner, |local| device_step::pack_rows(&local.mirror, rows, room, out, changes))
     }
 
     /// See `WorkerSession.follows_on`.
@@ -303,7 +304,7 @@ impl LocalReplica {
 
     /// See `WorkerSession.take_drawn`.
     fn take_drawn(&self, rows: (usize, usize), sampled: Memory, max_rows: usize, words: Memory) -> PyResult<()> {
-        device_step::take_drawn(self.lock().oldest()?, rows.0..rows.1, sampled, max_rows, words)
+        asked(&self.inner, |local| device_step::take_drawn(local.oldest()?, rows.0..rows.1, sampled, max_rows, words))
     }
 
     /// See `WorkerSession.draw`.
@@ -319,9 +320,7 @@ impl LocalReplica {
         words: Memory,
     ) -> PyResult<Vec<usize>> {
         let dtype = crate::kernels::Dtype::parse(dtype)?;
-        // Locked inside: whoever waits for the lock with the GIL in hand would wait for ever.
-        detached(py, || {
-            let local = self.lock();
+        asked_detached(py, &self.inner, |local| {
             require_alone(&local.unanswered)?;
             draw_words(kernels, &local.mirror, Share { row_bounds, rank }, logits, dtype, words)
         })
@@ -329,16 +328,17 @@ impl LocalReplica {
 
     /// See `WorkerSession.word_parts`.
     fn word_parts(&self, row_bounds: Vec<usize>) -> PyResult<Vec<usize>> {
-        word_parts(self.lock().oldest()?, &row_bounds)
+        asked(&self.inner, |local| word_parts(local.oldest()?, &row_bounds))
     }
 
     /// Completes the oldest step that is not completed with what was drawn for every sampling row, as `draw` and `take_drawn` have filled `words`.
     fn complete(&self, words: Memory) -> PyResult<()> {
-        let mut local = self.lock();
         // SAFETY: the caller holds a contiguous int32 tensor that nobody writes during the call.
         let words = unsafe { view::<u32>(words) };
-        let rows = local.oldest()?.read_rows(words).map_err(|error| error::worker(error.to_string()))?;
-        local.finish(self.now(), rows)
+        asked(&self.inner, |local| {
+            let rows = local.oldest()?.read_rows(words).map_err(|error| Refused::of(&error))?;
+            local.finish(self.now(), rows)
+        })
     }
 
     /// What came out since the last call, at most one delivery per request.
@@ -385,8 +385,8 @@ impl LocalReplica {
 }
 
 impl Local {
-    fn oldest(&self) -> PyResult<&SampledStep> {
-        self.unanswered.oldest().ok_or_else(|| error::worker("there is no step to sample; call plan first".to_owned()))
+    fn oldest(&self) -> Result<&SampledStep, Refused> {
+        self.unanswered.oldest().ok_or_else(|| Refused("there is no step to sample; call plan first".to_owned()))
     }
 
     /// Nothing but the disk can make another step.
@@ -394,12 +394,12 @@ impl Local {
         self.unanswered.is_empty() && self.replica.waits_for_disk()
     }
 
-    fn finish(&mut self, now: Time, rows: Vec<DrawnRow>) -> PyResult<()> {
+    fn finish(&mut self, now: Time, rows: Vec<DrawnRow>) -> Result<(), Refused> {
         let step = self.unanswered.oldest().expect("its rows were read");
         let mut result = step.complete(&mut self.mirror, rows);
         self.unanswered.answer(&mut result, Instant::now());
         if !self.event(now, Event::StepDone(result)) {
-            return Err(error::worker("the samples do not fit the step".to_owned()));
+            return Err(Refused("the samples do not fit the step".to_owned()));
         }
         self.replica.housekeeping(16);
         self.collect();
@@ -407,7 +407,7 @@ impl Local {
     }
 
     /// Its copies found bad blocks: the next plan computes what was lost.
-    fn give_up_step(&mut self, now: Time, bad_host_blocks: Vec<HostBlockId>) -> PyResult<()> {
+    fn give_up_step(&mut self, now: Time, bad_host_blocks: Vec<HostBlockId>) -> Result<(), Refused> {
         require_alone(&self.unanswered)?;
         self.unanswered.clear();
         self.mirror.lose();

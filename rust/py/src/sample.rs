@@ -2,14 +2,13 @@
 //! rows sample and with what is the mirror's; how a token is drawn is the sampler's; this file only joins them.
 #![expect(unsafe_code, reason = "logits of torch are reached by address")]
 
-use crate::error;
+use crate::error::Refused;
 use crate::kernels::{CpuKernels, Dtype, Memory, view, view_mut};
 use llmscale_engine::drawn::{self, DrawnRow, SampledStep};
 use llmscale_kernels::element::{Bf16, Element};
 use llmscale_kernels::sampler::{self, Logits, RowLogprobs, SampledRow, SamplerRow};
 use llmscale_scheduler::Mirror;
 use llmscale_types::{RowError, Slot, Token, TokenLogprobs};
-use pyo3::PyResult;
 use std::ops::Range;
 
 /// Draws a token for some of the sampling rows of the mirror's step; `logits` are `[rows, vocabulary]` in their order.
@@ -19,11 +18,12 @@ fn draw(
     logits: Memory,
     dtype: Dtype,
     rows: Range<usize>,
-) -> PyResult<Vec<DrawnRow>> {
+) -> Result<Vec<DrawnRow>, Refused> {
     let samples = mirror.sample_slots().len();
-    let slots = mirror.sample_slots().get(rows.clone()).ok_or_else(|| {
-        error::worker(format!("rows {} to {} of {samples} that sample do not exist", rows.start, rows.end))
-    })?;
+    let slots = mirror
+        .sample_slots()
+        .get(rows.clone())
+        .ok_or_else(|| Refused(format!("rows {} to {} of {samples} that sample do not exist", rows.start, rows.end)))?;
     let suppressed: Vec<Vec<Token>> =
         rows.clone().zip(slots).map(|(sample, &slot)| mirror.suppressed(sample, slot)).collect();
     let rows: Vec<SamplerRow<'_>> = rows
@@ -35,7 +35,7 @@ fn draw(
         Dtype::Float32 => run::<f32>(kernels, mirror.vocabulary(), logits, &rows),
         Dtype::Bfloat16 => run::<Bf16>(kernels, mirror.vocabulary(), logits, &rows),
     };
-    Ok(sampled.map_err(|error| error::kernel(&error))?.into_iter().map(drawn_row).collect())
+    Ok(sampled.map_err(|error| Refused::of(&error))?.into_iter().map(drawn_row).collect())
 }
 
 /// Which sampling rows are whose: rank `rank` has rows `row_bounds[rank]` to `row_bounds[rank + 1]`.
@@ -53,9 +53,9 @@ pub(crate) fn draw_words(
     logits: Memory,
     dtype: Dtype,
     words: Memory,
-) -> PyResult<Vec<usize>> {
+) -> Result<Vec<usize>, Refused> {
     let (Some(&first), Some(&last)) = (row_bounds.get(rank), row_bounds.get(rank + 1)) else {
-        return Err(error::worker(format!("there are {} bounds and no rank {rank}", row_bounds.len())));
+        return Err(Refused(format!("there are {} bounds and no rank {rank}", row_bounds.len())));
     };
     let rows = draw(kernels, mirror, logits, dtype, first..last)?;
     let bounds = SampledStep::of(mirror).word_bounds();
@@ -69,27 +69,27 @@ pub(crate) fn draw_words(
 }
 
 /// Where the words of each rank's rows begin, and where the last end.
-pub(crate) fn word_parts(step: &SampledStep, row_bounds: &[usize]) -> PyResult<Vec<usize>> {
+pub(crate) fn word_parts(step: &SampledStep, row_bounds: &[usize]) -> Result<Vec<usize>, Refused> {
     parts_of(&step.word_bounds(), row_bounds)
 }
 
-fn parts_of(bounds: &[usize], row_bounds: &[usize]) -> PyResult<Vec<usize>> {
+fn parts_of(bounds: &[usize], row_bounds: &[usize]) -> Result<Vec<usize>, Refused> {
     let parts: Option<Vec<usize>> = row_bounds.iter().map(|&row| bounds.get(row).copied()).collect();
-    parts.ok_or_else(|| error::worker("the bounds divide more rows than sample".to_owned()))
+    parts.ok_or_else(|| Refused("the bounds divide more rows than sample".to_owned()))
 }
 
-fn require_words(given: usize, bounds: &[usize]) -> PyResult<()> {
+fn require_words(given: usize, bounds: &[usize]) -> Result<(), Refused> {
     let needed = bounds.last().copied().unwrap_or(0);
     if given >= needed {
         return Ok(());
     }
-    Err(error::worker(format!("what ranks tell of this step's rows takes {needed} words, the buffer has {given}")))
+    Err(Refused(format!("what ranks tell of this step's rows takes {needed} words, the buffer has {given}")))
 }
 
 /// The ids of rows as int32 for another stage, -1 where a row failed.
-pub(crate) fn write_tokens(rows: &[DrawnRow], memory: Memory) -> PyResult<()> {
+pub(crate) fn write_tokens(rows: &[DrawnRow], memory: Memory) -> Result<(), Refused> {
     if memory.1 < rows.len() {
-        return Err(error::worker(format!("{} rows sampled, the buffer takes {} ids", rows.len(), memory.1)));
+        return Err(Refused(format!("{} rows sampled, the buffer takes {} ids", rows.len(), memory.1)));
     }
     // SAFETY: the caller holds a contiguous int32 tensor that nobody else touches during the call.
     let out = unsafe { view_mut::<i32>(memory) };
@@ -100,9 +100,9 @@ pub(crate) fn write_tokens(rows: &[DrawnRow], memory: Memory) -> PyResult<()> {
 }
 
 /// The reverse of [`write_tokens`].
-pub(crate) fn read_tokens(memory: Memory, samples: usize) -> PyResult<Vec<Option<Token>>> {
+pub(crate) fn read_tokens(memory: Memory, samples: usize) -> Result<Vec<Option<Token>>, Refused> {
     if memory.1 < samples {
-        return Err(error::worker(format!("{samples} rows sample, the buffer has {} ids", memory.1)));
+        return Err(Refused(format!("{samples} rows sample, the buffer has {} ids", memory.1)));
     }
     // SAFETY: the caller holds a contiguous int32 tensor that nobody writes during the call.
     let ids = unsafe { view::<i32>(memory) };

@@ -2,10 +2,10 @@
 #![expect(unsafe_code, reason = "words of torch are reached by address")]
 
 use crate::buffer::Int32Buffer;
-use crate::detach::detached;
+use crate::detach::{asked, asked_detached, detached};
 use crate::device_step::{self, PyPackedStep};
 use crate::disk_region::PyDiskRegion;
-use crate::error;
+use crate::error::{self, Refused};
 use crate::group_door::load_keys;
 use crate::host_region::PyHostRegion;
 use crate::kernels::{CpuKernels, Dtype, Memory, view};
@@ -66,8 +66,8 @@ impl WorkerOrder {
     }
 }
 
-fn no_step() -> PyErr {
-    error::worker("there is no step before ready".to_owned())
+fn no_step() -> Refused {
+    Refused("there is no step before ready".to_owned())
 }
 
 fn session_error(error: &SessionError) -> PyErr {
@@ -75,10 +75,10 @@ fn session_error(error: &SessionError) -> PyErr {
 }
 
 /// What reads the mirror must not be asked of a step that the mirror does not hold any more.
-pub(crate) fn require_alone(steps: &Unanswered) -> PyResult<()> {
+pub(crate) fn require_alone(steps: &Unanswered) -> Result<(), Refused> {
     match steps.len() {
         1 => Ok(()),
-        other => Err(error::worker(format!("one step is drawn for by the processor, and {other} are not answered"))),
+        other => Err(Refused(format!("one step is drawn for by the processor, and {other} are not answered"))),
     }
 }
 
@@ -147,15 +147,14 @@ impl PyWorkerSession {
         kv: Memory,
         disk: Option<&PyDiskRegion>,
     ) -> PyResult<bool> {
-        detached(py, || {
-            let mut session = self.lock();
+        asked_detached(py, &self.inner, |session| {
             let mirror = session.mirror().ok_or_else(no_step)?;
             let (bad, took) = copy_step(mirror, host, kv, disk)?;
             session.set_copied(took);
             if bad.is_empty() {
                 return Ok(true);
             }
-            session.host_blocks_are_bad(bad).map_err(|error| session_error(&error))?;
+            session.host_blocks_are_bad(bad).map_err(|error| Refused::of(&error))?;
             Ok(false)
         })
     }
@@ -187,8 +186,7 @@ impl PyWorkerSession {
         words: Memory,
     ) -> PyResult<Vec<usize>> {
         let dtype = Dtype::parse(dtype)?;
-        detached(py, || {
-            let session = self.lock();
+        asked_detached(py, &self.inner, |session| {
             let mirror = session.mirror().ok_or_else(no_step)?;
             // The sampler reads the mirror.
             require_alone(session.unanswered())?;
@@ -204,10 +202,9 @@ impl PyWorkerSession {
         program: &PyNativeProgram,
         counts: &PyStepCounts,
     ) -> PyResult<()> {
-        detached(py, || {
-            let session = self.lock();
+        asked_detached(py, &self.inner, |session| {
             let mirror = session.mirror().ok_or_else(no_step)?;
-            program.compute(kernels, mirror, counts.into()).map_err(|problem| error::kernel(&problem))
+            program.compute(kernels, mirror, counts.into()).map_err(|problem| Refused::of(&problem))
         })
     }
 
@@ -220,47 +217,52 @@ impl PyWorkerSession {
         out: Memory,
         changes: Memory,
     ) -> PyResult<PyPackedStep> {
-        device_step::pack_rows(self.lock().mirror().ok_or_else(no_step)?, rows, room, out, changes)
+        asked(&self.inner, |session| {
+            device_step::pack_rows(session.mirror().ok_or_else(no_step)?, rows, room, out, changes)
+        })
     }
 
     /// Whether a device can compute the step that was received last before the one in front of it is answered: nothing but
     /// ids depends on what that one samples, and `pack_step` says which of its rows they come from.
     fn follows_on(&self) -> PyResult<bool> {
-        Ok(self.lock().mirror().ok_or_else(no_step)?.follows_on())
+        asked(&self.inner, |session| Ok(session.mirror().ok_or_else(no_step)?.follows_on()))
     }
 
     /// Fills the words of sampling rows `rows[0]` to `rows[1]` of the oldest step that is not answered from what a device's
     /// sampler for `max_rows` rows has left.
     fn take_drawn(&self, rows: (usize, usize), sampled: Memory, max_rows: usize, words: Memory) -> PyResult<()> {
-        let session = self.lock();
-        let step = session.unanswered().oldest().ok_or_else(no_step)?;
-        device_step::take_drawn(step, rows.0..rows.1, sampled, max_rows, words)
+        asked(&self.inner, |session| {
+            let step = session.unanswered().oldest().ok_or_else(no_step)?;
+            device_step::take_drawn(step, rows.0..rows.1, sampled, max_rows, words)
+        })
     }
 
     /// Where the words of rows `row_bounds` of that step begin, as `draw` says it.
     fn word_parts(&self, row_bounds: Vec<usize>) -> PyResult<Vec<usize>> {
-        word_parts(self.lock().unanswered().oldest().ok_or_else(no_step)?, &row_bounds)
+        asked(&self.inner, |session| word_parts(session.unanswered().oldest().ok_or_else(no_step)?, &row_bounds))
     }
 
     /// What the step copies between tiers, in order: (comes back, block, host block, tag). Waits for what moves between
     /// these host blocks and the disk.
     #[pyo3(signature = (disk = None))]
     fn copies(&self, py: Python<'_>, disk: Option<&PyDiskRegion>) -> PyResult<Vec<device_step::Copy>> {
-        detached(py, || device_step::copies(self.lock().mirror().ok_or_else(no_step)?, disk))
+        asked_detached(py, &self.inner, |session| device_step::copies(session.mirror().ok_or_else(no_step)?, disk))
     }
 
     /// A device makes the step's copies, which take `took_ns`; begins its transfers. False if there are bad host blocks: the
     /// step is given up.
     #[pyo3(signature = (took_ns, bad_host_blocks, disk = None))]
     fn copies_made(&self, took_ns: u64, bad_host_blocks: Vec<u32>, disk: Option<&PyDiskRegion>) -> PyResult<bool> {
-        self.lock().set_copied(Duration::from_nanos(took_ns));
-        if bad_host_blocks.is_empty() {
-            disk.map_or(Ok(()), |disk| disk.start(self.lock().mirror().ok_or_else(no_step)?))?;
-            return Ok(true);
-        }
-        let bad = bad_host_blocks.into_iter().map(HostBlockId).collect();
-        self.lock().host_blocks_are_bad(bad).map_err(|error| session_error(&error))?;
-        Ok(false)
+        asked(&self.inner, |session| {
+            session.set_copied(Duration::from_nanos(took_ns));
+            if bad_host_blocks.is_empty() {
+                disk.map_or(Ok(()), |disk| disk.start(session.mirror().ok_or_else(no_step)?))?;
+                return Ok(true);
+            }
+            let bad = bad_host_blocks.into_iter().map(HostBlockId).collect();
+            session.host_blocks_are_bad(bad).map_err(|error| Refused::of(&error))?;
+            Ok(false)
+        })
     }
 
     /// Takes what all ranks have drawn for the oldest step that is not answered from `words`, and sends its result, unless
@@ -275,21 +277,20 @@ impl PyWorkerSession {
         tokens: Option<Memory>,
         waited_ns: u64,
     ) -> PyResult<()> {
-        detached(py, || {
-            let mut session = self.lock();
+        asked_detached(py, &self.inner, |session| {
             let step = session.unanswered().oldest().ok_or_else(no_step)?;
             // SAFETY: the caller holds a contiguous int32 tensor that nobody writes during the call.
             let words = unsafe { view::<u32>(words) };
-            let rows = step.read_rows(words).map_err(|error| error::worker(error.to_string()))?;
+            let rows = step.read_rows(words).map_err(|error| Refused::of(&error))?;
             if let Some(tokens) = tokens {
                 write_tokens(&rows, tokens)?;
             }
-            let mut result = session.complete(rows).map_err(|error| session_error(&error))?;
+            let mut result = session.complete(rows).map_err(|error| Refused::of(&error))?;
             if !reply {
                 return Ok(());
             }
             result.waited_ns = waited_ns.min(result.elapsed_ns);
-            session.reply(result).map_err(|error| session_error(&error))
+            session.reply(result).map_err(|error| Refused::of(&error))
         })
     }
 
@@ -301,24 +302,26 @@ impl PyWorkerSession {
     /// On a rank that does not sample: how many rows sampled in the oldest step that is not recorded, if the step that was
     /// received last needs it or one behind it; `None` if it needs none.
     fn awaited_samples(&self) -> PyResult<Option<usize>> {
-        let session = self.lock();
-        Ok(session.mirror().ok_or_else(no_step)?.awaited_samples())
+        asked(&self.inner, |session| Ok(session.mirror().ok_or_else(no_step)?.awaited_samples()))
     }
 
     /// Takes the ids that another rank has sampled in the oldest step that is not recorded, as `sample` wrote them.
     fn record(&self, tokens: Memory) -> PyResult<()> {
-        let mut session = self.lock();
-        let mirror = session.mirror_mut().ok_or_else(no_step)?;
-        let samples = mirror.oldest_samples().ok_or_else(|| error::worker("every step is recorded".to_owned()))?;
-        let sampled = read_tokens(tokens, samples)?;
-        mirror.record(&sampled);
-        Ok(())
+        asked(&self.inner, |session| {
+            let mirror = session.mirror_mut().ok_or_else(no_step)?;
+            let samples = mirror.oldest_samples().ok_or_else(|| Refused("every step is recorded".to_owned()))?;
+            let sampled = read_tokens(tokens, samples)?;
+            mirror.record(&sampled);
+            Ok(())
+        })
     }
 
     /// On a rank that neither embeds nor samples: what was sampled so far is never asked for.
     fn pass_over_samples(&self) -> PyResult<()> {
-        self.lock().mirror_mut().ok_or_else(no_step)?.pass_over_samples();
-        Ok(())
+        asked(&self.inner, |session| {
+            session.mirror_mut().ok_or_else(no_step)?.pass_over_samples();
+            Ok(())
+        })
     }
 
     /// The oldest step that is not answered raised. The session goes on; what it and those behind it computed is told and
@@ -346,7 +349,7 @@ pub(crate) fn copy_step(
     host: &PyHostRegion,
     kv: Memory,
     disk: Option<&PyDiskRegion>,
-) -> PyResult<(Vec<HostBlockId>, Duration)> {
+) -> Result<(Vec<HostBlockId>, Duration), Refused> {
     match disk {
         Some(disk) => disk.copy_beside(mirror, host, kv),
         None => host.copy(mirror.copies(), kv),
