@@ -21,7 +21,7 @@ use std::time::Instant;
 use tempfile::TempDir;
 use worker::{Lapses, Worker};
 
-const DEADLINE: std::time::Duration = std::time::Duration::from_secs(120);
+const DEADLINE: std::time::Duration = std::time::Duration::from_mins(2);
 
 fn limits() -> EngineLimits {
     EngineLimits {

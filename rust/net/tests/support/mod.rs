@@ -10,7 +10,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 /// Far above what any condition takes, so that a failing test ends.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const DEADLINE: Duration = Duration::from_mins(2);
 
 /// Repeats a step that waits a little by itself, until it yields something.
 pub(crate) fn eventually<T>(what: &str, mut step: impl FnMut() -> Option<T>) -> T {
