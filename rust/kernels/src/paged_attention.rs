@@ -15,6 +15,7 @@ mod plan;
 mod results;
 mod softmax;
 mod tile;
+mod waves;
 
 pub use plan::AttentionPlan;
 
@@ -99,8 +100,11 @@ impl AttentionPlan {
             let run = |task: &Task| {
                 with_thread_scratch(|scratch| level.run(TaskKernel { input: &input, task, scratch }));
             };
-            pool.parallel_for(self.tasks().len(), |index| run(&self.tasks()[index]))?;
-            pool.parallel_for(self.merges().len(), |index| run(&self.merges()[index]))
+            for wave in self.waves() {
+                pool.parallel_for(wave.tasks.len(), |index| run(&wave.tasks[index]))?;
+                pool.parallel_for(wave.merges.len(), |index| run(&wave.merges[index]))?;
+            }
+            Ok(())
         })
     }
 }

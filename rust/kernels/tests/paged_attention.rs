@@ -214,6 +214,36 @@ fn a_long_sequence_cut_along_its_splits_keeps_its_bits() {
     );
 }
 
+/// The last rows of sequences, as (first row, tokens), with memory for partial results of so many bytes, on 1 and 16
+/// threads.
+fn assert_same_bits_in_waves(shape: AttentionShape, chunks: &[(usize, usize)], bytes: &[usize]) {
+    let mut random = Random(11);
+    let sequences: Vec<Sequence<Bf16>> =
+        chunks.iter().map(|&(_, tokens)| Sequence::random(&mut random, &shape, tokens)).collect();
+    let chunks: Vec<Chunk> =
+        chunks.iter().enumerate().map(|(sequence, &(computed, length))| Chunk { sequence, computed, length }).collect();
+    let step = Step::<Bf16>::new(&mut random, shape, &sequences, &chunks);
+    for level in Level::available() {
+        let expected = bits(&compute(&step, level, 1, 1)).concat();
+        for (&bytes, threads) in bytes.iter().flat_map(|bytes| [(bytes, 1), (bytes, 16)]) {
+            let plan = AttentionPlan::within(&step.shape, &step.batch(), threads, bytes).unwrap();
+            let mut output = vec![Bf16::from_f32(f32::NAN); step.query.len()];
+            plan.run(&pool(threads), level, 1, &step.query, &step.region, &mut output).unwrap();
+            let given: Vec<u32> = output.iter().map(|x| x.to_f32().to_bits()).collect();
+            assert!(given == expected, "{level}: {bytes} bytes, {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn waves_over_little_memory_have_the_bits_of_one() {
+    // All take 800 KB together, and the results of one row and head 8 KB.
+    let bytes = [1 << 20, 300_000, 40_000, 9_000, 0];
+    assert_same_bits_in_waves(shape(4, 2, 64, 32), &[(2950, 3000), (699, 700)], &bytes);
+    // One tile, long enough for merges of some of its heads and rows.
+    assert_same_bits_in_waves(shape(4, 2, 8, 32), &[(49_976, 50_000)], &[16 << 20, 1 << 20]);
+}
+
 #[test]
 fn whole_tiles_of_few_vectors_have_the_bits_of_packed_ones() {
     for group in 1..=5 {

@@ -1,19 +1,19 @@
 //! The division of a step's attention into tasks, made once per step and used by every layer.
 //! Owns a checked copy of the index arrays: after construction every block id that a task reads is inside the region.
-//! Tasks are (sequence, kv heads, query tile); where that leaves threads idle, a task is cut further along the KV
-//! splits, which a merge task joins, and then by head. Cutting changes who computes, never what: see the parent module.
+//! Tasks are (sequence, kv heads, query tile), or parts of them: see `waves`.
 //! O(tasks log tasks + table entries); nothing here touches queries, keys or values.
 
+use super::layout::PartialLayout;
+use super::waves::{Division, Wave};
 use super::{AttentionBatch, AttentionShape, SPLIT_TOKENS};
 use crate::error::{KernelError, require_index, require_length};
-use core::cmp::Reverse;
 use core::ops::Range;
 
 /// Query vectors (rows x heads) that a tile aims at: enough that packing keys and values, which costs as much as about 6
 /// vectors, is lost in their use, few enough that queries, scores and sums of head size 128 stay in the L2 cache.
 const TILE_VECTORS: usize = 96;
-/// Tasks per thread that the plan aims at, so that claiming evens out unequal ones.
-const TASKS_PER_THREAD: usize = 4;
+/// Memory for partial results. Those of 512 rows at 131,072 tokens take 4.5 GiB together, and a thread keeps what it had.
+const PARTIAL_BYTES: usize = 128 << 20;
 
 /// One sequence's checked description.
 #[derive(Clone, Copy, Debug)]
@@ -33,8 +33,8 @@ pub(crate) enum TaskPart {
     Whole,
     /// Some of the splits: store each at its place in the partial results, which begins at this vector.
     Some { partial: usize },
-    /// None: merge the stored splits, which begin at this vector, and write the output.
-    Merge { partial: usize },
+    /// None: merge the stored splits, which begin at this vector and are so many apart, and write the output.
+    Merge { partial: usize, stride: usize },
 }
 
 /// A unit of work: some splits of one query tile for some kv heads.
@@ -58,8 +58,7 @@ pub struct AttentionPlan {
     rows: usize,
     sequences: Vec<Sequence>,
     blocks: Vec<u32>,
-    tasks: Vec<Task>,
-    merges: Vec<Task>,
+    waves: Vec<Wave>,
     partial_vectors: usize,
 }
 
@@ -69,6 +68,19 @@ impl AttentionPlan {
     /// # Errors
     /// A shape that no kernel handles, or an index array that contradicts itself or leaves the region.
     pub fn new(shape: &AttentionShape, batch: &AttentionBatch<'_>, threads: usize) -> Result<Self, KernelError> {
+        Self::within(shape, batch, threads, PARTIAL_BYTES)
+    }
+
+    /// The same with at most so many bytes of partial results.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn within(
+        shape: &AttentionShape,
+        batch: &AttentionBatch<'_>,
+        threads: usize,
+        partial_bytes: usize,
+    ) -> Result<Self, KernelError> {
         validate_shape(shape)?;
         let count = batch.sequence_lengths.len();
         require_length("query_start", count + 1, batch.query_start.len())?;
@@ -78,15 +90,17 @@ impl AttentionPlan {
             rows: 0,
             sequences: Vec::with_capacity(count),
             blocks: Vec::new(),
-            tasks: Vec::new(),
-            merges: Vec::new(),
+            waves: Vec::new(),
             partial_vectors: 0,
         };
         require_index("query_start", 0, batch.query_start[0], 1)?;
+        let mut tiles = Vec::new();
         for sequence in 0..count {
-            plan.add_sequence(batch, sequence)?;
+            plan.add_sequence(batch, sequence, &mut tiles)?;
         }
-        plan.divide(threads);
+        let room = partial_bytes / (PartialLayout::new(shape.region.head_dim).words() * 4);
+        let division = Division { threads, group: plan.group(), room };
+        (plan.waves, plan.partial_vectors) = division.waves(tiles);
         Ok(plan)
     }
 
@@ -100,12 +114,8 @@ impl AttentionPlan {
         &self.shape
     }
 
-    pub(crate) fn tasks(&self) -> &[Task] {
-        &self.tasks
-    }
-
-    pub(crate) fn merges(&self) -> &[Task] {
-        &self.merges
+    pub(crate) fn waves(&self) -> &[Wave] {
+        &self.waves
     }
 
     pub(crate) fn partial_vectors(&self) -> usize {
@@ -135,7 +145,13 @@ impl AttentionPlan {
         self.blocks[entry as usize] as usize
     }
 
-    fn add_sequence(&mut self, batch: &AttentionBatch<'_>, sequence: usize) -> Result<(), KernelError> {
+    /// Checks a sequence and adds its tiles.
+    fn add_sequence(
+        &mut self,
+        batch: &AttentionBatch<'_>,
+        sequence: usize,
+        tiles: &mut Vec<Task>,
+    ) -> Result<(), KernelError> {
         let region = &self.shape.region;
         let (from, to) = (batch.query_start[sequence], batch.query_start[sequence + 1]);
         let length = batch.sequence_lengths[sequence];
@@ -182,54 +198,10 @@ impl AttentionPlan {
                 let start = self.row_range(sequence, rows.start).start / SPLIT_TOKENS;
                 let end = self.row_range(sequence, rows.end - 1).end.div_ceil(SPLIT_TOKENS);
                 let (kv_heads, splits) = (kv_heads.clone(), start..end);
-                self.tasks.push(Task { sequence, kv_heads, rows, splits, part: TaskPart::Whole });
+                tiles.push(Task { sequence, kv_heads, rows, splits, part: TaskPart::Whole });
             }
         }
         Ok(())
-    }
-
-    /// Cuts tasks that are long for the number of threads, and puts the longest first.
-    fn divide(&mut self, threads: usize) {
-        let total: usize = self.tasks.iter().map(Task::cost).sum();
-        let target = total / (threads * TASKS_PER_THREAD) + 1;
-        for task in core::mem::take(&mut self.tasks) {
-            let pieces = if threads > 1 { task.cost().div_ceil(target) } else { 1 };
-            let split_pieces = pieces.min(task.splits.len());
-            let head_pieces = pieces.div_ceil(split_pieces).min(task.kv_heads.len());
-            for kv_heads in cut(&task.kv_heads, head_pieces) {
-                let task = Task { kv_heads, ..task.clone() };
-                if split_pieces == 1 {
-                    self.tasks.push(task);
-                } else {
-                    self.cut_splits(task, split_pieces);
-                }
-            }
-        }
-        self.tasks.sort_by_key(|task| Reverse(task.cost()));
-    }
-
-    fn cut_splits(&mut self, task: Task, pieces: usize) {
-        let vectors = task.rows.len() * task.kv_heads.len() * self.group();
-        let first = self.partial_vectors;
-        self.partial_vectors += vectors * task.splits.len();
-        for splits in cut(&task.splits, pieces) {
-            let part = TaskPart::Some { partial: first + (splits.start - task.splits.start) * vectors };
-            self.tasks.push(Task { splits, part, ..task.clone() });
-        }
-        self.merges.push(Task { part: TaskPart::Merge { partial: first }, ..task });
-    }
-}
-
-/// Divides a range into `pieces` parts whose lengths differ by at most one.
-fn cut(range: &Range<usize>, pieces: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-    let (start, length) = (range.start, range.len());
-    (0..pieces).map(move |piece| start + piece * length / pieces..start + (piece + 1) * length / pieces)
-}
-
-impl Task {
-    /// Proportional to the time: splits to read, for every row and head of the tile.
-    fn cost(&self) -> usize {
-        self.splits.len() * self.rows.len() * self.kv_heads.len()
     }
 }
 
@@ -246,4 +218,97 @@ fn validate_shape(shape: &AttentionShape) -> Result<(), KernelError> {
         return Err(unsupported("window_tokens", 0, "at least 1, or none"));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kv_format::KvFormat;
+    use crate::kv_region::KvRegionShape;
+
+    /// One sequence whose last `rows` of `tokens` are computed, with 32 heads of 128 that share 8.
+    fn plan(rows: usize, tokens: usize, threads: usize, partial_bytes: usize) -> AttentionPlan {
+        let format = KvFormat::Activations;
+        let region = KvRegionShape { blocks: 4096, layers: 1, kv_heads: 8, block_tokens: 32, head_dim: 128, format };
+        let shape = AttentionShape { query_heads: 32, softmax_scale: 0.1, window_tokens: None, region };
+        let table: Vec<i32> = (0..tokens.div_ceil(32) as i32).collect();
+        let batch = AttentionBatch {
+            query_start: &[0, rows as i32],
+            sequence_lengths: &[tokens as i32],
+            table_offsets: &[0],
+            block_tables: &table,
+        };
+        AttentionPlan::within(&shape, &batch, threads, partial_bytes).unwrap()
+    }
+
+    fn partial_bytes(plan: &AttentionPlan) -> usize {
+        plan.partial_vectors() * PartialLayout::new(plan.shape().region.head_dim).words() * 4
+    }
+
+    /// Every (row, kv head) is written once, and every one of its splits is stored once in the wave that merges it.
+    fn check(plan: &AttentionPlan, rows: usize) {
+        let mut written = vec![0; rows * 8];
+        for wave in plan.waves() {
+            let mut stored = vec![0; plan.partial_vectors()];
+            for task in &wave.tasks {
+                let TaskPart::Some { partial } = task.part else { continue };
+                let vectors = task.rows.len() * task.kv_heads.len() * plan.group() * task.splits.len();
+                stored[partial..partial + vectors].iter_mut().for_each(|count| *count += 1);
+            }
+            assert!(stored.iter().all(|&count| count <= 1), "two tasks store at one place");
+            for task in wave.tasks.iter().chain(&wave.merges) {
+                if matches!(task.part, TaskPart::Some { .. }) {
+                    continue;
+                }
+                let last = plan.row_range(0, task.rows.end - 1).end;
+                assert!(task.splits.start == 0 && task.splits.end * SPLIT_TOKENS >= last, "splits are left out");
+                for (row, head) in task.rows.clone().flat_map(|row| task.kv_heads.clone().map(move |head| (row, head)))
+                {
+                    written[row * 8 + head] += 1;
+                }
+                if let TaskPart::Merge { partial, stride } = task.part {
+                    let vectors = task.rows.len() * task.kv_heads.len() * plan.group();
+                    for split in 0..task.splits.len() {
+                        let read = &mut stored[partial + split * stride..][..vectors];
+                        assert!(read.iter().all(|&count| count == 1), "a merge reads what its wave does not store");
+                        read.fill(2);
+                    }
+                }
+            }
+            assert!(stored.iter().all(|&count| count != 1), "a result is stored that nobody merges");
+        }
+        assert!(written.iter().all(|&count| count == 1), "an output is written by one task");
+    }
+
+    #[test]
+    fn partial_results_of_a_long_context_keep_to_their_memory() {
+        for (rows, threads) in [(185, 16), (512, 64), (24, 64), (1, 64)] {
+            let plan = plan(rows, 131_072, threads, PARTIAL_BYTES);
+            assert!(partial_bytes(&plan) <= 128 << 20, "{rows} rows take {}", partial_bytes(&plan));
+            check(&plan, rows);
+            for wave in plan.waves() {
+                assert!(wave.tasks.len() >= threads, "{} tasks for {threads} threads", wave.tasks.len());
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_that_fits_is_one_wave_and_merges_little_by_one_task() {
+        let plan = plan(8, 4_096, 16, PARTIAL_BYTES);
+        assert_eq!(plan.waves().len(), 1);
+        // Tiles of three, three and two heads, of which the first two are cut in two.
+        assert_eq!(plan.waves()[0].merges.len(), 5);
+        check(&plan, 8);
+    }
+
+    #[test]
+    fn a_tile_whose_partial_results_do_not_fit_is_made_smaller_or_left_whole() {
+        for partial_bytes in [0, 20_000, 60_000, 400_000, 2_000_000] {
+            for rows in [1, 7, 50] {
+                let plan = plan(rows, 2_048, 16, partial_bytes);
+                assert!(self::partial_bytes(&plan) <= partial_bytes, "{rows} rows");
+                check(&plan, rows);
+            }
+        }
+    }
 }

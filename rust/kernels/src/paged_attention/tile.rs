@@ -117,9 +117,9 @@ impl<'a, S: Simd, T: Element, K: Stored> Work<'a, S, T, K> {
                 let total = partial_layout.result(self.at(self.layout.totals), vector);
                 (*total.maximum, *total.denominator) = (f32::NEG_INFINITY, 0.0);
             }
-            if let TaskPart::Merge { partial } = self.task.part {
+            if let TaskPart::Merge { partial, stride } = self.task.part {
                 for split in 0..self.task.splits.len() {
-                    self.merge(self.input.partials.0, partial + split * self.vectors());
+                    self.merge(self.input.partials.0, partial + split * stride);
                 }
                 self.write_output();
                 return;
