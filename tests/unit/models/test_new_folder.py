@@ -57,6 +57,17 @@ def endless(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(package.parent), *filter(None, sys.path)])}
 
 
+@pytest.fixture(autouse=True)
+def no_signal_is_ignored() -> Iterator[None]:
+    """Not even under nohup, or in the background of a script: children inherit what is ignored."""
+    ignored = [number for number in ENDING if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def making(words: list[str], environment: dict[str, str], room: Path, hidden: str) -> Iterator[subprocess.Popen[str]]:
     """A process group that has begun to write into a hidden folder of `room`."""
@@ -70,6 +81,17 @@ def making(words: list[str], environment: dict[str, str], room: Path, hidden: st
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def is_locked(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def entries(room: Path) -> list[str]:
@@ -98,6 +120,8 @@ def test_an_import_that_was_killed_is_removed_by_the_next_one(
         process.wait(START_SECONDS)
         assert not family.alive_after(writers, family.STOP_SECONDS)
     (left,) = entries(room)
+    # A process of several threads is a zombie before the last of them has closed its files.
+    wait_until(lambda: not is_locked(room / left), START_SECONDS, "its maker's lock is gone")
     target = locate_model(str(file))
     assert entries(room) == [target.name]
     assert left.startswith(f".{target.name}.")
