@@ -36,6 +36,8 @@ MAX_MEMORY_SHARE = 4
 LEAST_SEQUENCE_TOKENS = 2_048
 # 33 million tokens: as many as anybody's steps can name, where a device has room for more.
 MAX_DEVICE_BLOCKS = 1 << 20
+# The engine keeps some 100 bytes about each: half a billion tokens.
+MAX_POOL_BLOCKS = 1 << 24
 # What is evicted goes to memory that is taken page by page as it is written.
 HOST_BLOCKS_PER_BLOCK = 4
 MAX_HOST_MEMORY_SHARE = 8
@@ -251,6 +253,11 @@ def _total_blocks(settings: NodeSettings, block_bytes: int, max_sequence_tokens:
                 f"kv_cache_bytes is {settings.kv_cache_bytes:,}, which holds {blocks:,} blocks; one sequence of"
                 f" {max_sequence_tokens:,} tokens needs {needed:,} ({needed * block_bytes:,} bytes); raise it or lower"
                 f" {setting_name('max_sequence_tokens')}"
+            )
+        if blocks > MAX_POOL_BLOCKS:
+            raise ConfigError(
+                f"kv_cache_bytes is {settings.kv_cache_bytes:,}, which holds {blocks:,} blocks; the most is"
+                f" {MAX_POOL_BLOCKS:,} ({MAX_POOL_BLOCKS * block_bytes:,} bytes): lower it"
             )
         return blocks
     if device_bytes is not None:
