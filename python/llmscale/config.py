@@ -64,8 +64,10 @@ def check_threads(threads: int | None) -> None:
 
 def check_name(setting: str, name: str) -> None:
     """A name that nodes and gateways tell each other. Raises ConfigError."""
-    if not 1 <= len(name.encode(errors="surrogatepass")) <= MAX_NAME_BYTES:
-        raise ConfigError(f"{setting} is {name[:32]!r}..., it must have from 1 to {MAX_NAME_BYTES} bytes of UTF-8")
+    size = len(name.encode(errors="surrogatepass"))
+    if not 1 <= size <= MAX_NAME_BYTES:
+        begins = f", it begins with {name[:32]!r}" if name else ""
+        raise ConfigError(f"{setting} has {size} bytes of UTF-8, it must have from 1 to {MAX_NAME_BYTES}{begins}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,10 @@ def test_generate_completes_a_text_the_same_twice() -> None:
         (("serve", "tiny-chat", "--port", "70000"), "port"),
         (("serve", "tiny-chat", "--threads", "0"), "threads is 0, it must be from 1 to 1,024"),
         (("serve", "tiny-chat", "--threads", "-1"), "threads is -1"),
-        (("serve", "tiny-chat", "--served-model-name", "名" * 86), "must have from 1 to 256 bytes of UTF-8"),
+        (
+            ("serve", "tiny-chat", "--served-model-name", "名" * 86),
+            "has 258 bytes of UTF-8, it must have from 1 to 256",
+        ),
         (("serve", "tiny-chat", "--kv-cache-bytes", "9" * 20), "blocks; the most is 16,777,216"),
         (("eval", "--threads", "1025"), "threads is 1025, it must be from 1 to 1,024"),
         (

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from llmscale import machine
-from llmscale.config import NodeSettings
-from llmscale.errors import ConfigError
+from llmscale._core import EngineLimits
+from llmscale.config import MAX_SEQUENCES, NodeSettings
+from llmscale.errors import ConfigError, InvalidField
 from llmscale.node.plan import ReplicaPlan, check_kv_dtype, choose_executor, plan_replica
 from llmscale.parallel.layout import HostLayout
 from tests.models_support import write_random_checkpoint
@@ -162,3 +163,14 @@ from llmscale.node.plan import plan_replica
 plan = plan_replica(NodeSettings(model="tiny-chat-mini", listen="tcp://127.0.0.1:0"))
 print(plan.configuration_digest.hex(), end="")
 """
+
+
+def test_the_most_sequences_are_those_that_the_core_takes() -> None:
+    def with_sequences(most: int) -> EngineLimits:
+        return EngineLimits(
+            vocabulary=9, total_blocks=9, max_sequence_tokens=9, eos_tokens=(), max_sequences=most, max_step_tokens=most
+        )
+
+    assert with_sequences(MAX_SEQUENCES).max_sequences == MAX_SEQUENCES
+    with pytest.raises(InvalidField, match="max_sequences times max_steps_in_flight is"):
+        with_sequences(MAX_SEQUENCES + 1)
