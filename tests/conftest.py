@@ -1,8 +1,10 @@
-"""What holds for every test: how Hypothesis looks for examples, and how fast the processor is where that matters."""
+"""What holds for every test: how Hypothesis looks for examples, how fast the processor is where that matters, and that
+the process hears its signals as before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import settings
@@ -10,6 +12,22 @@ from hypothesis import settings
 # An example of 0.7 ms took 338 ms once, because other processes had the cores: time proves nothing here.
 settings.register_profile("llmscale", deadline=None)
 settings.load_profile("llmscale")
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_AT_FIRST = {number: signal.getsignal(number) for number in _SIGNALS}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Generator[None, None, None]:
+    """Fails the test that leaves a handler of a signal: the next one that raises it, in another file, ends the run."""
+    yield
+    left = {
+        number.name: signal.getsignal(number) for number in _SIGNALS if signal.getsignal(number) != _AT_FIRST[number]
+    }
+    for number, handler in _AT_FIRST.items():
+        signal.signal(number, handler)
+    assert not left, f"the test left handlers of signals: {left}"
 
 
 @pytest.fixture

@@ -103,6 +103,9 @@ async def serving(
     gateway = Gateway(config, front, FakeSampling, [served, *more_models], load_keys(api_keys, None))
     started = asyncio.Event()
     server = make_server(gateway, started.set)
+    # The signals are the test run's. As a fixture the server begins and ends in two runs of the event loop, and put
+    # back the first one's handler of SIGINT after the second: a later test that raised SIGINT ended pytest.
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     listener = listen(config)
     task = asyncio.ensure_future(server.serve(sockets=[listener]))
     await started.wait()

@@ -58,14 +58,13 @@ def endless(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def no_signal_is_ignored() -> Iterator[None]:
-    """Not even under nohup, or in the background of a script: children inherit what is ignored."""
-    ignored = [number for number in ENDING if signal.getsignal(number) is signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
+def signals_do_what_they_do_by_default() -> Iterator[None]:
+    """Also under nohup, in the background of a script, and after a test that left a handler: children inherit what is
+    ignored, and what somebody handles is not ours."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
     yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @contextmanager
