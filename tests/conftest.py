@@ -3,6 +3,7 @@ the process hears its signals as before."""
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Generator, Iterator
 
@@ -28,6 +29,17 @@ def pytest_runtest_teardown() -> Generator[None, None, None]:
     for number, handler in _AT_FIRST.items():
         signal.signal(number, handler)
     assert not left, f"the test left handlers of signals: {left}"
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """For tests that call an entry point in this process: it writes to the captured stderr of that test, which is
+    closed when the next one logs."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

@@ -146,7 +146,8 @@ class Choice:
                 f"token {delivery.index} follows token {self.output_tokens} of request {delivery.request}"
             )
         self.restarts = delivery.restarts
-        self.cached_tokens = delivery.cached_tokens
+        # Told with the first tokens, and not by everyone with the others.
+        self.cached_tokens = max(self.cached_tokens, delivery.cached_tokens)
         if self._want_logprobs and delivery.logprobs is not None:
             self.logprobs += [(token, *row) for token, row in zip(tokens, delivery.logprobs, strict=True)]
         before = self.output_tokens

@@ -184,6 +184,8 @@ async def stopped_in_its_middle(
         await page.until(f"{LAST} !== null && {TEXT}.length > 20", seconds=300)
         workers = workers_of(server)
         send(signal.SIGSTOP, workers)
+        # One that waits for a processor stands still once it has got it.
+        await until(lambda workers=workers: all(stands_still(worker) for worker in workers))
         # Of the other third some may have left the worker and be on its way to the page.
         if len(await page.value(TEXT)) < len(undisturbed) * 2 // 3:
             return others
@@ -213,7 +215,7 @@ async def test_an_answer_goes_on_when_the_workers_are_killed_with_their_buttons(
         try:
             await press_kill(page, workers[0])
             # Each button is its own worker's: the other one still stands.
-            assert psutil.Process(workers[1]).status() == psutil.STATUS_STOPPED
+            assert stands_still(workers[1])
             await press_kill(page, workers[1])
         finally:
             send(signal.SIGCONT, workers)
@@ -235,6 +237,10 @@ async def press_kill(page: Page, worker: int) -> None:
     await page.until(f"{row} !== undefined")
     await page.value(f"{row}.querySelector('.kill').click()")
     await until(lambda: not psutil.pid_exists(worker))
+
+
+def stands_still(worker: int) -> bool:
+    return psutil.Process(worker).status() == psutil.STATUS_STOPPED
 
 
 def send(number: signal.Signals, processes: Sequence[int]) -> None:

@@ -76,6 +76,18 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI) -> None:
     assert cut.usage.completion_tokens < free.usage.completion_tokens
 
 
+def test_what_was_cached_is_told_however_an_answer_ends(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny-chat", "prompt": "The fox counts its steps. " * 20, "max_tokens": 40, "temperature": 0}
+    free = client.completions.create(**asked)
+    word = free.choices[0].text.split()[5]
+    whole = client.completions.create(**asked, stop=[word])
+    *_, last = client.completions.create(**asked, stop=[word], stream=True, stream_options={"include_usage": True})
+    assert whole.choices[0].finish_reason == "stop"
+    for usage in (whole.usage, last.usage):
+        assert usage.completion_tokens < 40
+        assert usage.prompt_tokens_details.cached_tokens >= 64
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"seed": 3}, {"seed": 3, "logprobs": 3}, {"seed": 3, "n": 3, "logprobs": 0}, {"seed": 3, "stop": ["the", "a "]}],

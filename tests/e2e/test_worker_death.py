@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
@@ -45,15 +46,33 @@ def kill_once(server: Server, at: int) -> Callable[[int], None]:
     return look
 
 
+@dataclass
+class Heard:
+    """How many tokens a reader had when the stream said that it had been interrupted."""
+
+    on_tokens: Callable[[int], None]
+    count: int = 0
+    restart_at: int | None = None
+
+    def tokens(self, count: int) -> None:
+        self.count = count
+        self.on_tokens(count)
+
+    def comment(self, comment: str) -> None:
+        if comment.startswith("restarts") and self.restart_at is None:
+            self.restart_at = self.count
+
+
 def survived(server: Server, body: dict[str, Any], at: int, best: int = 0) -> list[Sampled]:
-    """A stream whose worker is killed when it has `at` tokens. It says itself that it was interrupted: a reader that
-    the machine puts aside kills after the last token was computed, and then another stream is made."""
+    """A stream whose worker is killed when it has `at` tokens. It says itself that it was interrupted, before the next
+    token: a reader that the machine puts aside kills after the last token was computed, and then another stream is
+    made."""
     for _ in range(5):
         wait_until(server.is_ready, 120, "the server is ready")
-        before, comments = restarts(server), list[str]()
-        found = sampled(server, body, kill_once(server, at), best, comments.append)
+        before, heard = restarts(server), Heard(kill_once(server, at))
+        found = sampled(server, body, heard.tokens, best, heard.comment)
         wait_until(lambda before=before: restarts(server) == before + 1, 120, "one restart")
-        if any(comment.startswith("restarts") for comment in comments):
+        if heard.restart_at is not None and heard.restart_at < len(found):
             return found
     raise AssertionError("five kills came after the last token")
 

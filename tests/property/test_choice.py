@@ -127,6 +127,13 @@ def text_of(tokenizer: Tokenizer, ids: Sequence[int], params: SamplingParams) ->
     return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
 
 
+def test_what_was_cached_is_kept_when_later_deliveries_do_not_tell(tokenizers: list[Tokenizer]) -> None:
+    choice = Choice(0, 0, tokenizers[0], SamplingParams())
+    choice.accept(Delivered(0, [5], None, None, cached_tokens=64))
+    choice.accept(Delivered(1, [6], None, "length"))
+    assert choice.cached_tokens == 64
+
+
 def test_a_gap_between_deliveries_is_never_passed_over(tokenizers: list[Tokenizer]) -> None:
     choice = Choice(0, 0, tokenizers[0], SamplingParams())
     choice.accept(Delivered(0, [10, 11], None, None))

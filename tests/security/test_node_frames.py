@@ -262,7 +262,7 @@ def tokens_of(peer: Peer, request: int) -> int:
         _, body = peer.hear(OUTPUTS)
         columns = body[2]
         tokens += columns[1].count(request)
-        if any(ended[0] == request for ended in columns[6]):
+        if any(ended[0] == request for ended in columns[7]):
             return tokens
 
 

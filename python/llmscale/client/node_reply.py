@@ -93,7 +93,7 @@ class NodeReply:
         kept = None if sequence.choice is None else sequence.choice.accept(delivery)
         tokens = delivery.tokens if kept is None else delivery.tokens[: kept - before]
         sequence.output_tokens = before + len(tokens)
-        sequence.cached_tokens = delivery.cached_tokens
+        sequence.cached_tokens = max(sequence.cached_tokens, delivery.cached_tokens)
         reason = "stop" if kept is not None else delivery.finish_reason
         if reason is not None:
             sequence.ended = True

@@ -40,6 +40,7 @@ class Delivery:
 @dataclass(slots=True)
 class _Live:
     output_tokens: int = 0
+    cached_tokens: int = 0
     restarts: int = 0
 
 
@@ -233,6 +234,7 @@ class NodeSession:
 
     def _outputs(self, columns: wire.Columns) -> None:
         logprobs = dict(columns.logprobs) if columns.logprobs else None
+        cached = dict(columns.cached)
         rows = zip(columns.requests, columns.attempts, columns.indexes, columns.tokens, strict=True)
         live_of, news = self._live, self._news
         for row, (request, attempt, index, token) in enumerate(rows):
@@ -242,9 +244,11 @@ class NodeSession:
             if index > live.output_tokens:
                 self._fail(request, self._gap(live.output_tokens, index))
                 continue
+            if row in cached:
+                live.cached_tokens = cached[row]
             delivery = news.get(request)
             if delivery is None:
-                delivery = news[request] = Delivery(request, index, restarts=live.restarts)
+                delivery = self._delivery(request, live)
             delivery.tokens.append(token)
             live.output_tokens += 1
             if logprobs is not None and row in logprobs:
@@ -265,7 +269,6 @@ class NodeSession:
         del self._live[end.request]
         delivery = self._delivery(end.request, live)
         delivery.finish_reason = wire.FINISH_REASONS[end.reason]
-        delivery.cached_tokens = end.cached_tokens
         delivery.output_tokens = end.output_tokens
 
     def _given_back(self, message: wire.GiveBack) -> None:
@@ -276,7 +279,8 @@ class NodeSession:
         self._delivery(message.request, live).failure = refusal_error(message.refusal)
 
     def _delivery(self, request: int, live: _Live) -> Delivery:
-        return self._news.setdefault(request, Delivery(request, live.output_tokens, restarts=live.restarts))
+        known = Delivery(request, live.output_tokens, cached_tokens=live.cached_tokens, restarts=live.restarts)
+        return self._news.setdefault(request, known)
 
     def _gap(self, expected: int, given: int) -> errors.TransportError:
         return errors.TransportError(f"tokens were lost on the way: {expected} arrived, the node is at {given}")

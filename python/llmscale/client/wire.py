@@ -110,7 +110,6 @@ class Finished(Record, frozen=True):
     attempt: U32
     reason: Annotated[int, msgspec.Meta(ge=0, lt=len(FINISH_REASONS))]
     output_tokens: U32
-    cached_tokens: U32
 
 
 class Columns(Record, frozen=True):
@@ -122,6 +121,7 @@ class Columns(Record, frozen=True):
     indexes: list[U32]
     tokens: list[U32]
     logprobs: list[tuple[U32, TokenLogprobs]]
+    cached: list[tuple[U32, U32]]
     finished: list[Finished]
 
     def __post_init__(self) -> None:
@@ -130,6 +130,8 @@ class Columns(Record, frozen=True):
             raise ValueError("the columns of an output are not of one length")
         if any(row >= rows for row, _ in self.logprobs):
             raise ValueError("log probabilities belong to a row that is not there")
+        if any(row >= rows for row, _ in self.cached):
+            raise ValueError("tokens found in a cache belong to a row that is not there")
 
 
 class Outputs(Record, frozen=True):

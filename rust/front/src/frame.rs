@@ -102,10 +102,12 @@ impl Front {
         let mut member = self.fleet.get_mut(replica).expect("the fence has passed");
         let mut deliveries = Deliveries::with_capacity(outputs.tokens.len());
         let mut all_logprobs = outputs.logprobs.into_iter().peekable();
+        let mut all_cached = outputs.cached.into_iter().peekable();
         let keys = outputs.requests.into_iter().zip(outputs.attempts);
         let values = outputs.indexes.into_iter().zip(outputs.tokens);
         for (row, ((id, attempt), (index, token))) in keys.zip(values).enumerate() {
             let logprobs = all_logprobs.next_if(|(at, _)| *at as usize == row).map(|(_, logprobs)| logprobs);
+            let cached = all_cached.next_if(|(at, _)| *at as usize == row).map(|(_, cached)| cached);
             let Some(request) = self.requests.get_mut(&id) else {
                 self.counters.late += 1;
                 continue;
@@ -160,10 +162,13 @@ impl Front {
                 request.expected_tokens -= 1;
                 member.load.output_tokens -= 1;
             }
+            if let Some(cached) = cached {
+                request.found_cached(cached);
+            }
             request.push(token, logprobs.as_ref());
             self.counters.tokens += 1;
             if request.reader == Reader::Attached {
-                deliveries.push(id, index, token, logprobs);
+                deliveries.push(id, request.so_far(), index, token, logprobs);
             }
             if request.unread_tokens() > self.options.limits.max_unread_tokens {
                 findings.overruns.push(id);
@@ -204,7 +209,6 @@ impl Front {
             self.gap(now, end.request, end.attempt, out);
             return;
         }
-        request.cached_tokens = end.cached_tokens.min(request.usage(0).prompt_tokens);
         self.release(end.request);
         self.conclude(end.request, EndReason::Finished(end.reason), out);
     }

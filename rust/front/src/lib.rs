@@ -26,7 +26,7 @@ mod timers;
 mod usual_output;
 
 pub use counters::FrontCounters;
-pub use delivery::{Deliveries, Delivery};
+pub use delivery::{Deliveries, Delivery, SoFar};
 pub use event::{EndReason, FrontAction, FrontEvent, NewRequest, ReplicaFrame, SubmitError, ToReplica, Usage};
 pub use front::Front;
 pub use hedge::HedgeOptions;

@@ -44,11 +44,12 @@ impl Front {
         request.reader = Reader::Attached;
         let from_index = if Planted::TellsReadersTwice.is_here() { 0 } else { from_index.min(request.output_tokens()) };
         request.read(from_index);
+        let so_far = request.so_far();
         let mut logprobs = request.logprobs_from(from_index).peekable();
         let mut deliveries = Deliveries::with_capacity((request.output_tokens() - from_index) as usize);
         for (index, &token) in (from_index..).zip(&request.output()[from_index as usize..]) {
             let found = logprobs.next_if(|(at, _)| *at == index).map(|(_, logprobs)| logprobs.clone());
-            deliveries.push(id, index, token, found);
+            deliveries.push(id, so_far, index, token, found);
         }
         drop(logprobs);
         let place = request.place;

@@ -1,6 +1,7 @@
 //! The continuation record of one request: everything that it takes to go on from the last token on any replica, and what
 //! its reader has seen. Lives from submission to the terminal event. O(1) per token.
 
+use crate::delivery::SoFar;
 use crate::event::{EndReason, NewRequest, Usage};
 use crate::hedge::Rival;
 use crate::options::FrontOptions;
@@ -213,6 +214,16 @@ impl Request {
             return Some(FinishReason::Stop);
         }
         (self.remaining_tokens() == 0).then_some(FinishReason::Length)
+    }
+
+    /// What goes with its tokens.
+    pub(crate) fn so_far(&self) -> SoFar {
+        SoFar { cached_tokens: self.cached_tokens, restarts: self.restarts }
+    }
+
+    /// A replica found this much of the prompt in its prefix cache.
+    pub(crate) fn found_cached(&mut self, tokens: u32) {
+        self.cached_tokens = tokens.min(self.prompt_tokens);
     }
 
     /// What was used when the output is cut after `output_tokens`.

@@ -65,7 +65,7 @@ fn cancelling_at_a_token_cuts_the_usage_there_and_ends_as_stopped() {
     }
     bench.sent();
     bench.event(FrontEvent::Cancel { request, at_token: Some(3) });
-    assert_eq!(bench.ends[&request], (STOP, 3, 0, 0));
+    assert_eq!(bench.ends[&request], (STOP, 3, 2, 0));
     let abort = ToReplica::Abort { request, attempt: Attempt(1), at_token: Some(3) };
     assert_eq!(bench.sent(), [(0, abort)]);
 }
@@ -76,7 +76,7 @@ fn cancelling_beyond_the_last_token_counts_what_there_is() {
     let request = bench.take(new_request(10));
     bench.token(0, request, 1, 0, 50);
     bench.event(FrontEvent::Cancel { request, at_token: Some(9) });
-    assert_eq!(bench.ends[&request], (STOP, 1, 0, 0));
+    assert_eq!(bench.ends[&request], (STOP, 1, 2, 0));
 }
 
 #[test]
@@ -100,7 +100,7 @@ fn a_running_request_ends_at_its_deadline_with_an_abort() {
     bench.pass(Duration(4_999));
     assert_eq!(bench.reason(request), None);
     bench.pass(Duration(1));
-    assert_eq!(bench.ends[&request], (DEADLINE, 1, 0, 0));
+    assert_eq!(bench.ends[&request], (DEADLINE, 1, 2, 0));
     assert_eq!(bench.sent(), [(0, ToReplica::Abort { request, attempt: Attempt(1), at_token: None })]);
 }
 

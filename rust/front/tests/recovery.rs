@@ -4,7 +4,7 @@ mod common;
 
 use common::{Bench, LENGTH, STOP, new_request, offer, report, row};
 use llmscale_front::{
-    EndReason, FrontEvent, FrontOptions, NewRequest, Offer, ReplicaFrame, ReplicaState, SubmitError, ToReplica,
+    EndReason, FrontEvent, FrontOptions, NewRequest, Offer, ReplicaFrame, ReplicaState, SoFar, SubmitError, ToReplica,
 };
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
@@ -27,6 +27,8 @@ fn a_stream_goes_on_elsewhere_from_its_last_token_when_its_replica_dies() {
     bench.token(1, request, 2, 3, 44);
     bench.end(1, request, 2, FinishReason::Length, 4);
     assert_eq!(bench.tokens(request), [41, 42, 43, 44]);
+    let told = [(0, 0), (1, 0), (2, 1), (3, 1)].map(|(index, restarts)| (index, SoFar { cached_tokens: 2, restarts }));
+    assert_eq!(bench.so_far[&request], told, "readers hear of it with the next token, not at the end");
     assert_eq!(bench.ends[&request], (LENGTH, 4, 2, 1));
 }
 

@@ -164,19 +164,16 @@ fn submit_error(error: &SubmitError) -> PyErr {
 }
 
 fn delivery(arrival: Arrival) -> Delivery {
-    let Arrival { request, index, tokens, logprobs, end } = arrival;
-    let (finish_reason, usage, restarts) = match &end {
-        Some((reason, usage, restarts)) => (Some(reason.label()), *usage, *restarts),
-        None => (None, llmscale_front::Usage::default(), 0),
-    };
+    let Arrival { request, index, so_far, tokens, logprobs, end } = arrival;
+    let (finish_reason, output_tokens) = end.map_or((None, 0), |(reason, output)| (Some(reason.label()), output));
     Delivery {
         request: request.0,
         index,
         tokens,
         logprobs: (!logprobs.is_empty()).then(|| logprobs.iter().map(logprob_row).collect()),
         finish_reason,
-        cached_tokens: usage.cached_tokens,
-        output_tokens: usage.output_tokens,
-        restarts,
+        cached_tokens: so_far.cached_tokens,
+        output_tokens,
+        restarts: so_far.restarts,
     }
 }

@@ -69,7 +69,7 @@ pub(crate) struct Delivery {
     /// Why it ended; `None` while it goes on.
     #[pyo3(get)]
     pub(crate) finish_reason: Option<&'static str>,
-    /// Prompt tokens found in the prefix cache; known at the end.
+    /// Prompt tokens found in the prefix cache; told at least with the first tokens.
     #[pyo3(get)]
     pub(crate) cached_tokens: u32,
     /// Output tokens in all; known at the end.
@@ -98,18 +98,21 @@ pub(crate) fn parse_address(text: &str) -> PyResult<llmscale_net::Address> {
 /// Appends the rows of a frame to the deliveries of their requests.
 pub(crate) fn deliver(outputs: &Outputs, deliveries: &mut BTreeMap<RequestId, Delivery>) {
     let mut logprobs = outputs.logprobs.iter().peekable();
+    let mut cached = outputs.cached.iter().peekable();
     for (row, &request) in outputs.requests.iter().enumerate() {
         let delivery = deliveries.entry(request).or_insert_with(|| empty(request, outputs.indexes[row]));
         delivery.tokens.push(outputs.tokens[row]);
         if let Some((_, values)) = logprobs.next_if(|(named, _)| *named as usize == row) {
             delivery.logprobs.get_or_insert_default().push(logprob_row(values));
         }
+        if let Some(&(_, tokens)) = cached.next_if(|(named, _)| *named as usize == row) {
+            delivery.cached_tokens = tokens;
+        }
     }
     for finished in &outputs.finished {
         let first = finished.output_tokens;
         let delivery = deliveries.entry(finished.request).or_insert_with(|| empty(finished.request, first));
         delivery.finish_reason = Some(FinishReason::label(finished.reason));
-        delivery.cached_tokens = finished.cached_tokens;
         delivery.output_tokens = finished.output_tokens;
     }
 }

@@ -92,6 +92,11 @@ impl Replica {
             if let Some((_, values)) = logprob {
                 outputs.logprobs.push((outputs.requests.len() as u32, values.clone()));
             }
+            if index == 0
+                && let Some(cached @ 1..) = self.sequences.record(slot).cached_tokens
+            {
+                outputs.cached.push((outputs.requests.len() as u32, cached));
+            }
             outputs.requests.push(RequestId(hot.request));
             outputs.attempts.push(Attempt(hot.attempt));
             outputs.indexes.push(index);
@@ -159,7 +164,6 @@ impl Replica {
             attempt: key.attempt,
             reason,
             output_tokens: record.output_tokens(record.submission.context.len()),
-            cached_tokens: record.cached_tokens.unwrap_or(0),
         });
     }
 }

@@ -57,8 +57,6 @@ pub struct Finished {
     pub reason: FinishReason,
     /// Output tokens in all, earlier attempts included: what the front must hold by now.
     pub output_tokens: u32,
-    /// Prompt tokens that were found in the prefix cache.
-    pub cached_tokens: u32,
 }
 
 /// Tokens of one step for one front. The four columns are parallel; `index` is the token's position in the request's
@@ -77,6 +75,9 @@ pub struct Outputs {
     pub tokens: Vec<Token>,
     /// Log probabilities: (row of the columns, values).
     pub logprobs: Vec<(u32, TokenLogprobs)>,
+    /// Prompt tokens that were found in the prefix cache, if any: (row of an answer's first token, their number). With
+    /// the first token, because the end may be the client's.
+    pub cached: Vec<(u32, u32)>,
     /// Attempts that ended in this step, after their tokens above.
     pub finished: Vec<Finished>,
 }
@@ -94,6 +95,7 @@ impl Outputs {
         self.indexes.clear();
         self.tokens.clear();
         self.logprobs.clear();
+        self.cached.clear();
         self.finished.clear();
     }
 }

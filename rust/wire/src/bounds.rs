@@ -108,12 +108,8 @@ fn check_outputs(outputs: &Outputs, limits: &CodecLimits) -> Result<(), WireErro
     parallel("indexes", outputs.indexes.len(), rows)?;
     parallel("tokens", outputs.tokens.len(), rows)?;
     at_most("finished", outputs.finished.len(), limits.max_rows)?;
-    at_most("logprobs", outputs.logprobs.len(), rows)?;
-    ascending("logprobs", outputs.logprobs.iter().map(|(row, _)| *row))?;
-    if let Some((row, _)) = outputs.logprobs.last() {
-        // Ascending and at most as many as rows, so there is a last row to compare with.
-        at_most("logprobs row", *row as usize, rows - 1)?;
-    }
+    some_rows("logprobs", "logprobs row", outputs.logprobs.iter().map(|(row, _)| *row), rows)?;
+    some_rows("cached", "cached row", outputs.cached.iter().map(|(row, _)| *row), rows)?;
     outputs.logprobs.iter().try_for_each(|(_, logprobs)| check_logprobs(logprobs))
 }
 
@@ -173,6 +169,19 @@ fn at_most(field: &'static str, given: usize, limit: usize) -> Result<(), WireEr
 
 fn parallel(column: &'static str, given: usize, expected: usize) -> Result<(), WireError> {
     if given == expected { Ok(()) } else { Err(WireError::ColumnLength { column, given, expected }) }
+}
+
+/// A column that names the rows it speaks of.
+fn some_rows(
+    column: &'static str,
+    row: &'static str,
+    named: impl ExactSizeIterator<Item = u32> + Clone,
+    rows: usize,
+) -> Result<(), WireError> {
+    at_most(column, named.len(), rows)?;
+    ascending(column, named.clone())?;
+    // Ascending and at most as many as rows, so there is a last row to compare with.
+    named.last().map_or(Ok(()), |last| at_most(row, last as usize, rows - 1))
 }
 
 fn ascending(column: &'static str, rows: impl Iterator<Item = u32>) -> Result<(), WireError> {

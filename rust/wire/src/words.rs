@@ -45,13 +45,7 @@ record!(Sampling {
 
 record!(TokenLogprobs { chosen: f32, top: Vec<(Token, f32)> });
 
-record!(Finished {
-    request: RequestId,
-    attempt: Attempt,
-    reason: FinishReason,
-    output_tokens: u32,
-    cached_tokens: u32,
-});
+record!(Finished { request: RequestId, attempt: Attempt, reason: FinishReason, output_tokens: u32 });
 
 record!(Outputs {
     step: StepId,
@@ -60,6 +54,7 @@ record!(Outputs {
     indexes: Vec<u32>,
     tokens: Vec<Token>,
     logprobs: Vec<(u32, TokenLogprobs)>,
+    cached: Vec<(u32, u32)>,
     finished: Vec<Finished>,
 });
 

@@ -161,15 +161,15 @@ fn from_node() -> Vec<(&'static str, FromNode)> {
         step: StepId(70_000),
         requests: vec![RequestId(1_000_000), RequestId(1_000_001)],
         attempts: vec![Attempt(2), Attempt(1)],
-        indexes: vec![1, 299],
+        indexes: vec![0, 299],
         tokens: vec![42, 2],
         logprobs: vec![(1, TokenLogprobs { chosen: -0.25, top: vec![(2, -0.25), (900, -1.5)] })],
+        cached: vec![(0, 64)],
         finished: vec![Finished {
             request: RequestId(1_000_001),
             attempt: Attempt(1),
             reason: FinishReason::Stop,
             output_tokens: 300,
-            cached_tokens: 64,
         }],
     };
     let status = status();

@@ -144,9 +144,35 @@ fn columns_of_different_lengths_are_refused_in_both_directions() {
     let frame = FromNode::Outputs(NodeOutputs { node: NodeId(1), epoch: llmscale_types::Epoch(1), outputs });
     let refusal = WireError::ColumnLength { column: "attempts", given: 1, expected: 2 };
     assert_eq!(encode(&frame, &limits()), Err(refusal.clone()));
-    // [1, 1, [node, epoch, [step, requests, attempts, indexes, tokens, logprobs, finished]]]
-    let bytes = [0x93, 1, 1, 0x93, 1, 1, 0x97, 0, 0x92, 1, 2, 0x91, 1, 0x92, 0, 0, 0x92, 5, 6, 0x90, 0x90];
+    // [1, 1, [node, epoch, [step, requests, attempts, indexes, tokens, logprobs, cached, finished]]]
+    let bytes = [0x93, 1, 1, 0x93, 1, 1, 0x98, 0, 0x92, 1, 2, 0x91, 1, 0x92, 0, 0, 0x92, 5, 6, 0x90, 0x90, 0x90];
     assert_eq!(decode::<FromNode>(&bytes, &limits()), Err(refusal));
+}
+
+#[test]
+fn what_names_a_row_twice_or_one_that_is_not_there_is_refused() {
+    let outputs = |cached: &[(u32, u32)]| {
+        let outputs = Outputs {
+            requests: vec![RequestId(1), RequestId(2)],
+            attempts: vec![Attempt(1); 2],
+            indexes: vec![0; 2],
+            tokens: vec![5, 6],
+            cached: cached.to_vec(),
+            ..Outputs::default()
+        };
+        FromNode::Outputs(NodeOutputs { node: NodeId(1), epoch: llmscale_types::Epoch(1), outputs })
+    };
+    let frame = encode(&outputs(&[(0, 32), (1, 64)]), &limits()).expect("each row once");
+    assert_eq!(decode::<FromNode>(&frame, &limits()), Ok(outputs(&[(0, 32), (1, 64)])));
+    let twice = WireError::NotAscending { column: "cached" };
+    assert_eq!(encode(&outputs(&[(1, 32), (1, 64)]), &limits()), Err(twice));
+    let absent = WireError::Limit(LimitError::TooLarge { field: "cached row", given: 2, limit: 1 });
+    assert_eq!(encode(&outputs(&[(2, 32)]), &limits()), Err(absent.clone()));
+    let row = frame.len() - 7;
+    assert_eq!(frame[row..row + 5], [0x92, 0, 32, 0x92, 1]);
+    let mut changed = frame;
+    changed[row + 4] = 2;
+    assert_eq!(decode::<FromNode>(&changed, &limits()), Err(absent));
 }
 
 #[test]

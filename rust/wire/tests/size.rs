@@ -142,7 +142,6 @@ fn the_largest_results_and_outputs_that_the_limits_allow_fit_a_frame() {
         attempt: Attempt(ID),
         reason: FinishReason::Length,
         output_tokens: ID,
-        cached_tokens: ID,
     };
     let outputs = Outputs {
         step: StepId(u64::MAX),
@@ -151,6 +150,7 @@ fn the_largest_results_and_outputs_that_the_limits_allow_fit_a_frame() {
         indexes: vec![ID; ROWS],
         tokens: vec![ID; ROWS],
         logprobs: (0..ROWS as u32).map(|row| (row, widest_logprobs())).collect(),
+        cached: (0..ROWS as u32).map(|row| (row, ID)).collect(),
         finished: vec![end; ROWS + EngineLimits::MAX_WAITING_SEQUENCES as usize],
     };
     let frame = FromNode::Outputs(NodeOutputs { node: NodeId(u64::MAX), epoch: Epoch(u64::MAX), outputs });

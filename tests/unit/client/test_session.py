@@ -19,9 +19,9 @@ def welcome(node=NODE, epoch=1):
     return frame(0, 1, node, epoch, model, (400, 128, 8, 8, 64, 32, (2,)))
 
 
-def outputs(rows, finished=(), *, node=NODE, epoch=1, attempt=1):
+def outputs(rows, finished=(), *, cached=(), node=NODE, epoch=1, attempt=1):
     requests, indexes, tokens = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
-    return frame(1, node, epoch, (1, requests, [attempt] * len(rows), indexes, tokens, (), finished))
+    return frame(1, node, epoch, (1, requests, [attempt] * len(rows), indexes, tokens, (), cached, finished))
 
 
 def tags(session):
@@ -75,12 +75,20 @@ def test_it_pings_every_second_and_gives_a_silent_node_up(session):
 def test_tokens_of_one_visit_come_as_one_delivery_with_the_end(session):
     request = submit(session)
     session.receive(outputs([(request, 0, 10)]), 0.1)
-    session.receive(outputs([(request, 1, 11)], [(request, 1, 1, 2, 1)]), 0.1)
+    session.receive(outputs([(request, 1, 11)], [(request, 1, 1, 2)]), 0.1)
     [delivery] = session.take()
     assert (delivery.index, delivery.tokens, delivery.finish_reason) == (0, [10, 11], "length")
-    assert (delivery.cached_tokens, delivery.output_tokens) == (1, 2)
+    assert delivery.output_tokens == 2
     assert session.take() == []
     assert session.live_requests == 0
+
+
+def test_what_was_found_cached_is_told_with_every_delivery(session):
+    other, request = submit(session), submit(session)
+    session.receive(outputs([(other, 0, 9), (request, 0, 10)], cached=[(1, 64)]), 0.1)
+    assert [delivery.cached_tokens for delivery in session.take()] == [0, 64]
+    session.receive(outputs([(request, 1, 11)]), 0.1)
+    assert [delivery.cached_tokens for delivery in session.take()] == [64]
 
 
 def test_a_token_that_comes_twice_counts_once(session):
@@ -100,7 +108,7 @@ def test_a_missing_token_ends_the_request_on_both_sides(session):
 
 def test_an_end_that_counts_other_tokens_is_a_gap(session):
     request = submit(session)
-    session.receive(outputs([(request, 0, 10)], [(request, 1, 0, 2, 0)]), 0.1)
+    session.receive(outputs([(request, 0, 10)], [(request, 1, 0, 2)]), 0.1)
     assert isinstance(session.take()[0].failure, errors.TransportError)
 
 
@@ -135,7 +143,7 @@ def test_an_aborted_request_is_told_to_the_node_once_and_delivers_nothing_more(s
     session.receive(outputs([(request, 0, 10)]), 0.1)
     session.abort(request, 1)
     session.abort(request)
-    session.receive(outputs([(request, 1, 11)], [(request, 1, 2, 2, 0)]), 0.2)
+    session.receive(outputs([(request, 1, 11)], [(request, 1, 2, 2)]), 0.2)
     assert tags(session) == [2]
     assert session.take() == []
 

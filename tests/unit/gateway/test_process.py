@@ -15,6 +15,8 @@ import pytest
 from llmscale.gateway.__main__ import main
 from tests.fakes.tiny_tokenizer import write_byte_level
 
+pytestmark = pytest.mark.usefixtures("own_logging")
+
 SCRIPT = """
 import sys
 from pathlib import Path

@@ -25,7 +25,7 @@ function setNotice(text, kind = "plain") {
 
 function fleetChanged({ state, replaced }) {
   if (replaced) {
-    if (running?.model === replaced.model) running.note("worker replaced");
+    if (running?.model === replaced.model) running.workerReplaced();
     return;
   }
   if (state === "unreachable") setNotice("The gateway cannot be reached. Trying again …", "bad");
@@ -94,6 +94,9 @@ class Answer {
     this.#part("badge").textContent = text;
     this.#part("badge").hidden = false;
   }
+
+  /** A worker of its model was replaced. A stream that was hit has said so itself, and that says more. */
+  workerReplaced() { if (!this.#survived) this.note("worker replaced"); }
 
   /** Streams the answer to these messages. */
   async run(messages) {

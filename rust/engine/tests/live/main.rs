@@ -162,7 +162,7 @@ impl Reader {
     }
 
     fn read(&mut self, front: &FrontHandle) {
-        for Arrival { request, index, tokens, end, .. } in front.take() {
+        for Arrival { request, index, so_far, tokens, end, .. } in front.take() {
             let (new, seen, ended) = self.streams.get_mut(&request).expect("a stream that was asked for");
             assert_eq!((ended.is_none(), index as usize), (true, seen.len()), "request {request}");
             for token in tokens {
@@ -171,9 +171,9 @@ impl Reader {
                 seen.push(token);
             }
             front.event(FrontEvent::Read { request, up_to_index: seen.len() as u32 });
-            if let Some((reason, usage, restarts)) = end {
-                assert_eq!(usage.output_tokens as usize, seen.len());
-                self.restarts = self.restarts.max(restarts);
+            self.restarts = self.restarts.max(so_far.restarts);
+            if let Some((reason, output_tokens)) = end {
+                assert_eq!(output_tokens as usize, seen.len());
                 *ended = Some(reason);
             }
         }

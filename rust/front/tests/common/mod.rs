@@ -4,7 +4,7 @@
 
 use llmscale_front::{
     EndReason, Front, FrontAction, FrontEvent, FrontOptions, ModelKey, NewRequest, Offer, ReplicaFrame, ReplicaLimits,
-    ReplicaState, Report, SubmitError, ToReplica,
+    ReplicaState, Report, SoFar, SubmitError, ToReplica,
 };
 use llmscale_types::{
     Attempt, Class, Duration, Epoch, FinishReason, Finished, NodeId, Outputs, Refusal, ReplicaId, RequestId, Sampling,
@@ -102,6 +102,8 @@ pub(crate) struct Bench {
     /// What readers have got.
     pub(crate) delivered: BTreeMap<RequestId, Vec<Token>>,
     pub(crate) logprobs: BTreeMap<RequestId, Vec<(u32, TokenLogprobs)>>,
+    /// What was told with them.
+    pub(crate) so_far: BTreeMap<RequestId, Vec<(u32, SoFar)>>,
     /// Terminal events: reason, output tokens, cached tokens, restarts.
     pub(crate) ends: BTreeMap<RequestId, (EndReason, u32, u32, u32)>,
 }
@@ -116,6 +118,7 @@ impl Bench {
             asks: Vec::new(),
             delivered: BTreeMap::new(),
             logprobs: BTreeMap::new(),
+            so_far: BTreeMap::new(),
             ends: BTreeMap::new(),
         }
     }
@@ -163,6 +166,8 @@ impl Bench {
                         assert!(delivery.index as usize <= held.len(), "a token is missing");
                         held.truncate(delivery.index as usize);
                         held.extend(delivery.tokens);
+                        let so_far = self.so_far.entry(delivery.request).or_default();
+                        so_far.push((delivery.index, delivery.so_far));
                         self.logprobs.entry(delivery.request).or_default().extend(delivery.logprobs.iter().cloned());
                     }
                 }
@@ -249,13 +254,14 @@ pub(crate) fn row(request: RequestId, attempt: u32, index: u32, token: Token) ->
         attempts: vec![Attempt(attempt)],
         indexes: vec![index],
         tokens: vec![token],
+        cached: if index == 0 { vec![(0, 2)] } else { Vec::new() },
         ..Outputs::default()
     }
 }
 
 /// An end without tokens.
 pub(crate) fn end(request: RequestId, attempt: u32, reason: FinishReason, output_tokens: u32) -> Outputs {
-    let finished = Finished { request, attempt: Attempt(attempt), reason, output_tokens, cached_tokens: 2 };
+    let finished = Finished { request, attempt: Attempt(attempt), reason, output_tokens };
     Outputs { finished: vec![finished], ..Outputs::default() }
 }
 

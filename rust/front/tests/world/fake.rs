@@ -92,8 +92,7 @@ impl FakeReplica {
             Some(ToReplica::Abort { request, attempt, .. }) if self.runs(request, attempt) => {
                 let sequence = self.sequences.remove(&request).expect("it runs");
                 let output_tokens = sequence.submission.emitted_tokens();
-                let finished =
-                    Finished { request, attempt, reason: FinishReason::Aborted, output_tokens, cached_tokens: 0 };
+                let finished = Finished { request, attempt, reason: FinishReason::Aborted, output_tokens };
                 self.send(ReplicaFrame::Outputs(Outputs { finished: vec![finished], ..Outputs::default() }));
             }
             Some(ToReplica::Recall { request, attempt }) if self.runs(request, attempt) => {
@@ -146,7 +145,7 @@ impl FakeReplica {
                     _ if output_tokens == submission.sampling.max_tokens => FinishReason::Length,
                     _ => continue,
                 };
-                outputs.finished.push(Finished { request, attempt, reason, output_tokens, cached_tokens: 0 });
+                outputs.finished.push(Finished { request, attempt, reason, output_tokens });
                 ended.push(request);
                 break;
             }

@@ -62,6 +62,11 @@ impl NodeProcess {
         outputs.attempts.remove(row);
         outputs.indexes.remove(row);
         outputs.tokens.remove(row);
+        outputs.cached.retain_mut(|(named, _)| {
+            let lost = *named as usize == row;
+            *named -= u32::from(*named as usize > row);
+            !lost
+        });
         around.reach("node_lost_a_row", [self.place as u64, self.node.0, rows, row as u64]);
     }
 

@@ -165,6 +165,8 @@ fn a_prefix_of_an_earlier_request_is_not_computed_again() {
     world.submit(0, (10..29).chain([5, 6]).collect(), 4, Class::Standard);
     world.finish_all();
     assert_eq!(world.replica.cache_counters().hit_tokens, 16);
+    let told: Vec<Option<u32>> = world.wanted.values().map(|wanted| wanted.cached).collect();
+    assert_eq!(told, [None, Some(16)]);
     assert_eq!(world.replica.counters().prefill_tokens - before, 21 - 16);
 }
 

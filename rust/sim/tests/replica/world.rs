@@ -46,6 +46,8 @@ pub(crate) fn prefill_pairs(delta: &Delta) -> u64 {
 pub(crate) struct Wanted {
     pub(crate) submission: Submission,
     pub(crate) emitted: Vec<Token>,
+    /// Prompt tokens that were found cached, as it was told.
+    pub(crate) cached: Option<u32>,
     pub(crate) ended: Option<FinishReason>,
 }
 
@@ -317,6 +319,14 @@ impl World {
                 assert_eq!(outputs.tokens[row], hash_token(&ids, sampling.seed, sampling.choice, vocabulary));
                 wanted.emitted.push(outputs.tokens[row]);
             }
+            for &(row, cached) in &outputs.cached {
+                let (request, attempt) = (outputs.requests[row as usize], outputs.attempts[row as usize]);
+                let wanted = self.wanted.get_mut(&SequenceKey { front: FrontId(front as u32), request, attempt });
+                let wanted = wanted.expect("a row belongs to a submission");
+                assert_eq!(outputs.indexes[row as usize], 0, "told with an answer's first token");
+                assert!((1..=wanted.submission.prompt_tokens).contains(&cached));
+                assert_eq!(wanted.cached.replace(cached), None, "told once");
+            }
             for finished in &outputs.finished {
                 let key =
                     SequenceKey { front: FrontId(front as u32), request: finished.request, attempt: finished.attempt };
@@ -344,7 +354,7 @@ impl World {
 
     /// Takes an attempt that was given back elsewhere.
     pub(crate) fn take_over(&mut self, submission: Submission) {
-        let wanted = Wanted { submission: submission.clone(), emitted: Vec::new(), ended: None };
+        let wanted = Wanted { submission: submission.clone(), emitted: Vec::new(), cached: None, ended: None };
         self.wanted.insert(submission.key, wanted);
         self.event(Event::Submit(Box::new(submission)));
     }

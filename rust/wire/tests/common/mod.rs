@@ -88,27 +88,23 @@ fn finished() -> impl Strategy<Value = Finished> {
         FinishReason::NotANumber,
         FinishReason::NothingToSample,
     ];
-    (long_number(), number(), select(reasons), number(), number()).prop_map(
-        |(request, attempt, reason, output_tokens, cached_tokens)| Finished {
-            request: RequestId(request),
-            attempt: Attempt(attempt),
-            reason,
-            output_tokens,
-            cached_tokens,
-        },
-    )
+    (long_number(), number(), select(reasons), number()).prop_map(|(request, attempt, reason, output_tokens)| {
+        Finished { request: RequestId(request), attempt: Attempt(attempt), reason, output_tokens }
+    })
 }
 
 fn outputs() -> impl Strategy<Value = Outputs> {
-    let row = (long_number(), number(), number(), number(), option::weighted(0.2, logprobs()));
+    let row = (long_number(), number(), number(), number());
+    let row = (row, option::weighted(0.2, logprobs()), option::weighted(0.2, number()));
     (long_number(), vec(row, 0..40), vec(finished(), 0..8)).prop_map(|(step, rows, finished)| {
         let mut outputs = Outputs { step: StepId(step), finished, ..Outputs::default() };
-        for (index, (request, attempt, position, token, logprobs)) in rows.into_iter().enumerate() {
+        for (index, ((request, attempt, position, token), logprobs, cached)) in rows.into_iter().enumerate() {
             outputs.requests.push(RequestId(request));
             outputs.attempts.push(Attempt(attempt));
             outputs.indexes.push(position);
             outputs.tokens.push(token);
             outputs.logprobs.extend(logprobs.map(|logprobs| (index as u32, logprobs)));
+            outputs.cached.extend(cached.map(|cached| (index as u32, cached)));
         }
         outputs
     })
