@@ -152,8 +152,12 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation (a list of messages with role and content) or several, with the model's template."""
-        conversations: Sequence[Any] = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        """Answers one conversation (a list of messages with role and content) or several, with the model's template. No
+        conversations give no answers, and one without messages is an `InvalidField`.
+        """
+        conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        if not all(conversations):
+            raise InvalidField("a conversation has no messages, at least 1 message is needed", field="messages")
         params = _one_each(sampling_params or SamplingParams(max_tokens=None), len(conversations))
         ids = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
         return self._run([None] * len(ids), ids, params, contexts=[()] * len(ids))

@@ -88,6 +88,14 @@ def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(
     assert llm.chat(QUESTION, params)[0].outputs[0].text == "h h"
 
 
+def test_no_conversations_give_no_answers_and_an_empty_one_is_refused(llm: LLM) -> None:
+    assert llm.chat([], GREEDY) == []
+    assert llm.generate([], GREEDY) == []
+    for conversations in ([[]], [QUESTION, []]):
+        with pytest.raises(errors.InvalidField, match="at least 1 message is needed"):
+            llm.chat(conversations, GREEDY)
+
+
 @pytest.mark.parametrize(
     "prompts",
     [[[-1]], [[2_048]], [[1 << 70]], [[1.5]], [["a"]], [None], None, 5, [b"abc"], {"prompt": "a"}, ["\ud800"], [[]]],

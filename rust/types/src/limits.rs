@@ -40,6 +40,8 @@ impl EngineLimits {
     pub const MAX_SEQUENCE_TOKENS: u32 = 2 << 20;
     /// Most blocks of one sequence.
     pub const MAX_SEQUENCE_BLOCKS: u32 = 1 << 19;
+    /// Most blocks of a device's pool.
+    pub const MAX_TOTAL_BLOCKS: u32 = 1 << 24;
     /// Most blocks of a host tier: their index takes about 230 bytes each.
     pub const MAX_HOST_BLOCKS: u32 = 1 << 24;
     /// Most blocks of a disk tier: their index takes about 230 bytes each.
@@ -83,7 +85,8 @@ impl EngineLimits {
         LimitError::at_least("vocabulary", u64::from(self.vocabulary), 1)?;
         LimitError::at_most("eos_tokens", self.eos_tokens.len() as u64, 64)?;
         // The longest sequence must fit alone, or it could be admitted and never finish.
-        LimitError::at_least("total_blocks", u64::from(self.total_blocks), u64::from(blocks))
+        LimitError::at_least("total_blocks", u64::from(self.total_blocks), u64::from(blocks))?;
+        LimitError::at_most("total_blocks", u64::from(self.total_blocks), u64::from(Self::MAX_TOTAL_BLOCKS))
     }
 
     /// Blocks that hold this many tokens.
@@ -176,5 +179,7 @@ mod tests {
     fn the_longest_sequence_must_fit_the_pool() {
         let limits = EngineLimits { total_blocks: (1 << 15) - 1, ..limits() };
         assert!(limits.check().expect_err("one block too few").to_string().contains("total_blocks is 32767"));
+        let limits = EngineLimits { total_blocks: EngineLimits::MAX_TOTAL_BLOCKS + 1, ..limits };
+        assert!(limits.check().expect_err("one block too many").to_string().contains("the limit is 16777216"));
     }
 }

@@ -16,7 +16,7 @@ from llmscale import machine
 from llmscale._core import EngineLimits
 from llmscale.config import MAX_SEQUENCES, NodeSettings
 from llmscale.errors import ConfigError, InvalidField
-from llmscale.node.plan import ReplicaPlan, check_kv_dtype, choose_executor, plan_replica
+from llmscale.node.plan import MAX_POOL_BLOCKS, ReplicaPlan, check_kv_dtype, choose_executor, plan_replica
 from llmscale.parallel.layout import HostLayout
 from tests.models_support import write_random_checkpoint
 
@@ -174,3 +174,12 @@ def test_the_most_sequences_are_those_that_the_core_takes() -> None:
     assert with_sequences(MAX_SEQUENCES).max_sequences == MAX_SEQUENCES
     with pytest.raises(InvalidField, match="max_sequences times max_steps_in_flight is"):
         with_sequences(MAX_SEQUENCES + 1)
+
+
+def test_the_largest_pool_is_what_the_core_takes() -> None:
+    def with_blocks(most: int) -> EngineLimits:
+        return EngineLimits(vocabulary=9, total_blocks=most, max_sequence_tokens=9, eos_tokens=())
+
+    assert with_blocks(MAX_POOL_BLOCKS).total_blocks == MAX_POOL_BLOCKS
+    with pytest.raises(InvalidField, match="total_blocks is"):
+        with_blocks(MAX_POOL_BLOCKS + 1)
