@@ -193,6 +193,30 @@ def test_the_leaders_end_ends_the_ranks_everywhere_and_the_next_leader_finds_the
             assert answers(fleet, again) == expected
 
 
+def test_a_group_whose_hosts_are_all_asked_to_end_ends_its_streams_first(
+    fleet: Fleet, network: tuple[Host, Host], expected: list[list[int]], tmp_path: Path
+) -> None:
+    with grouped(fleet, network, ("-pp", "2"), tmp_path) as group:
+        follower, asked_at = group.followers.by_index[1], list[int]()
+
+        def ask(tokens: int) -> None:
+            if not asked_at:
+                asked_at.append(tokens)
+                # As a launcher does; the other host is asked first, and has the longest to wait.
+                follower.process.terminate()
+                group.leader.process.terminate()
+
+        # Fewer than a busy machine computes within a drain.
+        ids = answers(fleet, group.leader, ask, tokens=TOKENS // 3)
+        assert asked_at
+        assert ids == [one[: TOKENS // 3] for one in expected]
+        code, log = follower.end(60)
+        assert code == 0, log
+        assert group.leader.process.wait(60) == 0
+        assert "a host left" not in group.leader.log()
+        assert "worker died" not in group.leader.log()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS[2:], ids="".join)
 def test_larger_groups_on_two_hosts_answer_as_one_process_does(

@@ -126,6 +126,8 @@ async def _lead(
     await asyncio.wait({supervising, stopping}, return_when=asyncio.FIRST_COMPLETED)
     announcing.cancel()
     if not supervising.done():
+        if span is not None:
+            span.group.drain()
         await _drain(engine, supervisor, stop, settings.max_saving_seconds)
     await supervisor.stop()
     # It tells the engine of the deaths that `stop` has caused.
@@ -168,7 +170,9 @@ async def _follow(
         stopping = asyncio.create_task(stop.asked.wait())
         await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        follower.stop()
+        ending = asyncio.create_task(follower.stop(stop.insisted))
+        await asyncio.wait({following, ending}, return_when=asyncio.FIRST_COMPLETED)
+        ending.cancel()
         await following
     finally:
         door.close()

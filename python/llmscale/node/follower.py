@@ -2,7 +2,8 @@
 
 Three things happen beside each other on one event loop: frames are heard, beats are sent, and processes are brought
 from what runs to what is wanted. Ranks end at once when the leader goes; then this host waits for the next leader, with
-a bound. It owns no engine and knows no request.
+a bound. A host that is asked to end keeps its ranks while the leader drains with them. It owns no engine and knows no
+request.
 """
 
 from __future__ import annotations
@@ -81,8 +82,12 @@ class Follower:
             await self._processes.close()
             self._host_memory.close()
 
-    def stop(self) -> None:
-        """Ends the ranks and leaves."""
+    async def stop(self, insisted: asyncio.Event) -> None:
+        """Ends the ranks and leaves: when the leader needs them no more, or this is `insisted` on."""
+        asked_at = time.monotonic()
+        while not insisted.is_set() and self._membership.is_needed(time.monotonic() - asked_at):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(insisted.wait(), BEAT_SECONDS / 2)
         self._stopping.set()
 
     def _hear(self) -> None:

@@ -74,6 +74,8 @@ class Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="wante
     rendezvous_port: int = 0
     serving: bool = False
     """Whether the group is loaded, so that spare processes may be started."""
+    draining: bool = False
+    """Whether the leader ends when what runs has ended: until then it needs the ranks."""
 
     @property
     def group(self) -> tuple[str, int]:

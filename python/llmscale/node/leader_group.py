@@ -59,6 +59,10 @@ class LeaderGroup:
         """Tells them that the group has loaded."""
         self._send(self._roster.serve())
 
+    def drain(self) -> None:
+        """Tells them that this host ends, and needs their ranks until it does."""
+        self._send(self._roster.drain())
+
     def rest(self) -> None:
         """Has them end their ranks."""
         self._send(self._roster.rest())

@@ -7,6 +7,7 @@ end processes, and it does not know what a rank is.
 
 from __future__ import annotations
 
+from llmscale.config import MAX_DRAIN_SECONDS
 from llmscale.node.group_messages import (
     FollowerMessage,
     Goodbye,
@@ -18,6 +19,9 @@ from llmscale.node.group_messages import (
     Wanted,
 )
 from llmscale.node.roster import BEAT_SECONDS, MAX_SILENCE_SECONDS
+
+# A launcher asks all hosts of a group to end, one after the other.
+SIGNALS_SECONDS = 2.0
 
 
 class Membership:
@@ -55,6 +59,13 @@ class Membership:
     def leaderless_seconds(self, now: float) -> float:
         """How long no leader has spoken."""
         return now - self._heard_at
+
+    def is_needed(self, asked_seconds: float) -> bool:
+        """Whether ranks should go on though this host was asked to end, so long ago: while the leader drains with them,
+        and as long as it may yet be asked to. A host that is asked alone is not missed longer for that."""
+        if self._wanted is None:
+            return False
+        return asked_seconds <= (SIGNALS_SECONDS + MAX_DRAIN_SECONDS if self._wanted.draining else SIGNALS_SECONDS)
 
     def started(self, epoch: int) -> None:
         """Ranks of this epoch run now."""

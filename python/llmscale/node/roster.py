@@ -57,6 +57,7 @@ class Roster:
         self._links: dict[int, tuple[RankLink, ...]] = {}
         self._rendezvous_port = 0
         self._serving = False
+        self._draining = False
         self._trouble: str | None = None
         self._next_beat = 0.0
         self.last_refusal: str | None = None
@@ -90,6 +91,11 @@ class Roster:
     def serve(self) -> Outgoing:
         """The group is loaded."""
         self._serving = True
+        return self._tell_all()
+
+    def drain(self) -> Outgoing:
+        """The leader has been asked to end, and ends when what runs has ended."""
+        self._draining = True
         return self._tell_all()
 
     def rest(self) -> Outgoing:
@@ -193,7 +199,7 @@ class Roster:
     def _wanted(self, host: int) -> Wanted:
         links = self._links.get(host, ())
         port = self._rendezvous_port if links else 0
-        return Wanted(self._incarnation, self._epoch, links, port, self._serving)
+        return Wanted(self._incarnation, self._epoch, links, port, self._serving, self._draining)
 
     def _tell_all(self) -> Outgoing:
         return [(host.peer, self._wanted(index)) for index, host in sorted(self._hosts.items())]

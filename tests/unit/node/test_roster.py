@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmscale.config import MAX_DRAIN_SECONDS
 from llmscale.errors import TransportError
 from llmscale.node.group_messages import (
     FollowerMessage,
@@ -25,7 +26,7 @@ from llmscale.node.group_messages import (
     difference,
     encode,
 )
-from llmscale.node.membership import Membership
+from llmscale.node.membership import SIGNALS_SECONDS, Membership
 from llmscale.node.roster import BEAT_SECONDS, MAX_SILENCE_SECONDS, Outgoing, Roster
 
 FACTS = HostFacts("1.0", "fleet", 3, 1, 3, "weights", "none", "config", "tokens", "float32", 2_048, 64, 512)
@@ -303,6 +304,21 @@ def test_the_end_of_the_leader_is_the_end_of_what_it_wanted(group: Group) -> Non
     assert group.members[1].wanted == Wanted("another", 1, links(1), 6_000)
 
 
+def test_a_host_that_was_asked_to_end_is_needed_while_its_leader_drains(group: Group) -> None:
+    member = group.members[1]
+    assert not member.is_needed(0.0), "nothing runs"
+    group.run(1)
+    assert member.is_needed(SIGNALS_SECONDS)
+    assert not member.is_needed(SIGNALS_SECONDS + 0.1), "it alone was asked"
+    group.deliver(group.roster.drain())
+    group.pass_time(BEAT_SECONDS * 2)
+    assert member.wanted == Wanted("leader", 1, links(1), 5_000, draining=True)
+    assert member.is_needed(MAX_DRAIN_SECONDS)
+    assert not member.is_needed(MAX_DRAIN_SECONDS + SIGNALS_SECONDS + 0.1), "no drain takes so long"
+    group.deliver(group.roster.end())
+    assert not member.is_needed(0.0)
+
+
 def test_another_leader_at_the_same_door_has_groups_of_its_own(group: Group) -> None:
     group.run(1)
     before = group.members[1].wanted
@@ -360,7 +376,7 @@ def test_any_bytes_are_a_message_or_a_typed_error(frame: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [report(1, death="x"), Leave(1, "a"), Refused("no"), Wanted("a", 3, links(1), 9, True)]
+    "message", [report(1, death="x"), Leave(1, "a"), Refused("no"), Wanted("a", 3, links(1), 9, True, True)]
 )
 def test_messages_come_back_and_are_not_those_of_the_other_side(message: FollowerMessage | LeaderMessage) -> None:
     ours, theirs = decode_follower, decode_leader
