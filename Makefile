@@ -1,5 +1,7 @@
 # Every command of the project by one name, the same here and in continuous integration. `make help` lists them.
 SHELL := /bin/bash
+# A list of requirements that could not be made is no empty one.
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="tiny, S, M or L (random weights), an embedded model, or a folder (default: tiny-chat)")
     add("--repeats", type=int, default=3, help="measurements per case, 3 at least (default: %(default)s)")
     add("--seed", type=int, default=0, help="of prompts and arrivals (default: %(default)s)")
-    add("--threads", type=int, help="CPU threads of the model (default: all)")
+    add("--threads", type=int, help="CPU threads of the model (default: as bench/README.md says)")
     group = parser.add_argument_group("offline").add_argument
     group(
         "--cases",

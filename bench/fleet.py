@@ -65,6 +65,11 @@ class Fleet:
             found: list[dict[str, Any]] = json.load(response)["replicas"]
             return found
 
+    def model(self) -> str:
+        """What the gateway calls the model."""
+        name: str = self.replicas()[0]["model"]
+        return name
+
     def all_ready(self) -> bool:
         """Whether every node would take a request."""
         try:

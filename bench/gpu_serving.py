@@ -42,7 +42,11 @@ def serving_rates(budget: Budget, limits: dict[str, float]) -> Iterator[Row]:
     why = "not on the PATH" if vllm is None else "no time was left"
     peers: dict[int, Spread] = {}
     if vllm is not None and own and budget.allows():
-        peers = _measured(budget, _vllm(vllm, folder))
+        try:
+            peers = _measured(budget, _vllm(vllm, folder))
+        except (RuntimeError, OSError) as error:
+            # A peer that does not start must not cost our own figures.
+            why = str(error)
     for streams, tokens_per_second in own.items():
         peer: float | str = peers[streams].median if streams in peers else why
         yield Row.of(f"serving/{SHAPE}/{streams}-streams", "tokens/s", tokens_per_second, peers={"vllm": peer})

@@ -55,6 +55,8 @@ LAYOUTS = (
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS = 8
 OUTPUT_TOKENS = 64
+# Of every layout: the native executor, which one rank would get by itself, runs no more than one.
+EXECUTOR = ("--executor", "torch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +90,10 @@ def _running(layout: Layout, model: str) -> Iterator[int]:
     """The port of a server of this layout."""
     ranks = ("-tp", str(layout.tensor_size), "-pp", str(layout.stages))
     if layout.hosts == 1:
-        with serving(model, *ranks, threads=layout.threads) as (port, _, _):
+        with serving(model, *ranks, *EXECUTOR, threads=layout.threads) as (port, _, _):
             yield port
     else:
-        with hosts(model, layout.hosts, *ranks, "--threads", str(layout.threads)) as running:
+        with hosts(model, layout.hosts, *ranks, *EXECUTOR, "--threads", str(layout.threads)) as running:
             yield running.port
 
 

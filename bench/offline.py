@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from bench import peers
 from bench.limits import measure_limits
@@ -47,8 +48,10 @@ def main(arguments: argparse.Namespace) -> Report:
 
     name = arguments.model or "tiny-chat"
     folder = model_folder(name) if name in SHAPES else locate_model(name)
-    limits = measure_limits(arguments.threads)
-    llm = LLM(folder, threads=arguments.threads)
+    # The same for ours, the peers and the limits: a small model would take fewer by itself.
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    limits = measure_limits(threads)
+    llm = LLM(folder, threads=threads)
     vocabulary = llm.tokenizer.vocabulary
 
     def generate(prompts: Sequence[list[int]], output_tokens: int) -> None:
@@ -60,15 +63,18 @@ def main(arguments: argparse.Namespace) -> Report:
 
     cases = arguments.cases.split(",") if arguments.cases else _cases(llm.max_model_len, quick=arguments.quick)
     ours = run_cases(generate, vocabulary, cases, arguments.repeats, arguments.seed)
-    task = peers.Task(folder, vocabulary, tuple(cases), arguments.repeats, arguments.seed, arguments.threads)
+    task = peers.Task(folder, vocabulary, tuple(cases), arguments.repeats, arguments.seed, threads)
     others = peers.run_all(task)
-    shape = SHAPES.get(name) or _shape_of(folder)
+    # The limits count weights of two bytes.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    bounded = config.get("dtype", config.get("torch_dtype")) == "bfloat16" and "quantization_config" not in config
+    shape = SHAPES.get(name) or _shape_of(config)
     rows = [
         Row.of(
             f"{name}/{case}",
             "tokens/s",
             spread(values),
-            limit=limit_of(case, shape, limits),
+            limit=limit_of(case, shape, limits) if bounded else None,
             peers={peer: _of_case(found, case) for peer, found in others.items()},
         )
         for case, values in ours.items()
@@ -90,8 +96,7 @@ def _cases(max_sequence_tokens: int, *, quick: bool) -> list[str]:
     return [*fitting, *(f"c{count}" for count in concurrencies)]
 
 
-def _shape_of(folder: Path) -> Shape:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _shape_of(config: dict[str, Any]) -> Shape:
     heads = config["num_attention_heads"]
     return Shape(
         config["num_hidden_layers"],
@@ -100,4 +105,5 @@ def _shape_of(folder: Path) -> Shape:
         config.get("num_key_value_heads", heads),
         config["intermediate_size"],
         config["vocab_size"],
+        config.get("head_dim"),
     )

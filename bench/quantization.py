@@ -100,12 +100,13 @@ def _measure(
     print(f"{case} ...", file=sys.stderr, flush=True)
     try:
         source = _source(variant, folder, room)
-        size = _weight_bytes(variant, source)
         llm = LLM(source, dtype=variant.dtype, quantization=variant.quantization, threads=arguments.threads)
     except ConfigError as error:
         # Groups of 128 do not divide every width.
         print(f"left out: {case}: {error}", file=sys.stderr)
         return []
+    # What computes them keeps them in its own form: the head in bytes, for one.
+    size = llm.weight_bytes
     rows = [Row(f"{case}/weights", size / 1e6, "MB", size / 1e6, size / 1e6, 1)]
     if sets:
         answers = [_answers(llm, items) for items in sets]
@@ -131,14 +132,6 @@ def _source(variant: Variant, folder: Path, room: Path) -> Path:
     target = room / variant.name
     quantize_folder(folder, target, layout_for(method, group_size, symmetric=symmetric))
     return target
-
-
-def _weight_bytes(variant: Variant, folder: Path) -> int:
-    from llmscale.models.loader import LoadOptions, load_weights
-    from llmscale.models.registry import describe_model
-
-    model = describe_model(folder, variant.quantization)
-    return load_weights(model.folder, model.spec, LoadOptions(dtype=variant.dtype)).total_bytes
 
 
 def _item_sets(arguments: argparse.Namespace) -> Iterator[list[Any]]:

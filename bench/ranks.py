@@ -47,9 +47,16 @@ def main(arguments: argparse.Namespace) -> Report:
     """Two processes with one thread and one core each. `overhead` is a step's time with the exchanges less the same
     step's without them, in turns; what one worker with two threads needs stands beside the step."""
     name = arguments.model or "tiny-chat"
+    from llmscale.errors import ConfigError
     from llmscale.models.locate import locate_model
+    from llmscale.models.registry import describe_model
+    from llmscale.models.shard import RankPlace, shard_model
 
     folder = model_folder(name) if name in SHAPES else locate_model(name)
+    try:
+        shard_model(describe_model(folder).spec, RankPlace(0, RANKS))
+    except ConfigError as error:
+        raise SystemExit(f"--model {name}: {error}") from error
     steps = 40 if arguments.quick else 200
     batches = BATCHES[:2] if arguments.quick else BATCHES
     with tempfile.TemporaryDirectory(prefix="llmscale-bench-") as scratch:
@@ -83,10 +90,15 @@ def _run(folder: Path, scratch: Path, batches: tuple[int, ...], steps: int, repe
     ranks = [context.Process(target=_rank, args=(rank, task, sender)) for rank in range(RANKS)]
     for process in ranks:
         process.start()
+    # Theirs are what is left: the end of a rank that raises is an end here too.
+    sender.close()
     try:
         if not receiver.poll(MAX_SECONDS):
             raise SystemExit(f"the ranks did not finish within {MAX_SECONDS:.0f} s")
-        found: dict[str, list[float]] = receiver.recv()
+        try:
+            found: dict[str, list[float]] = receiver.recv()
+        except EOFError:
+            raise SystemExit("the ranks ended early; what they said stands above") from None
         for process in ranks:
             process.join(30)
     finally:

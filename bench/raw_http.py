@@ -13,6 +13,8 @@ import time
 from bench.load import Outcome
 from bench.workload import Arrival
 
+_END_OF_HEAD = b"\r\n\r\n"
+
 
 class RawClient:
     """Sends completions of token ids, streamed. Use from one event loop."""
@@ -43,15 +45,37 @@ class RawClient:
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         ).encode()
         try:
-            reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(self._host, self._port)
-            writer.write(head + body)
-            reusable = await self._read(reader, outcome)
-            if reusable:
-                self._idle.append((reader, writer))
-            else:
-                writer.close()
+            reader, writer, answer = await self._exchange(head + body)
+            reusable = False
+            try:
+                reusable = await self._read(reader, answer.lower(), outcome)
+            finally:
+                if reusable:
+                    self._idle.append((reader, writer))
+                else:
+                    writer.close()
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             outcome.error = f"{type(error).__name__}: {error}"
+
+    async def _exchange(self, request: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes]:
+        """Sends a request; the connection on which its answer has begun, and the answer's head. Servers close a kept
+        one when they like, ours after 75 s: that is no answer, and the request is sent on another."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            try:
+                writer.write(request)
+                return reader, writer, await reader.readuntil(_END_OF_HEAD)
+            except (ConnectionError, asyncio.IncompleteReadError) as error:
+                writer.close()
+                if isinstance(error, asyncio.IncompleteReadError) and error.partial:
+                    raise
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            writer.write(request)
+            return reader, writer, await reader.readuntil(_END_OF_HEAD)
+        except (OSError, asyncio.IncompleteReadError, ValueError):
+            writer.close()
+            raise
 
     async def close(self) -> None:
         """Closes what is kept."""
@@ -60,9 +84,8 @@ class RawClient:
             await writer.wait_closed()
         self._idle.clear()
 
-    async def _read(self, reader: asyncio.StreamReader, outcome: Outcome) -> bool:
-        """Reads a response; whether the connection can be used again."""
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    async def _read(self, reader: asyncio.StreamReader, head: bytes, outcome: Outcome) -> bool:
+        """Reads a response after its head; whether the connection can be used again."""
         status = int(head[9:12])
         if b"transfer-encoding: chunked" in head:
             text = await self._read_chunks(reader, outcome)

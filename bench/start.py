@@ -36,21 +36,24 @@ print(open("/proc/self/statm").read().split()[1])
 
 def main(arguments: argparse.Namespace) -> Report:
     """Starts and ends everything `--repeats` times."""
+    from llmscale.models.locate import locate_model, model_name
+
     name = arguments.model or "tiny-chat"
     model = str(model_folder(name)) if name in SHAPES else name
+    served = model_name(model, locate_model(model))
     ready, first, memory = [], [], []
     fleet_ready, fleet_first = [], []
     offline_first, offline_memory = [], []
     for _ in range(arguments.repeats):
         with serving(model, threads=arguments.threads) as (port, group, seconds):
             ready.append(seconds)
-            first.append(seconds + asyncio.run(_first_token(port, model)))
+            first.append(seconds + asyncio.run(_first_token(port, served)))
             memory.append(resident_bytes(group) / (1 << 20))
         started = time.perf_counter()
         options = () if arguments.threads is None else ("--threads", str(arguments.threads))
         with fleet(model, 2, *options) as running:
             fleet_ready.append(time.perf_counter() - started)
-            fleet_first.append(fleet_ready[-1] + asyncio.run(_first_token(running.port, model)))
+            fleet_first.append(fleet_ready[-1] + asyncio.run(_first_token(running.port, served)))
         seconds, megabytes = _offline(model, arguments.threads)
         offline_first.append(seconds)
         offline_memory.append(megabytes)
@@ -80,7 +83,7 @@ def _offline(model: str, threads: int | None) -> tuple[float, float]:
 
 
 async def _first_token(port: int, model: str) -> float:
-    client = RawClient("127.0.0.1", port, model.rpartition("/")[2], stream=True)
+    client = RawClient("127.0.0.1", port, model, stream=True)
     outcome = Outcome(time.perf_counter())
     await client.send([300] * 8, Arrival(0, 8, 8), outcome)
     await client.close()

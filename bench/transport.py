@@ -1,4 +1,6 @@
-"""What does a frame cost between two processes? Round trips and MB/s, with and without CURVE, beside bare TCP."""
+"""What does a frame cost on the connection that processes have? Round trips and MB/s between two threads, with and
+without CURVE, beside bare TCP.
+"""
 
 from __future__ import annotations
 

@@ -97,10 +97,10 @@ def fatbin(source: Path) -> Path:
 
 
 def find_nvcc() -> Path:
-    """Raises BuildError where `make cuda-compiler` has not been run."""
+    """Raises BuildError where no nvcc was installed."""
     found = sorted(NVCC_ENVIRONMENT.glob("lib/python3*/site-packages/nvidia/cu13/bin/nvcc"))
     if not found:
-        raise BuildError(f"nvcc is not installed in {NVCC_ENVIRONMENT}; run `make cuda-compiler`")
+        raise BuildError(f"nvcc is not installed in {NVCC_ENVIRONMENT}; run `make cuda`")
     return found[0]
 
 

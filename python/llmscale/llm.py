@@ -125,6 +125,8 @@ class LLM:
         self._words = zeroed_words(max_num_seqs * WorkerSession.MAX_ROW_WORDS)
         self.numerics = self._runner.numerics
         """What tokens depend on besides request and weights: kernels, dtype, quantization."""
+        self.weight_bytes = self._runner.weight_bytes
+        """Of the weights as what computes them keeps them."""
         self._start()
 
     def generate(

@@ -196,7 +196,7 @@ def test_the_leaders_end_ends_the_ranks_everywhere_and_the_next_leader_finds_the
 def test_a_group_whose_hosts_are_all_asked_to_end_ends_its_streams_first(
     fleet: Fleet, network: tuple[Host, Host], expected: list[list[int]], tmp_path: Path
 ) -> None:
-    with grouped(fleet, network, ("-pp", "2"), tmp_path) as group:
+    with grouped(fleet, network, ("-tp", "2"), tmp_path) as group:
         follower, asked_at = group.followers.by_index[1], list[int]()
 
         def ask(tokens: int) -> None:

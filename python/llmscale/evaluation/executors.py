@@ -92,7 +92,7 @@ class NativeExecutor:
     @property
     def weight_bytes(self) -> int:
         """See `ScoringExecutor`."""
-        return self.runner.program.weight_bytes
+        return self.runner.weight_bytes
 
     def forward(self, step: StepInputs) -> Tensor:
         """See `ScoringExecutor`."""

@@ -91,6 +91,7 @@ class ModelRunner:
             self.region, self._executor, self._stepper = begun
         self.limits = limits.with_total_blocks(self.region.blocks)
         self._logits: Tensor | None = None
+        self.weight_bytes = weights.total_bytes
         self.layers = len(part.spec.blocks)
         sums = f"{self.tensor.kind}{place.tensor_size}"
         kernels = self.device.numerics(self.kernels)

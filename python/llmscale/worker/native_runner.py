@@ -63,6 +63,7 @@ class NativeRunner:
         self.kernels = CpuKernels(self.dtype, threads=options.threads, level=env.CPU_LEVEL.read())
         places = WeightPlaces(spec, checkpoint)
         self.program = load_program(spec, places, self.kernels, self.dtype, limits, progress, kv_dtype=options.kv_dtype)
+        self.weight_bytes = self.program.weight_bytes
         self.layers = len(spec.blocks)
         weights = "dense" if spec.quantization is None else spec.quantization.label
         kv_dtype = self.dtype if options.kv_dtype == "auto" else options.kv_dtype

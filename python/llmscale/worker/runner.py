@@ -45,6 +45,8 @@ class Runner(Protocol):
     limits: EngineLimits
     """With the KV blocks that there are."""
     layers: int
+    weight_bytes: int
+    """Of this rank's weights as it keeps them."""
     numerics: str
     """What tokens depend on beside request and weights."""
     host: HostTier | None

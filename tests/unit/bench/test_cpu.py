@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import cpu, cpu_cases, cpu_kernels, cpu_limits, peers
+from bench import cpu, cpu_cases, cpu_kernels, cpu_limits, cpu_servers, peers
 from bench.cpu_cases import OURS, Variant, choose
 from bench.cpu_servers import server_command
 from bench.cpu_table import QUESTIONS, Question, answers, best, markdown, number
@@ -293,3 +293,31 @@ def test_a_run_that_is_ended_tells_what_it_has(monkeypatch, capsys, tmp_path):
     assert asked == [("llmscale", "bf16"), ("llmscale", "int8")]
     assert "| S/decode1 | 300 (300-300) |" in capsys.readouterr().err
     assert "300 (300-300) bf16" in (tmp_path / "table.md").read_text()
+
+
+def test_no_measure_of_a_server_begins_with_a_prompt_that_another_has_sent():
+    """A block of 32 ids that came before would be in a prefix cache."""
+    seeds = {"served": [], "mixed": []}
+
+    class Recorder:
+        def __init__(self, measure):
+            self.seeds = seeds[measure]
+
+        def load(self, seed, **_options):
+            self.seeds.append(seed)
+            return Run()
+
+    class Run:
+        tokens_per_second = 1.0
+
+        def gap_ms(self, _percent):
+            return 1.0
+
+        def first_token_ms(self, _percent, *, of_long=False):
+            return 1.0 + of_long
+
+    cpu_servers.served(Recorder("served"), 5, 7)
+    cpu_servers.mixed(Recorder("mixed"), 5, 7)
+    sent = seeds["served"] + seeds["mixed"]
+    assert len(sent) == 16
+    assert len(set(sent)) == len(sent)
