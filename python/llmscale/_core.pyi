@@ -687,8 +687,9 @@ class GroupDoor:
 def adopt_orphans() -> None:
     """Makes this process the parent of its descendants whose own parent has ended."""
 
-def end_with_parent(parent: int) -> None:
-    """The kernel kills this process when its parent dies. Raises WorkerError if it is dead already."""
+def end_with_parent(parent: int, *, gently: bool = False) -> None:
+    """The kernel kills this process when its parent dies, `gently` with SIGTERM. Raises WorkerError if it is dead
+    already."""
 
 def measure_steady_decode(running: int, steps: int) -> list[tuple[int, int, int, int]]:
     """(plan, complete, hashing) in nanoseconds and the delta's bytes, per decoding step of `running` sequences."""

@@ -79,7 +79,7 @@ PARTS = {
     "end_tokens": {"tokenizer_json"},
     "tokenizer": {"errors", "chat_template", "detokenizer", "end_tokens", "template_budget", "tokenizer_json"},
     "choice": {"errors", "stop_strings", "types"},
-    "models": {"end_tokens", "errors", "env", "embedded", "extras", "quant"},
+    "models": {"_core", "end_tokens", "errors", "env", "embedded", "extras", "quant"},
     "cuda": {"errors", "env"},
     "layers": {"models", "quant", "_core"},
     "devices": {"_core", "cuda", "errors", "extras", "layers", "models", "quant"},

@@ -16,12 +16,12 @@ _UNHEARD = (signal.SIG_DFL, signal.default_int_handler)
 
 
 @contextlib.contextmanager
-def unwound_by_signals() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP raise SystemExit, and SIGINT KeyboardInterrupt, once altogether.
+def unwound_by_signals(*more: signal.Signals) -> Iterator[None]:
+    """Within it SIGTERM, SIGHUP and `more` raise SystemExit, and SIGINT KeyboardInterrupt, once altogether.
 
     Signals that somebody ignores (nohup) or handles already are left alone, and so are all outside the main thread.
     """
-    heard = [number for number in ENDING if signal.getsignal(number) in _UNHEARD]
+    heard = [number for number in (*ENDING, *more) if signal.getsignal(number) in _UNHEARD]
     if threading.current_thread() is not threading.main_thread():
         heard = []
     before = {number: signal.getsignal(number) for number in heard}

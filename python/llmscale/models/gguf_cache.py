@@ -11,11 +11,13 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 from llmscale import env, errors
+from llmscale._core import end_with_parent
 from llmscale.errors import ConfigError, InvalidCheckpoint, LlmscaleError
 from llmscale.extras import NODE_PACKAGES, lacking
 from llmscale.models.end_signals import unwound_by_signals
@@ -61,7 +63,7 @@ def imported_folder(file: Path) -> Path:
 
 def _imported(file: Path, target: Path) -> tuple[int, str, str]:
     """What the child ended with, said and logged. Raises InvalidCheckpoint if it takes too long."""
-    command = [sys.executable, "-m", "llmscale.models.gguf_cache", str(file), str(target)]
+    command = [sys.executable, "-m", "llmscale.models.gguf_cache", str(file), str(target), str(os.getpid())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:  # noqa: S603  # ours
         try:
             said, logged = child.communicate(timeout=MAX_IMPORT_SECONDS)
@@ -95,12 +97,14 @@ def _key(file: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def main(file: Path, target: Path) -> int:
+def main(file: Path, target: Path, parent: int) -> int:
     """The child: imports, or says what is wrong as one JSON object."""
     with unwound_by_signals():
-        from llmscale.models.gguf_import import import_gguf
-
         try:
+            # Nobody is there for what it writes after the end of the process that asked, which may have been killed.
+            end_with_parent(parent, gently=True)
+            from llmscale.models.gguf_import import import_gguf
+
             sys.stdout.write(str(import_gguf(file, target)))
         except LlmscaleError as error:
             sys.stdout.write(json.dumps({"error": type(error).__name__, "message": str(error)}))
@@ -109,4 +113,4 @@ def main(file: Path, target: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))

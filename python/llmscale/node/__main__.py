@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import math
 import secrets
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from llmscale._core import Engine, end_with_parent
 from llmscale.config import DEVICES, DTYPES, EXECUTORS, KV_DTYPES, MAX_DRAIN_SECONDS, QUANTIZATIONS, NodeSettings
 from llmscale.errors import LlmscaleError
 from llmscale.logs import get_logger
+from llmscale.models.end_signals import unwound_by_signals
 from llmscale.node.disk_folder import DiskFolder
 from llmscale.node.follower import Follower
 from llmscale.node.membership import Membership
@@ -46,7 +48,10 @@ def main() -> int:
         if not hosts.acts:
             _log.info("another process runs this host; this one has nothing to do", host=hosts.index)
             return 0
-        asyncio.run(_serve(_settings(arguments), hosts))
+        settings = _settings(arguments)
+        plan = _planned(settings, hosts)
+        if plan is not None:
+            asyncio.run(_serve(settings, hosts, plan))
     except LlmscaleError as error:
         _log.error("the node ends", reason=str(error), code=error.code)
         return 1
@@ -57,10 +62,20 @@ def main() -> int:
     return 0
 
 
-async def _serve(settings: NodeSettings, hosts: Hosts) -> None:
-    # From the first moment: whoever ends a node that starts finds no socket's folder afterwards.
+def _planned(settings: NodeSettings, hosts: Hosts) -> ReplicaPlan | None:
+    """The plan; None if the node was asked to end meanwhile. A file may be imported for it, which takes minutes, and an
+    event loop hears no signal while something waits in it."""
+    try:
+        with unwound_by_signals(signal.SIGUSR1):
+            return plan_replica(settings, hosts.count)
+    except (SystemExit, KeyboardInterrupt):
+        _log.info("the node was asked to end before it had read its model")
+        return None
+
+
+async def _serve(settings: NodeSettings, hosts: Hosts, plan: ReplicaPlan) -> None:
+    # Before there is a folder or a process: whoever ends a node that starts finds nothing of it afterwards.
     stop = StopSignal.listen()
-    plan = plan_replica(settings, hosts.count)
     processes = WorkerProcesses(
         plan.threads_of_worker(settings), keep_spare=settings.spare_worker, executor=plan.executor
     )
@@ -128,7 +143,7 @@ async def _lead(
     if not supervising.done():
         if span is not None:
             span.group.drain()
-        await _drain(engine, supervisor, stop, settings.max_saving_seconds)
+        await _drain(engine, supervisor, supervising, stop, settings.max_saving_seconds)
     await supervisor.stop()
     # It tells the engine of the deaths that `stop` has caused.
     await asyncio.wait({supervising})
@@ -183,10 +198,17 @@ async def _announce(supervisor: WorkerSupervisor) -> None:
     _log.info("node is ready: a first step has run")
 
 
-async def _drain(engine: Engine, supervisor: WorkerSupervisor, stop: StopSignal, max_saving_seconds: float) -> None:
+async def _drain(
+    engine: Engine,
+    supervisor: WorkerSupervisor,
+    supervising: asyncio.Task[None],
+    stop: StopSignal,
+    max_saving_seconds: float,
+) -> None:
     engine.drain(max_drain_us=int(MAX_DRAIN_SECONDS * 1e6), max_saving_us=int(max_saving_seconds * 1e6))
     ends = [asyncio.create_task(event.wait()) for event in (supervisor.drained, stop.insisted)]
-    await asyncio.wait(ends, timeout=MAX_DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    # Without workers nothing ends any more: whoever gives them up ends the drain.
+    await asyncio.wait({*ends, supervising}, timeout=MAX_DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
     for end in ends:
         end.cancel()
 

@@ -198,7 +198,13 @@ class Follower:
             raise WorkerError(f"the leader wants ranks {sorted(ports)} here, host {self._hosts.index} has others")
         plan = self._plan
         rendezvous = tcp_address(leader, wanted.rendezvous_port)
-        meeting = RankMeeting(layout, self._hosts.index, rendezvous, computes_apart=plan.device != "cpu")
+        meeting = RankMeeting(
+            layout,
+            self._hosts.index,
+            rendezvous,
+            computes_apart=plan.device != "cpu",
+            max_step_seconds=plan.max_step_seconds,
+        )
         ranks = RankProcesses(wanted.epoch, meeting)
         key_file = self._settings.key_file
         assignments = [

@@ -35,6 +35,7 @@ class Membership:
         self._leader: str | None = None
         self._heard_at = now
         self._wanted: Wanted | None = None
+        self._draining = False
         self._epoch = 0
         self._death: str | None = None
         self._next_report = now
@@ -63,9 +64,10 @@ class Membership:
     def is_needed(self, asked_seconds: float) -> bool:
         """Whether ranks should go on though this host was asked to end, so long ago: while the leader drains with them,
         and as long as it may yet be asked to. A host that is asked alone is not missed longer for that."""
-        if self._wanted is None:
-            return False
-        return asked_seconds <= (SIGNALS_SECONDS + MAX_DRAIN_SECONDS if self._wanted.draining else SIGNALS_SECONDS)
+        if self._draining:
+            # Also between two epochs: a rank may die during a drain, and the next group needs this host.
+            return asked_seconds <= SIGNALS_SECONDS + MAX_DRAIN_SECONDS
+        return self._wanted is not None and asked_seconds <= SIGNALS_SECONDS
 
     def started(self, epoch: int) -> None:
         """Ranks of this epoch run now."""
@@ -98,6 +100,7 @@ class Membership:
                 self._epoch, self._death = 0, None
         self._heard_at = now
         self._wanted = message if message.links else None
+        self._draining = message.draining
 
     def tick(self, now: float) -> FollowerMessage | None:
         """Notices a leader that is silent; what to tell, if it is time. Called several times per beat."""
@@ -115,3 +118,4 @@ class Membership:
     def _forget(self) -> None:
         self._leader = None
         self._wanted = None
+        self._draining = False

@@ -76,6 +76,8 @@ class ReplicaPlan:
     configuration_digest: bytes
     """Of what the folder says about the model's layers and the ids that end a sequence."""
     layout: HostLayout
+    max_step_seconds: float
+    """How long a step may take: what a rank waits for in one, too."""
     device: str
     """What workers compute on: "auto" is decided."""
     first_device: int
@@ -154,6 +156,7 @@ def plan_replica(settings: NodeSettings, hosts: int = 1) -> ReplicaPlan:
         weight_bytes=sum(checkpoint.dtype_bytes.values()),
         configuration_digest=_configuration_digest(spec, end_token_ids),
         layout=layout,
+        max_step_seconds=settings.max_step_seconds,
         device=device,
         first_device=settings.first_device,
         executor=executor,

@@ -20,13 +20,21 @@ class RankMeeting:
     """Owns what the ranks of one host and epoch meet in. Closed when they are gone, or have all mapped it."""
 
     def __init__(
-        self, layout: HostLayout, host: int = 0, rendezvous: str | None = None, *, computes_apart: bool = False
+        self,
+        layout: HostLayout,
+        host: int = 0,
+        rendezvous: str | None = None,
+        *,
+        computes_apart: bool = False,
+        max_step_seconds: float = 120.0,
     ) -> None:
-        """`rendezvous` is needed where the layout has several hosts, and where ranks compute apart from the processor:
-        those meet there alone."""
+        """`max_step_seconds` is how long a step may take at most. `rendezvous` is needed where the layout has several
+        hosts, and where ranks compute apart from the processor: those meet there alone."""
         assert rendezvous is not None or layout.hosts == 1, "ranks of several hosts need a rendezvous"
         self._layout = layout
         self._rendezvous = rendezvous
+        # A stage gets its step when the first one does, and waits for all before it.
+        self._max_step_seconds = max_step_seconds
         self._memory: list[int] = []
         # By stage.
         self._sums: dict[int, int] = {}
@@ -51,6 +59,7 @@ class RankMeeting:
             behind=None if place.is_last_stage else self._channel(place.rank, behind),
             samples=samples,
             rendezvous=self._rendezvous,
+            max_step_seconds=self._max_step_seconds,
         )
 
     def close(self) -> None:

@@ -159,7 +159,12 @@ class WorkerSupervisor:
         computes_apart = plan.device != "cpu"
         if rendezvous is None and computes_apart and layout.ranks > 1:
             rendezvous = tcp_address(LOOPBACK, _free_port(LOOPBACK))
-        meeting = RankMeeting(layout, rendezvous=rendezvous, computes_apart=computes_apart)
+        meeting = RankMeeting(
+            layout,
+            rendezvous=rendezvous,
+            computes_apart=computes_apart,
+            max_step_seconds=plan.max_step_seconds,
+        )
         life = _Life(epoch, RankProcesses(epoch, meeting), self._engine.report().steps)
         if span is not None and port is not None:
             span.group.run(epoch, _links_by_host(plan, links), port)

@@ -105,7 +105,14 @@ class WorkerProcesses:
         async with self._starting:
             if not self._keep_spare:
                 await self._template.close()
-            elif await self._template.open():
+                return
+            try:
+                started = await self._template.open()
+            except OSError as error:
+                # A full process table ends no replica that serves: the next death only costs an import more.
+                _log.warning("there is no spare worker for now", reason=str(error))
+                return
+            if started:
                 _log.info("spare worker started", pid=self._template.pid)
 
     async def close(self) -> None:

@@ -4,12 +4,15 @@
 use crate::error;
 use pyo3::prelude::*;
 
-/// Makes the kernel kill this process when the parent dies, however it dies. `parent` is the parent that the caller
-/// expects: if another process has adopted this one meanwhile, the parent is dead already and `WorkerError` is raised.
+/// Makes the kernel kill this process when the parent dies, however it dies; `gently` with SIGTERM, for one that has
+/// something to remove. `parent` is the parent that the caller expects: if another process has adopted this one
+/// meanwhile, the parent is dead already and `WorkerError` is raised.
 #[pyfunction]
-pub(crate) fn end_with_parent(parent: i32) -> PyResult<()> {
+#[pyo3(signature = (parent, *, gently = false))]
+pub(crate) fn end_with_parent(parent: i32, gently: bool) -> PyResult<()> {
+    let signal = if gently { libc::SIGTERM } else { libc::SIGKILL };
     // SAFETY: PR_SET_PDEATHSIG takes a signal number by value and touches no memory.
-    let set = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong) };
+    let set = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong) };
     if set != 0 {
         return Err(std::io::Error::last_os_error().into());
     }

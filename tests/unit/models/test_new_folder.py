@@ -126,6 +126,25 @@ def test_an_import_that_was_killed_is_removed_by_the_next_one(
     assert left.startswith(f".{target.name}.")
 
 
+NODE = "import sys; from llmscale.node.__main__ import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL])
+def test_a_node_that_is_ended_while_it_imports_ends_the_import(
+    number: signal.Signals, file: Path, endless: dict[str, str], tmp_path: Path
+) -> None:
+    room = tmp_path / "cache" / "llmscale" / "gguf"
+    words = [NODE, "--model", str(file), "--listen", f"ipc://{tmp_path}/node"]
+    with making(words, endless, room, ".*.*") as process:
+        writers = psutil.Process(process.pid).children()
+        assert writers
+        # The node alone: nobody tells the one that writes.
+        process.send_signal(number)
+        assert process.wait(START_SECONDS) == (0 if number != signal.SIGKILL else -number)
+        assert not family.alive_after(writers, family.STOP_SECONDS)
+    assert not entries(room)
+
+
 def test_what_another_process_makes_and_what_is_not_ours_stays(file: Path, tmp_path: Path) -> None:
     room = tmp_path / "cache" / "llmscale" / "gguf"
     target = locate_model(str(file))

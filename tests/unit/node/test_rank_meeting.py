@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmscale.errors import ConfigError
+from llmscale.errors import ConfigError, WorkerError
 from llmscale.node.rank_meeting import RankMeeting
 from llmscale.parallel.assignment import Meeting
+from llmscale.parallel.groups import join_stages
 from llmscale.parallel.layout import HostLayout
 
 AT = "tcp://10.0.0.1:5"
@@ -46,6 +48,16 @@ def test_four_stages_on_two_hosts_use_channels_within_and_the_rendezvous_between
 def test_a_stage_within_a_host_keeps_its_shared_memory() -> None:
     assert [one.memory is not None for one in meetings(HostLayout(2, 2, 2))] == [True] * 4
     assert [one.memory for one in meetings(HostLayout(2, 1, 2))] == [None, None]
+
+
+def test_a_stage_waits_for_the_one_before_it_as_long_as_a_step_may_take() -> None:
+    layout = HostLayout(1, 2)
+    with RankMeeting(layout, max_step_seconds=0.2) as meeting:
+        place = layout.place(1)
+        link = join_stages(place, meeting.of(place))
+        assert link is not None
+        with pytest.raises(WorkerError, match=r"within 0\.2 s"):
+            link.receive_stream(torch.zeros(8, dtype=torch.bfloat16))
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))

@@ -315,6 +315,9 @@ def test_a_host_that_was_asked_to_end_is_needed_while_its_leader_drains(group: G
     assert member.wanted == Wanted("leader", 1, links(1), 5_000, draining=True)
     assert member.is_needed(MAX_DRAIN_SECONDS)
     assert not member.is_needed(MAX_DRAIN_SECONDS + SIGNALS_SECONDS + 0.1), "no drain takes so long"
+    group.deliver(group.roster.rest())
+    assert member.wanted is None
+    assert member.is_needed(MAX_DRAIN_SECONDS), "a rank has died, and the next group is made of the same hosts"
     group.deliver(group.roster.end())
     assert not member.is_needed(0.0)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import cast
 
+import pytest
+
 from llmscale._core import Engine
 from llmscale.gateway.local_nodes import ASKING
 from llmscale.node.__main__ import _drain
@@ -39,13 +41,22 @@ class _Engine:
         self.asked.append((max_drain_us, max_saving_us))
 
 
-async def test_a_drain_ends_with_what_it_waits_for_or_when_somebody_insists() -> None:
-    engine = _Engine()
-    for which in ("drained", "insisted"):
-        stop, supervisor = StopSignal(), SimpleNamespace(drained=asyncio.Event())
-        draining = asyncio.create_task(_drain(cast(Engine, engine), cast(WorkerSupervisor, supervisor), stop, 2.5))
-        await asyncio.sleep(0)
-        assert not draining.done()
-        (supervisor.drained if which == "drained" else stop.insisted).set()
-        await asyncio.wait_for(draining, 10)
-    assert engine.asked == [(30_000_000, 2_500_000)] * 2
+@pytest.mark.parametrize("which", ["drained", "insisted", "given up"])
+async def test_a_drain_ends_with_what_it_waits_for_or_when_somebody_insists_or_no_worker_is_started_any_more(
+    which: str,
+) -> None:
+    engine, given_up = _Engine(), asyncio.Event()
+
+    async def supervise() -> None:
+        await given_up.wait()
+
+    stop, supervisor = StopSignal(), SimpleNamespace(drained=asyncio.Event())
+    supervising = asyncio.create_task(supervise())
+    ends = _drain(cast(Engine, engine), cast(WorkerSupervisor, supervisor), supervising, stop, 2.5)
+    draining = asyncio.create_task(ends)
+    await asyncio.sleep(0)
+    assert not draining.done()
+    {"drained": supervisor.drained, "insisted": stop.insisted, "given up": given_up}[which].set()
+    await asyncio.wait_for(draining, 10)
+    assert engine.asked == [(30_000_000, 2_500_000)]
+    supervising.cancel()

@@ -108,6 +108,22 @@ async def test_no_spare_is_kept_against_the_settings(tmp_path: Path) -> None:
     await processes.close()
 
 
+async def test_a_spare_that_the_system_refuses_costs_the_node_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_words: object, **_options: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    processes = of_program(PROGRAM)
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "create_subprocess_exec", refuse)
+        await processes.prepare()
+        assert processes.spare is None
+    worker, _ = await told(processes, tmp_path, 1)
+    await worker.stop()
+    await processes.close()
+
+
 async def test_a_template_that_cannot_start_is_an_error_with_its_exit_code(tmp_path: Path) -> None:
     processes = of_program(BROKEN)
     with pytest.raises(WorkerError, match="ended with code 3"):
