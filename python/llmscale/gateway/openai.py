@@ -96,15 +96,17 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
 
 
 class TextPart(msgspec.Struct, tag_field="type", tag="text", frozen=True, forbid_unknown_fields=True):
-    """A piece of a message's text."""
+    """A piece of a message's text. Here every prefix is cached, so what a client asks to be cached changes nothing."""
 
     text: str
+    cache_control: dict[str, Any] | None = None
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One turn of a conversation."""
+    """One turn of a conversation. Some clients give messages the `type` of a part, or of OpenAI's other interface."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    type: Literal["text", "message"] | None = None
     content: str | list[TextPart] | None = None
     name: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
     refusal: None = None
@@ -114,6 +116,8 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     function_call: Any = None
     tool_call_id: Label | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
+    """The same under its newer name."""
 
 
 class ResponseFormat(msgspec.Struct, frozen=True):
@@ -399,7 +403,8 @@ def template_messages(request: ChatRequest) -> list[dict[str, object]]:
         entry: dict[str, object] = {"role": message.role, "content": content}
         if message.name is not None:
             entry["name"] = message.name
-        if message.reasoning_content is not None:
-            entry["reasoning_content"] = message.reasoning_content
+        reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
+        if reasoning is not None:
+            entry["reasoning_content"] = reasoning
         messages.append(entry)
     return messages

@@ -67,6 +67,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}]}, None),
     ({"messages": [{"role": "user", "content": "x", "name": "<|im_start|>"}]}, "messages[0].name"),
+    ({"messages": [{"role": "user", "content": "x", "type": "image"}]}, "messages[0].type"),
+    ({"messages": [{"role": "user", "content": "x", "cache_control": {}}]}, "messages[0].cache_control"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -1}, "max_tokens"),
@@ -257,6 +259,23 @@ def test_the_text_parts_of_a_message_are_joined_by_line_ends(tokenizer: Tokenize
     )
     plain = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": ""}]
     assert tokenizer.encode_chat(openai.template_messages(openai.decode_chat(body))) == tokenizer.encode_chat(plain)
+
+
+@pytest.mark.parametrize("kind", ["text", "message", None])
+def test_a_message_with_the_type_of_a_part_and_a_part_to_be_cached_are_read_as_without(kind: str | None) -> None:
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    body = {"model": "m", "messages": [{"role": "user", "type": kind, "content": [part]}]}
+    messages = openai.template_messages(openai.decode_chat(json.dumps(body).encode()))
+    assert messages == [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+
+
+@pytest.mark.parametrize(
+    "fields", [{"reasoning": "b"}, {"reasoning_content": "b"}, {"reasoning": "a", "reasoning_content": "b"}]
+)
+def test_reasoning_reaches_the_template_under_either_name(fields: dict[str, str]) -> None:
+    body = {"model": "m", "messages": [{"role": "assistant", "content": "c", **fields}]}
+    messages = openai.template_messages(openai.decode_chat(json.dumps(body).encode()))
+    assert messages == [{"role": "assistant", "content": "c", "reasoning_content": "b"}]
 
 
 def test_the_effort_reaches_the_template_unless_its_variables_say_otherwise() -> None:
