@@ -18,6 +18,7 @@ KEY = "a-key-for-these-tests"
 OPEN = {
     ("GET", "/"),
     ("GET", "/openapi.json"),
+    ("GET", "/health"),
     ("GET", "/health/live"),
     ("GET", "/health/ready"),
     ("GET", "/page/app.js"),

@@ -96,6 +96,10 @@ class Format(Protocol):
     """How one endpoint writes its answers."""
 
     include_usage: bool
+    continuous_usage: bool
+
+    def count(self, usage: Usage) -> None:
+        """What the next events say of the usage, where every event says it."""
 
     def begin(self, choice: Choice) -> bytes:
         """The first event of a choice, if the endpoint has one."""
@@ -113,11 +117,14 @@ class Format(Protocol):
 class _Events:
     """What both formats share: the constant parts of every event."""
 
-    def __init__(self, response_id: str, kind: str, model: str, *, include_usage: bool, logprobs: int | None) -> None:
+    def __init__(
+        self, response_id: str, kind: str, model: str, *, options: openai.StreamOptions, logprobs: int | None
+    ) -> None:
         self.id = response_id
         self.model = model
         self.created = int(time.time())
-        self.include_usage = include_usage
+        self.include_usage = bool(options.include_usage)
+        self.continuous_usage = bool(options.continuous_usage_stats)
         self._logprobs = logprobs
         self._head = b'data: {"id":%b,"object":"%b","created":%d,"model":%b,"choices":[' % (
             _json.encode(response_id),
@@ -126,8 +133,12 @@ class _Events:
             _json.encode(model),
         )
         # Every event but the last says "usage": null when the usage was asked for, as OpenAI's do.
-        self._tail = b'}],"usage":null}\n\n' if include_usage else b"}]}\n\n"
+        self._tail = b'}],"usage":null}\n\n' if self.include_usage else b"}]}\n\n"
         self._ended: set[int] = set()
+
+    def count(self, usage: Usage) -> None:
+        """What the next events say of the usage, where every event says it."""
+        self._tail = b'}],"usage":%b}\n\n' % _json.encode(usage_object(usage))
 
     def usage(self, usage: Usage) -> bytes:
         """The event with the usage."""
@@ -154,12 +165,12 @@ class CompletionFormat(_Events):
         model: str,
         *,
         tokenizer: Tokenizer,
-        include_usage: bool,
+        options: openai.StreamOptions,
         logprobs: int | None,
         echoes: list[bytes] | None,
     ) -> None:
         """`echoes` are the prompts as texts in JSON, when they are to be repeated."""
-        super().__init__(response_id, "text_completion", model, include_usage=include_usage, logprobs=logprobs)
+        super().__init__(response_id, "text_completion", model, options=options, logprobs=logprobs)
         self._tokenizer = tokenizer
         self._echoes = echoes
         self._offsets: dict[int, _Offsets] = {}
@@ -217,9 +228,9 @@ class ChatFormat(_Events):
     """/v1/chat/completions."""
 
     def __init__(
-        self, response_id: str, model: str, *, tokenizer: Tokenizer, include_usage: bool, logprobs: int | None
+        self, response_id: str, model: str, *, tokenizer: Tokenizer, options: openai.StreamOptions, logprobs: int | None
     ) -> None:
-        super().__init__(response_id, "chat.completion.chunk", model, include_usage=include_usage, logprobs=logprobs)
+        super().__init__(response_id, "chat.completion.chunk", model, options=options, logprobs=logprobs)
         self._tokenizer = tokenizer
 
     def begin(self, choice: Choice) -> bytes:

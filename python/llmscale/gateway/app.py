@@ -39,6 +39,7 @@ ROUTES: Final[tuple[tuple[str, str, Endpoint, bool], ...]] = (
     ("POST", "/fleet/kill/*", info.kill_worker, KEY),
     ("GET", "/metrics", info.metrics, KEY),
     ("GET", "/openapi.json", info.openapi, OPEN),
+    ("GET", "/health", info.ready, OPEN),
     ("GET", "/health/live", info.live, OPEN),
     ("GET", "/health/ready", info.ready, OPEN),
     ("GET", "/", info.chat_page, OPEN),

@@ -80,7 +80,7 @@ async def _completion_job(services: Services, exchange: Exchange, tenant: str) -
         f"cmpl-{exchange.request_id}",
         model.name,
         tokenizer=model.tokenizer,
-        include_usage=_wants_usage(request),
+        options=_stream_options(request),
         logprobs=request.logprobs,
         echoes=echoes,
     )
@@ -125,7 +125,7 @@ async def _chat_job(services: Services, exchange: Exchange, tenant: str) -> _Job
         f"chatcmpl-{exchange.request_id}",
         model.name,
         tokenizer=model.tokenizer,
-        include_usage=_wants_usage(request),
+        options=_stream_options(request),
         logprobs=logprobs,
     )
     return _Job(model, tenant, [ids], params, form, request.priority or "standard", bool(request.stream), most_tokens)
@@ -245,12 +245,12 @@ def _first(given: float | None, recommended: float | None, otherwise: float) -> 
     return recommended if recommended is not None else otherwise
 
 
-def _wants_usage(request: openai.SamplingFields) -> bool:
+def _stream_options(request: openai.SamplingFields) -> openai.StreamOptions:
     if request.stream_options is None:
-        return False
+        return openai.StreamOptions()
     if not request.stream:
         raise InvalidField("stream_options needs stream to be true", field="stream_options")
-    return request.stream_options.include_usage
+    return request.stream_options
 
 
 def _check(services: Services, model: ServedModel, prompts: int, params: SamplingParams) -> int:

@@ -113,7 +113,7 @@ class Fleet(msgspec.Struct, frozen=True):
 
 
 def _model_object(model: ServedModel) -> ModelObject:
-    return ModelObject(model.name, "model", model.created, "llmscale", model.max_sequence_tokens)
+    return ModelObject(model.name, "model", model.created, "llmscale", model.name, None, model.max_sequence_tokens)
 
 
 async def models(services: Services, exchange: Exchange, _tenant: str) -> None:
@@ -175,7 +175,7 @@ async def live(_services: Services, exchange: Exchange, _tenant: str) -> None:
 
 
 async def ready(services: Services, exchange: Exchange, _tenant: str) -> None:
-    """GET /health/ready: a request for any model that is sent now would be computed."""
+    """GET /health/ready, and /health as other servers have it: a request for any model sent now would be computed."""
     if services.draining:
         raise Unavailable("not ready: draining")
     states = model_states(services.models, services.front.status().replicas)

@@ -37,10 +37,12 @@ Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Label], Meta(max_
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Options of a stream."""
+    """Options of a stream. None is as false."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """The usage so far in every event."""
+    include_obfuscation: bool | None = None
 
 
 class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -291,12 +293,17 @@ class ChatChunk(msgspec.Struct, frozen=True):
 
 
 class ModelObject(msgspec.Struct, frozen=True):
-    """One served model. `max_model_len` is the longest sequence in tokens."""
+    """One served model. `max_model_len` is the longest sequence in tokens.
+
+    `root` and `parent` are vLLM's, for a model that is no adapter of another; programs that measure servers read them.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: None
     max_model_len: int
 
 

@@ -88,6 +88,7 @@ def document() -> bytes:
         "/metrics": {
             "get": _get("Metrics for Prometheus", _content("text/plain", {"type": "string"}), "401", key=True)
         },
+        "/health": {"get": _get("The same as /health/ready", anything, "503")},
         "/health/live": {"get": _get("Whether the process answers", anything)},
         "/health/ready": {"get": _get("Whether a request would be computed now", anything, "503")},
     }

@@ -108,6 +108,8 @@ class EventStream:
 
     def _news(self) -> bytes:
         form, began = self._format, self._began
+        if form.continuous_usage:
+            form.count(self._reply.usage())
         parts = []
         for choice in self._reply.choices:
             if choice.output_tokens and choice.index not in began:

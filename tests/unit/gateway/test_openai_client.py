@@ -64,6 +64,40 @@ async def test_a_completion_stream_adds_up_to_the_whole_answer(tokenizer: Tokeni
     assert "".join(chunk.choices[0].text for chunk in chunks) == "the lazy dog"
 
 
+@pytest.mark.parametrize("last", [{}, {"include_usage": True}], ids=["", "last event"])
+@pytest.mark.parametrize("chat", [False, True])
+async def test_every_event_says_the_usage_so_far_where_it_is_asked_to(
+    tokenizer: Tokenizer, chat: bool, last: dict[str, bool]
+) -> None:
+    async with serving(tokenizer, scripted(tokenizer, "the lazy dog, né 😀")) as gateway:
+        client = gateway.client()
+        create: Any = client.chat.completions.create if chat else client.completions.create
+        asked = {"messages": QUESTION} if chat else {"prompt": "hello world"}
+        options = {"continuous_usage_stats": True, **last}
+        stream = await create(model="tiny", **asked, n=2, max_tokens=50, stream=True, stream_options=options)
+        chunks = [chunk async for chunk in stream]
+        [prompt] = {len(one.prompt) for one in gateway.front.submitted.values()}
+    tokens = 2 * (len(tokenizer.encode("the lazy dog, né 😀")) + 1)
+    spent = [chunk.usage.completion_tokens for chunk in chunks]
+    assert spent == sorted(spent)
+    assert 0 < spent[0] < spent[-1] == tokens
+    assert {chunk.usage.prompt_tokens for chunk in chunks} == {prompt}
+    assert {chunk.usage.total_tokens - chunk.usage.completion_tokens for chunk in chunks} == {prompt}
+    assert [bool(chunk.choices) for chunk in chunks] == [True] * (len(chunks) - len(last)) + [False] * len(last)
+
+
+@pytest.mark.parametrize("value", [False, None])
+async def test_without_the_usage_so_far_only_the_last_event_says_it(tokenizer: Tokenizer, value: bool | None) -> None:
+    async with serving(tokenizer, scripted(tokenizer, "the lazy dog")) as gateway:
+        options: Any = {"include_usage": True, "include_obfuscation": None, "continuous_usage_stats": value}
+        stream = await gateway.client().completions.create(
+            model="tiny", prompt="x", stream=True, stream_options=options
+        )
+        *others, last = [chunk async for chunk in stream]
+    assert {chunk.usage for chunk in others} == {None}
+    assert last.usage is not None
+
+
 async def test_the_models_are_listed_with_their_longest_sequence(tokenizer: Tokenizer) -> None:
     async with serving(tokenizer) as gateway:
         listed = await gateway.client().models.list()
@@ -71,7 +105,7 @@ async def test_the_models_are_listed_with_their_longest_sequence(tokenizer: Toke
         with pytest.raises(openai.NotFoundError) as missing:
             await gateway.client().models.retrieve("other/model")
     assert [model.id for model in listed.data] == ["tiny"]
-    assert one.model_extra == {"max_model_len": 4096}
+    assert one.model_extra == {"root": "tiny", "parent": None, "max_model_len": 4096}
     assert missing.value.code == "unknown_model"
 
 

@@ -151,9 +151,11 @@ async def test_a_gateway_is_ready_when_every_model_has_a_replica_that_is(
     front = FakeFront(replicas=[*replicas(tiny, second), FakeReplica(node="c", model="stranger")])
     async with serving(tokenizer, front, more_models=[other]) as gateway:
         ready = await get(gateway, "/health/ready")
+        health = await get(gateway, "/health")
         fleet = (await get(gateway, "/fleet")).json()
-    assert ready.status_code == status
+    assert ready.status_code == health.status_code == status
     assert said in ready.text
+    assert health.json() == ready.json()
     assert fleet["state"] == state
     assert [model["name"] for model in fleet["models"]] == ["tiny", "second"]
     assert [replica["model"] for replica in fleet["replicas"]] == ["tiny", "second", "stranger"]
