@@ -58,6 +58,7 @@ async def _completion_job(services: Services, exchange: Exchange, tenant: str) -
     body = await read_body(exchange.scope, exchange.receive, services.limits, services.arriving)
     request = openai.decode_completion(body)
     model = services.model(request.model)
+    openai.check_format(request)
     prompts = openai.prompts_of(request.prompt)
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise InvalidField(f"best_of is {request.best_of}, it must equal n: answers are not ranked", field="best_of")

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from llmscale.errors import InvalidField
+from llmscale.gateway.unserved import Nothing, UnservedFields, only_value
 from llmscale.types import (
     MAX_CHOICES,
     MAX_LOGIT_BIAS,
@@ -45,7 +46,13 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_obfuscation: bool | None = None
 
 
-class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class ResponseFormat(msgspec.Struct, frozen=True):
+    """How the answer must look; only text for now."""
+
+    type: str
+
+
+class SamplingFields(UnservedFields, kw_only=True, forbid_unknown_fields=True):
     """What both endpoints share. None means the model's default, then OpenAI's."""
 
     model: Name
@@ -78,8 +85,9 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     metadata: Metadata | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
+    response_format: ResponseFormat | None = None
 
 
 # One array type per union: msgspec cannot tell a list of texts from a list of ids by itself, `prompts_of` does.
@@ -95,6 +103,7 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     suffix: Literal[""] | None = None
+    add_special_tokens: Literal[True] | None = None
 
 
 class TextPart(msgspec.Struct, tag_field="type", tag="text", frozen=True, forbid_unknown_fields=True):
@@ -113,19 +122,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     name: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
     refusal: None = None
     audio: None = None
-    annotations: Annotated[list[Any], Meta(max_length=0)] | None = None
+    annotations: Nothing | None = None
     tool_calls: Any = None
     function_call: Any = None
     tool_call_id: Label | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     """The same under its newer name."""
-
-
-class ResponseFormat(msgspec.Struct, frozen=True):
-    """How the answer must look; only text for now."""
-
-    type: str
 
 
 class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
@@ -136,8 +139,9 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: Literal[False] | None = None
+    add_special_tokens: Literal[False] | None = None
     chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
     parallel_tool_calls: bool | None = None
     tools: Any = None
@@ -147,6 +151,8 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = None
     verbosity: Literal["medium"] | None = None
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
     prediction: None = None
     audio: None = None
     web_search_options: None = None
@@ -325,7 +331,7 @@ def decode_completion(body: bytes) -> CompletionRequest:
     try:
         return _completion_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _invalid(error) from error
+        raise _invalid(error, CompletionRequest) from error
 
 
 def decode_chat(body: bytes) -> ChatRequest:
@@ -333,11 +339,11 @@ def decode_chat(body: bytes) -> ChatRequest:
     try:
         return _chat_decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _invalid(error) from error
+        raise _invalid(error, ChatRequest) from error
 
 
-def _invalid(error: Exception) -> InvalidField:
-    """The same complaint with the name of the field, if it has one."""
+def _invalid(error: Exception, request: type[SamplingFields]) -> InvalidField:
+    """The same complaint with the name of the field, if it has one, and its only value, if there is only one."""
     text = str(error)
     if not isinstance(error, msgspec.ValidationError):
         what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is not valid JSON ({text})"
@@ -350,6 +356,8 @@ def _invalid(error: Exception) -> InvalidField:
     if named:
         place = f"{place}.{named[1]}" if place else named[1]
     message = text[: path.start()] if path else text
+    if named is None and (only := only_value(request, place)) is not None:
+        message = f"only {only} is served here; leave the field out"
     return InvalidField(f"{place}: {message}" if place else message, field=place[:256] or None)
 
 
@@ -365,17 +373,22 @@ def prompts_of(prompt: str | list[Any]) -> list[str | list[int]]:
     return [prompt] if kinds == {int} else prompt
 
 
+def check_format(request: SamplingFields) -> None:
+    """Refuses an answer that must look like anything but text. Raises `InvalidField`."""
+    if request.response_format is not None and request.response_format.type != "text":
+        raise InvalidField(
+            f"response_format {request.response_format.type[:64]!r} is not supported yet; only 'text' is",
+            field="response_format",
+        )
+
+
 def check_chat(request: ChatRequest, max_messages: int) -> None:
     """Refuses what is part of OpenAI's API and not served here yet. Raises `InvalidField`."""
     for field in ("tools", "tool_choice", "functions", "function_call"):
         value = getattr(request, field)
         if value is not None and value not in ([], "none"):
             raise InvalidField(f"{field}: tool calls are not supported yet; leave the field out", field=field)
-    if request.response_format is not None and request.response_format.type != "text":
-        raise InvalidField(
-            f"response_format {request.response_format.type[:64]!r} is not supported yet; only 'text' is",
-            field="response_format",
-        )
+    check_format(request)
     if len(request.messages) > max_messages:
         raise InvalidField(
             f"messages has {len(request.messages)} entries, the limit is {max_messages}", field="messages"
@@ -387,7 +400,7 @@ def check_chat(request: ChatRequest, max_messages: int) -> None:
         if message.content is None and message.role != "assistant":
             field = f"messages[{position}].content"
             raise InvalidField(f"{field} is missing, a {message.role} message needs one", field=field)
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise InvalidField("top_logprobs needs logprobs to be true", field="top_logprobs")
 
 

@@ -140,6 +140,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None]] = [
     ({"prompt": "a" * 500_000}, "prompt"),
     ({"best_of": 2}, "best_of"),
     ({"suffix": "x"}, "suffix"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"continue_final_message": False}, "continue_final_message"),
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 21}, "logprobs"),
     ({"echo": True, "logprobs": 1}, "echo"),
@@ -184,6 +186,61 @@ async def test_a_bad_field_of_a_completion_is_refused_by_name(
 ) -> None:
     error = await refused(gateway, "/v1/completions", json.dumps({**COMPLETION, **fields}).encode())
     assert param is None or error["param"] == param
+
+
+# Each with its only value beside null, and with another one.
+UNSERVED: list[tuple[str, Any, Any]] = [
+    ("store", False, True),
+    ("spaces_between_special_tokens", True, False),
+    ("truncate_prompt_tokens", None, 8),
+    ("prompt_logprobs", None, 1),
+    ("bad_words", [], ["x"]),
+    ("length_penalty", 1.0, 1.5),
+    ("use_beam_search", False, True),
+    ("guided_json", None, {"type": "object"}),
+    ("guided_regex", None, "x"),
+    ("guided_choice", None, ["x"]),
+    ("guided_grammar", None, "x"),
+    ("return_token_ids", False, True),
+    ("allowed_token_ids", None, [1]),
+]
+UNSERVED_OF_COMPLETIONS: list[tuple[str, Any, Any]] = [("add_special_tokens", True, False), ("suffix", "", "x")]
+UNSERVED_OF_CHATS: list[tuple[str, Any, Any]] = [
+    ("add_special_tokens", False, True),
+    ("continue_final_message", False, True),
+    ("best_of", 1, 2),
+    ("echo", False, True),
+    ("verbosity", "medium", "high"),
+    ("prediction", None, {}),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "only", "other"),
+    [("/v1/completions", *row) for row in UNSERVED + UNSERVED_OF_COMPLETIONS]
+    + [("/v1/chat/completions", *row) for row in UNSERVED + UNSERVED_OF_CHATS],
+)
+async def test_what_is_not_served_may_say_so_and_is_otherwise_refused_with_the_only_value(
+    gateway: Gateway, path: str, field: str, only: Any, other: Any
+) -> None:
+    body = CHAT if path.endswith("chat/completions") else COMPLETION
+    decode = openai.decode_chat if body is CHAT else openai.decode_completion
+    for value in (only, None):
+        assert getattr(decode(json.dumps({**body, field: value}).encode()), field) == value
+    error = await refused(gateway, path, json.dumps({**body, field: other}).encode())
+    assert error["param"] == field
+    assert error["message"] == f"{field}: only {json.dumps(only)} is served here; leave the field out"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_logprobs": 0}, {"response_format": {"type": "text"}}, {"prompt_cache_retention": "24h"}],
+    ids=["logprobs", "format", "retention"],
+)
+def test_what_changes_nothing_is_taken(fields: dict[str, Any]) -> None:
+    openai.check_chat(openai.decode_chat(json.dumps({**CHAT, **fields}).encode()), 1)
+    if "top_logprobs" not in fields:
+        openai.check_format(openai.decode_completion(json.dumps({**COMPLETION, **fields}).encode()))
 
 
 @pytest.mark.parametrize(
@@ -248,7 +305,7 @@ async def test_every_documented_field_of_the_official_client_is_known() -> None:
     from openai.types.chat import completion_create_params
 
     official = set(completion_create_params.CompletionCreateParamsBase.__annotations__)
-    missing = official - known - {"moderation", "prompt_cache_retention", "prompt_cache_options"}
+    missing = official - known - {"moderation", "prompt_cache_options"}
     assert not missing
 
 
