@@ -72,6 +72,15 @@ class RequestTooLong(RequestError):
     code = "request_too_long"
     setting = "max_sequence_tokens, the server's --max-model-len"
 
+    @classmethod
+    def beyond(cls, limit: int, given: str, advice: str, *, field: str | None = None) -> RequestTooLong:
+        """The error of what does not fit into so many tokens.
+
+        Clients tell it from others by the words that OpenAI's begins with, and shorten the conversation.
+        """
+        text = f"This model's maximum context length is {limit} tokens ({cls.setting}), {given}; {advice}"
+        return cls(text, field=field)
+
 
 class PromptTemplateError(RequestError):
     """The chat template refused the messages, or rendering broke a limit."""

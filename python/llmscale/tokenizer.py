@@ -163,10 +163,8 @@ class Tokenizer:
         limit = self.max_prompt_bytes(max_tokens)
         size = len(text.encode(errors="surrogatepass"))
         if size > limit:
-            raise RequestTooLong(
-                f"the prompt has {size} bytes, which cannot fit into {max_tokens} tokens ({RequestTooLong.setting});"
-                " shorten the prompt",
-                field=field,
+            raise RequestTooLong.beyond(
+                max_tokens, f"the prompt has {size} bytes, which cannot fit", "shorten it", field=field
             )
 
     def _surrounding_ids(self) -> tuple[list[int], list[int]]:

@@ -182,8 +182,9 @@ def _max_tokens(params: SamplingParams, prompt_tokens: int, max_sequence_tokens:
     room = max_sequence_tokens - prompt_tokens
     wanted = max(room, 1) if params.max_tokens is None else params.max_tokens
     if wanted > room:
-        raise errors.RequestTooLong(
-            f"the request needs {prompt_tokens} tokens for the prompt and {wanted} for the answer, the limit is"
-            f" {max_sequence_tokens} ({errors.RequestTooLong.setting}); shorten the prompt or lower max_tokens"
+        raise errors.RequestTooLong.beyond(
+            max_sequence_tokens,
+            f"the request needs {prompt_tokens} for the prompt and {wanted} for the answer",
+            "shorten the prompt or lower max_tokens",
         )
     return wanted

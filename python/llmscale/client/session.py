@@ -305,8 +305,8 @@ def refusal_error(refusal: Sequence[int] | None) -> errors.LlmscaleError:
             text = f"the node has {queued} {wire.QUEUE_UNITS[unit]} waiting, the limit is {limit}; retry later"
             error = errors.Overloaded(text, retry_after_seconds=retry_after_us / 1e6)
         case [1, needed, limit]:
-            text = f"the request needs {needed} tokens, the limit is {limit} ({errors.RequestTooLong.setting})"
-            error = errors.RequestTooLong(f"{text}; shorten the prompt or lower max_tokens")
+            text = f"the request needs {needed}"
+            error = errors.RequestTooLong.beyond(limit, text, "shorten the prompt or lower max_tokens")
         case [2]:
             error = errors.InvalidField("prompt has no tokens, at least 1 is needed", field="prompt")
         case [3, given, limit]:

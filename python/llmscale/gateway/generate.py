@@ -166,11 +166,10 @@ def _submit(services: Services, job: _Job, reply: Reply) -> None:
         if most is None:
             most = min(job.most_tokens, job.model.max_sequence_tokens - len(prompt))
         if most < 1 or len(prompt) + most > job.model.max_sequence_tokens:
-            answer = max(most, 1)
-            raise RequestTooLong(
-                f"the request needs {len(prompt)} tokens for the prompt and {answer} for the answer,"
-                f" the limit is {job.model.max_sequence_tokens} ({RequestTooLong.setting});"
-                " shorten the prompt or lower max_tokens",
+            raise RequestTooLong.beyond(
+                job.model.max_sequence_tokens,
+                f"the request needs {len(prompt)} for the prompt and {max(most, 1)} for the answer",
+                "shorten the prompt or lower max_tokens",
                 field="max_tokens" if params.max_tokens is not None else None,
             )
         if params.min_tokens > most:
@@ -301,10 +300,8 @@ def _check_ids(prompt: list[int], model: ServedModel) -> list[int]:
     if not prompt:
         raise InvalidField("prompt has no tokens, at least 1 is needed", field="prompt")
     if len(prompt) > model.max_sequence_tokens:
-        raise RequestTooLong(
-            f"the prompt has {len(prompt)} tokens, the limit is {model.max_sequence_tokens} ({RequestTooLong.setting});"
-            " shorten it",
-            field="prompt",
+        raise RequestTooLong.beyond(
+            model.max_sequence_tokens, f"the prompt has {len(prompt)}", "shorten it", field="prompt"
         )
     largest = max(prompt)
     if largest >= model.vocabulary:

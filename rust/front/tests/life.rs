@@ -270,6 +270,8 @@ fn a_hard_refusal_by_a_replica_ends_the_request_with_that_reason() {
     bench.give_back(0, request, 1, Some(refusal));
     assert_eq!(bench.reason(request), Some(EndReason::Refused(refusal)));
     assert_eq!(EndReason::Refused(refusal).label(), "request_too_long");
+    // By these words of OpenAI's clients know it.
+    assert!(refusal.to_string().starts_with("This model's maximum context length is 7 tokens ("));
 }
 
 #[test]

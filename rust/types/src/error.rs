@@ -92,8 +92,8 @@ pub enum Refusal {
     },
     /// Prompt and output together are longer than a sequence may be.
     #[error(
-        "the request needs {needed} tokens, the limit is {limit} (max_sequence_tokens, the server's --max-model-len); \
-         shorten the prompt or lower max_tokens"
+        "This model's maximum context length is {limit} tokens (max_sequence_tokens, the server's --max-model-len), \
+         the request needs {needed}; shorten the prompt or lower max_tokens"
     )]
     TooLong {
         /// What it would need.

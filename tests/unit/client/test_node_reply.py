@@ -44,6 +44,7 @@ def test_a_node_that_ends_an_answer_without_a_timeout_for_its_time_is_believed()
 def test_an_answer_that_does_not_fit_names_the_setting_of_the_node():
     reply(max_tokens=126)
     with pytest.raises(
-        errors.RequestTooLong, match=r"the limit is 128 \(max_sequence_tokens, the server's --max-model-len\)"
+        errors.RequestTooLong,
+        match=r"maximum context length is 128 tokens \(max_sequence_tokens, the server's --max-mo",
     ):
         reply(max_tokens=127)

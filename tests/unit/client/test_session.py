@@ -207,7 +207,10 @@ def test_status_is_kept(session):
     ],
 )
 def test_every_refusal_is_a_typed_error(refusal, kind):
-    assert type(refusal_error(refusal)) is kind
+    error = refusal_error(refusal)
+    assert type(error) is kind
+    if kind is errors.RequestTooLong:
+        assert str(error).startswith("This model's maximum context length is 128 tokens (max_sequence_tokens")
 
 
 def test_an_overloaded_node_says_when_to_come_back(session):

@@ -76,7 +76,7 @@ async def test_a_prompt_that_is_too_long_is_refused_whether_or_not_it_is_tokeniz
             with pytest.raises(openai.BadRequestError) as refused:
                 await gateway.client().completions.create(model="tiny", prompt=prompt, max_tokens=1)
             assert refused.value.code == "request_too_long"
-            assert "(max_sequence_tokens, the server's --max-model-len); shorten" in refused.value.message
+            assert "This model's maximum context length is 4096 tokens (max_sequence_tokens" in refused.value.message
 
 
 @pytest.fixture

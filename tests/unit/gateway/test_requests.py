@@ -170,14 +170,22 @@ async def test_a_bad_field_of_a_chat_is_refused_by_name(gateway: Gateway, fields
 
 
 @pytest.mark.parametrize(
-    "fields", [{"prompt": [3] * 5_000}, {"prompt": "x", "max_tokens": 4_096}], ids=["ids", "answer"]
+    ("fields", "given"),
+    [
+        ({"prompt": [3] * 5_000}, "the prompt has 5000; shorten"),
+        ({"prompt": [3] * 10, "max_tokens": 4_096}, "the request needs 10 for the prompt and 4096 for the answer"),
+        ({"prompt": "x" * 500_000}, "the prompt has 500000 bytes, which cannot fit"),
+    ],
+    ids=["ids", "answer", "text"],
 )
-async def test_a_request_that_is_too_long_names_the_setting_of_the_server(
-    gateway: Gateway, fields: dict[str, Any]
+async def test_a_request_that_is_too_long_says_so_in_openai_s_words_with_the_setting_of_the_server(
+    gateway: Gateway, fields: dict[str, Any], given: str
 ) -> None:
     error = await refused(gateway, "/v1/completions", json.dumps({**COMPLETION, **fields}).encode())
     assert error["code"] == "request_too_long"
-    assert "the limit is 4096 (max_sequence_tokens, the server's --max-model-len); shorten" in error["message"]
+    setting = "max_sequence_tokens, the server's --max-model-len"
+    assert error["message"].startswith(f"This model's maximum context length is 4096 tokens ({setting}), {given}")
+    assert "; shorten" in error["message"]
 
 
 @pytest.mark.parametrize(("fields", "param"), BAD_COMPLETIONS, ids=lambda value: str(value)[:40])
