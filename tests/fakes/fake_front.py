@@ -175,6 +175,8 @@ class FakeFront:
     cancelled: dict[int, int | None] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     closed: bool = False
+    likelier: int = 0
+    """How many tokens are likelier than the drawn one: those with the ids before its own."""
     _ready: list[FakeDelivery] = field(default_factory=list)
     _eventfd: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
     _next: int = 1
@@ -255,9 +257,8 @@ class FakeFront:
                 break
         logprobs = None
         if sampling.logprobs is not None:
-            logprobs = [
-                (-0.25, [(token + offset, -0.25 - offset) for offset in range(sampling.logprobs)]) for token in made
-            ]
+            drawn, top = self.likelier, range(sampling.logprobs)
+            logprobs = [(-0.25 - drawn, [(token - drawn + rank, -0.25 - rank) for rank in top]) for token in made]
         self._ready.append(
             FakeDelivery(
                 request, index, made, reason, entry.emitted, logprobs, cached_tokens=0, restarts=entry.restarts

@@ -256,6 +256,7 @@ class HttpReply:
         self.done = False
         self._ended: set[int] = set()
         self._choices = 1 if call.params is None else call.params.n
+        self._top = None if call.params is None else call.params.logprobs
         self._events = EventDecoder()
         self._restarts = 0
 
@@ -304,7 +305,7 @@ class HttpReply:
             text=text or "",
             finish_reason=choice.finish_reason,
             stop_reason=choice.stop_reason,
-            logprobs=None if choice.logprobs is None else tuple(_logprobs(choice.logprobs)),
+            logprobs=None if choice.logprobs is None else tuple(_logprobs(choice.logprobs, self._top)),
             restarts=self._restarts,
         )
 
@@ -314,7 +315,7 @@ class HttpReply:
         self.done = True
 
 
-def _logprobs(given: _Logprobs) -> Iterator[tuple[Logprob, ...]]:
+def _logprobs(given: _Logprobs, most: int | None) -> Iterator[tuple[Logprob, ...]]:
     for entry in given.content or ():
         ranked = list(enumerate(entry.top_logprobs, start=1))
         # Parts of characters all read as the replacement character: where there are bytes, they tell tokens apart.
@@ -327,6 +328,9 @@ def _logprobs(given: _Logprobs) -> Iterator[tuple[Logprob, ...]]:
         raise errors.TransportError("the lists of the server's log probabilities are not of one length")
     for token, value, tops in zip(tokens, values, likely, strict=True):
         best = list((tops or {}).items())
+        if most is not None and len(best) > most:
+            # One more than was asked for: the drawn token, which is none of the likeliest and has no rank.
+            best = [(text, chance) for text, chance in best if text != token]
         ranks = {text: rank for rank, (text, _) in enumerate(best, start=1)}
         drawn = Logprob(None, 0.0 if value is None else value, token, ranks.get(token))
         yield (drawn, *(Logprob(None, chance, text, ranks[text]) for text, chance in best))

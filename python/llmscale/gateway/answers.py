@@ -81,13 +81,16 @@ class _Offsets:
 def _completion_logprobs(
     tokenizer: Tokenizer, rows: list[TokenLogprobs], top: int, offsets: _Offsets
 ) -> openai.CompletionLogprobs:
-    """The parallel lists."""
+    """The parallel lists. The drawn token is named with the likeliest ones, last where it is none of them."""
     tokens, values, best, begins = [], [], [], []
     for token, value, likely in rows:
         content = tokenizer.token_bytes(token)
-        tokens.append(_name_of(content))
+        name = _name_of(content)
+        tokens.append(name)
         values.append(_finite(value))
-        best.append({_name_of(tokenizer.token_bytes(other)): _finite(chance) for other, chance in likely[:top]})
+        named = {_name_of(tokenizer.token_bytes(other)): _finite(chance) for other, chance in likely[:top]}
+        named.setdefault(name, _finite(value))
+        best.append(named)
         begins.append(offsets.of(content))
     return openai.CompletionLogprobs(tokens, values, best, begins)
 

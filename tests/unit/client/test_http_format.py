@@ -195,6 +195,25 @@ def test_log_probabilities_of_a_completion_name_their_tokens_by_text():
     assert first[0].token_id is None
 
 
+@pytest.mark.parametrize(
+    ("asked", "tops", "shown"),
+    [
+        (2, {"c": -0.1, "d": -0.5, "b": -1.0}, [("b", None), ("c", 1), ("d", 2)]),
+        (3, {"c": -0.1, "d": -0.5, "b": -1.0}, [("b", 3), ("c", 1), ("d", 2), ("b", 3)]),
+        (0, {"b": -1.0}, [("b", None)]),
+        (1, {"b": -1.0}, [("b", 1), ("b", 1)]),
+    ],
+)
+def test_a_drawn_token_beyond_those_that_were_asked_for_has_no_rank_and_is_shown_once(asked, tops, shown):
+    answer = piece("b", "stop")
+    answer["choices"][0]["logprobs"] = {"tokens": ["b"], "token_logprobs": [-1.0], "top_logprobs": [tops]}
+    reply = HttpReply(call(params=SamplingParams(logprobs=asked), streaming=False))
+    [chunk] = reply.whole(json.dumps(answer).encode())
+    [row] = chunk.logprobs
+    assert [(entry.text, entry.rank) for entry in row] == shown
+    assert row[0].logprob == -1.0
+
+
 def test_parts_of_characters_that_read_alike_are_ranked_by_their_bytes():
     answer = {"choices": [{"index": 0, "message": {"role": "assistant", "content": "é"}, "finish_reason": "stop"}]}
     values = ((-0.1, 0xC3), (-2.0, 0xA9))

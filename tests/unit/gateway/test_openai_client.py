@@ -98,6 +98,29 @@ async def test_without_the_usage_so_far_only_the_last_event_says_it(tokenizer: T
     assert last.usage is not None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("asked", "likelier"), [(0, 0), (2, 1), (2, 5)], ids=["none", "one of them", "none of them"])
+async def test_the_drawn_token_is_always_among_the_likeliest_of_a_completion(
+    tokenizer: Tokenizer, asked: int, likelier: int, stream: bool
+) -> None:
+    ids = tokenizer.encode("fox")
+    front = FakeFront(tokens=lambda _prompt, _sampling: iter(ids), likelier=likelier)
+    async with serving(tokenizer, front) as gateway:
+        create: Any = gateway.client().completions.create
+        answer = await create(model="tiny", prompt="x", logprobs=asked, max_tokens=len(ids), stream=stream)
+        answers = [chunk async for chunk in answer] if stream else [answer]
+    found = [answer.choices[0].logprobs for answer in answers]
+    drawn = [tokenizer.token_bytes(token).decode() for token in ids]
+    assert [token for rows in found for token in rows.tokens] == drawn
+    tops = [top for rows in found for top in rows.top_logprobs]
+    for token, name, top in zip(ids, drawn, tops, strict=True):
+        ranked = [tokenizer.token_bytes(token - likelier + rank).decode() for rank in range(asked)]
+        expected = ranked if name in ranked else [*ranked, name]
+        assert list(top) == expected
+        assert top[name] == -0.25 - likelier
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+
+
 async def test_the_models_are_listed_with_their_longest_sequence(tokenizer: Tokenizer) -> None:
     async with serving(tokenizer) as gateway:
         listed = await gateway.client().models.list()
