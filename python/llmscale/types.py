@@ -51,9 +51,10 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
 class SamplingParams:
     """How the tokens of a request are chosen and when it ends. Raises `InvalidField` when a value is out of bounds.
 
-    `top_k` 0 and `top_p` 1 keep everything, `temperature` 0 is greedy, penalties of 0 (repetition: 1) are off.
-    `max_tokens` None means up to the longest sequence that the model serves. `stop` strings end the text before the
-    match (or after it with `include_stop_str_in_output`) and are looked for only after `min_tokens` tokens.
+    `top_k` 0 (or -1, which becomes 0) and `top_p` 1 keep everything, `temperature` 0 is greedy, penalties of 0
+    (repetition: 1) are off. `max_tokens` None means up to the longest sequence that the model serves. `stop` strings
+    end the text before the match (or after it with `include_stop_str_in_output`) and are looked for only after
+    `min_tokens` tokens.
     """
 
     n: int = 1
@@ -123,7 +124,10 @@ class SamplingParams:
         for name, low, high in _RANGES:
             _check_number(name, getattr(self, name), low, high)
         _check_integer("n", self.n, 1, MAX_CHOICES)
-        _check_integer("top_k", self.top_k, 0, (1 << 32) - 1)
+        _check_integer("top_k", self.top_k, -1, (1 << 32) - 1)
+        if self.top_k == -1:
+            # As scripts for vLLM write it.
+            object.__setattr__(self, "top_k", 0)
         if self.max_tokens is not None:
             _check_integer("max_tokens", self.max_tokens, 1, MAX_OUTPUT_TOKENS)
         most = MAX_OUTPUT_TOKENS if self.max_tokens is None else self.max_tokens

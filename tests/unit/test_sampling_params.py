@@ -71,3 +71,10 @@ def test_one_stop_string_is_a_list_of_one_and_a_mapping_of_biases_is_a_list_of_p
     params = SamplingParams(stop="\n", logit_bias={7: -1.5})
     assert params.stop == ("\n",)
     assert params.logit_bias == ((7, -1.5),)
+
+
+def test_a_top_k_of_minus_one_is_all_tokens_as_zero_is() -> None:
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0)
+    for value in (-2, -1.0):
+        with pytest.raises(InvalidField, match="top_k"):
+            SamplingParams(top_k=value)  # type: ignore[arg-type]
