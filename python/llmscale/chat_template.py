@@ -15,9 +15,13 @@ from jinja2.exceptions import TemplateError
 
 from llmscale.errors import InvalidField, InvalidTokenizer, PromptTemplateError
 from llmscale.template_budget import DEFAULT_LIMITS, Budget, TemplateLimits, current_budget
-from llmscale.template_sandbox import SandboxedTemplates
+from llmscale.template_sandbox import DEFINED_NAMES, SandboxedTemplates
 
 _SHOWN_CHARACTERS: Final = 64
+RESERVED_VARIABLES: Final = DEFINED_NAMES | {
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize",
+}  # fmt: skip
+"""Names that mean something to templates or to those who render them, so that no request may give them."""
 _TEXT_PART: Final = '{"type": "text", "text": ...}'
 # What a template's own mistakes look like in Python. Anything else is a defect of ours and must surface.
 _TEMPLATE_MISTAKES = (

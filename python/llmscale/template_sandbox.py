@@ -186,6 +186,17 @@ class _GenerationBlock(jinja2.ext.Extension):
         return nodes.Scope(body, lineno=line)
 
 
+_GLOBALS: Final[dict[str, Callable[..., Any]]] = {
+    "range": _make_range,
+    "dict": _make_dict,
+    "namespace": _make_namespace,
+    "raise_exception": _raise_exception,
+    "strftime_now": _strftime_now,
+}
+DEFINED_NAMES: Final = frozenset((*_GLOBALS, "loop", "self", "super", "caller", "varargs", "kwargs"))
+"""What templates call or read besides their variables."""
+
+
 class SandboxedTemplates(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox with allow-lists, checked operators and a budget. Compile and render with `current_budget` set."""
 
@@ -207,13 +218,7 @@ class SandboxedTemplates(jinja2.sandbox.ImmutableSandboxedEnvironment):
         checked: dict[str, Any] = dict(self.tests)
         self.tests.update({name: _charged_test(function) for name, function in checked.items()})
         self.globals.clear()
-        self.globals.update(
-            range=_make_range,
-            dict=_make_dict,
-            namespace=_make_namespace,
-            raise_exception=_raise_exception,
-            strftime_now=_strftime_now,
-        )
+        self.globals.update(_GLOBALS)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _instrument(super()._parse(source, name, filename))

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import tokenizers
 
-from llmscale.chat_template import ChatTemplate, with_text_contents
+from llmscale.chat_template import RESERVED_VARIABLES, ChatTemplate, with_text_contents
 from llmscale.detokenizer import Detokenizer
 from llmscale.end_tokens import end_token_ids
 from llmscale.errors import InvalidField, InvalidTokenizer, PromptTemplateError, RequestTooLong
@@ -28,7 +28,7 @@ from llmscale.tokenizer_json import MAX_SETTINGS_BYTES, read_definition, read_se
 _LARGE_TEXT: Final = 2_048
 _NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_FALLBACK: Final = re.compile(r"<0x([0-9A-F]{2})>")
-TEMPLATE_VARIABLES: Final = frozenset({"enable_thinking", "thinking", "reasoning_effort", "documents", "date_string"})
+_RESERVED_VARIABLES: Final = RESERVED_VARIABLES.union(_NAMED_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +108,16 @@ class Tokenizer:
         """The ids of a conversation, rendered by the model's chat template.
 
         `messages` are objects with `role` and `content`, a text or a list of text parts. `variables` are passed to the
-        template; only the names in `TEMPLATE_VARIABLES` are allowed. Raises a `RequestError`.
+        template, which reads some and passes over the others; what it gets from elsewhere they cannot replace. Raises a
+        `RequestError`.
         """
         if self.chat_template is None:
             raise PromptTemplateError("this model has no chat template; use /v1/completions", field="messages")
-        for name in variables or ():
-            if name not in TEMPLATE_VARIABLES:
-                raise PromptTemplateError(
-                    f"chat_template_kwargs has {name!r}, allowed are {', '.join(sorted(TEMPLATE_VARIABLES))}",
-                    field="chat_template_kwargs",
-                )
+        if reserved := sorted(_RESERVED_VARIABLES.intersection(variables or ())):
+            raise PromptTemplateError(
+                f"chat_template_kwargs has {', '.join(reserved)}, which the server gives to templates; leave it out",
+                field="chat_template_kwargs",
+            )
         protect = self._encoder.protect
         text = self.chat_template.render(
             {

@@ -172,14 +172,33 @@ def test_a_vocabulary_that_holds_control_tokens_as_whole_words_does_not_give_the
     assert not set(tokenizer.encode("<|im_start|> <|im_end|>")) & set(tokenizer.control_ids.values())
 
 
-def test_only_listed_variables_reach_the_template(tmp_path: Path) -> None:
-    template = "{{ enable_thinking }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+def test_variables_of_a_request_are_text_and_replace_nothing_that_templates_are_given(tmp_path: Path) -> None:
+    template = "{{ tone }}{{ size + 1 }}{% for m in messages %}{{ m['content'] }}{% endfor %}{{ unknown }}"
     tokenizer = Tokenizer(write_byte_level(tmp_path, chat_template=template))
-    ids = tokenizer.encode_chat(chat("x"), variables={"enable_thinking": "<|im_start|>"})
+    variables = {"tone": "<|im_start|>", "size": 2, "unread": True, "nothing": None}
+    ids = tokenizer.encode_chat(chat("x"), variables=variables)
     assert not set(ids) & set(tokenizer.control_ids.values())
-    for name in ("chat_template", "messages", "bos_token", "tools"):
-        with pytest.raises(PromptTemplateError, match=name):
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>3x"
+    for name in (
+        "chat_template",
+        "messages",
+        "bos_token",
+        "pad_token",
+        "tools",
+        "documents",
+        "raise_exception",
+        "loop",
+    ):
+        with pytest.raises(PromptTemplateError, match=f"has {name}, which"):
             tokenizer.encode_chat(chat("x"), variables={name: "y"})
+
+
+def test_a_variable_of_a_request_pays_out_of_the_templates_budget(tmp_path: Path) -> None:
+    template = "{% for i in range(size) %}{% for j in range(size) %}{{ tone * size }}{% endfor %}{% endfor %}"
+    tokenizer = Tokenizer(write_byte_level(tmp_path, chat_template=template))
+    for size in (10_000, 1 << 62, 10**400):
+        with pytest.raises(PromptTemplateError):
+            tokenizer.encode_chat(chat("x"), variables={"size": size, "tone": "y" * 1_000})
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(tokenizers: dict[str, Tokenizer]) -> None:

@@ -36,6 +36,10 @@ Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS
 Priority = Literal["interactive", "standard", "batch", "background"]
 Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Label], Meta(max_length=16)]
 
+# `$` alone would let a line end follow. Names that begin with an underscore are jinja2's own.
+Variable = Annotated[str, Meta(pattern="^[A-Za-z][A-Za-z0-9_]{0,63}$(?!\\n)")]
+Variables = Annotated[dict[Variable, bool | int | float | str | None], Meta(max_length=16)]
+
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Options of a stream. None is as false."""
@@ -142,7 +146,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool | None = None
     continue_final_message: Literal[False] | None = None
     add_special_tokens: Literal[False] | None = None
-    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = None
+    chat_template_kwargs: Variables | None = None
     parallel_tool_calls: bool | None = None
     tools: Any = None
     tool_choice: Any = None
@@ -322,7 +326,7 @@ class ModelList(msgspec.Struct, frozen=True):
 
 _completion_decoder: Final = msgspec.json.Decoder(CompletionRequest)
 _chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
-_PATH: Final = re.compile(r" - at `(?:key in )?\$\.?([^`]*)`$")
+_PATH: Final = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _FIELD: Final = re.compile(r"(?:unknown|required) field `([^`]{1,128})`")
 
 

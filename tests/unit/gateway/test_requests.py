@@ -100,7 +100,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"logit_bias": {"512": 1}}, "logit_bias"),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
     ({"min_tokens": 4_096}, "min_tokens"),
-    ({"logit_bias": {"x": 1}}, None),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 1e9}}, None),
     ({"logit_bias": {str(n): 1 for n in range(1_025)}}, "logit_bias"),
     ({"logprobs": 3}, "logprobs"),
@@ -115,6 +115,12 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"x": {}}}, "chat_template_kwargs[...]"),
+    ({"chat_template_kwargs": {f"x{n}": n for n in range(17)}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"x" * 65: 1}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"_x": 1}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"x\n": 1}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"x.y": 1}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"bos_token": "x"}}, "chat_template_kwargs"),
     ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
     ({"priority": "root"}, "priority"),
     ({"store": True}, "store"),
@@ -346,5 +352,5 @@ def test_reasoning_reaches_the_template_under_either_name(fields: dict[str, str]
 def test_the_effort_reaches_the_template_unless_its_variables_say_otherwise() -> None:
     head = b'{"model":"m","messages":[{"role":"user","content":"a"}],"reasoning_effort":"low"'
     assert openai.template_variables(openai.decode_chat(head + b"}")) == {"reasoning_effort": "low"}
-    both = openai.decode_chat(head + b',"chat_template_kwargs":{"reasoning_effort":"high","thinking":true}}')
-    assert openai.template_variables(both) == {"reasoning_effort": "high", "thinking": True}
+    both = openai.decode_chat(head + b',"chat_template_kwargs":{"reasoning_effort":"high","tool_style":true}}')
+    assert openai.template_variables(both) == {"reasoning_effort": "high", "tool_style": True}
