@@ -4,9 +4,10 @@
 use crate::event::{FrontAction, NewRequest, SubmitError};
 use crate::front::Front;
 use crate::request::Request;
-use llmscale_fleet::{Member, PoolId};
+use llmscale_fleet::{Member, Need, PoolId};
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{Duration, Planted, Refusal, RequestId, Time};
+use std::sync::Arc;
 
 /// What a refused client is told to wait when no replica is ready and nothing can be predicted.
 const RETRY_WITHOUT_REPLICA: Duration = Duration::from_millis(5_000);
@@ -17,7 +18,7 @@ impl Front {
     /// Takes a request, or says why not. Its actions follow as for any event.
     pub fn submit(&mut self, now: Time, new: NewRequest, out: &mut Vec<FrontAction>) -> Result<RequestId, SubmitError> {
         self.fall_due(now, out);
-        let pool = match self.admissible(now, &new) {
+        let pool = match self.admissible(now, &new, out) {
             Ok(pool) => pool,
             Err(error) => {
                 self.counters.refused += 1;
@@ -36,10 +37,10 @@ impl Front {
         Ok(id)
     }
 
-    fn admissible(&self, now: Time, new: &NewRequest) -> Result<PoolId, SubmitError> {
+    fn admissible(&mut self, now: Time, new: &NewRequest, out: &mut Vec<FrontAction>) -> Result<PoolId, SubmitError> {
         let pool = self.pool_for(&new.model)?;
         self.fits_model(pool, new)?;
-        self.fits_bounds(now, pool, new.prompt.len() as u64)?;
+        self.fits_bounds(now, pool, new, out)?;
         Ok(pool)
     }
 
@@ -76,31 +77,66 @@ impl Front {
         Ok(())
     }
 
-    fn fits_bounds(&self, now: Time, pool: PoolId, prompt_tokens: u64) -> Result<(), Refusal> {
+    fn fits_bounds(
+        &mut self,
+        now: Time,
+        pool: PoolId,
+        new: &NewRequest,
+        out: &mut Vec<FrontAction>,
+    ) -> Result<(), Refusal> {
         if Planted::QueuesWithoutBound.is_here() {
             return Ok(());
         }
-        let limits = &self.options.limits;
-        let full = |queued: u64, limit: u64, unit| Refusal::QueueFull {
-            queued,
-            limit,
-            unit,
-            retry_after: self.retry_after(now, pool),
-        };
-        let live = self.requests.len() as u64;
-        if live >= u64::from(limits.max_live_requests) {
-            return Err(full(live, u64::from(limits.max_live_requests), QueueUnit::LiveRequests));
+        let (live, most) = (self.requests.len() as u64, u64::from(self.options.limits.max_live_requests));
+        if live >= most {
+            return Err(self.full(now, live, most, QueueUnit::LiveRequests));
         }
-        let queued = self.queued_requests();
-        if queued >= u64::from(limits.max_queued_requests) {
-            return Err(full(queued, u64::from(limits.max_queued_requests), QueueUnit::Requests));
+        let prompt_tokens = new.prompt.len() as u64;
+        // The queues are bounded together, but what waits for others keeps nobody out who would not wait.
+        if self.overfull(prompt_tokens).is_none() || self.starts_at_once(now, pool, new, out) {
+            return Ok(());
+        }
+        match self.overfull(prompt_tokens) {
+            Some((queued, limit, unit)) => Err(self.full(now, queued, limit, unit)),
+            // What waited for the same replicas has gone there.
+            None => Ok(()),
+        }
+    }
+
+    /// What waits, and the bound that it would be above with one more prompt.
+    fn overfull(&self, prompt_tokens: u64) -> Option<(u64, u64, QueueUnit)> {
+        let limits = &self.options.limits;
+        let (queued, most) = (self.queued_requests(), u64::from(limits.max_queued_requests));
+        if queued >= most {
+            return Some((queued, most, QueueUnit::Requests));
         }
         // A prompt longer than the bound waits alone, or it could never run.
         let tokens = self.queued_tokens();
-        if queued > 0 && tokens + prompt_tokens > limits.max_queued_tokens {
-            return Err(full(tokens, limits.max_queued_tokens, QueueUnit::Tokens));
-        }
-        Ok(())
+        let above = queued > 0 && tokens + prompt_tokens > limits.max_queued_tokens;
+        above.then_some((tokens, limits.max_queued_tokens, QueueUnit::Tokens))
+    }
+
+    /// Whether a new request would be sent before anything else happens. What waits in its pool goes first; whatever is
+    /// left there needs a longer sequence than any replica takes now that has room, so nobody is overtaken.
+    fn starts_at_once(&mut self, now: Time, pool: PoolId, new: &NewRequest, out: &mut Vec<FrontAction>) -> bool {
+        self.fleet.review(now);
+        self.place_waiting(now, pool, out);
+        let need = Need {
+            request: self.last_request.next(),
+            pool,
+            total_tokens: new.prompt.len() as u64 + u64::from(new.sampling.max_tokens),
+            context_tokens: new.prompt.len() as u64,
+            output_tokens: u64::from(self.usual_output.expect(new.sampling.max_tokens)),
+            prefix: Arc::clone(&new.prefix),
+            numerics: None,
+            look_ahead: self.options.limits.look_ahead,
+            now,
+        };
+        self.policy.choose(&self.fleet, &need).is_some()
+    }
+
+    fn full(&self, now: Time, queued: u64, limit: u64, unit: QueueUnit) -> Refusal {
+        Refusal::QueueFull { queued, limit, unit, retry_after: self.retry_after(now) }
     }
 
     /// Requests that wait, all pools together.
@@ -113,18 +149,23 @@ impl Front {
         self.queues.iter().map(|queue| queue.context_tokens).sum()
     }
 
+    /// Predicted time until there is room: that of the pool which is there first. Whose queue is empty makes none, and
+    /// nothing can be predicted where no replica is ready.
+    fn retry_after(&self, now: Time) -> Duration {
+        let pools = (0..self.queues.len() as u32).map(PoolId);
+        let first = pools.filter_map(|pool| self.room_ns(now, pool)).min();
+        first.map_or(RETRY_WITHOUT_REPLICA, |room_ns| Duration::from_nanos(room_ns).max(LEAST_RETRY))
+    }
+
     /// Predicted time until the pool's ready replicas have taken what waits now, or at least the next of what they run.
-    fn retry_after(&self, now: Time, pool: PoolId) -> Duration {
-        let ready = || self.fleet.pool_members(pool).filter(|member| member.takes_work(now));
-        let replicas = ready().count() as u64;
-        let Some(first) = ready().next() else {
-            return RETRY_WITHOUT_REPLICA;
-        };
+    fn room_ns(&self, now: Time, pool: PoolId) -> Option<u64> {
         let queue = self.queue(pool);
+        let ready = || self.fleet.pool_members(pool).filter(|member| member.takes_work(now));
+        let first = ready().next().filter(|_| !queue.is_empty())?;
         let prefill = first.prefill_ns(queue.context_tokens);
         let decode = first.decode_ns(queue.output_tokens, first.limits.max_sequences);
         let running = ready().map(|member| member.backlog_ns(now)).min().unwrap_or(0);
-        let waiting = prefill.saturating_add(decode) / replicas;
-        Duration::from_nanos(waiting.saturating_add(running)).max(LEAST_RETRY)
+        let waiting = prefill.saturating_add(decode) / ready().count() as u64;
+        Some(waiting.saturating_add(running))
     }
 }

@@ -3,12 +3,12 @@
 use crate::book::{Book, Place};
 use crate::fake::VOCABULARY;
 use llmscale_front::{NewRequest, SubmitError};
-use llmscale_types::Refusal;
 use llmscale_types::error::QueueUnit;
+use llmscale_types::{Refusal, Time};
 
 impl Book {
     /// Whether the front must take this, and how it must refuse it.
-    pub(crate) fn admission(&self, new: &NewRequest) -> Result<(), SubmitError> {
+    pub(crate) fn admission(&self, now: Time, new: &NewRequest) -> Result<(), SubmitError> {
         if self.known.is_empty() {
             return Err(SubmitError::Unavailable { model: new.model.clone() });
         }
@@ -39,6 +39,10 @@ impl Book {
         };
         if live >= u64::from(limits.max_live_requests) {
             return full(live, u64::from(limits.max_live_requests), QueueUnit::LiveRequests);
+        }
+        // What waits for others keeps it from no replica that has nothing to do.
+        if self.idle_replicas(now).any(|replica| self.models[replica] == new.model) {
+            return Ok(());
         }
         if queued >= u64::from(limits.max_queued_requests) {
             return full(queued, u64::from(limits.max_queued_requests), QueueUnit::Requests);

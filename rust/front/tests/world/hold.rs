@@ -84,15 +84,21 @@ impl Book {
 
     /// Nothing waits while a replica that could run it has nothing to do.
     fn hold_idle(&self, now: Time) {
-        for (replica, link) in self.links.iter().enumerate() {
-            let Some(link) = link else { continue };
-            let free = link.state == ReplicaState::Ready && link.refused_until.is_none_or(|until| until <= now);
-            let left_alone = self.left_alone.contains(&(replica as u32));
-            if free && !left_alone && self.on(replica as u32).is_empty() {
-                let model = self.models[replica];
-                let waits = |entry: &&Entry| entry.place == Place::Waiting && entry.model == model;
-                assert_eq!(self.entries.iter().find(waits).map(|entry| entry.id), None, "replica {replica} is idle");
-            }
+        for replica in self.idle_replicas(now) {
+            let model = self.models[replica];
+            let waits = |entry: &&Entry| entry.place == Place::Waiting && entry.model == model;
+            assert_eq!(self.entries.iter().find(waits).map(|entry| entry.id), None, "replica {replica} is idle");
         }
+    }
+
+    /// Replicas that could run anything and have nothing to do.
+    pub(crate) fn idle_replicas(&self, now: Time) -> impl Iterator<Item = usize> {
+        (0..self.links.len()).filter(move |&replica| {
+            let free = self.links[replica].is_some_and(|link| {
+                link.state == ReplicaState::Ready && link.refused_until.is_none_or(|until| until <= now)
+            });
+            let left_alone = self.left_alone.contains(&(replica as u32));
+            free && !left_alone && self.on(replica as u32).is_empty()
+        })
     }
 }
