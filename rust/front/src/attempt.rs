@@ -4,7 +4,7 @@
 
 use crate::event::{EndReason, FrontAction, ToReplica};
 use crate::front::Front;
-use crate::order::{Head, most_urgent};
+use crate::order::{Head, most_urgent, promoted};
 use crate::request::{Place, Reader, Sent};
 use crate::timers::Due;
 use llmscale_fleet::{Need, PoolId};
@@ -125,7 +125,10 @@ impl Front {
         let (started, recalled, doubted) = (false, false, false);
         let sent =
             Sent { replica, context_tokens, started, recalled, doubted, at: now, predicted, heard: now, patience };
-        let submission = Box::new(request.submission(id, attempt));
+        // A replica serves class by class and promotes nobody: with the client's own class, who was promoted here would wait
+        // there behind every later one of a class that it had reached.
+        let class = promoted(request.class, request.arrived, now, self.options.promote_after);
+        let submission = Box::new(request.submission(id, attempt, class));
         let new = self.sent.entry(replica).or_default().insert(id);
         assert!(new, "request {id} is on replica {replica} twice");
         self.counters.attempts += 1;

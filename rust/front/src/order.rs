@@ -1,6 +1,6 @@
 //! Which class is served next: strictly the most urgent, but a request ranks one class higher for every `promote_after`
-//! that it has waited, so nothing waits for ever. Within a class, and among equals, first come, first served. Stateless
-//! and O(classes).
+//! that it has waited, so nothing waits for ever; replicas, which promote nobody, are told the class that it has reached.
+//! Within a class, and among equals, first come, first served. Stateless and O(classes).
 
 use llmscale_types::{Class, Duration, RequestId, Time};
 
@@ -12,12 +12,15 @@ pub(crate) struct Head {
     pub(crate) arrived: Time,
 }
 
+/// The class that a request ranks with now.
+pub(crate) fn promoted(class: Class, arrived: Time, now: Time, promote_after: Duration) -> Class {
+    let promotions = now.since(arrived).0 / promote_after.0;
+    Class::ALL[(class as u64).saturating_sub(promotions) as usize]
+}
+
 /// The head that is served next.
 pub(crate) fn most_urgent(heads: impl Iterator<Item = Head>, now: Time, promote_after: Duration) -> Option<Head> {
-    heads.min_by_key(|head| {
-        let promotions = now.since(head.arrived).0 / promote_after.0;
-        ((head.class as u64).saturating_sub(promotions), head.request)
-    })
+    heads.min_by_key(|head| (promoted(head.class, head.arrived, now, promote_after), head.request))
 }
 
 #[cfg(test)]

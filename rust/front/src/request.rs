@@ -17,6 +17,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) pool: PoolId,
+    /// What the client asked for; waiting promotes it, wherever it is looked at.
     pub(crate) class: Class,
     pub(crate) arrived: Time,
     pub(crate) deadline: Option<Time>,
@@ -190,13 +191,13 @@ impl Request {
         self.unread_logprobs.iter().skip_while(move |(index, _)| *index < from_index)
     }
 
-    /// What an attempt is sent.
-    pub(crate) fn submission(&self, request: RequestId, attempt: Attempt) -> Submission {
+    /// What an attempt is sent, as of the class that the request ranks with now.
+    pub(crate) fn submission(&self, request: RequestId, attempt: Attempt, class: Class) -> Submission {
         let cut = usize::from(Planted::GoesOnWithoutTheLastToken.is_here() && self.output_tokens() > 0);
         Submission {
             key: SequenceKey { front: FrontId(0), request, attempt },
             namespace: self.namespace,
-            class: self.class,
+            class,
             context: self.context[..self.context.len() - cut].to_vec(),
             prompt_tokens: self.prompt_tokens,
             sampling: self.sampling.clone(),

@@ -238,6 +238,31 @@ fn urgent_classes_leave_the_queue_first_and_waiting_promotes() {
 }
 
 #[test]
+fn a_replica_is_told_the_class_that_waiting_has_given_and_the_request_keeps_its_own() {
+    let mut bench = Bench::with_replicas(1);
+    bench.status(0, ReplicaState::Recovering);
+    let background = bench.take(NewRequest { class: Class::Background, ..new_request(5) });
+    bench.pass(Duration::from_millis(10_000));
+    let interactive = bench.take(NewRequest { class: Class::Interactive, ..new_request(5) });
+    bench.status(0, ReplicaState::Ready);
+    let told = |bench: &mut Bench| -> Vec<(RequestId, Class)> {
+        bench.submissions().iter().map(|(_, sent)| (sent.key.request, sent.class)).collect()
+    };
+    assert_eq!(told(&mut bench), [(interactive, Class::Interactive), (background, Class::Standard)]);
+    // It counts from its own class again: one more promotion, not three from what it was sent with.
+    bench.status(0, ReplicaState::Recovering);
+    bench.give_back(0, background, 1, None);
+    bench.pass(Duration::from_millis(4_999));
+    bench.up(1);
+    assert_eq!(told(&mut bench), [(background, Class::Standard)]);
+    bench.status(1, ReplicaState::Recovering);
+    bench.give_back(1, background, 2, None);
+    bench.pass(Duration::from_millis(1));
+    bench.status(1, ReplicaState::Ready);
+    assert_eq!(told(&mut bench), [(background, Class::Interactive)]);
+}
+
+#[test]
 fn one_frame_gives_one_batch_of_deliveries_for_all_its_requests() {
     let mut bench = Bench::with_replicas(1);
     let requests = bench.take_many(3, &new_request(5));

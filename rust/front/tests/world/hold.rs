@@ -3,8 +3,17 @@
 
 use crate::book::{Book, Entry, Place};
 use llmscale_front::{FrontAction, ReplicaState, ToReplica};
-use llmscale_types::{Class, RequestId, Time, Token};
+use llmscale_types::{Class, Duration, RequestId, Time, Token};
 use std::collections::BTreeMap;
+
+impl Entry {
+    /// Its class, less one for each time that it has waited long enough.
+    fn rank(&self, now: Time, promote_after: Duration) -> u64 {
+        let promotions = now.since(self.arrived).0 / promote_after.0;
+        let class = Class::ALL.iter().position(|class| *class == self.class).expect("it is one of all") as u64;
+        class.saturating_sub(promotions)
+    }
+}
 
 impl Book {
     /// Holds everything that the front said against what it had to say.
@@ -38,11 +47,14 @@ impl Book {
         match message {
             ToReplica::Submit(submission) => {
                 self.hold_placement(now, replica, submission.key.request);
+                let promote_after = self.options.promote_after;
                 let entry = self.find(submission.key.request).expect("it was just found");
                 assert!(submission.key.attempt > entry.attempt, "an attempt is used twice");
                 assert_eq!(submission.context, entry.context, "the record is not what was emitted");
                 assert_eq!(submission.prompt_tokens as usize, entry.prompt_tokens);
                 assert_eq!((&submission.sampling, submission.deadline), (&entry.sampling, entry.deadline));
+                let rank = entry.rank(now, promote_after);
+                assert_eq!(Class::ALL[rank as usize], submission.class, "the class that it has reached");
                 entry.attempt = submission.key.attempt;
                 entry.place = Place::On(replica);
                 entry.started = false;
@@ -73,12 +85,8 @@ impl Book {
         assert!(self.on(replica).len() < self.max_on_replica, "a request is sent above the replica's limit");
         let model = self.models[replica as usize];
         let waiting = self.entries.iter().filter(|entry| entry.place == Place::Waiting && entry.model == model);
-        let rank = |entry: &Entry| {
-            let promotions = now.since(entry.arrived).0 / self.options.promote_after.0;
-            let class = Class::ALL.iter().position(|class| *class == entry.class).expect("it is one of all") as u64;
-            (class.saturating_sub(promotions), entry.id)
-        };
-        let first = waiting.min_by_key(|entry| rank(entry)).map(|entry| entry.id);
+        let first =
+            waiting.min_by_key(|entry| (entry.rank(now, self.options.promote_after), entry.id)).map(|entry| entry.id);
         assert_eq!(first, Some(id), "somebody else was first");
     }
 
