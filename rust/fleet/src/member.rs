@@ -271,8 +271,9 @@ impl Member {
         self.prompts_ns(tokens, 1)
     }
 
-    /// Predicted time to compute several prompts of this many tokens in all.
-    fn prompts_ns(&self, tokens: u64, prompts: u32) -> u64 {
+    /// Predicted time to compute several prompts of this many tokens in all. Attention costs the square of each prompt's
+    /// length, so this is less than for one prompt of all of them.
+    pub fn prompts_ns(&self, tokens: u64, prompts: u32) -> u64 {
         let tokens = u32::try_from(tokens).unwrap_or(u32::MAX);
         if tokens == 0 { 0 } else { self.cost.predict_prompts(tokens, prompts) }
     }

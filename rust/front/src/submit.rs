@@ -9,7 +9,7 @@ use llmscale_types::error::QueueUnit;
 use llmscale_types::{Duration, Planted, Refusal, RequestId, Time};
 use std::sync::Arc;
 
-/// What a refused client is told to wait when no replica is ready and nothing can be predicted.
+/// What a refused client is told to wait where no pool with a ready replica makes the room, so that nothing is predicted.
 const RETRY_WITHOUT_REPLICA: Duration = Duration::from_millis(5_000);
 /// The least that a refused client is told to wait.
 const LEAST_RETRY: Duration = Duration::from_millis(1);
@@ -89,7 +89,7 @@ impl Front {
         }
         let (live, most) = (self.requests.len() as u64, u64::from(self.options.limits.max_live_requests));
         if live >= most {
-            return Err(self.full(now, live, most, QueueUnit::LiveRequests));
+            return Err(self.full(now, live, most, QueueUnit::LiveRequests, 1));
         }
         let prompt_tokens = new.prompt.len() as u64;
         // The queues are bounded together, but what waits for others keeps nobody out who would not wait.
@@ -97,7 +97,10 @@ impl Front {
             return Ok(());
         }
         match self.overfull(prompt_tokens) {
-            Some((queued, limit, unit)) => Err(self.full(now, queued, limit, unit)),
+            Some((queued, limit, unit)) => {
+                let asked = if unit == QueueUnit::Tokens { prompt_tokens } else { 1 };
+                Err(self.full(now, queued, limit, unit, asked))
+            }
             // What waited for the same replicas has gone there.
             None => Ok(()),
         }
@@ -135,8 +138,10 @@ impl Front {
         self.policy.choose(&self.fleet, &need).is_some()
     }
 
-    fn full(&self, now: Time, queued: u64, limit: u64, unit: QueueUnit) -> Refusal {
-        Refusal::QueueFull { queued, limit, unit, retry_after: self.retry_after(now) }
+    /// There is room again when all that is above the bound has gone; a prompt longer than the bound waits for all of it.
+    fn full(&self, now: Time, queued: u64, limit: u64, unit: QueueUnit, asked: u64) -> Refusal {
+        let gone = (queued + asked).saturating_sub(limit).min(queued);
+        Refusal::QueueFull { queued, limit, unit, retry_after: self.retry_after(now, gone, unit) }
     }
 
     /// Requests that wait, all pools together.
@@ -149,23 +154,40 @@ impl Front {
         self.queues.iter().map(|queue| queue.context_tokens).sum()
     }
 
-    /// Predicted time until there is room: that of the pool which is there first. Whose queue is empty makes none, and
-    /// nothing can be predicted where no replica is ready.
-    fn retry_after(&self, now: Time) -> Duration {
+    /// Predicted time until so many of what is counted have gone: that of the pool which is there first. One that holds
+    /// fewer, or has no replica ready, makes no room.
+    fn retry_after(&self, now: Time, gone: u64, unit: QueueUnit) -> Duration {
         let pools = (0..self.queues.len() as u32).map(PoolId);
-        let first = pools.filter_map(|pool| self.room_ns(now, pool)).min();
+        let first = pools.filter_map(|pool| self.room_ns(now, pool, gone, unit)).min();
         first.map_or(RETRY_WITHOUT_REPLICA, |room_ns| Duration::from_nanos(room_ns).max(LEAST_RETRY))
     }
 
-    /// Predicted time until the pool's ready replicas have taken what waits now, or at least the next of what they run.
-    fn room_ns(&self, now: Time, pool: PoolId) -> Option<u64> {
+    /// Predicted time until so many of what is counted have left a pool: `begin + work / replicas * gone / held`, rounded
+    /// up, over its ready replicas. `held` is what is counted there: waiting requests, or their tokens, with `work` the time
+    /// to compute their prompts and outputs and `begin` the shortest backlog, or requests that live, with `work` also what
+    /// the replicas run and `begin` 0.
+    fn room_ns(&self, now: Time, pool: PoolId, gone: u64, unit: QueueUnit) -> Option<u64> {
         let queue = self.queue(pool);
         let ready = || self.fleet.pool_members(pool).filter(|member| member.takes_work(now));
-        let first = ready().next().filter(|_| !queue.is_empty())?;
-        let prefill = first.prefill_ns(queue.context_tokens);
-        let decode = first.decode_ns(queue.output_tokens, first.limits.max_sequences);
-        let running = ready().map(|member| member.backlog_ns(now)).min().unwrap_or(0);
-        let waiting = prefill.saturating_add(decode) / ready().count() as u64;
-        Some(waiting.saturating_add(running))
+        let first = ready().next()?;
+        let prompts = u32::try_from(queue.len()).unwrap_or(u32::MAX);
+        let prefill_ns = first.prompts_ns(queue.context_tokens, prompts);
+        let waiting_ns = prefill_ns.saturating_add(first.decode_ns(queue.output_tokens, first.limits.max_sequences));
+        let begin_ns = ready().map(|member| member.backlog_ns(now)).min().unwrap_or(0);
+        let (held, work_ns, begin_ns) = match unit {
+            QueueUnit::Requests => (u64::from(prompts), waiting_ns, begin_ns),
+            QueueUnit::Tokens => (queue.context_tokens, waiting_ns, begin_ns),
+            QueueUnit::LiveRequests => {
+                let running: u64 = ready().map(|member| u64::from(member.load.sequences)).sum();
+                let running_ns = ready().map(|member| member.remaining_ns(now)).fold(waiting_ns, u64::saturating_add);
+                (u64::from(prompts) + running, running_ns, 0)
+            }
+        };
+        if held < gone.max(1) {
+            return None;
+        }
+        let share_ns = (u128::from(work_ns) * u128::from(gone)).div_ceil(u128::from(held) * ready().count() as u128);
+        // Not above `work_ns`, as no more goes than is held.
+        Some(begin_ns.saturating_add(share_ns as u64))
     }
 }
