@@ -245,6 +245,14 @@ impl Fleet {
         lengths.filter(|&length| length <= limit).max().unwrap_or(0)
     }
 
+    /// Whether a pool has a replica to wait for: one that is ready, or loads its model for the first time, which may take
+    /// minutes, or drains, which its node does not do for long and may do to be started again. Not one whose worker died:
+    /// the next one is there within a second, or, where each dies as it starts, never.
+    pub fn has_prospect(&self, pool: PoolId) -> bool {
+        let waited_for = |state| state != ReplicaState::Recovering;
+        self.pool_members(pool).any(|member| member.state.is_some_and(waited_for))
+    }
+
     /// Whether a pool has a connected replica.
     pub fn is_alive(&self, pool: PoolId) -> bool {
         self.best_state(pool) > 0

@@ -76,7 +76,7 @@ impl Front {
             assert_eq!((queue.context_tokens, queue.output_tokens), (context_tokens, output_tokens), "pool {pool}");
             if queue.alone_since.is_some() {
                 let pool = llmscale_fleet::PoolId(pool as u32);
-                assert!(!self.fleet.is_alive(pool), "pool {pool:?} is given up though it has replicas");
+                assert!(!self.fleet.has_prospect(pool), "pool {pool:?} is given up though it has replicas");
             }
         }
         let waiting = requests.values().filter(|request| request.place == Place::Queued).count();

@@ -253,7 +253,9 @@ impl Front {
             }
             Some(Refusal::Draining) => {
                 member.state = Some(ReplicaState::Draining);
+                let pool = member.pool;
                 drop(member);
+                self.watch_pool(now, pool);
             }
             Some(Refusal::QueueFull { retry_after, .. }) => {
                 let until = now + retry_after.max(LEAST_REFUSED);

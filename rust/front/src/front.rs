@@ -109,6 +109,10 @@ impl Front {
         self.fall_due(now, out);
         self.fleet.review(now);
         for pool in (0..self.queues.len() as u32).map(PoolId) {
+            if !self.queue(pool).is_empty() && self.queue(pool).alone_since.is_none() {
+                // What comes back to a pool that was given up waits as long as the others did.
+                self.watch_pool(now, pool);
+            }
             self.place_waiting(now, pool, out);
             self.arm_trial(now, pool);
         }

@@ -22,9 +22,7 @@ impl Front {
             return;
         };
         self.queues.resize_with(self.fleet.pool_count() as usize, Queue::default);
-        if let Some(since) = self.queue_mut(pool).alone_since.take() {
-            self.timers.clear(since + self.options.max_without_replica, Due::Pool(pool));
-        }
+        self.watch_pool(now, pool);
         for other in (0..self.fleet.pool_count()).map(PoolId).filter(|&other| other != pool) {
             self.rebind(other);
         }
@@ -50,10 +48,23 @@ impl Front {
         self.sent.remove(&replica);
         self.recovering.remove(&replica);
         self.fleet.leave(replica);
-        if !self.fleet.is_alive(pool) && self.queue(pool).alone_since.is_none() {
-            self.queue_mut(pool).alone_since = Some(now);
-            self.timers.set(now + self.options.max_without_replica, Due::Pool(pool));
-            self.rebind(pool);
+        self.watch_pool(now, pool);
+        self.rebind(pool);
+    }
+
+    /// A pool's clock runs from when it has no replica to wait for until it has one again.
+    pub(crate) fn watch_pool(&mut self, now: Time, pool: PoolId) {
+        let max_alone = self.options.max_without_replica;
+        match (self.fleet.has_prospect(pool), self.queue(pool).alone_since) {
+            (true, Some(since)) => {
+                self.queue_mut(pool).alone_since = None;
+                self.timers.clear(since + max_alone, Due::Pool(pool));
+            }
+            (false, None) => {
+                self.queue_mut(pool).alone_since = Some(now);
+                self.timers.set(now + max_alone, Due::Pool(pool));
+            }
+            (true, None) | (false, Some(_)) => {}
         }
     }
 
@@ -64,9 +75,19 @@ impl Front {
         }
     }
 
-    /// Nobody came back in time: what waits for this pool ends, and nothing new is taken for it.
+    /// Nobody came back in time: what waits for this pool ends, here or on a replica without a worker, and nothing new is
+    /// taken for it. Streams stay on such a replica, as nobody else has what they have computed.
     pub(crate) fn give_up_pool(&mut self, pool: PoolId, out: &mut Vec<FrontAction>) {
         self.queue_mut(pool).alone_since = None;
+        for replica in self.replicas_in(ReplicaState::Recovering) {
+            for id in self.attempts_on(replica) {
+                let request = &self.requests[&id];
+                if request.pool == pool && request.output_tokens() == 0 {
+                    self.withdraw(id, None, out);
+                    self.conclude(id, EndReason::Unavailable, out);
+                }
+            }
+        }
         let waiting: Vec<RequestId> = self.queue(pool).all().collect();
         for id in waiting {
             self.dequeue(id);
@@ -122,8 +143,12 @@ impl Front {
     pub(crate) fn reported(&mut self, now: Time, replica: ReplicaId, report: Report, out: &mut Vec<FrontAction>) {
         let mut member = self.fleet.get_mut(replica).expect("the fence has passed");
         member.report = Some((now, report));
-        member.state = Some(report.state);
+        let last = member.state.replace(report.state);
+        let pool = member.pool;
         drop(member);
+        if last != Some(report.state) {
+            self.watch_pool(now, pool);
+        }
         if report.state == ReplicaState::Recovering {
             self.end_races_on(replica, out);
             self.recovering.entry(replica).or_insert(now);

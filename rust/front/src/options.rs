@@ -15,7 +15,7 @@ pub struct FrontOptions {
     pub max_replicas: u32,
     /// After this much waiting, a request ranks one class higher.
     pub promote_after: Duration,
-    /// How long requests wait when no replica of their model is connected.
+    /// How long requests wait when no replica of their model is connected, or none but such as have lost their worker.
     pub max_without_replica: Duration,
     /// How long the streams of a replica wait for its next worker before they go on elsewhere. A spare takes 150 ms; a
     /// worker that has to import and load first takes seconds.

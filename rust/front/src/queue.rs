@@ -12,7 +12,7 @@ pub(crate) struct Queue {
     pub(crate) context_tokens: u64,
     /// Output tokens expected of all that wait.
     pub(crate) output_tokens: u64,
-    /// Since when no replica of the pool is connected.
+    /// Since when the pool has no replica to wait for.
     pub(crate) alone_since: Option<Time>,
     /// When a replica that is left alone may be tried, while requests wait.
     pub(crate) trial_at: Option<Time>,

@@ -129,7 +129,7 @@ impl Front {
         self.counters.retries += 1;
         self.counters.repeated_retries += u64::from(faults >= 2);
         let pool = self.requests[&id].pool;
-        if self.fleet.is_alive(pool) || self.queue(pool).alone_since.is_some() {
+        if self.fleet.has_prospect(pool) || self.queue(pool).alone_since.is_some() {
             self.enqueue(id);
         } else if self.enqueue_for_heir(id) {
             // Its own pool was given up meanwhile.

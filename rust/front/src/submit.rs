@@ -51,8 +51,8 @@ impl Front {
         }
         let pool = self.fleet.serving(model);
         let pool = pool.ok_or_else(|| SubmitError::UnknownModel { model: model.to_owned() })?;
-        // Its replicas have been gone for longer than a request would wait for them.
-        let given_up = !self.fleet.is_alive(pool) && self.queue(pool).alone_since.is_none();
+        // Its replicas have been gone, or without a worker, for longer than a request would wait for them.
+        let given_up = !self.fleet.has_prospect(pool) && self.queue(pool).alone_since.is_none();
         if given_up { Err(unavailable()) } else { Ok(pool) }
     }
 

@@ -14,7 +14,7 @@ pub(crate) enum Due {
     Replica(ReplicaId),
     /// A replica of a pool that is left alone may be tried.
     Trial(PoolId),
-    /// A pool has been without replicas for too long.
+    /// A pool has been without a replica to wait for for too long.
     Pool(PoolId),
 }
 

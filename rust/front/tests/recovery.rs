@@ -4,7 +4,7 @@ mod common;
 
 use common::{Bench, LENGTH, STOP, new_request, offer, report, row};
 use llmscale_front::{
-    EndReason, FrontEvent, FrontOptions, NewRequest, Offer, ReplicaFrame, ReplicaState, SoFar, SubmitError, ToReplica,
+    EndReason, FrontEvent, FrontOptions, NewRequest, Offer, ReplicaFrame, ReplicaState, SoFar, ToReplica,
 };
 use llmscale_types::error::QueueUnit;
 use llmscale_types::{
@@ -195,24 +195,6 @@ fn requests_that_come_back_stand_at_the_front_of_their_class() {
     bench.up_with(0, offer(200));
     let order: Vec<RequestId> = bench.submissions().iter().map(|(_, submission)| submission.key.request).collect();
     assert_eq!(order, requests[..4]);
-}
-
-#[test]
-fn without_replicas_for_too_long_waiting_requests_end_and_new_ones_are_refused() {
-    let mut bench = Bench::with_replicas(1);
-    let first = bench.take(new_request(4));
-    bench.down(0);
-    let second = bench.take(new_request(4));
-    assert_eq!(bench.wake_at, Some(bench.now + Duration::from_millis(60_000)));
-    bench.pass(Duration::from_millis(59_999));
-    assert_eq!(bench.ends.len(), 0);
-    bench.pass(Duration::from_millis(1));
-    assert_eq!(bench.reason(first), Some(EndReason::Unavailable));
-    assert_eq!(bench.reason(second), Some(EndReason::Unavailable));
-    let error = bench.submit(new_request(4)).expect_err("nobody is there");
-    assert_eq!(error, SubmitError::Unavailable { model: "tiny".into() });
-    bench.up_with(0, offer(200));
-    bench.take(new_request(4));
 }
 
 #[test]

@@ -57,6 +57,7 @@ pub const EXPECTED: &[&str] = &[
     "front_silences",
     "front_silent_for_node",
     "front_slow_readers",
+    "front_gave_up_workers",
     "front_spared",
     "front_stale_frames",
     "front_stale_rows",

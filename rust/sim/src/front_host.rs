@@ -53,8 +53,9 @@ pub(crate) struct FrontHost {
     /// What clients have read and the front does not know yet.
     reads: VecDeque<(RequestId, u32)>,
     actions: Vec<FrontAction>,
+    /// Since when no node is connected, or none but such as have lost their worker.
     alone_since: Option<Time>,
-    /// When no node had been connected for too long, the last time.
+    /// When there had been no node to wait for for too long, the last time.
     gave_up: Option<Time>,
     pub(crate) wake_at: Option<Time>,
 }
@@ -231,11 +232,20 @@ impl FrontHost {
             }
         }
         self.retry_book.retried(around.now(), self.front.counters().repeated_retries, &around.mix.retries);
-        let connected = self.conversations.iter().any(Conversation::is_welcome);
+        let prospect = self.has_prospect(around.now());
         if self.alone_since.is_some_and(|since| around.now().since(since) >= around.mix.max_without_replica) {
             self.gave_up = Some(around.now());
+            let connected = self.conversations.iter().any(Conversation::is_welcome);
+            around.coverage.add("front_gave_up_workers", u64::from(connected));
         }
-        self.alone_since = if connected { None } else { self.alone_since.or(Some(around.now())) };
+        self.alone_since = if prospect { None } else { self.alone_since.or(Some(around.now())) };
+    }
+
+    fn has_prospect(&self, now: Time) -> bool {
+        let mut welcome = self.conversations.iter().filter(|conversation| conversation.is_welcome());
+        let waits = |node: &ReplicaStatus| node.state.is_some_and(|state| state != ReplicaState::Recovering);
+        // What the front believes is asked only where it matters.
+        welcome.any(|node| !node.has_lost_worker()) || self.front.status(now).replicas.iter().any(waits)
     }
 
     /// A stream that goes on is not sent where it is computed otherwise while an idle node computes alike. A node that was

@@ -72,7 +72,7 @@ pub(crate) struct Book {
     /// Which model runs at which replica.
     pub(crate) models: Vec<&'static str>,
     pub(crate) links: Vec<Option<Link>>,
-    /// Whether a replica of the model was ever there, and since when none is.
+    /// Whether a replica of the model was ever there, and since when none is that has its worker.
     pub(crate) known: BTreeMap<&'static str, Option<Time>>,
     pub(crate) given_up: BTreeSet<&'static str>,
     pub(crate) entries: Vec<Entry>,
@@ -159,8 +159,31 @@ impl Book {
         self.given_up.insert(model);
         for id in self.ids() {
             let entry = self.find(id).expect("it is listed");
-            if entry.place == Place::Waiting && entry.model == model {
+            let unbegun = matches!(entry.place, Place::On(_)) && entry.output().is_empty();
+            if entry.model == model && (entry.place == Place::Waiting || unbegun) {
+                self.expect_abort(id, None);
                 self.conclude(id, EndReason::Unavailable);
+            }
+        }
+    }
+
+    /// A model's clock runs while no replica of it is connected but such as have lost their worker.
+    fn watch(&mut self, now: Time, model: &'static str) {
+        let prospect = self
+            .links
+            .iter()
+            .zip(&self.models)
+            .any(|(link, &runs)| runs == model && link.is_some_and(|link| link.state != ReplicaState::Recovering));
+        let since = self.known.entry(model).or_default();
+        *since = if prospect { None } else { since.or(Some(now)) };
+        self.given_up.remove(model);
+    }
+
+    /// What waits for a model that was given up waits as long as the others did.
+    pub(crate) fn watch_waiting(&mut self, now: Time) {
+        for model in self.given_up.clone() {
+            if self.entries.iter().any(|entry| entry.place == Place::Waiting && entry.model == model) {
+                self.watch(now, model);
             }
         }
     }
@@ -250,8 +273,7 @@ impl Book {
         self.down(now, replica);
         let state = ReplicaState::Ready;
         self.links[replica as usize] = Some(Link { node, epoch, state, refused_until: None });
-        self.known.insert(self.models[replica as usize], None);
-        self.given_up.remove(self.models[replica as usize]);
+        self.watch(now, self.models[replica as usize]);
     }
 
     pub(crate) fn down(&mut self, now: Time, replica: u32) {
@@ -261,11 +283,7 @@ impl Book {
         for id in self.on(replica) {
             self.lose(id, true);
         }
-        let model = self.models[replica as usize];
-        let others = (0..self.models.len()).any(|other| self.models[other] == model && self.links[other].is_some());
-        if !others {
-            self.known.insert(model, Some(now));
-        }
+        self.watch(now, self.models[replica as usize]);
     }
 
     pub(crate) fn lose(&mut self, id: RequestId, fault: bool) {
@@ -303,9 +321,16 @@ impl Book {
                 self.given_back(now, replica, *request, *attempt, *refusal);
             }
             ReplicaFrame::Status(report) => {
-                self.links[replica as usize].as_mut().expect("it is up").state = report.state;
+                self.told_state(now, replica, report.state);
             }
             ReplicaFrame::Pong | ReplicaFrame::KvChanges { .. } | ReplicaFrame::KvSnapshot { .. } => {}
+        }
+    }
+
+    fn told_state(&mut self, now: Time, replica: u32, state: ReplicaState) {
+        let link = self.links[replica as usize].as_mut().expect("its frame passed");
+        if std::mem::replace(&mut link.state, state) != state {
+            self.watch(now, self.models[replica as usize]);
         }
     }
 
@@ -374,7 +399,7 @@ impl Book {
         match refusal {
             None => self.lose(id, false),
             Some(Refusal::Draining) => {
-                link.state = ReplicaState::Draining;
+                self.told_state(now, replica, ReplicaState::Draining);
                 self.lose(id, false);
             }
             Some(Refusal::QueueFull { retry_after, .. }) => {

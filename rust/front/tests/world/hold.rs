@@ -36,6 +36,7 @@ impl Book {
                 FrontAction::WakeAt(at) => assert!(*at > now, "woken for the past"),
             }
         }
+        self.watch_waiting(now);
         let expected = std::mem::take(&mut self.expected);
         assert_eq!(delivered, expected.deliveries);
         assert!(expected.finishes.is_empty(), "not said: {:?}", expected.finishes);

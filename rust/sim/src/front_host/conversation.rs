@@ -29,16 +29,22 @@ pub(super) struct Conversation {
     /// What the front's process speaks.
     spoken: VersionRange,
     stage: Stage,
+    /// It has said in this conversation that a worker died.
+    lost_worker: bool,
     pings: u64,
 }
 
 impl Conversation {
     pub(super) fn new(front: usize, place: usize, spoken: VersionRange) -> Self {
-        Self { front, place, spoken, stage: Stage::Greeting { again_at: Time(0) }, pings: 0 }
+        Self { front, place, spoken, stage: Stage::Greeting { again_at: Time(0) }, lost_worker: false, pings: 0 }
     }
 
     pub(super) fn is_welcome(&self) -> bool {
         matches!(self.stage, Stage::Welcome { .. })
+    }
+
+    pub(super) fn has_lost_worker(&self) -> bool {
+        self.lost_worker
     }
 
     fn replica(&self) -> ReplicaId {
@@ -63,6 +69,7 @@ impl Conversation {
                 around.reach(versions::agreed(version), [self.front as u64, self.place as u64, node.0, 0]);
             }
             self.stage = Stage::Welcome { node, version, heard: now, ping_at: now + PING_INTERVAL };
+            self.lost_worker = false;
             around.note("front is welcome", [self.front as u64, self.place as u64, welcome.node.0, welcome.epoch.0]);
             return Some(FrontEvent::ReplicaUp { replica, offer: Box::new(offer(welcome)) });
         }
@@ -74,7 +81,10 @@ impl Conversation {
                 let (request, attempt, refusal, suspect) = (back.request, back.attempt, back.refusal, back.suspect);
                 (back.node, back.epoch, ReplicaFrame::GiveBack { request, attempt, refusal, suspect })
             }
-            FromNode::Status(status) => (status.node, status.epoch, ReplicaFrame::Status(Box::new(report(&status)))),
+            FromNode::Status(status) => {
+                self.lost_worker |= status.state == NodeState::Recovering;
+                (status.node, status.epoch, ReplicaFrame::Status(Box::new(report(&status))))
+            }
             FromNode::Pong(pong) => (pong.node, pong.epoch, ReplicaFrame::Pong),
             FromNode::KvChanges(changes) => {
                 let (node, epoch, number) = (changes.node, changes.epoch, changes.number);
