@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -124,6 +125,11 @@ async def test_a_long_path_is_a_431(patient: Serving) -> None:
     assert status(await patient.exchange(data)) == 431
 
 
+# What Java's client sends with every first request, and a browser to a page's socket.
+UPGRADES = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nUpgrade: h2c\r\n",
+    "websocket": b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n",
+}
 SMUGGLED = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
 AMBIGUOUS = {
     "length and chunked": b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
@@ -148,9 +154,12 @@ AMBIGUOUS = {
 }
 
 
+@pytest.mark.parametrize("upgrade", [b"", UPGRADES["h2c"]], ids=["", "upgrade"])
 @pytest.mark.parametrize("name", AMBIGUOUS)
-async def test_a_request_that_two_parsers_could_read_differently_smuggles_nothing(gateway: Serving, name: str) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n" + HEADER
+async def test_a_request_that_two_parsers_could_read_differently_smuggles_nothing(
+    gateway: Serving, name: str, upgrade: bytes
+) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n" + HEADER + upgrade
     answer = await gateway.exchange(head + AMBIGUOUS[name])
     assert b"llmscale:prompt_tokens" not in answer
     assert answer.count(b"HTTP/1.1 4") <= 1
@@ -175,10 +184,62 @@ async def test_bytes_that_are_not_http_are_refused_and_closed(gateway: Serving, 
     assert status(await gateway.exchange(data)) in {0, 400, 431}
 
 
-async def test_an_upgrade_is_not_followed(gateway: Serving) -> None:
-    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n"
+async def answers(gateway: Serving, requests: list[bytes], packets: str) -> bytes:
+    """What several requests on one connection get, of which the last one closes it."""
+    data = b"".join(requests)
+    cuts = {
+        "one packet": [],
+        "header and body": [data.index(b"\r\n\r\n") + 4],
+        "byte by byte": range(1, len(data)),
+    }[packets]
+    reader, writer = await gateway.raw()
+    received = asyncio.ensure_future(reader.read())
+    for start, end in itertools.pairwise([0, *cuts, len(data)]):
+        writer.write(data[start:end])
+        await asyncio.sleep(0.002)
+    return await asyncio.wait_for(received, 60)
+
+
+PACKETS = pytest.mark.parametrize("packets", ["one packet", "header and body", "byte by byte"])
+UPGRADE = pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES)
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n5\r\n%b\r\n%x\r\n%b\r\n0\r\nX-Trailer: y\r\n\r\n"
+
+
+@PACKETS
+@UPGRADE
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+async def test_a_request_that_asks_for_another_protocol_keeps_its_body(
+    patient: Serving, upgrade: bytes, packets: str, chunked: bool
+) -> None:
+    first = post(BODY, extra=upgrade)
+    if chunked:
+        first = first.replace(b"Content-Length: %d\r\n" % len(BODY), b"").removesuffix(b"\r\n" + BODY)
+        first += CHUNKED % (BODY[:5], len(BODY) - 5, BODY[5:])
+    answer = await answers(patient, [first, post(BODY)], packets)
+    assert (answer.count(b"HTTP/1.1 "), answer.count(b"HTTP/1.1 200 ")) == (2, 2)
+
+
+@PACKETS
+@UPGRADE
+@pytest.mark.parametrize("method", [b"GET /v1/models", b"POST /v1/completions", b"CONNECT a://b/v1/models"])
+async def test_the_body_of_a_request_that_asks_for_another_protocol_is_no_request(
+    patient: Serving, upgrade: bytes, packets: str, method: bytes
+) -> None:
+    first = post(SMUGGLED, extra=upgrade).replace(b"POST /v1/completions", method)
+    answer = await answers(patient, [first, post(BODY, extra=b"X-Request-Id: next\r\nConnection: close\r\n")], packets)
+    assert b"llmscale:prompt_tokens" not in answer
+    assert answer.count(b"HTTP/1.1 ") == 2
+    assert status(answer) == {b"G": 200, b"P": 400, b"C": 405}[method[:1]]
+    assert b"x-request-id: next" in answer
+
+
+@UPGRADE
+async def test_an_upgrade_is_not_followed(gateway: Serving, upgrade: bytes) -> None:
     answer = await gateway.exchange(b"GET /v1/models HTTP/1.1\r\n" + HEADER + upgrade + b"\r\n")
-    assert status(answer) in {200, 400}
+    assert status(answer) == 200
+    last = upgrade.replace(b"Connection: ", b"Connection: close, ")
+    answer = await gateway.exchange(post(BODY, extra=last) + b"what follows the last request is not read")
+    assert (status(answer), answer.count(b"HTTP/1.1 ")) == (200, 1)
     connect = await gateway.exchange(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n")
     assert status(connect) in {0, 400, 404, 405}
 

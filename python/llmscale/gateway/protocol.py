@@ -2,8 +2,8 @@
 
 A connection must bring a complete header within a time limit, counted from its opening or from the first byte after a
 response, and within a byte limit, whether the bytes come in one packet or one by one; a client that does not read its
-answer is dropped. O(1) per header line. It also lets a response watch and abort its connection. Knows nothing of
-routes.
+answer is dropped. O(1) per header line. A wish for another protocol is ignored: such a request is read to its end and
+answered as if it had none. It also lets a response watch and abort its connection. Knows nothing of routes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from llmscale.errors import ArrivalTimeout, HeaderTooLarge, LlmscaleError, MalformedRequest, Unavailable
@@ -22,6 +23,8 @@ from llmscale.gateway.http import error_body
 # What a client must read per `max_stall_seconds` of an answer that waits for it: with 30 s, 1 KiB a second.
 _MIN_READ_BYTES: Final = 32 << 10
 _FINAL_HEADS: Final = tuple(f"HTTP/1.1 {digit}".encode() for digit in "2345")
+# The fields that say where a request ends.
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
 class _CoalescingTransport:
@@ -84,6 +87,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._header_fields = 0
         self._in_header = True
+        self._is_repeated = False
         self._is_lost = False
         self._unread_timer: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
@@ -133,7 +137,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         if self._in_header:
             self._header_bytes += len(data)
-        super().data_received(data)
+        self._feed(data)
         if not (self._in_header or self.cycle is None or self.cycle.response_complete) or self.transport.is_closing():
             return
         if self._in_header and self._header_bytes > self.limits.max_header_bytes:
@@ -159,28 +163,41 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             super().timeout_keep_alive_handler()
 
-    # What the parser calls.
+    # What the parser calls. A header that is repeated for a new parser has been counted and taken already.
 
     def on_message_begin(self) -> None:
+        if self._is_repeated:
+            return
         self._in_header = True
         self._header_fields = self._header_bytes = 0
         super().on_message_begin()
         self.scope[SCOPE_KEY] = self  # type: ignore[typeddict-unknown-key]
 
     def on_url(self, url: bytes) -> None:
+        if self._is_repeated:
+            return
         self._count(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_repeated:
+            return
         self._header_fields += 1
         self._count(len(name) + len(value) + 4)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self._is_repeated:
+            return
         self._in_header = False
         self._header_bytes = 0
         self._stop_header_timer()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        # The parser ends a request that asks for another protocol at its header. Its body is still to come.
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def on_response_complete(self) -> None:
         # A response without a body, as to HEAD, has no later write that its head could wait for.
@@ -193,6 +210,40 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(self._too_large())
         else:
             self._refuse(MalformedRequest("the bytes are not a valid HTTP/1.1 request"))
+
+    def _feed(self, data: bytes) -> None:
+        """As uvicorn's `data_received`, but what follows the header of a request for another protocol is its body."""
+        self._unset_keepalive_if_required()
+        # A view: a packet may hold thousands of such requests, and each would copy the bytes after it.
+        left = memoryview(data)
+        try:
+            while True:
+                try:
+                    self.parser.feed_data(left)
+                except httptools.HttpParserUpgrade as upgrade:
+                    left = left[upgrade.args[0] :]
+                    self._stay()
+                else:
+                    return
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _stay(self) -> None:
+        """Reads on in HTTP/1.1 after the header of a request that asks for another protocol.
+
+        A parser cannot be told to, so a new one gets a header that is followed by the same body: of the request's own
+        header, only what says where it ends and whether another may come after it.
+        """
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        head = [b"POST / HTTP/1.1\r\n" if self.cycle.keep_alive else b"POST / HTTP/1.1\r\nConnection: close\r\n"]
+        head += [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name in _FRAMING]
+        head.append(b"\r\n")
+        self._is_repeated = True
+        try:
+            self.parser.feed_data(b"".join(head))
+        finally:
+            self._is_repeated = False
 
     def _count(self, size: int) -> None:
         self._header_bytes += size
