@@ -359,7 +359,7 @@ fn engine_limits() -> impl Strategy<Value = EngineLimits> {
     (2_u32..=10, 1_u32..=16_384, 2_u32..=1 << 21, number(), vec(number(), 0..5)).prop_map(
         |(shift, max_sequences, max_sequence_tokens, more, eos_tokens)| EngineLimits {
             block_tokens: 1 << shift,
-            total_blocks: max_sequence_tokens.saturating_add(more),
+            total_blocks: max_sequence_tokens.saturating_add(more).min(EngineLimits::MAX_TOTAL_BLOCKS),
             host_blocks: more.min(EngineLimits::MAX_HOST_BLOCKS),
             max_sequences,
             max_step_tokens: max_sequences.saturating_add(more),
