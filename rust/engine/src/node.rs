@@ -1,7 +1,8 @@
 //! A node's thread: owns the sockets to fronts and to the worker, and drives one replica. The loop is four verbs; each
-//! lives in a file below. Commands come in through a channel, reports go out through a noticeboard; nothing here blocks
-//! but the one wait for sockets.
+//! lives in a file below, and what fronts ask in one of its own. Commands come in through a channel, reports go out
+//! through a noticeboard; nothing here blocks but the one wait for sockets.
 
+mod answer;
 mod deliver;
 mod receive;
 mod step;
