@@ -2,6 +2,7 @@
 //! the fronts that connect to it; `worker` is the other end of the engine's link; `front` connects a gateway to its nodes; `group_door` is where the hosts of one replica meet. A driver decides nothing: it turns
 //! frames into events and actions into frames.
 
+mod client_namespaces;
 pub mod clock;
 pub mod columns;
 pub mod disk_index;

@@ -7,6 +7,7 @@ mod deliver;
 mod receive;
 mod step;
 
+use crate::client_namespaces::ClientNamespaces;
 use crate::clock::Clock;
 use crate::disk_index::{DiskIndex, IndexMeaning};
 use crate::fronts::Fronts;
@@ -140,7 +141,8 @@ impl NodeHandle {
         let waker = poller.waker();
         let board = Noticeboard::new(Waker::new().map_err(NodeError::Thread)?);
         let (commands, orders) = bounded(MAX_COMMANDS);
-        let node = Node::new(config, replica, disk_index, server, poller, orders, board.clone());
+        let mut node = Node::new(config, replica, disk_index, server, poller, orders, board.clone());
+        node.clients = keys.map(|keys| ClientNamespaces::new(&keys.own.secret));
         let thread = std::thread::Builder::new().name("llmscale-engine".into()).spawn(move || node.run());
         Ok(Self { address, commands, waker, board, thread: Some(thread.map_err(NodeError::Thread)?) })
     }
@@ -225,6 +227,8 @@ struct Node {
     poller: Poller,
     commands: Receiver<Command>,
     fronts: Fronts,
+    /// Where peers have keys, and so roles.
+    clients: Option<ClientNamespaces>,
     worker: Option<Worker>,
     /// Incarnation of the latest worker, dead or alive: what frames to fronts carry, so that it never goes back.
     epoch: Epoch,
@@ -260,6 +264,7 @@ impl Node {
             codec: CodecLimits::default(),
             out: Actions::default(),
             fronts: Fronts::new(config.max_fronts, config.max_front_silence),
+            clients: None,
             worker: None,
             epoch: Epoch(0),
             worker_restarts: 0,

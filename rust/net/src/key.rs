@@ -126,6 +126,11 @@ impl SecretKey {
         Self(bytes)
     }
 
+    /// A key for something else, named by `purpose`, that nobody can compute who does not hold this one.
+    pub fn derive(&self, purpose: &str) -> [u8; 32] {
+        blake3::derive_key(purpose, &self.0)
+    }
+
     /// Its bytes, for the socket that uses it.
     pub(crate) const fn as_bytes(&self) -> &[u8; KEY_BYTES] {
         &self.0

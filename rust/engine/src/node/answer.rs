@@ -4,7 +4,7 @@
 use super::Node;
 use super::receive::MAX_FRAMES_PER_ROUND;
 use crate::fronts::send_frame;
-use llmscale_net::{PeerId, ReceiveError};
+use llmscale_net::{PeerId, Principal, ReceiveError, Role};
 use llmscale_scheduler::Event;
 use llmscale_types::{FrontId, SequenceKey, Time};
 use llmscale_wire::{
@@ -18,7 +18,7 @@ impl Node {
             match self.server.receive() {
                 Ok(None) => return,
                 Ok(Some(received)) => match decode::<ToNode>(&received.message.payload, &self.codec) {
-                    Ok(message) => self.answer(received.peer, message),
+                    Ok(message) => self.answer(received.peer, received.principal.as_deref(), message),
                     // A front that has not seen yet that this is another process than before; it will greet.
                     Err(error @ WireError::UnsupportedVersion { .. }) => {
                         self.reject(received.peer, RejectCode::UnsupportedVersion, &error.to_string());
@@ -31,7 +31,7 @@ impl Node {
         }
     }
 
-    fn answer(&mut self, peer: PeerId, message: ToNode) {
+    fn answer(&mut self, peer: PeerId, principal: Option<&Principal>, message: ToNode) {
         let now = self.clock.now();
         if let ToNode::Hello(hello) = message {
             self.greet(peer, &hello, now);
@@ -44,7 +44,12 @@ impl Node {
         let key = |request, attempt| SequenceKey { front, request, attempt };
         match message {
             ToNode::Hello(_) => unreachable!("answered above"),
-            ToNode::Submit(submit) => {
+            ToNode::Submit(mut submit) => {
+                if let (Some(clients), Some(principal)) = (&self.clients, principal)
+                    && let Some(namespace) = clients.of(principal, &submit.namespace)
+                {
+                    submit.namespace = namespace;
+                }
                 self.event(Event::Submit(Box::new(submit.arrive(front, now))));
             }
             ToNode::Abort(abort) => {
@@ -58,6 +63,10 @@ impl Node {
                 self.tell(front, &FromNode::Pong(pong));
             }
             ToNode::Goodbye => self.drop_front(peer),
+            // The names of all tenants' prefixes are for those who place all tenants' requests.
+            ToNode::KvAsk(_) if principal.is_some_and(|principal| principal.role() == Role::Client) => {
+                self.dropped_frames += 1;
+            }
             ToNode::KvAsk(ask) => {
                 self.event(Event::KvAsk { front, from: ask.from });
             }

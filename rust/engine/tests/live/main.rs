@@ -1,6 +1,9 @@
 //! Goal: the live drivers carry requests from a front's thread to a worker's link and back, over real sockets, and keep
 //! streams whole when workers and nodes die. Method: real threads, the hash worker as the model, waits on conditions.
 
+mod greetings;
+mod peer;
+mod tenants;
 mod worker;
 
 use llmscale_engine::{
@@ -8,13 +11,11 @@ use llmscale_engine::{
 };
 use llmscale_front::{EndReason, FrontEvent, FrontOptions, NewRequest, ReplicaState};
 use llmscale_net::link::socket::SocketLink;
-use llmscale_net::{Address, AllowList, ClientEndpoint, Context, EndpointOptions, Phase};
+use llmscale_net::{Address, AllowList, Context, EndpointOptions, ServerKeys};
 use llmscale_scheduler::Pace;
 use llmscale_sim::hash_token;
 use llmscale_types::{Class, Duration, EngineLimits, Epoch, FinishReason, NodeId, RequestId, Sampling, Token};
-use llmscale_wire::{
-    CodecLimits, Configure, Dtype, FromNode, Hello, ModelIdentity, ToNode, VERSIONS, decode, encode_at,
-};
+use llmscale_wire::{Configure, Dtype, ModelIdentity};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
@@ -63,6 +64,16 @@ impl Node {
     }
 
     fn with_limits(address: Option<&Address>, node: u64, limits: EngineLimits) -> Self {
+        Self::with_keys(address, node, limits, AllowList::default(), None)
+    }
+
+    fn with_keys(
+        address: Option<&Address>,
+        node: u64,
+        limits: EngineLimits,
+        list: AllowList,
+        keys: Option<&ServerKeys>,
+    ) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let own: Address = format!("ipc://{}/node", folder.path().display()).parse().unwrap();
         let config = NodeConfig {
@@ -85,9 +96,9 @@ impl Node {
             max_step: Duration::from_millis(60_000),
             pace: Pace::of(Duration::from_millis(20)),
         };
-        let context = Context::new(AllowList::default(), 1).unwrap();
+        let context = Context::new(list, 1).unwrap();
         let address = address.unwrap_or(&own);
-        let handle = NodeHandle::start(config, &context, address, None, &EndpointOptions::default()).unwrap();
+        let handle = NodeHandle::start(config, &context, address, keys, &EndpointOptions::default()).unwrap();
         Self { handle, context, folder, limits, epoch: Epoch(0) }
     }
 
@@ -192,30 +203,6 @@ impl Reader {
             assert_eq!(*reason, Some(EndReason::Finished(FinishReason::Length)));
         }
     }
-}
-
-#[test]
-fn a_front_that_greets_before_there_is_a_worker_is_welcome_when_there_is_one() {
-    let mut node = Node::start(None, 1);
-    let (context, codec) = (Context::new(AllowList::default(), 1).unwrap(), CodecLimits::default());
-    let options = EndpointOptions::default();
-    let mut client = ClientEndpoint::connect(&context, node.handle.address(), None, &options).unwrap();
-    wait_until("the node accepts connections", || client.phase() == Phase::Up);
-    // The second greeting is refused at once, which says that the first was read.
-    for fleet in ["test", "another"] {
-        let hello = Hello { versions: VERSIONS, front: "early".to_owned(), fleet: fleet.to_owned(), model: None };
-        client.send(encode_at(VERSIONS.low, &ToNode::Hello(hello), &codec).unwrap()).unwrap();
-    }
-    let mut hears = |what: &str, wanted: fn(&FromNode) -> bool| {
-        wait_until(what, || {
-            let message = client.receive().unwrap();
-            message.is_some_and(|message| wanted(&decode(&message.payload, &codec).unwrap()))
-        });
-    };
-    hears("a refusal", |frame| matches!(frame, FromNode::Rejected(_)));
-    let worker = node.give_worker(u64::MAX);
-    hears("a welcome", |frame| matches!(frame, FromNode::Welcome(_)));
-    node.bury(worker);
 }
 
 #[test]
