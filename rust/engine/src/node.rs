@@ -205,6 +205,8 @@ struct Worker {
     pid: Option<u32>,
     /// It failed and is ignored until it is dead.
     failed: bool,
+    /// And what it ran was taken from it.
+    given_up: bool,
     /// Steps that had been completed when it gave up its steps for the last time.
     steps_at_reset: Option<u64>,
 }

@@ -107,6 +107,7 @@ pub const EXPECTED: &[&str] = &[
     "worker_dropped_delta",
     "worker_found_bad_host_blocks",
     "worker_hung",
+    "worker_lingered",
     "worker_lost_mirror",
     "worker_needs_snapshot",
     "worker_raised",

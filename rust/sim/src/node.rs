@@ -6,6 +6,7 @@ mod answer;
 mod deliver;
 mod disk;
 mod drain;
+mod worker_life;
 
 use crate::around::Around;
 use crate::disk_memory::{DiskBook, DiskMemory};
@@ -179,17 +180,6 @@ impl NodeProcess {
         self.wake(around, Duration(20));
     }
 
-    /// The worker process dies, by an ordinary fault or by what it computed. The supervisor sees it a little later.
-    pub(crate) fn kill_worker(&mut self, around: &mut Around, ordinary: bool) -> bool {
-        let Some(worker) = self.worker.as_mut().filter(|worker| worker.alive) else { return false };
-        worker.alive = false;
-        worker.failed_ordinarily = ordinary;
-        let epoch = worker.epoch;
-        let wait = around.random.span(500, 20_000);
-        self.plan_worker(around, epoch, WorkerTurn::Buried, wait);
-        true
-    }
-
     /// Something goes wrong in the worker, which lives on.
     pub(crate) fn let_lapse(&mut self, lapse: Lapse) {
         if let Some(worker) = self.worker.as_mut().filter(|worker| worker.takes_steps()) {
@@ -256,6 +246,7 @@ impl NodeProcess {
             return;
         }
         self.next_round = None;
+        self.give_up_failed_worker(around);
         self.obey(around);
         self.read_fronts(around);
         self.read_worker(around);
@@ -265,7 +256,8 @@ impl NodeProcess {
         self.execute(around);
         self.deliver(around);
         self.book.note(self.replica.take_index_changes());
-        let busy = self.replica.housekeeping(8);
+        let gives_up = self.worker.as_ref().is_some_and(|worker| worker.failed && !worker.given_up);
+        let busy = self.replica.housekeeping(8) || gives_up;
         let deadline = self.replica.next_deadline().unwrap_or(self.next_status).min(self.next_status);
         let wait = if busy { Duration(10) } else { deadline.since(around.now()).max(Duration(1)) };
         self.wake(around, wait);
@@ -304,64 +296,6 @@ impl NodeProcess {
                     unreachable!("a worker says so itself")
                 }
             }
-        }
-    }
-
-    fn take_worker(&mut self, epoch: Epoch, around: &mut Around) {
-        assert!(epoch > self.epoch, "epoch {epoch} comes after {}", self.epoch);
-        self.epoch = epoch;
-        let mut host = self.host.take().expect("the worker before left it");
-        if around.mix.has(Fault::HostMemoryLost) && around.random.chance(400) {
-            around.reach("host_memory_lost", [self.place as u64, self.node.0, epoch.0, 0]);
-            host = HostMemory::new(around.mix.engine.host_blocks, host.incarnation() + 1);
-        }
-        let disk = self.disk.take().expect("the worker before left it");
-        self.worker = Some(WorkerProcess::new(epoch, host, disk, around));
-        let loading = around.random.span(5_000, 200_000);
-        self.plan_worker(around, epoch, WorkerTurn::Ready, loading);
-    }
-
-    fn worker_ready(&mut self, epoch: Epoch, now: Time) {
-        let Some(worker) = self.worker.as_mut().filter(|worker| worker.epoch == epoch && worker.alive) else { return };
-        worker.be_ready();
-        let (host_memory, disk_files) = (worker.host_memory(), worker.disk_files());
-        self.last_reset = None;
-        self.grown = self.grown.max(Grown::HadWorker);
-        self.event(now, Event::WorkerUp { epoch, host_memory, disk_files });
-        if self.grown < Grown::HasRun {
-            self.event(now, Event::Submit(Box::new(probe(epoch))));
-        } else if self.state == NodeState::Recovering {
-            self.state = NodeState::Ready;
-        }
-        self.next_status = now;
-    }
-
-    fn bury_worker(&mut self, epoch: Epoch, around: &mut Around) {
-        let now = around.now();
-        let Some(worker) = self.worker.as_ref().filter(|worker| worker.epoch == epoch) else { return };
-        // Counted when the node learns of it: steps that were planned until then were sent to a dead worker.
-        around.deaths.push((self.place, worker.failed_ordinarily));
-        // Steps that it had finished are no reason to suspect anybody.
-        self.read_worker(around);
-        self.complete(now);
-        let (host, disk, torn) = self.worker.take().expect("it was just looked at").leave();
-        around.coverage.add("disk_torn", u64::from(torn));
-        (self.host, self.disk) = (Some(host), Some(disk));
-        self.sent.clear();
-        self.worker_restarts += 1;
-        if self.state == NodeState::Ready {
-            self.state = NodeState::Recovering;
-        }
-        self.event(now, Event::WorkerDown);
-        self.whole.clear();
-        self.next_status = now;
-    }
-
-    /// The worker is of no use any more; the supervisor ends it.
-    fn fail_worker(&mut self, around: &mut Around, ordinary: bool) {
-        if let Some(worker) = self.worker.as_mut().filter(|worker| !worker.failed) {
-            worker.failed = true;
-            self.kill_worker(around, ordinary);
         }
     }
 

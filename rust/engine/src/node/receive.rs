@@ -15,6 +15,7 @@ pub(super) const MAX_FRAMES_PER_ROUND: usize = 256;
 impl Node {
     /// Returns false when the thread is to end.
     pub(super) fn receive(&mut self) -> bool {
+        self.give_up_failed_worker();
         self.wait();
         while let Ok(command) = self.commands.try_recv() {
             if !self.obey(command) {
@@ -69,6 +70,7 @@ impl Node {
                     configure: Some(order),
                     pid: None,
                     failed: false,
+                    given_up: false,
                     steps_at_reset: None,
                 });
             }
@@ -94,8 +96,22 @@ impl Node {
         self.read_worker();
         self.complete();
         self.worker = None;
-        self.sent.clear();
         self.worker_restarts += 1;
+        self.lose_worker();
+    }
+
+    /// A process may take long to die, one that the kernel holds for ever: what it ran does not wait for that. In the round
+    /// after it failed, because it may fail in the middle of telling what the replica has done.
+    fn give_up_failed_worker(&mut self) {
+        let failed = self.worker.as_mut().filter(|worker| worker.failed);
+        if failed.is_some_and(|worker| !std::mem::replace(&mut worker.given_up, true)) {
+            self.lose_worker();
+        }
+    }
+
+    /// What ran goes back to the queue and fronts hear that nothing runs. Changes nothing the second time.
+    fn lose_worker(&mut self) {
+        self.sent.clear();
         if self.state == NodeState::Ready {
             self.state = NodeState::Recovering;
         }
@@ -208,7 +224,8 @@ impl Node {
         self.next_status = self.clock.now();
     }
 
-    /// The worker is of no use any more. Its process is ended by whoever started it, who then reports its death.
+    /// The worker is of no use any more; the next round takes from it what it runs. Its process is ended by whoever
+    /// started it, who then reports its death.
     pub(super) fn fail_worker(&mut self, epoch: Epoch, message: String) {
         if let Some(worker) = &mut self.worker
             && !worker.failed

@@ -5,6 +5,7 @@ mod greetings;
 mod peer;
 mod tenants;
 mod worker;
+mod workers;
 
 use llmscale_engine::{
     Arrival, Command, Drained, FrontConfig, FrontHandle, NodeAddress, NodeConfig, NodeEvent, NodeHandle,

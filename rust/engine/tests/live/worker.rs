@@ -4,7 +4,7 @@ use llmscale_net::link::socket::SocketWorker;
 use llmscale_net::link::{LinkError, WorkerSide};
 use llmscale_net::{Address, AllowList, Context, EndpointOptions};
 use llmscale_sim::{HashWorker, StepFailure};
-use llmscale_types::{Delta, Epoch, RowError, StepResult};
+use llmscale_types::{Delta, Epoch, RowError, StepId, StepResult};
 use llmscale_wire::{
     CodecLimits, Configure, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker, decode, encode,
 };
@@ -20,6 +20,8 @@ pub(crate) enum Lapses {
     Now,
     /// Never, but every row of it is not a number.
     Broken,
+    /// After its steps it says that it has failed, and lives on like a process that cannot be killed.
+    Lingers,
 }
 
 /// A worker process played by a thread: it dies when told to, or after a number of steps.
@@ -86,9 +88,22 @@ fn work(address: &Address, epoch: Epoch, max_steps: u64, lapses: Lapses, told: &
             }
             ToWorker::Stop => return,
         };
+        let answer = match answer {
+            FromWorker::Result(_) if lapses == Lapses::Lingers && steps == max_steps => {
+                failed(epoch, None, "it lingers")
+            }
+            answer => answer,
+        };
         // The engine may be gone by now: then the next receive says so.
         let _ = link.send(encode(&answer, &codec).unwrap());
     }
+    while lapses == Lapses::Lingers && !told.load(Ordering::Acquire) {
+        std::thread::yield_now();
+    }
+}
+
+fn failed(epoch: Epoch, step: Option<StepId>, message: &str) -> FromWorker {
+    FromWorker::Failed(Failed { epoch, step, code: FailureCode::Step, message: message.to_owned() })
 }
 
 /// As a model's whose weights are broken.
@@ -108,8 +123,7 @@ fn compute(worker: &mut HashWorker, delta: &Delta, lapse: bool, raises: bool) ->
     Some(match worker.run(delta, 1_000) {
         Ok(_) if lapse && raises => {
             worker.lose_mirror();
-            let (code, message) = (FailureCode::Step, "it raised".to_owned());
-            FromWorker::Failed(Failed { epoch: delta.epoch, step: Some(delta.step), code, message })
+            failed(delta.epoch, Some(delta.step), "it raised")
         }
         Ok(result) => FromWorker::Result(result),
         Err(StepFailure::Gap(gap)) => FromWorker::NeedSnapshot(NeedSnapshot {

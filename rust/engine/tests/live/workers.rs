@@ -1,0 +1,33 @@
+//! Workers that are of no use: what a node does with them, and what its streams notice.
+
+use super::worker::Lapses;
+use super::{Node, Reader, front, request, wait_until};
+use llmscale_engine::NodeEvent;
+use llmscale_front::ReplicaState;
+use llmscale_wire::NodeState;
+
+#[test]
+fn a_worker_that_failed_is_given_up_before_its_process_is_dead() {
+    let mut node = Node::start(None, 1);
+    let worker = node.give_worker_that(60, Lapses::Lingers);
+    node.wait_for(|event| *event == NodeEvent::Ready);
+    let front = front(&node.handle);
+    let mut reader = Reader::default();
+    for seed in 0..4 {
+        reader.submit(&front, request(vec![9, seed as u32 + 1], seed, 300));
+    }
+    node.wait_for(|event| matches!(event, NodeEvent::WorkerFailed { message, .. } if message == "it lingers"));
+    wait_until("the front sees that the node recovers", || {
+        reader.read(&front);
+        front.status().replicas.iter().any(|replica| replica.state == Some(ReplicaState::Recovering))
+    });
+    let status = |node: &Node| node.handle.report().expect("it reports").status;
+    wait_until("nothing runs", || status(&node).running == 0 && status(&node).state == NodeState::Recovering);
+    assert_eq!(status(&node).worker_restarts, 0, "it is not dead");
+    node.bury(worker);
+    let worker = node.give_worker(u64::MAX);
+    reader.finish(&front);
+    wait_until("the node reports", || status(&node).state == NodeState::Ready);
+    assert_eq!(status(&node).worker_restarts, 1, "its death is counted once");
+    node.bury(worker);
+}
