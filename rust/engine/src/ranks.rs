@@ -54,6 +54,10 @@ impl RankLinks {
     /// The frame, if the engine should see it.
     fn sort(&mut self, rank: usize, frame: Vec<u8>) -> Option<Vec<u8>> {
         match decode::<FromWorker>(&frame, &self.codec) {
+            // Its memories would count twice.
+            Ok(FromWorker::Ready(ready)) if self.ready[rank] => {
+                Some(self.end_of_group(ready.epoch, &format!("rank {rank} said twice that it is ready")))
+            }
             Ok(FromWorker::Ready(ready)) => {
                 self.ready[rank] = true;
                 // Another memory at any rank is another memory of the group.
@@ -269,6 +273,16 @@ mod tests {
         let group = Ready { host_memory: 7 ^ (7 << 1) ^ (7 << 2), disk_files: 5 ^ (5 << 1) ^ (5 << 2), ..of_leader };
         assert_eq!(heard(&mut links), Some(FromWorker::Ready(group)), "the leader speaks for all");
         assert_eq!(heard(&mut links), None);
+    }
+
+    #[test]
+    fn a_rank_that_is_ready_twice_ends_the_group() {
+        let (fakes, mut links) = group(2, 0);
+        attach(&fakes);
+        fakes[1].say(&ready(21));
+        fakes[1].say(&ready(21));
+        let Some(FromWorker::Failed(failed)) = heard(&mut links) else { panic!("the group ends") };
+        assert_eq!((failed.step, failed.message.as_str()), (None, "rank 1 said twice that it is ready"));
     }
 
     #[test]

@@ -194,6 +194,9 @@ impl Node {
 
     fn worker_ready(&mut self, epoch: Epoch, ready: Ready) {
         let Ready { pid, loading_ns, total_blocks, numerics, host_memory, disk_files, .. } = ready;
+        if self.worker.as_ref().is_some_and(|worker| worker.pid.is_some()) {
+            return self.fail_worker(epoch, "it said twice that it is ready".to_owned());
+        }
         if self.knows_numerics && numerics != self.config.model.numerics {
             let before = &self.config.model.numerics;
             return self.fail_worker(epoch, format!("it computes as {numerics}, the ones before as {before}"));

@@ -20,6 +20,8 @@ pub(crate) enum Lapses {
     Now,
     /// Never, but every row of it is not a number.
     Broken,
+    /// It says twice that it is ready.
+    ReadyTwice,
     /// After its steps it says that it has failed, and lives on like a process that cannot be killed.
     Lingers,
 }
@@ -94,6 +96,9 @@ fn work(address: &Address, epoch: Epoch, max_steps: u64, lapses: Lapses, told: &
             }
             answer => answer,
         };
+        if lapses == Lapses::ReadyTwice && matches!(answer, FromWorker::Ready(_)) {
+            let _ = link.send(encode(&answer, &codec).unwrap());
+        }
         // The engine may be gone by now: then the next receive says so.
         let _ = link.send(encode(&answer, &codec).unwrap());
     }

@@ -31,3 +31,18 @@ fn a_worker_that_failed_is_given_up_before_its_process_is_dead() {
     assert_eq!(status(&node).worker_restarts, 1, "its death is counted once");
     node.bury(worker);
 }
+
+#[test]
+fn a_worker_that_is_ready_twice_is_condemned_and_the_node_goes_on_with_the_next_one() {
+    let mut node = Node::start(None, 1);
+    let worker = node.give_worker_that(u64::MAX, Lapses::ReadyTwice);
+    node.wait_for(
+        |event| matches!(event, NodeEvent::WorkerFailed { message, .. } if message == "it said twice that it is ready"),
+    );
+    node.bury(worker);
+    let worker = node.give_worker(u64::MAX);
+    wait_until("the node is ready", || {
+        node.handle.report().is_some_and(|report| report.status.state == NodeState::Ready)
+    });
+    node.bury(worker);
+}
