@@ -98,6 +98,7 @@ class WorkerSupervisor:
         self._preparing: asyncio.Task[None] | None = None
         self._deaths = _Deaths()
         self._life: _Life | None = None
+        self._failed: NodeEvent | None = None
         self._stopping = False
         self.ready = asyncio.Event()
         self.drained = asyncio.Event()
@@ -120,6 +121,8 @@ class WorkerSupervisor:
                 if self._stopping:
                     # `stop` came while they were started, and has not seen them.
                     self._life.ranks.kill()
+                # The engine may have given the worker up while its processes were still being started.
+                self._end_failed()
                 how = await self._life.end(self._span.group if self._span else None)
                 await self._bury(self._life, how)
         finally:
@@ -231,10 +234,16 @@ class WorkerSupervisor:
             self.drained.set()
         elif event.kind == "worker_reset":
             _log.warning("worker gave up its steps and goes on", epoch=event.epoch, said=event.message)
-        elif event.kind == "worker_failed" and self._life is not None and self._life.epoch == event.epoch:
-            self._life.failure = event.message
-            # It may hang rather than exit; what it computes is lost either way.
-            self._life.ranks.kill()
+        elif event.kind == "worker_failed":
+            self._failed = event
+            self._end_failed()
+
+    def _end_failed(self) -> None:
+        """A failed worker may hang rather than exit; what it computes is lost either way."""
+        life, failed = self._life, self._failed
+        if life is not None and failed is not None and life.epoch == failed.epoch:
+            life.failure = failed.message
+            life.ranks.kill()
 
     def _prepare_spare(self) -> None:
         if not self._stopping:

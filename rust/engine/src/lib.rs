@@ -25,7 +25,7 @@ pub use front::{Arrival, FrontConfig, FrontHandle, NodeAddress};
 pub use group_door::GroupDoor;
 pub use group_keys::GroupKeys;
 pub use llmscale_scheduler::Drained;
-pub use node::{Command, NodeConfig, NodeError, NodeHandle};
+pub use node::{Command, MAX_ATTACH, NodeConfig, NodeError, NodeHandle};
 pub use ranks::RankLinks;
 pub use report::{NodeEvent, NodeReport};
 pub use worker::{Order, WorkerSession};

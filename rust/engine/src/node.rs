@@ -22,6 +22,10 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::thread::JoinHandle;
 
+/// How long the ranks of a worker may take to connect. They are copies of a process that imports torch first, once per host:
+/// seconds, on a slow machine with a cold disk more than a minute. Loading the model comes after and is not limited.
+pub const MAX_ATTACH: Duration = Duration::from_millis(120_000);
+
 /// What a node is.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
@@ -45,6 +49,8 @@ pub struct NodeConfig {
     pub status_interval: Duration,
     /// A worker whose step takes longer is hung.
     pub max_step: Duration,
+    /// A worker of which a rank has not connected after this long will never be whole; `MAX_ATTACH` outside of tests.
+    pub max_attach: Duration,
     /// How long prefill may make its steps.
     pub pace: Pace,
 }
@@ -199,6 +205,8 @@ impl Drop for NodeHandle {
 struct Worker {
     epoch: Epoch,
     link: Box<dyn WorkerLink>,
+    /// When it was to be started.
+    started: Time,
     /// What it is told first, until it has attached.
     configure: Option<Vec<u8>>,
     /// Its process, once it has loaded the model.

@@ -149,6 +149,10 @@ impl WorkerLink for RankLinks {
         self.links.iter().all(|link| link.is_attached())
     }
 
+    fn missing(&self) -> Vec<usize> {
+        (0..self.links.len()).filter(|&rank| !self.links[rank].is_attached()).collect()
+    }
+
     fn poll_handle(&self) -> Option<PollHandle<'_>> {
         self.links[self.leader].poll_handle()
     }
@@ -261,10 +265,11 @@ mod tests {
         let (fakes, mut links) = group(3, 2);
         for (rank, fake) in fakes.iter().enumerate() {
             assert!(!links.is_attached(), "rank {rank} is missing");
+            assert_eq!(links.missing(), (rank..3).collect::<Vec<_>>());
             assert!(matches!(links.send(vec![1]), Err(LinkError::NotAttached(_))));
             fake.inner().attached = true;
         }
-        assert!(links.is_attached());
+        assert_eq!((links.is_attached(), links.missing()), (true, Vec::new()));
         fakes[2].say(&ready(22));
         fakes[0].say(&ready(20));
         assert_eq!(heard(&mut links), None, "rank 1 still loads");

@@ -52,6 +52,11 @@ pub trait WorkerLink: Send {
     /// Whether a worker is attached.
     fn is_attached(&self) -> bool;
 
+    /// Which of the processes behind it are not attached, by their place in a link that is made of several.
+    fn missing(&self) -> Vec<usize> {
+        if self.is_attached() { Vec::new() } else { vec![0] }
+    }
+
     /// For the engine's poller; `None` for a kind that uses the poller's waker instead.
     fn poll_handle(&self) -> Option<PollHandle<'_>>;
 

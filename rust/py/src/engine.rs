@@ -4,7 +4,7 @@ use crate::error;
 use crate::limits::PyEngineLimits;
 use crate::request::{fleet_secret, parse_address};
 use crate::sampling::random_seed;
-use llmscale_engine::{Command, GroupKeys, NodeConfig, NodeEvent, NodeHandle, NodeReport, RankLinks};
+use llmscale_engine::{Command, GroupKeys, MAX_ATTACH, NodeConfig, NodeEvent, NodeHandle, NodeReport, RankLinks};
 use llmscale_net::link::WorkerLink;
 use llmscale_net::link::socket::SocketLink;
 use llmscale_net::{Address, AllowList, Context, EndpointOptions, KeyPair, Role, Roles, ServerKeys};
@@ -112,6 +112,7 @@ impl Engine {
             max_front_silence: Duration::from_millis(10_000),
             status_interval: Duration::from_millis(250),
             max_step: Duration(max_step_us),
+            max_attach: MAX_ATTACH,
             pace: Pace::of(Duration(step_target_us)),
         };
         let handle = NodeHandle::start(config, &context, &address, keys.as_ref(), &EndpointOptions::default())

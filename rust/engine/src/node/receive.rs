@@ -67,6 +67,7 @@ impl Node {
                 self.worker = Some(Worker {
                     epoch,
                     link,
+                    started: self.clock.now(),
                     configure: Some(order),
                     pid: None,
                     failed: false,
@@ -238,6 +239,17 @@ impl Node {
         }
     }
 
+    /// A rank that cannot connect may live: nobody reports its death, and the others wait for it.
+    fn watch_attachment(&mut self) {
+        let Some(worker) = self.worker.as_ref().filter(|worker| worker.configure.is_some()) else { return };
+        if self.clock.now().since(worker.started) > self.config.max_attach {
+            let missing: Vec<String> = worker.link.missing().iter().map(|rank| format!("rank {rank}")).collect();
+            let (epoch, seconds) = (worker.epoch, self.config.max_attach.0 / 1_000_000);
+            let message = format!("{} did not connect to the engine within {seconds} s", missing.join(", "));
+            self.fail_worker(epoch, message);
+        }
+    }
+
     fn watch_time(&mut self) {
         let now = self.clock.now();
         self.event(Event::Tick);
@@ -250,6 +262,7 @@ impl Node {
             let limit = self.config.max_step.0 / 1_000;
             self.fail_worker(epoch, format!("step {step} takes longer than {limit} ms (max_step)"));
         }
+        self.watch_attachment();
         for front in self.fronts.silent(now) {
             self.event(Event::FrontGone(front));
         }

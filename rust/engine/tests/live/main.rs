@@ -8,9 +8,10 @@ mod worker;
 mod workers;
 
 use llmscale_engine::{
-    Arrival, Command, Drained, FrontConfig, FrontHandle, NodeAddress, NodeConfig, NodeEvent, NodeHandle,
+    Arrival, Command, Drained, FrontConfig, FrontHandle, MAX_ATTACH, NodeAddress, NodeConfig, NodeEvent, NodeHandle,
 };
 use llmscale_front::{EndReason, FrontEvent, FrontOptions, NewRequest, ReplicaState};
+use llmscale_net::link::WorkerLink;
 use llmscale_net::link::socket::SocketLink;
 use llmscale_net::{Address, AllowList, Context, EndpointOptions, ServerKeys};
 use llmscale_scheduler::Pace;
@@ -50,6 +51,30 @@ fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+fn config(node: u64, limits: EngineLimits) -> NodeConfig {
+    NodeConfig {
+        limits,
+        model: ModelIdentity {
+            name: "hash".to_owned(),
+            revision: "1".to_owned(),
+            adapter: None,
+            weights_digest: [1; 32],
+            tokenizer_digest: [2; 32],
+            numerics: String::new(),
+        },
+        fleet: "test".to_owned(),
+        node: NodeId(node),
+        secret: [3; 32],
+        disk_index: None,
+        max_fronts: 4,
+        max_front_silence: Duration::from_millis(10_000),
+        status_interval: Duration::from_millis(50),
+        max_step: Duration::from_millis(60_000),
+        max_attach: MAX_ATTACH,
+        pace: Pace::of(Duration::from_millis(20)),
+    }
+}
+
 /// A node with the means to give it workers.
 struct Node {
     handle: NodeHandle,
@@ -75,28 +100,13 @@ impl Node {
         list: AllowList,
         keys: Option<&ServerKeys>,
     ) -> Self {
+        Self::with_config(address, config(node, limits), list, keys)
+    }
+
+    fn with_config(address: Option<&Address>, config: NodeConfig, list: AllowList, keys: Option<&ServerKeys>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let own: Address = format!("ipc://{}/node", folder.path().display()).parse().unwrap();
-        let config = NodeConfig {
-            limits: limits.clone(),
-            model: ModelIdentity {
-                name: "hash".to_owned(),
-                revision: "1".to_owned(),
-                adapter: None,
-                weights_digest: [1; 32],
-                tokenizer_digest: [2; 32],
-                numerics: String::new(),
-            },
-            fleet: "test".to_owned(),
-            node: NodeId(node),
-            secret: [3; 32],
-            disk_index: None,
-            max_fronts: 4,
-            max_front_silence: Duration::from_millis(10_000),
-            status_interval: Duration::from_millis(50),
-            max_step: Duration::from_millis(60_000),
-            pace: Pace::of(Duration::from_millis(20)),
-        };
+        let limits = config.limits.clone();
         let context = Context::new(list, 1).unwrap();
         let address = address.unwrap_or(&own);
         let handle = NodeHandle::start(config, &context, address, keys, &EndpointOptions::default()).unwrap();
@@ -108,16 +118,28 @@ impl Node {
     }
 
     fn give_worker_that(&mut self, steps: u64, lapses: Lapses) -> Worker {
+        let (link, address) = self.listen(0);
+        self.configure(Box::new(link));
+        Worker::start(&address, self.epoch, steps, lapses)
+    }
+
+    /// A link for a rank of the next worker.
+    fn listen(&self, rank: u32) -> (SocketLink, Address) {
+        let epoch = self.epoch.next();
+        let path = format!("ipc://{}/worker-{epoch}-{rank}", self.folder.path().display());
+        let (address, waker): (Address, _) = (path.parse().unwrap(), self.handle.link_waker());
+        let link = SocketLink::listen(&self.context, &address, None, &EndpointOptions::default(), waker);
+        (link.unwrap(), address)
+    }
+
+    /// Makes whoever connects to the link the next worker.
+    fn configure(&mut self, link: Box<dyn WorkerLink>) {
         self.epoch = self.epoch.next();
         let epoch = self.epoch;
-        let address: Address = format!("ipc://{}/worker-{epoch}", self.folder.path().display()).parse().unwrap();
-        let waker = self.handle.link_waker();
-        let link = SocketLink::listen(&self.context, &address, None, &EndpointOptions::default(), waker).unwrap();
         let limits = self.limits.clone();
         let configure = Configure { epoch, model_folder: "/".to_owned(), dtype: Dtype::Float32, limits };
-        let order = Command::WorkerStarted { epoch, link: Box::new(link), configure: Box::new(configure) };
+        let order = Command::WorkerStarted { epoch, link, configure: Box::new(configure) };
         assert!(self.handle.order(order));
-        Worker::start(&address, epoch, steps, lapses)
     }
 
     fn bury(&self, worker: Worker) {

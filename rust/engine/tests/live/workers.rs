@@ -1,9 +1,13 @@
 //! Workers that are of no use: what a node does with them, and what its streams notice.
 
 use super::worker::Lapses;
-use super::{Node, Reader, front, request, wait_until};
-use llmscale_engine::NodeEvent;
+use super::{Node, Reader, config, front, limits, request, wait_until};
+use llmscale_engine::{NodeConfig, NodeEvent, RankLinks};
 use llmscale_front::ReplicaState;
+use llmscale_net::link::WorkerSide as _;
+use llmscale_net::link::socket::SocketWorker;
+use llmscale_net::{AllowList, Context, EndpointOptions};
+use llmscale_types::Duration;
 use llmscale_wire::NodeState;
 
 #[test]
@@ -45,4 +49,28 @@ fn a_worker_that_is_ready_twice_is_condemned_and_the_node_goes_on_with_the_next_
         node.handle.report().is_some_and(|report| report.status.state == NodeState::Ready)
     });
     node.bury(worker);
+}
+
+#[test]
+fn a_group_of_which_a_rank_never_connects_is_condemned_by_the_name_of_that_rank() {
+    let max_attach = Duration::from_millis(1_000);
+    let config = NodeConfig { max_attach, ..config(1, limits()) };
+    let mut node = Node::with_config(None, config, AllowList::default(), None);
+    let ((first, address), (second, _)) = (node.listen(0), node.listen(1));
+    let links = RankLinks::new(vec![Box::new(first), Box::new(second)], 0, node.epoch.next());
+    node.configure(Box::new(links));
+    let context = Context::new(AllowList::default(), 1).unwrap();
+    let mut rank = SocketWorker::connect(&context, &address, None, &EndpointOptions::default()).unwrap();
+    let mut said = String::new();
+    wait_until("the node gives the group up", || {
+        // Its greeting goes out when it first listens.
+        assert_eq!(rank.receive(1_000).unwrap(), None, "the group is not whole");
+        for event in node.handle.take_events() {
+            if let NodeEvent::WorkerFailed { message, .. } = event {
+                said = message;
+            }
+        }
+        !said.is_empty()
+    });
+    assert_eq!(said, "rank 1 did not connect to the engine within 1 s");
 }
