@@ -37,6 +37,9 @@ impl Node {
             self.greet(peer, &hello, now);
             return;
         }
+        if matches!(message, ToNode::Goodbye) && self.forget_early(peer) {
+            return;
+        }
         let Some(front) = self.fronts.heard(peer, now) else {
             self.reject(peer, RejectCode::NotGreeted, "the first frame of a connection is a Hello");
             return;
@@ -88,10 +91,12 @@ impl Node {
         if !self.knows_numerics {
             // Which kernels run is known when the first worker is. A front that had to greet again then waited for a
             // quarter of a second, a tenth of a start.
-            self.early.retain(|(known, _)| *known != peer);
-            if self.early.len() < self.config.max_fronts as usize {
-                self.early.push((peer, hello.clone()));
+            self.forget_early(peer);
+            // A front that waits greets again and again: whoever has been silent for longest is most likely gone.
+            if self.early.len() >= self.config.max_fronts as usize {
+                self.early.remove(0);
             }
+            self.early.push((peer, hello.clone()));
             return;
         }
         // A front that greets again has given up what it had here.
@@ -116,9 +121,19 @@ impl Node {
                 eos_tokens: limits.eos_tokens.clone(),
             },
         };
-        self.tell(front, &FromNode::Welcome(welcome));
+        if !self.hand_over(front, &FromNode::Welcome(welcome)) {
+            // It left while it waited, and its place is another's.
+            return;
+        }
         let status = self.status();
         self.tell(front, &FromNode::Status(status));
+    }
+
+    /// Returns whether it waited to be welcome.
+    fn forget_early(&mut self, peer: PeerId) -> bool {
+        let waiting = self.early.len();
+        self.early.retain(|(known, _)| *known != peer);
+        self.early.len() < waiting
     }
 
     fn serves(&self, wanted: &ModelRef) -> bool {

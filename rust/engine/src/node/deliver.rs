@@ -75,15 +75,17 @@ impl Node {
         }
     }
 
-    /// Sends what a front must not miss.
-    fn hand_over(&mut self, front: FrontId, frame: &FromNode) {
-        if !self.fronts.send(&mut self.server, front, frame, &self.codec) {
+    /// Sends what a front must not miss. Returns false if the front is forgotten instead.
+    pub(super) fn hand_over(&mut self, front: FrontId, frame: &FromNode) -> bool {
+        let sent = self.fronts.send(&mut self.server, front, frame, &self.codec);
+        if !sent {
             // It is gone, or so far behind that it can never catch up: it will start over and be told everything.
             self.dropped_frames += 1;
             // Its next frame is answered with "greet first", so it knows that its attempts here are gone.
             self.fronts.forget(front);
             let _ = self.replica.on_event(self.clock.now(), Event::FrontGone(front), &mut self.out);
         }
+        sent
     }
 
     fn deliver_returns(&mut self) {
