@@ -74,6 +74,8 @@ pub(crate) struct NodeProcess {
     commands: VecDeque<Command>,
     drain_ordered: bool,
     epoch: Epoch,
+    /// The latest worker from which it took what it ran before it was dead.
+    given_up: Option<Epoch>,
     worker_restarts: u32,
     heard: Vec<FromWorker>,
     results: Vec<StepResult>,
@@ -128,6 +130,7 @@ impl NodeProcess {
             commands: VecDeque::new(),
             drain_ordered: false,
             epoch: Epoch(0),
+            given_up: None,
             worker_restarts: 0,
             heard: Vec::new(),
             results: Vec::new(),
@@ -256,7 +259,7 @@ impl NodeProcess {
         self.execute(around);
         self.deliver(around);
         self.book.note(self.replica.take_index_changes());
-        let gives_up = self.worker.as_ref().is_some_and(|worker| worker.failed && !worker.given_up);
+        let gives_up = self.worker.as_ref().is_some_and(|worker| worker.failed && self.given_up != Some(worker.epoch));
         let busy = self.replica.housekeeping(8) || gives_up;
         let deadline = self.replica.next_deadline().unwrap_or(self.next_status).min(self.next_status);
         let wait = if busy { Duration(10) } else { deadline.since(around.now()).max(Duration(1)) };

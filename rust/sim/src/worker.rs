@@ -54,8 +54,6 @@ pub(crate) struct WorkerProcess {
     pub(crate) failed_ordinarily: bool,
     /// The node has condemned it.
     pub(crate) failed: bool,
-    /// And has taken from it what it ran.
-    pub(crate) given_up: bool,
     /// It is slow until then.
     pub(crate) slow_until: Time,
     pub(crate) lapse: Option<Lapse>,
@@ -72,7 +70,6 @@ impl WorkerProcess {
             alive: true,
             failed_ordinarily: false,
             failed: false,
-            given_up: false,
             slow_until: Time(0),
             lapse: None,
             model: HashWorker::new(limits, epoch).killed_by(deadly).with_host(host, around.mix.copy_ns).with_disk(disk),

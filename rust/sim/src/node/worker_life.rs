@@ -60,7 +60,7 @@ impl NodeProcess {
     pub(super) fn bury_worker(&mut self, epoch: Epoch, around: &mut Around) {
         let now = around.now();
         let Some(worker) = self.worker.as_ref().filter(|worker| worker.epoch == epoch) else { return };
-        if !worker.given_up {
+        if self.given_up != Some(epoch) {
             // Counted when the node learns of it: steps that were planned until then were sent to a dead worker.
             around.deaths.push((self.place, worker.failed_ordinarily));
         }
@@ -76,8 +76,10 @@ impl NodeProcess {
 
     /// What a failed worker ran does not wait for its death.
     pub(super) fn give_up_failed_worker(&mut self, around: &mut Around) {
-        let Some(worker) = self.worker.as_mut().filter(|worker| worker.failed && !worker.given_up) else { return };
-        worker.given_up = true;
+        let Some(worker) = self.worker.as_ref().filter(|worker| worker.failed) else { return };
+        if self.given_up.replace(worker.epoch) == Some(worker.epoch) {
+            return;
+        }
         around.deaths.push((self.place, worker.failed_ordinarily));
         self.lose_worker(around.now());
     }
