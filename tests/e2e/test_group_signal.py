@@ -50,6 +50,8 @@ def test_a_running_stream_is_finished_and_saved_after_a_signal_to_all_processes(
 # A node that gets the signal before it has made anything: when it reads the model's files.
 SIGNALLED = """
 import os, signal
+# A script's background jobs ignore it, and a node leaves what is ignored alone until it serves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from llmscale.node import __main__ as node
 
 plan = node.plan_replica

@@ -48,7 +48,7 @@ def test_the_stub_states_what_the_native_module_is(tmp_path: Path) -> None:
 
 
 def test_a_stub_that_states_something_else_is_told(tmp_path: Path) -> None:
-    wrong = STUB.read_text().replace("def end_with_parent(parent: int)", "def end_with_parent(child: int)")
+    wrong = STUB.read_text().replace("def end_with_parent(parent: int,", "def end_with_parent(child: int,")
     found = stubtest(tmp_path, wrong + "\ndef no_such_function() -> None: ...\n")
     assert found.returncode != 0
     assert "llmscale._core.no_such_function is not present at runtime" in found.stdout

@@ -15,6 +15,9 @@ from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import ROOM_BYTES, Meeting
 from llmscale.parallel.layout import HostLayout
 
+# Longer than a short limit of steps: who says first that a step took too long is the engine, which names it.
+MIN_WAIT_SECONDS = 60.0
+
 
 class RankMeeting:
     """Owns what the ranks of one host and epoch meet in. Closed when they are gone, or have all mapped it."""
@@ -34,7 +37,7 @@ class RankMeeting:
         self._layout = layout
         self._rendezvous = rendezvous
         # A stage gets its step when the first one does, and waits for all before it.
-        self._max_step_seconds = max_step_seconds
+        self._max_step_seconds = max(MIN_WAIT_SECONDS, max_step_seconds)
         self._memory: list[int] = []
         # By stage.
         self._sums: dict[int, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,12 +53,15 @@ def test_a_stage_within_a_host_keeps_its_shared_memory() -> None:
 
 def test_a_stage_waits_for_the_one_before_it_as_long_as_a_step_may_take() -> None:
     layout = HostLayout(1, 2)
-    with RankMeeting(layout, max_step_seconds=0.2) as meeting:
-        place = layout.place(1)
-        link = join_stages(place, meeting.of(place))
-        assert link is not None
-        with pytest.raises(WorkerError, match=r"within 0\.2 s"):
-            link.receive_stream(torch.zeros(8, dtype=torch.bfloat16))
+    place = layout.place(1)
+    for longest, waits in ((5.0, 60.0), (600.0, 600.0)):
+        with RankMeeting(layout, max_step_seconds=longest) as meeting:
+            told = meeting.of(place)
+            assert told.max_step_seconds == waits
+            link = join_stages(place, replace(told, max_step_seconds=0.2))
+            assert link is not None
+            with pytest.raises(WorkerError, match=r"within 0\.2 s"):
+                link.receive_stream(torch.zeros(8, dtype=torch.bfloat16))
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 8))

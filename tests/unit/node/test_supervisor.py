@@ -30,6 +30,7 @@ PLAN = ReplicaPlan(
     weight_bytes=1,
     configuration_digest=b"",
     layout=HostLayout(),
+    max_step_seconds=120.0,
     device="cpu",
     first_device=0,
     executor="torch",
