@@ -36,7 +36,8 @@ Stop = StopString | Annotated[list[StopString], Meta(max_length=MAX_STOP_STRINGS
 Priority = Literal["interactive", "standard", "batch", "background"]
 Metadata = Annotated[dict[Annotated[str, Meta(max_length=64)], Label], Meta(max_length=16)]
 
-# `$` alone would let a line end follow. Names that begin with an underscore are jinja2's own.
+# `$` alone would let a line end follow. Variables that begin with an underscore are jinja2's own.
+Speaker = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$(?!\\n)")]
 Variable = Annotated[str, Meta(pattern="^[A-Za-z][A-Za-z0-9_]{0,63}$(?!\\n)")]
 Variables = Annotated[dict[Variable, bool | int | float | str | None], Meta(max_length=16)]
 
@@ -123,7 +124,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     role: Literal["system", "developer", "user", "assistant", "tool"]
     type: Literal["text", "message"] | None = None
     content: str | list[TextPart] | None = None
-    name: Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")] | None = None
+    name: Speaker | None = None
     refusal: None = None
     audio: None = None
     annotations: Nothing | None = None

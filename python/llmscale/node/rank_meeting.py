@@ -15,8 +15,9 @@ from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import ROOM_BYTES, Meeting
 from llmscale.parallel.layout import HostLayout
 
-# Longer than a short limit of steps: who says first that a step took too long is the engine, which names it.
-MIN_WAIT_SECONDS = 60.0
+# Beyond the longest step: the engine ends a group whose step takes too long and says which one; ranks that wait for each
+# other end by themselves only where it does not.
+GRACE_SECONDS = 60.0
 
 
 class RankMeeting:
@@ -37,7 +38,7 @@ class RankMeeting:
         self._layout = layout
         self._rendezvous = rendezvous
         # A stage gets its step when the first one does, and waits for all before it.
-        self._max_step_seconds = max(MIN_WAIT_SECONDS, max_step_seconds)
+        self._max_exchange_seconds = max_step_seconds + GRACE_SECONDS
         self._memory: list[int] = []
         # By stage.
         self._sums: dict[int, int] = {}
@@ -62,7 +63,7 @@ class RankMeeting:
             behind=None if place.is_last_stage else self._channel(place.rank, behind),
             samples=samples,
             rendezvous=self._rendezvous,
-            max_step_seconds=self._max_step_seconds,
+            max_exchange_seconds=self._max_exchange_seconds,
         )
 
     def close(self) -> None:

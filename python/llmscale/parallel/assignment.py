@@ -39,8 +39,8 @@ class Meeting:
     """For whom the files above are not: where torch.distributed meets, tcp://HOST:PORT, or file://PATH on one host."""
     max_wait_seconds: float = 60.0
     """For meeting."""
-    max_step_seconds: float = 120.0
-    """For what another rank sends in a step: it may take that long to compute it."""
+    max_exchange_seconds: float = 180.0
+    """For what another rank sends in a step: longer than it may take to compute it."""
 
 
 @dataclass(frozen=True, slots=True)

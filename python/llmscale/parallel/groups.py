@@ -72,7 +72,7 @@ def join_world(place: RankPlace, meeting: Meeting, interface: str = "lo", device
         return None
     wait = datetime.timedelta(seconds=meeting.max_wait_seconds)
     # On CPUs the group only meets; on devices it is what ranks exchange tensors over in steps.
-    exchange = wait if device == "cpu" else datetime.timedelta(seconds=meeting.max_step_seconds)
+    exchange = wait if device == "cpu" else datetime.timedelta(seconds=meeting.max_exchange_seconds)
     try:
         scheme, _, address = meeting.rendezvous.partition("://")
         store = _store(address, place, wait) if scheme == "tcp" else FileStore(address, place.ranks)
@@ -129,7 +129,7 @@ def join_tensor_group(place: RankPlace, meeting: Meeting, dtype: str, world: Wor
     """The ranks that share this one's layers. Raises WorkerError."""
     if place.tensor_size == 1:
         return Alone()
-    max_wait_us = int(meeting.max_step_seconds * 1e6)
+    max_wait_us = int(meeting.max_exchange_seconds * 1e6)
     if meeting.memory is not None:
         memory = RankMemory(
             meeting.memory, place.tensor_rank, place.tensor_size, ROOM_BYTES, dtype, max_wait_us=max_wait_us
@@ -167,7 +167,7 @@ def join_stages(place: RankPlace, meeting: Meeting, world: World | None = None) 
     """The stages before and behind this one; None for a replica of one stage. Raises WorkerError."""
     if place.stages == 1:
         return None
-    max_wait_us = int(meeting.max_step_seconds * 1e6)
+    max_wait_us = int(meeting.max_exchange_seconds * 1e6)
 
     def edge(path: str | None, sender: int, receiver: int) -> Edge:
         peer = receiver if place.rank == sender else sender

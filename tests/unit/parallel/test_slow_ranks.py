@@ -84,7 +84,7 @@ def alone(rank: int, meeting: Meeting, it_has_ended: Barrier) -> object:
 
 def run(rank: int, work: Rank, rendezvous: str, begin: Barrier, answer: Connection) -> None:
     begin.wait(PATIENCE_SECONDS)
-    meeting = Meeting(rendezvous=rendezvous, max_wait_seconds=MEETING_SECONDS, max_step_seconds=MEETING_SECONDS)
+    meeting = Meeting(rendezvous=rendezvous, max_wait_seconds=MEETING_SECONDS, max_exchange_seconds=MEETING_SECONDS)
     answer.send(work(rank, meeting, begin))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
