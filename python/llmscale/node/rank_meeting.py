@@ -15,8 +15,8 @@ from llmscale.models.shard import RankPlace
 from llmscale.parallel.assignment import ROOM_BYTES, Meeting
 from llmscale.parallel.layout import HostLayout
 
-# Beyond the longest step: the engine ends a group whose step takes too long and says which one; ranks that wait for each
-# other end by themselves only where it does not.
+# Beyond the longest step: the engine ends a group whose step takes too long and says which one; ranks that wait for
+# each other end by themselves only where it does not.
 GRACE_SECONDS = 60.0
 
 
