@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[1]
 WITHOUT_TORCH = ROOT / "tests" / "fakes" / "without_torch"
 
 START_SECONDS = 120.0
+# For the output of a server that has ended; what it left running would keep it open.
+LOG_SECONDS = 5.0
 # A gateway that other hosts reach has keys.
 API_KEY = "a-key-for-tests"
 
@@ -96,6 +98,7 @@ class Server:
     port: int
     host: str = "127.0.0.1"
     lines: list[str] = field(default_factory=list)
+    reader: threading.Thread | None = None
     # One client for all questions: making one loads certificates for a tenth of a second.
     client: httpx2.Client = field(default_factory=lambda: httpx2.Client(timeout=300))
 
@@ -166,7 +169,9 @@ class Server:
         return [parent, *parent.children(recursive=True)]
 
     def log(self) -> str:
-        """Everything it has said."""
+        """Everything it has said. Of one that has ended, also what was still on its way: a test once found nothing."""
+        if self.reader is not None and self.process.poll() is not None:
+            self.reader.join(LOG_SECONDS)
         return "".join(self.lines)
 
 
@@ -225,8 +230,8 @@ def _running(
     server.client.headers.update(headers or {})
     assert process.stdout is not None
     output = process.stdout
-    reader = threading.Thread(target=lambda: server.lines.extend(iter(output.readline, "")), daemon=True)
-    reader.start()
+    server.reader = threading.Thread(target=lambda: server.lines.extend(iter(output.readline, "")), daemon=True)
+    server.reader.start()
     try:
         try:
             answers = server.is_ready if is_ready else server.is_alive
@@ -240,7 +245,7 @@ def _running(
             family.end(process, lambda: os.killpg(process.pid, signal.SIGKILL), server.log)
         finally:
             server.client.close()
-            reader.join(5)
+            server.reader.join(LOG_SECONDS)
             output.close()
 
 

@@ -42,8 +42,8 @@ _WATCHED: Final = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 _SOCKET_OPTIONS: Final = (
-    # What waits for a node that is away would reach its successor, long after it made sense.
-    (zmq.IMMEDIATE, 1),
+    # Not IMMEDIATE, which would keep frames from waiting for a node that is away: with it libzmq also drops what has
+    # arrived and is unread once the connection ends, and the last tokens of a node that drains came just before that.
     (zmq.LINGER, 0),
     (zmq.SNDHWM, _QUEUE_FRAMES),
     (zmq.RCVHWM, _QUEUE_FRAMES),
@@ -250,7 +250,7 @@ class NodeTransport:
             try:
                 socket.send(frame, zmq.DONTWAIT)
             except zmq.Again:
-                self._session.link_down(f"the connection to {self._address} was lost, or the node does not read")
+                self._lose(f"the connection to {self._address} was lost, or the node does not read")
                 self._session.outgoing.clear()
                 self._renew()
                 return
@@ -302,6 +302,9 @@ class NodeTransport:
 
     def _on_time(self) -> None:
         self._timer = None
+        # First what has arrived: after a stall of this process, the node's silence may be its own.
+        if self._hear(_MAX_FRAMES_PER_WAKE_UP):
+            self._drain_soon()
         self._session.tick(time.monotonic())
         self._advance()
 
@@ -373,19 +376,30 @@ class NodeTransport:
 
     def _on_frames(self) -> None:
         self._draining = False
-        socket, session = self._socket, self._session
-        if socket is None:
+        if self._socket is None:
             return
-        now = time.monotonic()
-        for _ in range(_MAX_FRAMES_PER_WAKE_UP):
-            try:
-                frame = socket.recv(zmq.DONTWAIT)
-            except zmq.Again:
-                break
-            session.receive(frame, now)
-        else:
+        if self._hear(_MAX_FRAMES_PER_WAKE_UP):
             self._drain_soon()
         self._advance()
+
+    def _hear(self, most: int) -> bool:
+        """Takes frames that have arrived, `most` at most. Returns whether there may be more."""
+        if self._socket is None:
+            return False
+        now = time.monotonic()
+        for _ in range(most):
+            try:
+                frame = self._socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return False
+            self._session.receive(frame, now)
+        return True
+
+    def _lose(self, reason: str) -> None:
+        """The connection is gone. What came over it counts: a node that has drained sends the last tokens and leaves,
+        and a client that slept for a second meanwhile failed streams of which it had every token."""
+        self._hear(_QUEUE_FRAMES)
+        self._session.link_down(reason)
 
     def _on_connection(self) -> None:
         monitor = self._monitor
@@ -394,8 +408,12 @@ class NodeTransport:
             kind = event["event"]
             if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._session.link_up(time.monotonic())
-            elif kind in (zmq.EVENT_DISCONNECTED, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL):
-                # Without detail: the peer closed in the handshake. It may have been starting, and libzmq tries again.
+            elif kind == zmq.EVENT_DISCONNECTED:
+                self._lose(f"the connection to {self._address} was lost")
+                # What was sent since then would reach the node's successor, long after it made sense.
+                self._reopen()
+            elif kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                # The peer closed in the handshake. It may have been starting, and libzmq tries again.
                 self._session.link_down(f"the connection to {self._address} was lost")
             else:
                 self._handshake_refused = True

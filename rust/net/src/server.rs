@@ -26,6 +26,7 @@ use crate::wake::Waker;
 use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Peers that may be ignored at once; the oldest is forgotten, and by then its connection has long ended.
 const MAX_IGNORED_PEERS: usize = 4096;
@@ -162,6 +163,12 @@ impl ServerEndpoint {
     /// Only for a peer whose connection has ended: an empty message goes to one that is still there.
     pub(crate) fn is_gone(&self, peer: PeerId) -> bool {
         matches!(self.socket.send_to(&peer.routing_id(), Message::default()), Err(Unsent::Away(_)))
+    }
+
+    /// Lets what was sent leave before this endpoint does, for as long at most once it is dropped. By default nothing is
+    /// waited for: what libzmq has not given to the system by then is gone.
+    pub fn linger(&mut self, longest: Duration) -> Result<(), NetError> {
+        self.socket.linger(longest)
     }
 
     /// What passed so far.

@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::fs::FileTypeExt as _;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 /// `ZMQ_ZAP_ENFORCE_DOMAIN` of zmq.h, which the bindings lack: without it libzmq admits every CURVE peer while no
 /// authentication handler answers.
@@ -70,6 +71,12 @@ impl Socket {
     /// For a poller.
     pub(crate) const fn poll_handle(&self) -> PollHandle<'_> {
         PollHandle { socket: &self.inner, descriptor: self.descriptor }
+    }
+
+    /// How long closing waits, in the background, for what was sent and has not left.
+    pub(crate) fn linger(&self, longest: Duration) -> Result<(), NetError> {
+        let longest_ms = to_ms(longest.as_micros().try_into().unwrap_or(u64::MAX));
+        self.inner.set_linger(longest_ms).map_err(NetError::system("setting socket options"))
     }
 
     /// Makes a CURVE server ask the authentication handler about every key, and refuse all while none answers.

@@ -379,6 +379,25 @@ fn a_client_finds_a_server_that_came_back_and_sends_it_nothing_stale() {
 }
 
 #[test]
+fn a_server_that_lingers_leaves_after_what_it_has_sent() {
+    // More than a connection holds, to a peer that reads nothing before the server is dropped.
+    const MESSAGES: usize = 100;
+    let context = context();
+    let mut server = plain_server(&context, &EndpointOptions::default());
+    let mut late = shaken_peer(&server, &[]);
+    late.write_all(&[0, 1, b'x']).expect("a frame");
+    let peer = receive(&mut server).peer;
+    for _ in 0..MESSAGES {
+        server.send(peer, vec![0; 1 << 20]).expect("room in the queue");
+    }
+    server.linger(DEADLINE).expect("an option");
+    drop(server);
+    let mut found = Vec::new();
+    late.read_to_end(&mut found).expect("whole frames");
+    assert!(found.len() > MESSAGES << 20, "{} bytes came", found.len());
+}
+
+#[test]
 fn closing_does_not_wait_for_what_was_not_delivered() {
     let context = context();
     let options = EndpointOptions::default();

@@ -68,14 +68,25 @@ def test_limits_of_a_shape_are_those_of_its_weights():
 
 
 def test_every_case_asks_for_the_tokens_that_its_rate_counts():
-    asked = []
+    asked, now = [], [0.0]
 
     def generate(prompts, output_tokens):
         asked.append((len(prompts), len(prompts[0]), output_tokens))
+        # A machine that reads 1,000 tokens a second and writes 10 for each prompt.
+        now[0] += sum(map(len, prompts)) / 1_000 + (output_tokens - 1) / 10
 
-    found = run_cases(generate, 1_000, ["prefill512", "decode1", "batch8", "c4"], 3, seed=0)
+    found = run_cases(generate, 1_000, ["prefill512", "decode1", "batch8", "c4"], 3, seed=0, clock=lambda: now[0])
     assert {case: len(values) for case, values in found.items()} == dict.fromkeys(found, 3)
     assert set(asked) == {(1, 64, 8), (1, 512, 1), (1, 256, 65), (1, 256, 1), (8, 128, 64), (4, 64, 32)}
+    rates = {case: values[0] for case, values in found.items()}
+    assert rates == pytest.approx(
+        {"prefill512": 1_000, "decode1": 10, "batch8": 8 * 64 / (1.024 + 6.3), "c4": 4 * 32 / (0.256 + 3.1)}
+    )
+
+
+def test_a_machine_that_pauses_in_every_run_is_said_to_be_too_busy():
+    with pytest.raises(RuntimeError, match="too busy to measure"):
+        run_cases(lambda *_: None, 1_000, ["decode1"], 1, seed=0, clock=lambda: 0.0)
 
 
 def test_no_prompt_is_drawn_twice():

@@ -11,6 +11,8 @@ use llmscale_wire::{Failed, FromWorker, NeedSnapshot, NodeState, Ready, ToWorker
 
 /// Frames taken from one source per round.
 pub(super) const MAX_FRAMES_PER_ROUND: usize = 256;
+/// What a front that does not read can hold up a node that ends.
+const MAX_LINGER: std::time::Duration = std::time::Duration::from_secs(1);
 
 impl Node {
     /// Returns false when the thread is to end.
@@ -86,6 +88,10 @@ impl Node {
             && worker.link.send(frame).is_err()
         {
             self.dropped_frames += 1;
+        }
+        // The last tokens of a drain may have been sent a moment ago.
+        if let Err(error) = self.server.linger(MAX_LINGER) {
+            panic!("setting how long a socket lingers failed: {error}");
         }
     }
 
