@@ -2,8 +2,8 @@
 
 `Tokenizer` reads a model folder (tokenizer.json, tokenizer_config.json, the configs' ids, chat template), encodes
 prompts in time linear in their bytes, which are bounded before, and renders chats so that control ids come from the
-template alone: text from a request is never parsed for special tokens. `Detokenizer` turns one stream of ids into text
-in O(1) per token. Nothing here knows of HTTP, of engines or of torch.
+template alone: text from a request is parsed for special tokens only where a prompt asks for it. `Detokenizer` turns
+one stream of ids into text in O(1) per token. Nothing here knows of HTTP, of engines or of torch.
 """
 
 from __future__ import annotations
@@ -81,16 +81,31 @@ class Tokenizer:
         """A prompt of more bytes cannot fit into this many tokens, however it is split."""
         return max_sequence_tokens * self._longest_token_bytes
 
-    def encode(self, text: str, *, max_tokens: int | None = None) -> list[int]:
-        """The ids of a prompt, with the ids that the model wants around it. Special tokens in the text stay text.
+    def encode(
+        self,
+        text: str,
+        *,
+        max_tokens: int | None = None,
+        add_special_tokens: bool = True,
+        parse_special_tokens: bool = False,
+    ) -> list[int]:
+        """The ids of a prompt, with those that the model wants around it unless `add_special_tokens` is false.
 
-        Raises `RequestTooLong` before it tokenizes when the text cannot fit into `max_tokens`, and `InvalidField` for
-        halves of characters (lone surrogates), which have no bytes.
+        Special tokens in the text stay text. With `parse_special_tokens` they become their ids, and a text that begins
+        with what the model wants before it gets that no second time. Raises `RequestTooLong` before it tokenizes when
+        the text cannot fit into `max_tokens`, and `InvalidField` for halves of characters (lone surrogates), which have
+        no bytes.
         """
         self._check_length(text, max_tokens, "prompt")
         _check_unicode(text, "prompt")
-        ids = self._encoder.encode(text)
-        return [*self._prefix, *ids, *self._suffix] if self._prefix or self._suffix else ids
+        ids = self._encoder.encode_rendered(text) if parse_special_tokens else self._encoder.encode(text)
+        if not add_special_tokens:
+            return ids
+        # Chat templates write the first token themselves. vLLM puts another one before such a text; no model has been
+        # trained on two, and the ids would not be those of the same conversation sent as messages.
+        is_begun = parse_special_tokens and ids[: len(self._prefix)] == self._prefix
+        prefix = [] if is_begun else self._prefix
+        return [*prefix, *ids, *self._suffix] if prefix or self._suffix else ids
 
     def encode_part(self, text: str) -> list[int]:
         """The ids of a text that goes on where another one ended, with nothing around it."""
@@ -190,7 +205,7 @@ class _SafeEncoder:
     def __init__(self, definition: dict[str, Any], control_ids: Mapping[str, int], unknown: str | None) -> None:
         secret = secrets.token_hex(12)
         self._spelling = {text: f"<{secret}{token}>" for text, token in control_ids.items()}
-        self._tokenizer = _build(_respelled(definition, self._spelling))
+        self._tokenizer = _build(_respelled(definition, control_ids, self._spelling))
         self._control_ids = frozenset(token for text, token in control_ids.items() if text != unknown)
         # A mark stands for the first character of a control token in a request's text while the template sees it.
         self._mark = f"[{secret}"
@@ -211,7 +226,8 @@ class _SafeEncoder:
         return ids
 
     def encode_rendered(self, text: str) -> list[int]:
-        """The ids of a rendered template whose values were protected."""
+        """The ids of a text whose control tokens count: a rendered template whose values were protected, or a prompt
+        that asks for it."""
         expected = 0
         if self._pattern is not None:
             text, expected = self._pattern.subn(lambda match: self._spelling[match[0]], text)
@@ -219,7 +235,7 @@ class _SafeEncoder:
             text = self._marked.sub(lambda match: chr(int(match[1], 16)), text)
         ids = self._ids(text)
         if sum(map(self._control_ids.__contains__, ids)) > expected:
-            raise AssertionError("a message was encoded to a control token")
+            raise AssertionError("a text was encoded to more control tokens than it spells")
         return ids
 
     def _ids(self, text: str) -> list[int]:
@@ -306,8 +322,10 @@ def _control_tokens(definition: Mapping[str, Any], settings: Mapping[str, Any], 
     return found | set(named.values())
 
 
-def _respelled(definition: dict[str, Any], spelling: Mapping[str, str]) -> dict[str, Any]:
-    """The definition with other texts for some tokens, and without a post-processor, whose texts would not fit."""
+def _respelled(
+    definition: dict[str, Any], control_ids: Mapping[str, int], spelling: Mapping[str, str]
+) -> dict[str, Any]:
+    """The definition with other texts for control tokens, and without a post-processor, whose texts would not fit."""
     model = dict(definition.get("model") or {})
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
@@ -316,13 +334,13 @@ def _respelled(definition: dict[str, Any], spelling: Mapping[str, str]) -> dict[
         model["vocab"] = [[spelling.get(text, text), score] for text, score in vocabulary]
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
-    added = [
-        {**entry, "content": spelling[entry["content"]], "special": True, "normalized": False}
-        if entry.get("content") in spelling
-        else entry
-        for entry in definition.get("added_tokens") or []
-    ]
-    return {**definition, "model": model, "added_tokens": added, "post_processor": None}
+    added = {entry.get("content"): entry for entry in definition.get("added_tokens") or []}
+    for text, token in control_ids.items():
+        usual = {"id": token, "lstrip": False, "rstrip": False}
+        # Found wherever it stands, also one that only the settings name: else ids would spell the secret.
+        always = {"content": spelling[text], "special": True, "normalized": False, "single_word": False}
+        added[text] = {**usual, **added.get(text, {}), **always}
+    return {**definition, "model": model, "added_tokens": list(added.values()), "post_processor": None}
 
 
 def _generation_defaults(generation: Mapping[str, Any]) -> GenerationDefaults:

@@ -162,6 +162,58 @@ def test_a_prompt_never_has_a_control_id_of_its_own(tokenizers: dict[str, Tokeni
     assert [token for token in tokenizer.encode(text) if token in tokenizer.control_ids.values()] == expected
 
 
+@settings(max_examples=300)
+@given(TEXTS, st.sampled_from([BYTE_LEVEL, METASPACE]))
+def test_a_prompt_that_asks_for_it_has_the_control_ids_that_transformers_gives(
+    tokenizers: dict[str, Tokenizer], oracles: dict[str, Any], text: str, name: str
+) -> None:
+    bare = oracles[name](text, add_special_tokens=False)["input_ids"]
+    tokenizer = tokenizers[name]
+    assert tokenizer.encode(text, add_special_tokens=False, parse_special_tokens=True) == bare
+    begin = [tokenizer.control_ids["<s>"]] if name == METASPACE else []
+    # The oracle puts the first token before a text that begins with it, too.
+    expected = bare if bare[:1] == begin else [*begin, *bare]
+    assert tokenizer.encode(text, parse_special_tokens=True) == expected
+
+
+@pytest.mark.parametrize("name", [BYTE_LEVEL, METASPACE])
+def test_a_prompt_that_a_client_has_rendered_has_the_ids_of_its_conversation(
+    tokenizers: dict[str, Tokenizer], oracles: dict[str, Any], name: str
+) -> None:
+    tokenizer = tokenizers[name]
+    messages = chat("hello world", "é中😀")
+    rendered = oracles[name].apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert tokenizer.encode(rendered, parse_special_tokens=True) == tokenizer.encode_chat(messages)
+    assert tokenizer.encode(rendered) != tokenizer.encode_chat(messages)
+
+
+@pytest.mark.parametrize("name", [BYTE_LEVEL, METASPACE])
+def test_without_special_tokens_around_it_a_prompt_is_its_text_alone(
+    tokenizers: dict[str, Tokenizer], name: str
+) -> None:
+    tokenizer = tokenizers[name]
+    assert tokenizer.encode("hello<s>", add_special_tokens=False) == tokenizer.encode_part("hello<s>")
+
+
+def test_a_control_token_that_only_the_settings_name_or_that_stands_in_a_word_is_one_id_where_it_counts(
+    tmp_path: Path,
+) -> None:
+    folder = write_byte_level(tmp_path, chat_template="x<|extra|>y<|im_end|>z{{ messages[0]['content'] }}")
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["model"]["vocab"]["<|extra|>"] = extra = VOCABULARY
+    for entry in definition["added_tokens"]:
+        entry["single_word"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**written, "additional_special_tokens": ["<|extra|>"]}))
+    tokenizer = Tokenizer(folder)
+    end, part = tokenizer.control_ids["<|im_end|>"], tokenizer.encode_part
+    expected = [*part("x"), extra, *part("y"), end, *part("z")]
+    assert tokenizer.encode_chat(chat("")) == expected
+    assert tokenizer.encode("x<|extra|>y<|im_end|>z", parse_special_tokens=True) == expected
+    assert not {extra, end} & set(tokenizer.encode("x<|extra|>y<|im_end|>z"))
+
+
 def test_a_vocabulary_that_holds_control_tokens_as_whole_words_does_not_give_them_to_text(tmp_path: Path) -> None:
     folder = write_byte_level(tmp_path)
     definition = json.loads((folder / "tokenizer.json").read_text())
@@ -208,8 +260,9 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(tokenizers: di
     # Made before the clock starts: fresh memory costs up to a quarter of a second.
     text = "a" * 50_000_000
     started = time.thread_time()
-    with pytest.raises(RequestTooLong, match="100 tokens"):
-        tokenizer.encode(text, max_tokens=100)
+    for parse in (False, True):
+        with pytest.raises(RequestTooLong, match="100 tokens"):
+            tokenizer.encode(text, max_tokens=100, parse_special_tokens=parse)
     assert time.thread_time() - started < 0.2
 
 
