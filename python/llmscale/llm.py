@@ -133,17 +133,22 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        parse_special_tokens: bool = False,
     ) -> list[RequestOutput]:
         """Completes prompts (texts or lists of token ids) and returns their outputs in order.
 
-        One `SamplingParams` holds for all prompts, a sequence of them for one each. Raises RequestError for a prompt
-        that cannot be run, before anything is computed.
+        One `SamplingParams` holds for all prompts, a sequence of them for one each. Special tokens that a text spells
+        stay text unless `parse_special_tokens` makes them their ids. Raises RequestError for a prompt that cannot be
+        run, before anything is computed.
         """
         batch = _as_batch(prompts)
         params = _one_each(sampling_params or SamplingParams(), len(batch))
         vocabulary = self._limits.vocabulary
         ids = [
-            self.tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt, vocabulary)
+            self.tokenizer.encode(prompt, parse_special_tokens=parse_special_tokens)
+            if isinstance(prompt, str)
+            else _checked_ids(prompt, vocabulary)
             for prompt in batch
         ]
         texts = [prompt if isinstance(prompt, str) else None for prompt in batch]

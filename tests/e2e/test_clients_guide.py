@@ -89,10 +89,11 @@ def test_a_stream_ends_with_its_usage_and_done(server: Server, folder: Path) -> 
 
 
 def test_the_examples_of_the_sdk_run(server: Server, node_address: str, folder: Path) -> None:
-    sync, concurrent, direct = (
+    rendered, sync, concurrent, direct = (
         run([sys.executable, "-c", code.replace(SERVER, server.base).replace(NODE, node_address)], folder).splitlines()
         for code in blocks("python")
     )
+    assert rendered == ["17 68"]
     assert sync[0] == "['tiny-chat'] ready"
     assert sync[-2:] == ["0 restarts, finished: False", "unknown_model"]
     assert concurrent == ["['68', '69']"]

@@ -75,6 +75,15 @@ def test_a_prompt_of_ids_is_the_prompt_of_its_text(llm: LLM) -> None:
     assert llm.generate(encoded[0], GREEDY)[0].prompt is None
 
 
+def test_a_prompt_that_was_rendered_before_is_the_prompt_of_its_conversation(llm: LLM) -> None:
+    [answer] = llm.chat(QUESTION, GREEDY)
+    rendered = llm.tokenizer.decode(answer.prompt_token_ids, skip_special_tokens=False)
+    parsed, plain = llm.generate(rendered, GREEDY, parse_special_tokens=True), llm.generate(rendered, GREEDY)
+    assert parsed[0].prompt_token_ids == answer.prompt_token_ids
+    assert parsed[0].outputs[0].token_ids == answer.outputs[0].token_ids
+    assert not set(plain[0].prompt_token_ids) & set(llm.tokenizer.control_ids.values())
+
+
 def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

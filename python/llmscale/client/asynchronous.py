@@ -157,12 +157,23 @@ class AsyncClient:
         model: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - part of the request: the server gets it too
         priority: str = "standard",
+        parse_special_tokens: bool = False,
     ) -> RequestOutput:
         """Completes a prompt, a text or token ids. `model` None is the only one served, `timeout` is in seconds.
 
-        Without `sampling_params` the model's author's recommendation holds. Raises LlmscaleError.
+        Without `sampling_params` the model's author's recommendation holds. Special tokens that a text spells stay text
+        unless `parse_special_tokens` makes them their ids. Raises LlmscaleError.
         """
-        return await self._whole(prompt, sampling_params, model, timeout, priority)
+        stream = self._stream(
+            prompt,
+            sampling_params,
+            model,
+            timeout,
+            priority,
+            streaming=False,
+            parse_special_tokens=parse_special_tokens,
+        )
+        return await _whole(stream)
 
     async def chat(
         self,
@@ -174,7 +185,8 @@ class AsyncClient:
         priority: str = "standard",
     ) -> RequestOutput:
         """Answers a conversation: messages with `role` and `content`. Raises LlmscaleError."""
-        return await self._whole(_conversation(messages), sampling_params, model, timeout, priority)
+        given = _conversation(messages)
+        return await _whole(self._stream(given, sampling_params, model, timeout, priority, streaming=False))
 
     def stream(
         self,
@@ -184,12 +196,12 @@ class AsyncClient:
         model: str | None = None,
         timeout: float | None = None,
         priority: str = "standard",
+        parse_special_tokens: bool = False,
     ) -> AsyncStream:
         """The answer piece by piece, to a prompt as in `generate` or to a conversation as in `chat`."""
-        self._check_open()
-        text, messages = split_input(prompt)
-        call = Call(text, messages, sampling_params, model, priority, timeout, streaming=True)
-        return AsyncStream(self._transport, call)
+        return self._stream(
+            prompt, sampling_params, model, timeout, priority, streaming=True, parse_special_tokens=parse_special_tokens
+        )
 
     async def models(self) -> list[ModelInfo]:
         """The models that are served."""
@@ -214,20 +226,31 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _whole(
-        self, prompt: Prompt, params: SamplingParams | None, model: str | None, seconds: float | None, priority: str
-    ) -> RequestOutput:
+    def _stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        model: str | None,
+        seconds: float | None,
+        priority: str,
+        *,
+        streaming: bool,
+        parse_special_tokens: bool = False,
+    ) -> AsyncStream:
         self._check_open()
         text, messages = split_input(prompt)
-        call = Call(text, messages, params, model, priority, seconds, streaming=False)
-        stream = AsyncStream(self._transport, call)
-        while await stream.next_pieces():
-            pass
-        return stream.output
+        call = Call(text, messages, params, model, priority, seconds, streaming, parse_special_tokens)
+        return AsyncStream(self._transport, call)
 
     def _check_open(self) -> None:
         if self._closed:
             raise errors.TransportError("this client was closed; make a new one")
+
+
+async def _whole(stream: AsyncStream) -> RequestOutput:
+    while await stream.next_pieces():
+        pass
+    return stream.output
 
 
 def _conversation(messages: Sequence[Message]) -> Sequence[Message]:

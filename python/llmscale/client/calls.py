@@ -18,7 +18,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 class Call:
     """A prompt (text or ids) or a conversation, and how to run it. `params` None: what the model's author recommends.
 
-    `timeout_seconds` bounds the whole answer. `streaming` says whether anybody looks at it before its end.
+    `timeout_seconds` bounds the whole answer. `streaming` says whether anybody looks at it before its end, and
+    `parse_special_tokens` whether special tokens that a text prompt spells become their ids.
     """
 
     prompt: str | tuple[int, ...] | None
@@ -28,6 +29,7 @@ class Call:
     priority: str
     timeout_seconds: float | None
     streaming: bool
+    parse_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         if self.priority not in CLASSES:
@@ -40,6 +42,11 @@ class Call:
             raise InvalidField("prompt is empty, at least 1 token is needed", field="prompt")
         if self.messages is not None and not self.messages:
             raise InvalidField("messages is empty, at least 1 message is needed", field="messages")
+        if self.messages is not None and self.parse_special_tokens:
+            raise InvalidField(
+                "parse_special_tokens is for prompts; in a chat special tokens are the template's, leave it out",
+                field="parse_special_tokens",
+            )
 
     @property
     def prompt_text(self) -> str | None:

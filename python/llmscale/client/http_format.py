@@ -154,6 +154,8 @@ def request_body(call: Call, model: ModelInfo) -> bytes:
         body["messages"] = call.messages
     else:
         body["prompt"] = call.prompt
+    if call.parse_special_tokens and call.prompt_text is not None:
+        body["parse_special_tokens"] = True
     if call.streaming:
         body["stream"] = True
         body["stream_options"] = {"include_usage": True}

@@ -159,7 +159,9 @@ def _prompt_ids(call: Call, limits: wire.NodeLimits, tokenizer: Tokenizer | None
     if call.messages is not None:
         return tokenizer.encode_chat(call.messages, max_tokens=limits.max_sequence_tokens)
     assert call.prompt is not None, "a call has a prompt or messages"
-    return tokenizer.encode(call.prompt, max_tokens=limits.max_sequence_tokens)
+    return tokenizer.encode(
+        call.prompt, max_tokens=limits.max_sequence_tokens, parse_special_tokens=call.parse_special_tokens
+    )
 
 
 def _recommended(call: Call, tokenizer: Tokenizer | None) -> SamplingParams:

@@ -177,13 +177,22 @@ class Client:
         model: str | None = None,
         timeout: float | None = None,
         priority: str = "standard",
+        parse_special_tokens: bool = False,
     ) -> RequestOutput:
         """Completes a prompt, a text or token ids. `model` None is the only one served, `timeout` is in seconds.
 
-        Without `sampling_params` the model's author's recommendation holds. Raises LlmscaleError.
+        Without `sampling_params` the model's author's recommendation holds. Special tokens that a text spells stay text
+        unless `parse_special_tokens` makes them their ids. Raises LlmscaleError.
         """
         return self._thread.run(
-            self._client.generate(prompt, sampling_params, model=model, timeout=timeout, priority=priority)
+            self._client.generate(
+                prompt,
+                sampling_params,
+                model=model,
+                timeout=timeout,
+                priority=priority,
+                parse_special_tokens=parse_special_tokens,
+            )
         )
 
     def chat(
@@ -208,9 +217,17 @@ class Client:
         model: str | None = None,
         timeout: float | None = None,
         priority: str = "standard",
+        parse_special_tokens: bool = False,
     ) -> Stream:
         """The answer piece by piece, to a prompt as in `generate` or to a conversation as in `chat`."""
-        stream = self._client.stream(prompt, sampling_params, model=model, timeout=timeout, priority=priority)
+        stream = self._client.stream(
+            prompt,
+            sampling_params,
+            model=model,
+            timeout=timeout,
+            priority=priority,
+            parse_special_tokens=parse_special_tokens,
+        )
         return Stream(self._thread, stream)
 
     def models(self) -> list[ModelInfo]:

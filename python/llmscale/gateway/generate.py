@@ -69,7 +69,9 @@ async def _completion_job(services: Services, exchange: Exchange, tenant: str) -
 
     def tokenize() -> tuple[list[list[int]], list[bytes] | None]:
         ids = [
-            model.tokenizer.encode(prompt, max_tokens=model.max_sequence_tokens)
+            model.tokenizer.encode(
+                prompt, max_tokens=model.max_sequence_tokens, parse_special_tokens=bool(request.parse_special_tokens)
+            )
             if isinstance(prompt, str)
             else _check_ids(prompt, model)
             for prompt in prompts

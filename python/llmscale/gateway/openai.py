@@ -109,6 +109,7 @@ class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     suffix: Literal[""] | None = None
     add_special_tokens: Literal[True] | None = None
+    parse_special_tokens: bool | None = None
 
 
 class TextPart(msgspec.Struct, tag_field="type", tag="text", frozen=True, forbid_unknown_fields=True):
@@ -147,6 +148,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     add_generation_prompt: bool | None = None
     continue_final_message: Literal[False] | None = None
     add_special_tokens: Literal[False] | None = None
+    parse_special_tokens: Literal[False] | None = None
     chat_template_kwargs: Variables | None = None
     parallel_tool_calls: bool | None = None
     tools: Any = None

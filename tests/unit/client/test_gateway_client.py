@@ -50,6 +50,39 @@ async def test_sampling_reaches_the_front_unchanged(tokenizer):
     assert list(sent.sampling.logit_bias) == [(4, -1.5)]
 
 
+async def test_special_tokens_of_a_prompt_are_text_unless_the_caller_asks_for_their_ids(tokenizer):
+    prompt = "<|im_start|>user\nhello<|im_end|>\n"
+    params = SamplingParams(max_tokens=1)
+    async with serving(tokenizer) as server, AsyncClient(server.url) as client:
+        await client.generate(prompt, params)
+        await client.generate(prompt, params, parse_special_tokens=True)
+        async for _ in client.stream(prompt, params, parse_special_tokens=True):
+            pass
+        await client.generate([5, 6], params, parse_special_tokens=True)
+        with pytest.raises(errors.InvalidField, match="leave it out"):
+            client.stream([{"role": "user", "content": "hello"}], params, parse_special_tokens=True)
+        plain, parsed, streamed, ids = (one.prompt for one in server.front.submitted.values())
+    assert plain == tokenizer.encode(prompt)
+    assert not set(plain) & set(tokenizer.control_ids.values())
+    assert parsed == streamed == tokenizer.encode(prompt, parse_special_tokens=True)
+    assert set(parsed) & set(tokenizer.control_ids.values()) == {1, 2}
+    assert ids == [5, 6]
+
+
+async def test_a_client_without_a_loop_asks_for_special_tokens_too(tokenizer):
+    prompt = "hello<|im_end|>"
+
+    def ask(url):
+        with Client(url) as client:
+            client.generate(prompt, parse_special_tokens=True)
+            list(client.stream(prompt, parse_special_tokens=True))
+
+    async with serving(tokenizer) as server:
+        await asyncio.to_thread(ask, server.url)
+        asked = [one.prompt for one in server.front.submitted.values()]
+    assert asked == [tokenizer.encode(prompt, parse_special_tokens=True)] * 2
+
+
 async def test_leaving_a_stream_cancels_the_request(tokenizer):
     async with serving(tokenizer) as server, AsyncClient(server.url) as client:
         async for chunk in client.stream("hello", ENDLESS):

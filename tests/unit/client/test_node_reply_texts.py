@@ -45,6 +45,15 @@ def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(metaspace
     assert kept is not None
 
 
+@pytest.mark.parametrize("parse", [False, True])
+def test_special_tokens_of_a_prompt_are_text_unless_the_caller_asks_for_their_ids(metaspace, parse):
+    prompt = "<s>hello</s>"
+    call = Call(prompt, None, None, None, "standard", None, streaming=True, parse_special_tokens=parse)
+    ids = NodeReply(call, LIMITS, metaspace, "request-1").prompt
+    assert ids == metaspace.encode(prompt, parse_special_tokens=parse)
+    assert [token for token in ids if token < 3] == ([1, 2] if parse else [1])
+
+
 def test_a_chat_in_parts_has_the_prompt_of_its_text(metaspace):
     parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     assert reply_to(parts, metaspace).prompt == reply_to([{"role": "user", "content": "hello"}], metaspace).prompt

@@ -149,6 +149,9 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None]] = [
     ({"suffix": "x"}, "suffix"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"continue_final_message": False}, "continue_final_message"),
+    ({"parse_special_tokens": "true"}, "parse_special_tokens"),
+    ({"parse_special_tokens": 1}, "parse_special_tokens"),
+    ({"prompt": "<|im_end|>" * 50_000, "parse_special_tokens": True}, "prompt"),
     ({"logprobs": True}, "logprobs"),
     ({"logprobs": 21}, "logprobs"),
     ({"echo": True, "logprobs": 1}, "echo"),
@@ -222,6 +225,7 @@ UNSERVED: list[tuple[str, Any, Any]] = [
 UNSERVED_OF_COMPLETIONS: list[tuple[str, Any, Any]] = [("add_special_tokens", True, False), ("suffix", "", "x")]
 UNSERVED_OF_CHATS: list[tuple[str, Any, Any]] = [
     ("add_special_tokens", False, True),
+    ("parse_special_tokens", False, True),
     ("continue_final_message", False, True),
     ("best_of", 1, 2),
     ("echo", False, True),
