@@ -44,6 +44,16 @@ def client(shared_node):
         yield made
 
 
+def test_a_rendered_prompt_at_a_node_is_its_conversation_where_the_caller_says_so(client):
+    rendered = "<|im_start|>user\nWhat is 12 plus 30?<|im_end|>\n<|im_start|>assistant\n"
+    chat = client.chat(CHAT, GREEDY)
+    assert client.generate(rendered, GREEDY, parse_special_tokens=True).prompt_token_ids == chat.prompt_token_ids
+    stream = client.stream(rendered, GREEDY, parse_special_tokens=True)
+    assert read_to_the_end(stream) == 24
+    assert stream.output.outputs[0].token_ids == chat.outputs[0].token_ids
+    assert client.generate(rendered, GREEDY).prompt_token_ids != chat.prompt_token_ids
+
+
 def test_a_node_answers_ids_without_a_tokenizer_and_text_with_one(shared_node, client):
     with Client(shared_node.address) as bare:
         by_ids = bare.generate(PROMPT, GREEDY)
