@@ -21,6 +21,7 @@ import pytest
 from llmscale import errors
 from llmscale.gateway.app import KEY, ROUTES
 from llmscale.gateway.openai import ChatRequest, CompletionRequest
+from llmscale.gateway.vllm import DetokenizeRequest, TokenizeChatRequest, TokenizePromptRequest
 from tests.processes import API_KEY, Server, free_port, serving
 from tests.support_processes import node
 
@@ -77,7 +78,12 @@ def test_a_key_is_sent_as_the_guide_says(folder: Path) -> None:
 
 def test_an_unknown_field_is_refused_as_the_guide_shows(server: Server, folder: Path) -> None:
     command = next(block for block in blocks("bash") if '"max_token"' in block)
-    assert [run(["bash", "-ec", command.replace(SERVER, server.base)], folder) + "\n"] == blocks("json")
+    assert [run(["bash", "-ec", command.replace(SERVER, server.base)], folder) + "\n"] == blocks("json")[:1]
+
+
+def test_a_text_has_the_ids_that_the_guide_shows(server: Server, folder: Path) -> None:
+    command = next(block for block in blocks("bash") if "/tokenize" in block)
+    assert [run(["bash", "-ec", command.replace(SERVER, server.base)], folder) + "\n"] == blocks("json")[1:]
 
 
 def test_a_stream_ends_with_its_usage_and_done(server: Server, folder: Path) -> None:
@@ -110,13 +116,18 @@ def test_every_route_is_listed_with_whether_it_needs_a_key() -> None:
     assert listed == [(f"{method} {path}", "yes" if access is KEY else "no") for method, path, _, access in ROUTES]
 
 
-def test_every_field_is_listed_with_its_default() -> None:
+@pytest.mark.parametrize(
+    ("heading", "kinds"),
+    [
+        ("Fields", (CompletionRequest, ChatRequest)),
+        ("Tokens", (TokenizePromptRequest, TokenizeChatRequest, DetokenizeRequest)),
+    ],
+)
+def test_every_field_is_listed_with_its_default(heading: str, kinds: tuple[type[msgspec.Struct], ...]) -> None:
     written: dict[str, str] = {}
-    for names, default, *_ in rows("Fields"):
+    for names, default, *_ in rows(heading):
         written |= dict.fromkeys(re.findall(r"`(\w+)`", names), default)
-    known: dict[str, Any] = {
-        field.name: field for kind in (CompletionRequest, ChatRequest) for field in msgspec.structs.fields(kind)
-    }
+    known: dict[str, Any] = {field.name: field for kind in kinds for field in msgspec.structs.fields(kind)}
     assert set(written) == set(known)
     assert {name for name, default in written.items() if default == "needed"} == {
         name for name, field in known.items() if field.required

@@ -26,12 +26,15 @@ OPEN = {
 NEED_KEY = {
     ("POST", "/v1/completions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/tiny"),
     ("GET", "/fleet"),
     ("GET", "/metrics"),
 }
 PATHS = [*sorted({path for _, path in OPEN | NEED_KEY}), "/nothing", "/page/nothing.js", "/v1"]
+BODIES = {"/tokenize": b'{"prompt":"x"}', "/detokenize": b'{"tokens":[5]}'}
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "HEAD"]
 
 
@@ -44,7 +47,7 @@ async def test_every_method_on_every_path_with_and_without_a_key_answers_as_the_
                 for authorization in (None, "Bearer wrong-key-for-tests", f"Bearer {KEY}"):
                     extra = f"Authorization: {authorization}\r\n" if authorization else ""
                     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\n{extra}Content-Type: application/json\r\n"
-                    body = BODY if method == "POST" else b""
+                    body = BODIES.get(path, BODY) if method == "POST" else b""
                     data = f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
                     found = status(await gateway.exchange(data))
                     assert found == expected(method, path, authorization), (method, path, authorization)
@@ -132,6 +135,27 @@ async def test_errors_and_metrics_repeat_nothing_of_prompts_or_keys(
     assert secret.encode() not in everything
     assert KEY.encode() not in everything
     assert b"0x7f" not in failed
+
+
+async def test_what_is_tokenized_is_repeated_in_no_error_metric_or_log(
+    tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    secret = b"canary-5f1d"
+    async with serving(tokenizer, api_keys=(KEY,)) as gateway:
+        key = f"Authorization: Bearer {KEY}\r\nConnection: close\r\n".encode()
+        bodies = [
+            b'{"prompt":"%b"}',
+            b'{"prompt":"%b","x":1}',
+            b'{"prompt":["%b"]}',
+            b'{"messages":"%b"}',
+        ]
+        answers = [await gateway.exchange(post(body % secret, path="/tokenize", extra=key)) for body in bodies]
+        metrics = await gateway.exchange(b"GET /metrics HTTP/1.1\r\n" + HEADER + key + b"\r\n")
+        assert gateway.front.submitted == {}
+    assert [status(answer) for answer in answers] == [200, 400, 400, 400]
+    written = capfd.readouterr()
+    assert secret not in b"".join(answers) + metrics + written.out.encode() + written.err.encode()
+    assert b'route="/tokenize"' in metrics
 
 
 async def test_names_that_clients_choose_do_not_become_metric_labels(gateway: Serving) -> None:

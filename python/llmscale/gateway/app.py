@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from llmscale.errors import ForeignHost, LlmscaleError, MethodNotAllowed, NotFound
-from llmscale.gateway import generate, info
+from llmscale.gateway import generate, info, tokenize
 from llmscale.gateway.asgi import Receive, Scope, Send
 from llmscale.gateway.auth import ApiKeys
 from llmscale.gateway.body import ClientDisconnected, header
@@ -33,6 +33,8 @@ KEY: Final = True
 ROUTES: Final[tuple[tuple[str, str, Endpoint, bool], ...]] = (
     ("POST", "/v1/completions", generate.completions, KEY),
     ("POST", "/v1/chat/completions", generate.chat_completions, KEY),
+    ("POST", "/tokenize", tokenize.tokenize, KEY),
+    ("POST", "/detokenize", tokenize.detokenize, KEY),
     ("GET", "/v1/models", info.models, KEY),
     ("GET", "/v1/models/*", info.model, KEY),
     ("GET", "/fleet", info.fleet, KEY),

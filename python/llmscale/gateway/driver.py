@@ -22,7 +22,8 @@ from llmscale.logs import get_logger
 from llmscale.metrics import RequestMetrics
 
 MAX_HELD_BYTES: Final = 1 << 30
-"""Of the log probabilities of all answers that are sent whole, and of the prompts that all answers repeat."""
+"""Of the log probabilities of all answers that are sent whole, of the prompts that all answers repeat, and of answers
+that are texts or ids of a request."""
 # A row of log probabilities takes so much, and as much again for each of its values: 112 and 184 bytes are measured.
 _VALUE_BYTES: Final = 112
 _log = get_logger("llmscale.gateway")
@@ -56,11 +57,11 @@ class FrontDriver:
         return self._held_bytes
 
     def hold(self, reply: Reply, size_bytes: int) -> None:
-        """Counts the prompts that an answer repeats, until it is abandoned. Raises `Overloaded`."""
+        """Counts what an answer tells of prompts and ids, until it is abandoned. Raises `Overloaded`."""
         if size_bytes and self._held_bytes + size_bytes > MAX_HELD_BYTES:
             raise Overloaded(
-                f"answers that are not sent yet hold {self._held_bytes} bytes, with the {size_bytes} of this echo they"
-                f" are more than {MAX_HELD_BYTES}; leave echo out or retry later",
+                f"answers that are not sent yet hold {self._held_bytes} bytes, with the {size_bytes} of this one they"
+                f" are more than {MAX_HELD_BYTES}; send less, leave echo out or retry later",
                 retry_after_seconds=1.0,
             )
         self._held_bytes += size_bytes

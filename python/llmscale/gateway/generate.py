@@ -117,7 +117,7 @@ async def _chat_job(services: Services, exchange: Exchange, tenant: str) -> _Job
 
     def tokenize() -> list[int]:
         return model.tokenizer.encode_chat(
-            openai.template_messages(request),
+            openai.template_messages(request.messages),
             variables=openai.template_variables(request),
             add_generation_prompt=request.add_generation_prompt is not False,
             max_tokens=model.max_sequence_tokens,

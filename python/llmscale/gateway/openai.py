@@ -8,7 +8,8 @@ that official clients work and nobody is misled. Knows nothing of ids, of replic
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Final, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -25,7 +26,10 @@ from llmscale.types import (
     MAX_STOP_TOKENS,
 )
 
+MAX_TEXT_CHARACTERS: Final = 1 << 22
+"""Of one prompt."""
 _TOKEN_MAX: Final = (1 << 31) - 1
+T = TypeVar("T", bound=msgspec.Struct)
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Label = Annotated[str, Meta(max_length=512)]
@@ -96,13 +100,13 @@ class SamplingFields(UnservedFields, kw_only=True, forbid_unknown_fields=True):
 
 
 # One array type per union: msgspec cannot tell a list of texts from a list of ids by itself, `prompts_of` does.
-PromptItem = Annotated[str, Meta(max_length=1 << 22)] | TokenId | list[TokenId]
+PromptItem = Annotated[str, Meta(max_length=MAX_TEXT_CHARACTERS)] | TokenId | list[TokenId]
 
 
 class CompletionRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     """POST /v1/completions."""
 
-    prompt: Annotated[str, Meta(max_length=1 << 22)] | list[PromptItem]
+    prompt: Annotated[str, Meta(max_length=MAX_TEXT_CHARACTERS)] | list[PromptItem]
     max_tokens: Tokens | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -335,21 +339,23 @@ _FIELD: Final = re.compile(r"(?:unknown|required) field `([^`]{1,128})`")
 
 def decode_completion(body: bytes) -> CompletionRequest:
     """Parses and checks a body. Raises `InvalidField`."""
-    try:
-        return _completion_decoder.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _invalid(error, CompletionRequest) from error
+    return decoded(_completion_decoder, body)
 
 
 def decode_chat(body: bytes) -> ChatRequest:
     """Parses and checks a body. Raises `InvalidField`."""
+    return decoded(_chat_decoder, body)
+
+
+def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """A body as the decoder's struct. Raises `InvalidField`."""
     try:
-        return _chat_decoder.decode(body)
+        return decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _invalid(error, ChatRequest) from error
+        raise _invalid(error, decoder.type) from error
 
 
-def _invalid(error: Exception, request: type[SamplingFields]) -> InvalidField:
+def _invalid(error: Exception, request: type[msgspec.Struct]) -> InvalidField:
     """The same complaint with the name of the field, if it has one, and its only value, if there is only one."""
     text = str(error)
     if not isinstance(error, msgspec.ValidationError):
@@ -396,19 +402,22 @@ def check_chat(request: ChatRequest, max_messages: int) -> None:
         if value is not None and value not in ([], "none"):
             raise InvalidField(f"{field}: tool calls are not supported yet; leave the field out", field=field)
     check_format(request)
-    if len(request.messages) > max_messages:
-        raise InvalidField(
-            f"messages has {len(request.messages)} entries, the limit is {max_messages}", field="messages"
-        )
-    for position, message in enumerate(request.messages):
+    check_messages(request.messages, max_messages)
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidField("top_logprobs needs logprobs to be true", field="top_logprobs")
+
+
+def check_messages(messages: Sequence[Message], max_messages: int) -> None:
+    """Refuses a conversation that no template could render. Raises `InvalidField`."""
+    if len(messages) > max_messages:
+        raise InvalidField(f"messages has {len(messages)} entries, the limit is {max_messages}", field="messages")
+    for position, message in enumerate(messages):
         if message.tool_calls or message.function_call:
             field = f"messages[{position}].tool_calls"
             raise InvalidField(f"{field}: tool calls are not supported yet; leave the field out", field=field)
         if message.content is None and message.role != "assistant":
             field = f"messages[{position}].content"
             raise InvalidField(f"{field} is missing, a {message.role} message needs one", field=field)
-    if request.top_logprobs and not request.logprobs:
-        raise InvalidField("top_logprobs needs logprobs to be true", field="top_logprobs")
 
 
 def template_variables(request: ChatRequest) -> dict[str, object]:
@@ -420,10 +429,10 @@ def template_variables(request: ChatRequest) -> dict[str, object]:
     return variables
 
 
-def template_messages(request: ChatRequest) -> list[dict[str, object]]:
+def template_messages(given: Sequence[Message]) -> list[dict[str, object]]:
     """The messages as the tokenizer takes them, with the fields that chat templates read."""
     messages: list[dict[str, object]] = []
-    for message in request.messages:
+    for message in given:
         content: object = message.content
         if isinstance(content, list):
             content = [{"type": "text", "text": part.text} for part in content]

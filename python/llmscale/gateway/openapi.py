@@ -6,11 +6,12 @@ Built once per process, in O(schema). Knows nothing of handlers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
 
-from llmscale.gateway import openai
+from llmscale.gateway import openai, vllm
 
 _JSON: Final = "application/json"
 _TEXT_EVENTS: Final = "text/event-stream"
@@ -23,6 +24,11 @@ _COMPONENTS: Final = (
     openai.ModelList,
     openai.ModelObject,
     openai.ErrorResponse,
+    vllm.TokenizePromptRequest,
+    vllm.TokenizeChatRequest,
+    vllm.TokenizeResponse,
+    vllm.DetokenizeRequest,
+    vllm.DetokenizeResponse,
 )
 _ERRORS: Final = {
     "400": "The request is at fault; `code` and `param` say where.",
@@ -61,6 +67,15 @@ def _generation(request: str, response: str, chunk: str, summary: str) -> dict[s
     }
 
 
+def _text(requests: Sequence[str], response: str, summary: str) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "security": [{}, {"key": []}],
+        "requestBody": {"required": True, "content": _content(_JSON, {"anyOf": [*map(_refer, requests)]})},
+        "responses": _responses(summary, _content(_JSON, _refer(response)), "400", "401", "404", "413", "429"),
+    }
+
+
 def _get(summary: str, content: dict[str, Any], *errors: str, key: bool = False) -> dict[str, Any]:
     operation: dict[str, Any] = {"summary": summary, "responses": _responses(summary, content, *errors)}
     return {**operation, "security": [{}, {"key": []}]} if key else operation
@@ -81,6 +96,10 @@ def document() -> bytes:
         "/v1/chat/completions": {
             "post": _generation("ChatRequest", "ChatCompletion", "ChatChunk", "Answer a conversation")
         },
+        "/tokenize": {
+            "post": _text(("TokenizePromptRequest", "TokenizeChatRequest"), "TokenizeResponse", "The ids of a text")
+        },
+        "/detokenize": {"post": _text(("DetokenizeRequest",), "DetokenizeResponse", "The text of ids")},
         "/v1/models": {"get": _get("The served models", _content(_JSON, _refer("ModelList")), "401", key=True)},
         "/v1/models/{model}": {"get": model_path},
         "/fleet": {"get": _get("State of the replicas", anything, "401", key=True)},

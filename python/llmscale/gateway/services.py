@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from llmscale.errors import Overloaded, Unavailable, UnknownModel
+from llmscale.errors import InvalidField, Overloaded, Unavailable, UnknownModel
 from llmscale.gateway.auth import ApiKeys
 from llmscale.gateway.body import Arriving
 from llmscale.gateway.config import GatewayConfig, ServedModel
@@ -93,11 +93,16 @@ class Services:
             raise Unavailable("this gateway is starting; retry in a moment")
         return self._sweeper
 
-    def model(self, name: str) -> ServedModel:
-        """The served model of that name. Raises `UnknownModel`."""
-        model = self.models.get(name)
+    def model(self, name: str | None) -> ServedModel:
+        """The served model of that name, without a name the only one. Raises `UnknownModel`, or `InvalidField` where a
+        name is needed."""
+        if name is None and len(self.models) == 1:
+            [name] = self.models
+        model = None if name is None else self.models.get(name)
         if model is None:
             served = ", ".join(sorted(self.models))
+            if name is None:
+                raise InvalidField(f"model is missing; served are: {served}", field="model")
             raise UnknownModel(f"the model {name[:64]!r} is not served here; served are: {served}", field="model")
         return model
 

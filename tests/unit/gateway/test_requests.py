@@ -334,14 +334,16 @@ def test_the_text_parts_of_a_message_are_joined_by_line_ends(tokenizer: Tokenize
         b'{"role":"assistant"}]}'
     )
     plain = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": ""}]
-    assert tokenizer.encode_chat(openai.template_messages(openai.decode_chat(body))) == tokenizer.encode_chat(plain)
+    assert tokenizer.encode_chat(openai.template_messages(openai.decode_chat(body).messages)) == tokenizer.encode_chat(
+        plain
+    )
 
 
 @pytest.mark.parametrize("kind", ["text", "message", None])
 def test_a_message_with_the_type_of_a_part_and_a_part_to_be_cached_are_read_as_without(kind: str | None) -> None:
     part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
     body = {"model": "m", "messages": [{"role": "user", "type": kind, "content": [part]}]}
-    messages = openai.template_messages(openai.decode_chat(json.dumps(body).encode()))
+    messages = openai.template_messages(openai.decode_chat(json.dumps(body).encode()).messages)
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
 
 
@@ -350,7 +352,7 @@ def test_a_message_with_the_type_of_a_part_and_a_part_to_be_cached_are_read_as_w
 )
 def test_reasoning_reaches_the_template_under_either_name(fields: dict[str, str]) -> None:
     body = {"model": "m", "messages": [{"role": "assistant", "content": "c", **fields}]}
-    messages = openai.template_messages(openai.decode_chat(json.dumps(body).encode()))
+    messages = openai.template_messages(openai.decode_chat(json.dumps(body).encode()).messages)
     assert messages == [{"role": "assistant", "content": "c", "reasoning_content": "b"}]
 
 
