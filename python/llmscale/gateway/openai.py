@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from llmscale.errors import InvalidField
+from llmscale.gateway.tool_calls import ToolCalls, template_calls
 from llmscale.gateway.unserved import Nothing, UnservedFields, only_value
 from llmscale.types import (
     MAX_CHOICES,
@@ -128,7 +129,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     refusal: None = None
     audio: None = None
     annotations: Nothing | None = None
-    tool_calls: Any = None
+    tool_calls: ToolCalls | None = None
     function_call: Any = None
     tool_call_id: Label | None = None
     reasoning_content: str | None = None
@@ -399,9 +400,9 @@ def check_chat(request: ChatRequest, max_messages: int) -> None:
             f"messages has {len(request.messages)} entries, the limit is {max_messages}", field="messages"
         )
     for position, message in enumerate(request.messages):
-        if message.tool_calls or message.function_call:
-            field = f"messages[{position}].tool_calls"
-            raise InvalidField(f"{field}: tool calls are not supported yet; leave the field out", field=field)
+        if message.function_call:
+            field = f"messages[{position}].function_call"
+            raise InvalidField(f"{field}: function calls are not supported; send tool_calls", field=field)
         if message.content is None and message.role != "assistant":
             field = f"messages[{position}].content"
             raise InvalidField(f"{field} is missing, a {message.role} message needs one", field=field)
@@ -428,6 +429,10 @@ def template_messages(request: ChatRequest) -> list[dict[str, object]]:
         entry: dict[str, object] = {"role": message.role, "content": content}
         if message.name is not None:
             entry["name"] = message.name
+        if message.tool_calls:
+            entry["tool_calls"] = template_calls(message.tool_calls)
+        if message.tool_call_id is not None:
+            entry["tool_call_id"] = message.tool_call_id
         reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
         if reasoning is not None:
             entry["reasoning_content"] = reasoning
