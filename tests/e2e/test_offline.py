@@ -75,7 +75,7 @@ def test_a_prompt_of_ids_is_the_prompt_of_its_text(llm: LLM) -> None:
     assert llm.generate(encoded[0], GREEDY)[0].prompt is None
 
 
-def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(
+def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text_unless_its_last_message_is_open(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = Tokenizer(write_metaspace(tmp_path))
@@ -86,6 +86,10 @@ def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(
     for prompt in ("hello", tokenizer.encode("hello")):
         assert llm.generate(prompt, params)[0].outputs[0].text == " h h"
     assert llm.chat(QUESTION, params)[0].outputs[0].text == "h h"
+    gone_on = llm.chat(QUESTION, params, add_generation_prompt=False, continue_final_message=True)
+    assert gone_on[0].outputs[0].text == " h h"
+    with pytest.raises(errors.InvalidField, match="cannot both be true"):
+        llm.chat(QUESTION, params, continue_final_message=True)
 
 
 def test_no_conversations_give_no_answers_and_an_empty_one_is_refused(llm: LLM) -> None:

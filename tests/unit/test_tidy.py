@@ -77,7 +77,10 @@ PARTS = {
     "chat_template": {"errors", "template_budget", "template_sandbox"},
     "tokenizer_json": {"errors"},
     "end_tokens": {"tokenizer_json"},
-    "tokenizer": {"errors", "chat_template", "detokenizer", "end_tokens", "template_budget", "tokenizer_json"},
+    "final_message": {"errors"},
+    "tokenizer": {
+        *("errors", "chat_template", "detokenizer", "end_tokens", "final_message", "template_budget", "tokenizer_json"),
+    },
     "choice": {"errors", "stop_strings", "types"},
     "models": {"_core", "end_tokens", "errors", "env", "embedded", "extras", "quant"},
     "cuda": {"errors", "env"},

@@ -162,7 +162,8 @@ class AsyncClient:
 
         Without `sampling_params` the model's author's recommendation holds. Raises LlmscaleError.
         """
-        return await self._whole(prompt, sampling_params, model, timeout, priority)
+        text, messages = split_input(prompt)
+        return await self._whole(Call(text, messages, sampling_params, model, priority, timeout, streaming=False))
 
     async def chat(
         self,
@@ -172,9 +173,25 @@ class AsyncClient:
         model: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - as in `generate`
         priority: str = "standard",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> RequestOutput:
-        """Answers a conversation: messages with `role` and `content`. Raises LlmscaleError."""
-        return await self._whole(_conversation(messages), sampling_params, model, timeout, priority)
+        """Answers a conversation: messages with `role` and `content`. With `continue_final_message=True,
+        add_generation_prompt=False` the model goes on with the last one. Raises LlmscaleError.
+        """
+        return await self._whole(
+            Call(
+                None,
+                _conversation(messages),
+                sampling_params,
+                model,
+                priority,
+                timeout,
+                streaming=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        )
 
     def stream(
         self,
@@ -184,11 +201,23 @@ class AsyncClient:
         model: str | None = None,
         timeout: float | None = None,
         priority: str = "standard",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> AsyncStream:
         """The answer piece by piece, to a prompt as in `generate` or to a conversation as in `chat`."""
         self._check_open()
         text, messages = split_input(prompt)
-        call = Call(text, messages, sampling_params, model, priority, timeout, streaming=True)
+        call = Call(
+            text,
+            messages,
+            sampling_params,
+            model,
+            priority,
+            timeout,
+            streaming=True,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         return AsyncStream(self._transport, call)
 
     async def models(self) -> list[ModelInfo]:
@@ -214,12 +243,8 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    async def _whole(
-        self, prompt: Prompt, params: SamplingParams | None, model: str | None, seconds: float | None, priority: str
-    ) -> RequestOutput:
+    async def _whole(self, call: Call) -> RequestOutput:
         self._check_open()
-        text, messages = split_input(prompt)
-        call = Call(text, messages, params, model, priority, seconds, streaming=False)
         stream = AsyncStream(self._transport, call)
         while await stream.next_pieces():
             pass
@@ -230,7 +255,7 @@ class AsyncClient:
             raise errors.TransportError("this client was closed; make a new one")
 
 
-def _conversation(messages: Sequence[Message]) -> Sequence[Message]:
+def _conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
     text, found = split_input(messages)
     if found is None:
         raise errors.InvalidField(

@@ -18,7 +18,8 @@ Prompt = str | Sequence[int] | Sequence[Message]
 class Call:
     """A prompt (text or ids) or a conversation, and how to run it. `params` None: what the model's author recommends.
 
-    `timeout_seconds` bounds the whole answer. `streaming` says whether anybody looks at it before its end.
+    `timeout_seconds` bounds the whole answer. `streaming` says whether anybody looks at it before its end. The last two
+    are about conversations: whether the template begins an answer, or the model goes on with the last message.
     """
 
     prompt: str | tuple[int, ...] | None
@@ -28,6 +29,8 @@ class Call:
     priority: str
     timeout_seconds: float | None
     streaming: bool
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         if self.priority not in CLASSES:
@@ -40,6 +43,9 @@ class Call:
             raise InvalidField("prompt is empty, at least 1 token is needed", field="prompt")
         if self.messages is not None and not self.messages:
             raise InvalidField("messages is empty, at least 1 message is needed", field="messages")
+        if self.messages is None and (self.continue_final_message or not self.add_generation_prompt):
+            field = "continue_final_message" if self.continue_final_message else "add_generation_prompt"
+            raise InvalidField(f"{field} is for conversations, and this is a prompt; leave it out", field=field)
 
     @property
     def prompt_text(self) -> str | None:
@@ -51,6 +57,11 @@ class Call:
         return ClientTimeout(
             f"no complete answer within {self.timeout_seconds:g} s (timeout); the request was cancelled"
         )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer's text goes on from the prompt's; else it begins a text of its own."""
+        return self.messages is None or self.continue_final_message
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

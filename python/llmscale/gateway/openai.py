@@ -146,7 +146,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
-    continue_final_message: Literal[False] | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: Literal[False] | None = None
     chat_template_kwargs: Variables | None = None
     parallel_tool_calls: bool | None = None

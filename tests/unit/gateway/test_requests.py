@@ -85,6 +85,9 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "x" * 513}]}, "messages[0].tool_call_id"),
     ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 1}]}, "messages[0].tool_call_id"),
+    ({"continue_final_message": "yes"}, "continue_final_message"),
+    ({"continue_final_message": True}, "add_generation_prompt"),
+    ({"add_generation_prompt": 1}, "add_generation_prompt"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
@@ -236,7 +239,6 @@ UNSERVED: list[tuple[str, Any, Any]] = [
 UNSERVED_OF_COMPLETIONS: list[tuple[str, Any, Any]] = [("add_special_tokens", True, False), ("suffix", "", "x")]
 UNSERVED_OF_CHATS: list[tuple[str, Any, Any]] = [
     ("add_special_tokens", False, True),
-    ("continue_final_message", False, True),
     ("best_of", 1, 2),
     ("echo", False, True),
     ("verbosity", "medium", "high"),
