@@ -69,7 +69,8 @@ PARTS = {
     "types": {"errors"},
     "config": {"errors", "env", "types"},
     "toml_document": {"errors"},
-    "fleet_file": {"config", "embedded", "errors", "toml_document"},
+    "origins": set[str](),
+    "fleet_file": {"config", "embedded", "errors", "origins", "toml_document"},
     "logs": {"env"},
     "template_budget": {"errors"},
     "template_sandbox": {"errors", "template_budget"},
@@ -100,7 +101,7 @@ PARTS = {
     "client": {"errors", "types", "choice", "tokenizer", "models"},
     "gateway": {
         *("_core", "collector", "config", "devices", "errors", "fleet_file", "types", "choice", "metrics", "logs"),
-        *("machine", "tokenizer", "models"),
+        *("machine", "origins", "tokenizer", "models"),
     },
     "llm": {*("_core", "collector", "errors", "env", "types", "choice", "config", "tokenizer", "node", "worker")},
     "cli": {
