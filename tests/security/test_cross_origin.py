@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import re
 
@@ -130,14 +132,17 @@ async def test_a_listed_page_can_read_errors_with_their_headers(tokenizer: Token
 
 
 async def test_a_listed_page_gets_a_stream_and_ends_it_by_leaving(tokenizer: Tokenizer) -> None:
-    front = FakeFront(automatic=False)
+    # A letter at each step: a token whose text is not complete yet would be no event.
+    letter = tokenizer.encode("x")[0]
+    front = FakeFront(tokens=lambda _prompt, _sampling: itertools.repeat(letter), automatic=False)
     body = json.dumps({**json.loads(BODY), "stream": True, "max_tokens": 100}).encode()
     async with serving(tokenizer, front, api_keys=(KEY,), allowed_origins=(PAGE,)) as gateway:
         reader, writer = await gateway.raw()
         writer.write(post(body, extra=f"Origin: {PAGE}\r\n{WITH_KEY}".encode()))
         await until(lambda: front.live)
         front.step()
-        answer = await reader.readuntil(b"data: ")
+        async with asyncio.timeout(120):
+            answer = await reader.readuntil(b"data: ")
         assert grants(answer)["allow-origin"] == PAGE
         assert fields(answer)["content-type"].startswith("text/event-stream")
         writer.transport.abort()
