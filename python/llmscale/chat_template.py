@@ -8,6 +8,7 @@ HTTP.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -22,6 +23,7 @@ RESERVED_VARIABLES: Final = DEFINED_NAMES | {
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize",
 }  # fmt: skip
 """Names that mean something to templates or to those who render them, so that no request may give them."""
+_MAX_ARGUMENT_LEVELS: Final = 64
 _TEXT_PART: Final = '{"type": "text", "text": ...}'
 # What a template's own mistakes look like in Python. Anything else is a defect of ours and must surface.
 _TEMPLATE_MISTAKES = (
@@ -86,8 +88,9 @@ class ChatTemplate:
 def with_text_contents(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as templates read them: every content is one text, parts joined by line ends, empty where there is none.
 
-    A template would print a list of parts as Python writes it, and the word None. Raises InvalidField for what is no
-    message and for parts that are no text.
+    A template would print a list of parts as Python writes it, and the word None. Arguments of tool calls, which
+    OpenAI's schema has as JSON texts, are objects, because templates write them as JSON themselves. Raises InvalidField
+    for what is no message, for parts that are no text and for arguments that are no object.
     """
     found: list[dict[str, Any]] = []
     for position, message in enumerate(messages):
@@ -96,7 +99,12 @@ def with_text_contents(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
             raise InvalidField(
                 f"{field} is a {type(message).__name__}, it must be an object with role and content", field=field
             )
-        found.append({**message, "content": _text(message.get("content"), f"{field}.content")})
+        entry = {**message, "content": _text(message.get("content"), f"{field}.content")}
+        if calls := entry.get("tool_calls"):
+            entry["tool_calls"] = _with_argument_objects(calls, f"{field}.tool_calls")
+        else:
+            entry.pop("tool_calls", None)
+        found.append(entry)
     return found
 
 
@@ -122,3 +130,44 @@ def _part_text(part: object, field: str) -> str:
     if not isinstance(text := part.get("text"), str):
         raise InvalidField(f"{field}.text is a {type(text).__name__}, it must be a text", field=f"{field}.text")
     return text
+
+
+def _with_argument_objects(calls: object, field: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list | tuple):
+        raise InvalidField(f"{field} is a {type(calls).__name__}, it must be a list of tool calls", field=field)
+    found: list[dict[str, Any]] = []
+    for position, call in enumerate(calls):
+        place = f"{field}[{position}]"
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping):
+            raise InvalidField(f"{place} must be an object with a function", field=place)
+        arguments = _arguments(function.get("arguments"), f"{place}.function.arguments")
+        found.append({**call, "function": {**function, "arguments": arguments}})
+    return found
+
+
+def _arguments(given: object, field: str) -> Mapping[str, Any]:
+    if not isinstance(given, str):
+        given = {} if given is None else given
+    else:
+        try:
+            given = json.loads(given or "{}", parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise InvalidField(f"{field} is not valid JSON", field=field) from error
+    if not isinstance(given, Mapping):
+        raise InvalidField(f"{field} is a {type(given).__name__}, it must be a JSON object", field=field)
+    if not _is_within(given, _MAX_ARGUMENT_LEVELS):
+        raise InvalidField(f"{field} is nested deeper than {_MAX_ARGUMENT_LEVELS}", field=field)
+    return given
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _is_within(value: object, levels: int) -> bool:
+    """Whether a value has at most so many levels of objects and lists."""
+    if not isinstance(value, Mapping | list | tuple):
+        return True
+    inside = value.values() if isinstance(value, Mapping) else value
+    return levels > 0 and all(_is_within(one, levels - 1) for one in inside)

@@ -87,7 +87,7 @@ def ranked(
 class Choice:
     """The text of one sequence of a request; `prompt` says which of its prompts. `finish_reason` is set at the end.
 
-    `context` are the ids of a prompt that the text goes on from; an answer in a chat begins a text of its own.
+    `context` are the ids of a prompt that the text goes on from; without any it begins a text of its own.
     """
 
     __slots__ = (

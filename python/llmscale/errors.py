@@ -142,10 +142,14 @@ class NotFound(RequestError):
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists with another method."""
+    """The path exists with another method. `allowed` are those that it takes, where they are known."""
 
     code = "method_not_allowed"
     http_status = 405
+
+    def __init__(self, message: str, *, field: str | None = None, allowed: tuple[str, ...] = ()) -> None:
+        super().__init__(message, field=field)
+        self.allowed = allowed
 
 
 class ArrivalTimeout(RequestError):

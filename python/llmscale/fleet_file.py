@@ -37,6 +37,7 @@ from llmscale.config import (
 )
 from llmscale.embedded import EMBEDDED_MODELS
 from llmscale.errors import ConfigError
+from llmscale.origins import MAX_ORIGINS, wrong_origins
 from llmscale.toml_document import TomlDocument
 
 MAX_FILE_BYTES: Final = 256 << 10
@@ -134,6 +135,8 @@ class GatewayEntry(msgspec.Struct, frozen=True, kw_only=True):
     port: Annotated[int, Meta(ge=0, le=65_535)] = 8000
     api_key_file: _Path | None = None
     kill_button: bool = False
+    allowed_origins: Annotated[tuple[str, ...], Meta(max_length=MAX_ORIGINS)] = ()
+    """Of web pages elsewhere that may ask, with a key; `*` alone is every page."""
     max_node_silence_seconds: Annotated[float, Meta(ge=LEAST_NODE_SILENCE_SECONDS, le=MOST_NODE_SILENCE_SECONDS)] = (
         USUAL_NODE_SILENCE_SECONDS
     )
@@ -261,6 +264,8 @@ def _placed(document: TomlDocument, name: str, base: Path) -> ModelEntry:
 
 def _gateway(document: TomlDocument, base: Path) -> GatewayEntry:
     entry = document.struct(("gateway",), GatewayEntry)
+    if (wrong := wrong_origins(entry.allowed_origins)) is not None:
+        raise document.error(("gateway", "allowed_origins"), wrong)
     if entry.api_key_file is None:
         return entry
     place = _absolute(document, ("gateway", "api_key_file"), base, entry.api_key_file)

@@ -158,16 +158,28 @@ class LLM:
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[RequestOutput]:
         """Answers one conversation (a list of messages with role and content) or several, with the model's template. No
         conversations give no answers, and one without messages is an `InvalidField`.
+
+        With `continue_final_message=True, add_generation_prompt=False` the model goes on with the last message.
         """
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
         if not all(conversations):
             raise InvalidField("a conversation has no messages, at least 1 message is needed", field="messages")
         params = _one_each(sampling_params or SamplingParams(max_tokens=None), len(conversations))
-        ids = [self.tokenizer.encode_chat(conversation) for conversation in conversations]
-        return self._run([None] * len(ids), ids, params, contexts=[()] * len(ids))
+        ids = [
+            self.tokenizer.encode_chat(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+            for conversation in conversations
+        ]
+        return self._run([None] * len(ids), ids, params, contexts=ids if continue_final_message else [()] * len(ids))
 
     def close(self, *, max_saving_seconds: float = 5.0) -> None:
         """Writes what is cached to `kv_disk`, the latest first, for so long at most, and lets go of it, so that another

@@ -22,6 +22,7 @@ from llmscale.chat_template import RESERVED_VARIABLES, ChatTemplate, with_text_c
 from llmscale.detokenizer import Detokenizer
 from llmscale.end_tokens import end_token_ids
 from llmscale.errors import InvalidField, InvalidTokenizer, PromptTemplateError, RequestTooLong
+from llmscale.final_message import FinalMessage, check_continued
 from llmscale.template_budget import DEFAULT_LIMITS, TemplateLimits
 from llmscale.tokenizer_json import MAX_SETTINGS_BYTES, read_definition, read_settings, token_text
 
@@ -119,13 +120,15 @@ class Tokenizer:
         *,
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         max_tokens: int | None = None,
     ) -> list[int]:
         """The ids of a conversation, rendered by the model's chat template.
 
         `messages` are objects with `role` and `content`, a text or a list of text parts. `variables` are passed to the
-        template, which reads some and passes over the others; what it gets from elsewhere they cannot replace. Raises a
-        `RequestError`.
+        template, which reads some and passes over the others; what it gets from elsewhere they cannot replace. With
+        `continue_final_message`, for which `add_generation_prompt` must be false, the ids end where the last message's
+        text does, so that the model goes on with it. Raises a `RequestError`.
         """
         if self.chat_template is None:
             raise PromptTemplateError("this model has no chat template; use /v1/completions", field="messages")
@@ -134,17 +137,23 @@ class Tokenizer:
                 f"chat_template_kwargs has {', '.join(reserved)}, which the server gives to templates; leave it out",
                 field="chat_template_kwargs",
             )
+        if continue_final_message:
+            check_continued(messages, add_generation_prompt=add_generation_prompt)
         protect = self._encoder.protect
+        given = protect(with_text_contents(messages))
+        final = FinalMessage(given) if continue_final_message else None
         text = self.chat_template.render(
             {
                 **self._named,
                 "tools": None,
                 "documents": None,
                 **(protect(variables) if variables else {}),
-                "messages": protect(with_text_contents(messages)),
+                "messages": given if final is None else final.messages,
                 "add_generation_prompt": add_generation_prompt,
             }
         )
+        if final is not None:
+            text = final.cut(text)
         self._check_length(text, max_tokens, "messages")
         _check_unicode(text, "messages")
         return self._encoder.encode_rendered(text)

@@ -84,7 +84,7 @@ def test_a_prompt_that_was_rendered_before_is_the_prompt_of_its_conversation(llm
     assert not set(plain[0].prompt_token_ids) & set(llm.tokenizer.control_ids.values())
 
 
-def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(
+def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text_unless_its_last_message_is_open(
     llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = Tokenizer(write_metaspace(tmp_path))
@@ -95,6 +95,10 @@ def test_a_completion_goes_on_from_its_prompt_and_a_chat_begins_a_text(
     for prompt in ("hello", tokenizer.encode("hello")):
         assert llm.generate(prompt, params)[0].outputs[0].text == " h h"
     assert llm.chat(QUESTION, params)[0].outputs[0].text == "h h"
+    gone_on = llm.chat(QUESTION, params, add_generation_prompt=False, continue_final_message=True)
+    assert gone_on[0].outputs[0].text == " h h"
+    with pytest.raises(errors.InvalidField, match="cannot both be true"):
+        llm.chat(QUESTION, params, continue_final_message=True)
 
 
 def test_no_conversations_give_no_answers_and_an_empty_one_is_refused(llm: LLM) -> None:

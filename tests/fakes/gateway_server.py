@@ -93,12 +93,15 @@ async def serving(
     model: str = "tiny",
     max_sequence_tokens: int = 4_096,
     kill_button: bool = False,
+    allowed_origins: tuple[str, ...] = (),
     more_models: Sequence[ServedModel] = (),
 ) -> AsyncIterator[Serving]:
     """Runs a gateway for `model` and `more_models` until the block ends."""
     front = front or FakeFront()
     limits = limits or GatewayLimits(max_drain_seconds=1)
-    config = GatewayConfig(port=0, api_keys=api_keys, limits=limits, kill_button=kill_button)
+    config = GatewayConfig(
+        port=0, api_keys=api_keys, limits=limits, kill_button=kill_button, allowed_origins=allowed_origins
+    )
     served = ServedModel(model, tokenizer, 512, max_sequence_tokens, created=1_700_000_000)
     gateway = Gateway(config, front, FakeSampling, [served, *more_models], load_keys(api_keys, None))
     started = asyncio.Event()

@@ -73,6 +73,9 @@ def fleets() -> st.SearchStrategy[FleetFile]:
         host=st.just("0.0.0.0"),
         api_key_file=paths,
         kill_button=st.just(False),
+        allowed_origins=st.lists(st.sampled_from(["https://a.example", "http://localhost:3000"]), max_size=3).map(
+            tuple
+        ),
         limits=entries(LimitsEntry),
     )
     keys = entries(KeysEntry, folder=paths, gateway=st.just("edge"))

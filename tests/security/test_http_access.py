@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 
 import pytest
@@ -35,6 +36,8 @@ NEED_KEY = {
 }
 PATHS = [*sorted({path for _, path in OPEN | NEED_KEY}), "/nothing", "/page/nothing.js", "/v1"]
 BODIES = {"/tokenize": b'{"prompt":"x"}', "/detokenize": b'{"tokens":[5]}'}
+TAKES = {path: "GET, HEAD" if method == "GET" else method for method, path in OPEN | NEED_KEY}
+TAKES["/page/nothing.js"] = "GET, HEAD"
 METHODS = ["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "HEAD"]
 
 
@@ -49,8 +52,14 @@ async def test_every_method_on_every_path_with_and_without_a_key_answers_as_the_
                     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\n{extra}Content-Type: application/json\r\n"
                     body = BODIES.get(path, BODY) if method == "POST" else b""
                     data = f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body
-                    found = status(await gateway.exchange(data))
-                    assert found == expected(method, path, authorization), (method, path, authorization)
+                    answer = await gateway.exchange(data)
+                    assert status(answer) == expected(method, path, authorization), (method, path, authorization)
+                    assert allowed(answer) == (TAKES[path] if status(answer) == 405 else None), (method, path)
+
+
+def allowed(answer: bytes) -> str | None:
+    found = re.search(rb"\r\nallow: ([^\r]*)\r\n", answer.partition(b"\r\n\r\n")[0] + b"\r\n")
+    return found[1].decode() if found else None
 
 
 def expected(method: str, path: str, authorization: str | None) -> int:

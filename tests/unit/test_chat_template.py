@@ -11,6 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from llmscale.chat_template import ChatTemplate
 from llmscale.errors import InvalidTokenizer, PromptTemplateError
+from llmscale.final_message import FinalMessage
 from llmscale.template_budget import TemplateLimits
 
 CONVERSATION: list[dict[str, Any]] = [
@@ -74,6 +75,34 @@ def test_a_template_renders_the_text_that_transformers_renders(name: str, genera
     )
     given = {**variables, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation}
     assert ChatTemplate(TEMPLATES[name]).render(given) == expected[0]
+
+
+OPEN_TEXTS = ("4", "", " ", "It is", "  It is \n", "2 + 2", "<think>\nsum\n</think>\n\nIt is", "<think>sum</think>It")
+
+
+@pytest.mark.parametrize("text", OPEN_TEXTS)
+@pytest.mark.parametrize("role", ["assistant", "user"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_last_message_is_left_open_where_transformers_leaves_it_open(name: str, role: str, text: str) -> None:
+    variables = {"bos_token": "<s>", "eos_token": "</s>"}
+    before = CONVERSATION[1:2] if name == "llama2" else CONVERSATION
+    messages = [*(before if role == "assistant" else before[:-1]), {"role": role, "content": text}]
+    given = {**variables, "tools": None, "documents": None, "add_generation_prompt": False}
+    final = FinalMessage(messages)
+    rendered = ChatTemplate(TEMPLATES[name]).render({**given, "messages": final.messages})
+    try:
+        expected, _ = render_jinja_template(
+            [messages],
+            chat_template=TEMPLATES[name],
+            add_generation_prompt=False,
+            continue_final_message=True,
+            **variables,
+        )
+    except ValueError:
+        with pytest.raises(PromptTemplateError, match="leaves out or changes"):
+            final.cut(rendered)
+    else:
+        assert final.cut(rendered) == expected[0]
 
 
 def test_what_the_template_says_with_raise_exception_reaches_the_user() -> None:

@@ -203,6 +203,12 @@ def test_a_file_is_named_as_it_was_given(tmp_path: Path) -> None:
         ("[models.small]", "[[models.small]]", ":14: models.small: it must be a table"),
         ("models.small", 'models."a b"', ":14: models.'a b': a model's name has 1 to 128"),
         ("port = 9000", "kill_button = true", ":5: gateway.kill_button: the button kills processes of this host"),
+        (
+            "port = 9000",
+            'allowed_origins = ["https://a.example/"]',
+            ":5: gateway.allowed_origins: 'https://a.example/' is",
+        ),
+        ("port = 9000", 'allowed_origins = "*"', ":5: gateway.allowed_origins: it is '*'; expected `array`"),
         ("port = 9000", "port = = 1", " is no TOML: Invalid value (at line 5, column 8)"),
         ("port = 9000", "port = " + "9" * 5_000, " is no TOML: "),
         ("port = 9000", "port = " + "[" * 5_000, " is no TOML: "),

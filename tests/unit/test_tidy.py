@@ -69,7 +69,8 @@ PARTS = {
     "types": {"errors"},
     "config": {"errors", "env", "types"},
     "toml_document": {"errors"},
-    "fleet_file": {"config", "embedded", "errors", "toml_document"},
+    "origins": set[str](),
+    "fleet_file": {"config", "embedded", "errors", "origins", "toml_document"},
     "logs": {"env"},
     "template_budget": {"errors"},
     "template_sandbox": {"errors", "template_budget"},
@@ -77,7 +78,10 @@ PARTS = {
     "chat_template": {"errors", "template_budget", "template_sandbox"},
     "tokenizer_json": {"errors"},
     "end_tokens": {"tokenizer_json"},
-    "tokenizer": {"errors", "chat_template", "detokenizer", "end_tokens", "template_budget", "tokenizer_json"},
+    "final_message": {"errors"},
+    "tokenizer": {
+        *("errors", "chat_template", "detokenizer", "end_tokens", "final_message", "template_budget", "tokenizer_json"),
+    },
     "choice": {"errors", "stop_strings", "types"},
     "models": {"_core", "end_tokens", "errors", "env", "embedded", "extras", "quant"},
     "cuda": {"errors", "env"},
@@ -97,7 +101,7 @@ PARTS = {
     "client": {"errors", "types", "choice", "tokenizer", "models"},
     "gateway": {
         *("_core", "collector", "config", "devices", "errors", "fleet_file", "types", "choice", "metrics", "logs"),
-        *("machine", "tokenizer", "models"),
+        *("machine", "origins", "tokenizer", "models"),
     },
     "llm": {*("_core", "collector", "errors", "env", "types", "choice", "config", "tokenizer", "node", "worker")},
     "cli": {

@@ -62,6 +62,11 @@ DiskOption = Annotated[
 KillButtonOption = Annotated[
     bool, typer.Option("--kill-button", help="Let the chat page kill workers, to see answers survive it.")
 ]
+AllowedOriginsOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Origin of web pages that may ask, with a key, or * for all. May be repeated."),
+]
+ReplicasOption = Annotated[int, typer.Option(help="Whole copies of the model; a dead one's answers go on at another.")]
 KvDtypeOption = Annotated[
     str, typer.Option(help="What keys and values are kept as: auto (as the activations) or int8, in half the memory.")
 ]
@@ -105,10 +110,9 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads of a worker.")] = None,
     tensor_parallel_size: TensorParallelOption = 1,
     pipeline_parallel_size: PipelineParallelOption = 1,
-    replicas: Annotated[
-        int, typer.Option(help="Whole copies of the model; a dead one's answers go on at another.")
-    ] = 1,
+    replicas: ReplicasOption = 1,
     kill_button: KillButtonOption = False,
+    allowed_origins: AllowedOriginsOption = None,
     hedging: HedgingOption = False,
     fleet_file: Annotated[
         Path | None, typer.Option(help="Serve the models of this llmscale.toml; it stands for MODEL and all options.")
@@ -147,6 +151,7 @@ def serve(
             pipeline_parallel_size=pipeline_parallel_size,
             replicas=replicas,
             kill_button=kill_button,
+            allowed_origins=tuple(allowed_origins or ()),
             hedging=hedging,
         )
     )

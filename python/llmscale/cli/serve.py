@@ -54,6 +54,7 @@ class ServeOptions:
     pipeline_parallel_size: int = 1
     replicas: int = 1
     kill_button: bool = False
+    allowed_origins: tuple[str, ...] = ()
     hedging: bool = False
 
     def __post_init__(self) -> None:
@@ -88,6 +89,7 @@ class ServeOptions:
             port=self.port,
             api_key_file=self.api_key_file,
             kill_button=self.kill_button,
+            allowed_origins=self.allowed_origins,
             hedging=self.hedging,
         )
         return FleetFile(models={self.served_model_name or model_name(self.model, folder): entry}, gateway=gateway)

@@ -164,16 +164,18 @@ class AsyncClient:
         Without `sampling_params` the model's author's recommendation holds. Special tokens that a text spells stay text
         unless `parse_special_tokens` makes them their ids. Raises LlmscaleError.
         """
-        stream = self._stream(
-            prompt,
+        text, messages = split_input(prompt)
+        call = Call(
+            text,
+            messages,
             sampling_params,
             model,
-            timeout,
             priority,
+            timeout,
             streaming=False,
             parse_special_tokens=parse_special_tokens,
         )
-        return await _whole(stream)
+        return await self._whole(call)
 
     async def chat(
         self,
@@ -183,10 +185,25 @@ class AsyncClient:
         model: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - as in `generate`
         priority: str = "standard",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> RequestOutput:
-        """Answers a conversation: messages with `role` and `content`. Raises LlmscaleError."""
-        given = _conversation(messages)
-        return await _whole(self._stream(given, sampling_params, model, timeout, priority, streaming=False))
+        """Answers a conversation: messages with `role` and `content`. With `continue_final_message=True,
+        add_generation_prompt=False` the model goes on with the last one. Raises LlmscaleError.
+        """
+        return await self._whole(
+            Call(
+                None,
+                _conversation(messages),
+                sampling_params,
+                model,
+                priority,
+                timeout,
+                streaming=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        )
 
     def stream(
         self,
@@ -197,11 +214,25 @@ class AsyncClient:
         timeout: float | None = None,
         priority: str = "standard",
         parse_special_tokens: bool = False,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> AsyncStream:
         """The answer piece by piece, to a prompt as in `generate` or to a conversation as in `chat`."""
-        return self._stream(
-            prompt, sampling_params, model, timeout, priority, streaming=True, parse_special_tokens=parse_special_tokens
+        self._check_open()
+        text, messages = split_input(prompt)
+        call = Call(
+            text,
+            messages,
+            sampling_params,
+            model,
+            priority,
+            timeout,
+            streaming=True,
+            parse_special_tokens=parse_special_tokens,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
+        return AsyncStream(self._transport, call)
 
     async def models(self) -> list[ModelInfo]:
         """The models that are served."""
@@ -226,34 +257,19 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _stream(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None,
-        model: str | None,
-        seconds: float | None,
-        priority: str,
-        *,
-        streaming: bool,
-        parse_special_tokens: bool = False,
-    ) -> AsyncStream:
+    async def _whole(self, call: Call) -> RequestOutput:
         self._check_open()
-        text, messages = split_input(prompt)
-        call = Call(text, messages, params, model, priority, seconds, streaming, parse_special_tokens)
-        return AsyncStream(self._transport, call)
+        stream = AsyncStream(self._transport, call)
+        while await stream.next_pieces():
+            pass
+        return stream.output
 
     def _check_open(self) -> None:
         if self._closed:
             raise errors.TransportError("this client was closed; make a new one")
 
 
-async def _whole(stream: AsyncStream) -> RequestOutput:
-    while await stream.next_pieces():
-        pass
-    return stream.output
-
-
-def _conversation(messages: Sequence[Message]) -> Sequence[Message]:
+def _conversation(messages: Sequence[Message]) -> tuple[Message, ...]:
     text, found = split_input(messages)
     if found is None:
         raise errors.InvalidField(

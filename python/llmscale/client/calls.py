@@ -19,7 +19,8 @@ class Call:
     """A prompt (text or ids) or a conversation, and how to run it. `params` None: what the model's author recommends.
 
     `timeout_seconds` bounds the whole answer. `streaming` says whether anybody looks at it before its end, and
-    `parse_special_tokens` whether special tokens that a text prompt spells become their ids.
+    `parse_special_tokens` whether special tokens that a text prompt spells become their ids. The last two are about
+    conversations: whether the template begins an answer, or the model goes on with the last message.
     """
 
     prompt: str | tuple[int, ...] | None
@@ -30,6 +31,8 @@ class Call:
     timeout_seconds: float | None
     streaming: bool
     parse_special_tokens: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         if self.priority not in CLASSES:
@@ -47,6 +50,9 @@ class Call:
                 "parse_special_tokens is for prompts; in a chat special tokens are the template's, leave it out",
                 field="parse_special_tokens",
             )
+        if self.messages is None and (self.continue_final_message or not self.add_generation_prompt):
+            field = "continue_final_message" if self.continue_final_message else "add_generation_prompt"
+            raise InvalidField(f"{field} is for conversations, and this is a prompt; leave it out", field=field)
 
     @property
     def prompt_text(self) -> str | None:
@@ -58,6 +64,11 @@ class Call:
         return ClientTimeout(
             f"no complete answer within {self.timeout_seconds:g} s (timeout); the request was cancelled"
         )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer's text goes on from the prompt's; else it begins a text of its own."""
+        return self.messages is None or self.continue_final_message
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

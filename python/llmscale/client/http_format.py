@@ -152,6 +152,10 @@ def request_body(call: Call, model: ModelInfo) -> bytes:
     body: dict[str, Any] = {"model": model.name}
     if call.messages is not None:
         body["messages"] = call.messages
+        if not call.add_generation_prompt:
+            body["add_generation_prompt"] = False
+        if call.continue_final_message:
+            body["continue_final_message"] = True
     else:
         body["prompt"] = call.prompt
     if call.parse_special_tokens and call.prompt_text is not None:

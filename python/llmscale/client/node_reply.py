@@ -53,8 +53,7 @@ class NodeReply:
         self._call = call
         self._id = request_id
         self._tokenizer = tokenizer
-        # A completion goes on from its prompt; an answer in a chat begins a text of its own.
-        self._context = self.prompt if call.messages is None else ()
+        self._context = self.prompt if call.goes_on else ()
         self._seed = secrets.randbits(64) if self.params.seed is None else self.params.seed & ((1 << 64) - 1)
         self._sequences: dict[int, _Sequence] = {}
         self._remaining = self.params.n
@@ -157,7 +156,12 @@ def _prompt_ids(call: Call, limits: wire.NodeLimits, tokenizer: Tokenizer | None
         field = "messages" if call.messages is not None else "prompt"
         raise errors.InvalidField(f"{field}: {_TEXT_NEEDED}", field=field)
     if call.messages is not None:
-        return tokenizer.encode_chat(call.messages, max_tokens=limits.max_sequence_tokens)
+        return tokenizer.encode_chat(
+            call.messages,
+            add_generation_prompt=call.add_generation_prompt,
+            continue_final_message=call.continue_final_message,
+            max_tokens=limits.max_sequence_tokens,
+        )
     assert call.prompt is not None, "a call has a prompt or messages"
     return tokenizer.encode(
         call.prompt, max_tokens=limits.max_sequence_tokens, parse_special_tokens=call.parse_special_tokens

@@ -203,10 +203,22 @@ class Client:
         model: str | None = None,
         timeout: float | None = None,
         priority: str = "standard",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> RequestOutput:
-        """Answers a conversation: messages with `role` and `content`. Raises LlmscaleError."""
+        """Answers a conversation: messages with `role` and `content`. With `continue_final_message=True,
+        add_generation_prompt=False` the model goes on with the last one. Raises LlmscaleError.
+        """
         return self._thread.run(
-            self._client.chat(messages, sampling_params, model=model, timeout=timeout, priority=priority)
+            self._client.chat(
+                messages,
+                sampling_params,
+                model=model,
+                timeout=timeout,
+                priority=priority,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
         )
 
     def stream(
@@ -218,6 +230,8 @@ class Client:
         timeout: float | None = None,
         priority: str = "standard",
         parse_special_tokens: bool = False,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> Stream:
         """The answer piece by piece, to a prompt as in `generate` or to a conversation as in `chat`."""
         stream = self._client.stream(
@@ -227,6 +241,8 @@ class Client:
             timeout=timeout,
             priority=priority,
             parse_special_tokens=parse_special_tokens,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
         )
         return Stream(self._thread, stream)
 

@@ -86,6 +86,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         api_keys=tuple(arguments.api_key),
         api_key_file=arguments.api_key_file,
         limits=limits,
+        allowed_origins=tuple(arguments.allowed_origins),
     )
     keys = load_keys(config.api_keys, config.api_key_file)
     check_name("fleet (--fleet)", arguments.fleet)
@@ -186,15 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder, GGUF file, hub id in the local cache, tiny-chat or tiny-chat-mini; NAME= when the nodes call it"
         " otherwise; may be repeated",
     )
-    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    add("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
-    add(
-        "--api-key",
-        action="append",
-        default=[],
-        help="a key that clients must send; visible to other users of this host",
-    )
-    add("--api-key-file", type=Path, help="file with one 'TENANT SHA256-OF-KEY' per line")
+    _add_client_options(parser)
     add("--fleet", default="llmscale", help="name of the fleet, as on its nodes (default: %(default)s)")
     add("--key-file", type=Path, help="this gateway's CURVE key pair, for nodes beyond this machine")
     add("--node-key", help="the nodes' public CURVE key; belongs to --key-file")
@@ -233,6 +226,28 @@ def _parser() -> argparse.ArgumentParser:
         help="longest time for streams to finish after SIGTERM (default: %(default)g)",
     )
     return parser
+
+
+def _add_client_options(parser: argparse.ArgumentParser) -> None:
+    """Where clients connect, and who they may be."""
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="port to listen on, 0 for any (default: %(default)s)")
+    add(
+        "--api-key",
+        action="append",
+        default=[],
+        help="a key that clients must send; visible to other users of this host",
+    )
+    add("--api-key-file", type=Path, help="file with one 'TENANT SHA256-OF-KEY' per line")
+    add(
+        "--allowed-origins",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="origins of web pages that may ask, with a key, as https://app.example; * for all (default: none)",
+    )
 
 
 if __name__ == "__main__":

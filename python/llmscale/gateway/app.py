@@ -100,8 +100,9 @@ class Gateway:
         if entry is None:
             raise NotFound("there is no such path; /openapi.json lists them")
         method, endpoint, needs_key = entry
-        if scope["method"] != method and not (method == "GET" and scope["method"] == "HEAD"):
-            raise MethodNotAllowed(f"this path takes {method} only")
+        allowed = ("GET", "HEAD") if method == "GET" else (method,)
+        if scope["method"] not in allowed:
+            raise MethodNotAllowed(f"this path takes {' and '.join(allowed)} only", allowed=allowed)
         if not needs_key:
             return endpoint, ""
         keys = self.services.keys

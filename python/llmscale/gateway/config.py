@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmscale.errors import ConfigError
+from llmscale.origins import wrong_origins
 
 if TYPE_CHECKING:
     from llmscale.tokenizer import Tokenizer
@@ -77,8 +78,11 @@ class GatewayConfig:
     limits: GatewayLimits = field(default_factory=GatewayLimits)
     kill_button: bool = False
     """Whether the page may kill the workers of this machine, to see that answers go on."""
+    allowed_origins: tuple[str, ...] = ()
+    """Of web pages elsewhere that may ask, with a key; `*` alone is every page."""
 
     def __post_init__(self) -> None:
+        self._check_origins()
         if self.kill_button and not is_loopback(self.host):
             raise ConfigError(f"host is {self.host}; a button that kills workers is for 127.0.0.1 only: leave it out")
         if not 0 <= self.port <= 65_535:
@@ -87,6 +91,22 @@ class GatewayConfig:
             raise ConfigError(
                 f"host is {self.host} and no API key is set: anyone on the network could use the model;"
                 " set --api-key-file (or --api-key), or listen on 127.0.0.1"
+            )
+
+    def _check_origins(self) -> None:
+        if (wrong := wrong_origins(self.allowed_origins)) is not None:
+            raise ConfigError(f"allowed_origins: {wrong}")
+        if not self.allowed_origins:
+            return
+        if not self.asks_for_keys:
+            raise ConfigError(
+                f"allowed_origins has {self.allowed_origins[0]} and no API key is set: without keys pages of other"
+                " origins are never answered; set --api-key-file (or --api-key), or leave the origins out"
+            )
+        if self.kill_button:
+            raise ConfigError(
+                "the button that kills workers is for the gateway's own page, and allowed_origins lets others ask;"
+                " leave one of them out"
             )
 
     @property

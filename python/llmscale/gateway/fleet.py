@@ -42,6 +42,7 @@ def gateway_config(fleet: FleetFile, api_keys: Sequence[str] = ()) -> GatewayCon
         api_key_file=None if entry.api_key_file is None else Path(entry.api_key_file),
         limits=GatewayLimits(**limits),
         kill_button=entry.kill_button,
+        allowed_origins=entry.allowed_origins,
     )
 
 

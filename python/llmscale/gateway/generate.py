@@ -15,7 +15,7 @@ import msgspec
 
 from llmscale.choice import Choice
 from llmscale.errors import InvalidField, RequestTooLong
-from llmscale.gateway import connection, openai
+from llmscale.gateway import connection, conversation, openai
 from llmscale.gateway.answers import ChatFormat, CompletionFormat, Format
 from llmscale.gateway.body import read_body
 from llmscale.gateway.config import ServedModel
@@ -46,6 +46,8 @@ class _Job:
     """Of an answer whose length nobody bounded."""
     echo_bytes: int = 0
     """Of the prompts that the answer repeats, once per sequence."""
+    goes_on: bool = False
+    """Whether the answer's text goes on from the prompt's; else it begins a text of its own."""
 
 
 async def completions(services: Services, exchange: Exchange, tenant: str) -> None:
@@ -97,6 +99,7 @@ async def _completion_job(services: Services, exchange: Exchange, tenant: str) -
         bool(request.stream),
         most_tokens,
         params.n * sum(map(len, echoes or ())),
+        goes_on=True,
     )
 
 
@@ -109,7 +112,7 @@ async def _chat_job(services: Services, exchange: Exchange, tenant: str) -> _Job
     body = await read_body(exchange.scope, exchange.receive, services.limits, services.arriving)
     request = openai.decode_chat(body)
     model = services.model(request.model)
-    openai.check_chat(request, services.limits.max_messages)
+    conversation.check_chat(request, services.limits.max_messages)
     max_tokens = request.max_completion_tokens or request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = _params(request, model, max_tokens, logprobs)
@@ -117,9 +120,10 @@ async def _chat_job(services: Services, exchange: Exchange, tenant: str) -> _Job
 
     def tokenize() -> list[int]:
         return model.tokenizer.encode_chat(
-            openai.template_messages(request.messages),
-            variables=openai.template_variables(request),
+            conversation.template_messages(request.messages),
+            variables=conversation.template_variables(request),
             add_generation_prompt=request.add_generation_prompt is not False,
+            continue_final_message=bool(request.continue_final_message),
             max_tokens=model.max_sequence_tokens,
         )
 
@@ -131,7 +135,17 @@ async def _chat_job(services: Services, exchange: Exchange, tenant: str) -> _Job
         options=_stream_options(request),
         logprobs=logprobs,
     )
-    return _Job(model, tenant, [ids], params, form, request.priority or "standard", bool(request.stream), most_tokens)
+    return _Job(
+        model,
+        tenant,
+        [ids],
+        params,
+        form,
+        request.priority or "standard",
+        bool(request.stream),
+        most_tokens,
+        goes_on=bool(request.continue_final_message),
+    )
 
 
 async def _answer(services: Services, exchange: Exchange, job: _Job) -> None:
@@ -179,8 +193,7 @@ def _submit(services: Services, job: _Job, reply: Reply) -> None:
                 f"min_tokens is {params.min_tokens}, the sequence has room for {most}; lower it", field="min_tokens"
             )
         reply.prompt_tokens += len(prompt)
-        # A completion goes on from its prompt; an answer in a chat begins a text of its own.
-        context = prompt if isinstance(job.format, CompletionFormat) else ()
+        context = prompt if job.goes_on else ()
         for number in range(params.n):
             sampling = services.sampling(
                 temperature=params.temperature,

@@ -18,7 +18,7 @@ from typing import Final
 
 import msgspec
 
-from llmscale.errors import LlmscaleError, Overloaded, RequestError, RequestFailed
+from llmscale.errors import LlmscaleError, MethodNotAllowed, Overloaded, RequestError, RequestFailed
 from llmscale.gateway.asgi import Receive, Scope, Send
 from llmscale.gateway.body import header
 from llmscale.gateway.openai import Error, ErrorResponse
@@ -123,6 +123,8 @@ class Exchange:
         if isinstance(error, RequestFailed):
             # OpenAI's clients send every 5xx again, twice. What killed two workers would kill two with each.
             headers.append((b"x-should-retry", b"false"))
+        if isinstance(error, MethodNotAllowed):
+            headers.append((b"allow", ", ".join(error.allowed).encode()))
         if error.http_status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         if error.http_status in _CLOSING:

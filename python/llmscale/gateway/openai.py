@@ -8,13 +8,13 @@ that official clients work and nobody is misled. Knows nothing of ids, of replic
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from llmscale.errors import InvalidField
+from llmscale.gateway.tool_calls import ToolCalls
 from llmscale.gateway.unserved import Nothing, UnservedFields, only_value
 from llmscale.types import (
     MAX_CHOICES,
@@ -133,7 +133,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     refusal: None = None
     audio: None = None
     annotations: Nothing | None = None
-    tool_calls: Any = None
+    tool_calls: ToolCalls | None = None
     function_call: Any = None
     tool_call_id: Label | None = None
     reasoning_content: str | None = None
@@ -150,7 +150,7 @@ class ChatRequest(SamplingFields, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
-    continue_final_message: Literal[False] | None = None
+    continue_final_message: bool | None = None
     add_special_tokens: Literal[False] | None = None
     parse_special_tokens: Literal[False] | None = None
     chat_template_kwargs: Variables | None = None
@@ -393,54 +393,3 @@ def check_format(request: SamplingFields) -> None:
             f"response_format {request.response_format.type[:64]!r} is not supported yet; only 'text' is",
             field="response_format",
         )
-
-
-def check_chat(request: ChatRequest, max_messages: int) -> None:
-    """Refuses what is part of OpenAI's API and not served here yet. Raises `InvalidField`."""
-    for field in ("tools", "tool_choice", "functions", "function_call"):
-        value = getattr(request, field)
-        if value is not None and value not in ([], "none"):
-            raise InvalidField(f"{field}: tool calls are not supported yet; leave the field out", field=field)
-    check_format(request)
-    check_messages(request.messages, max_messages)
-    if request.top_logprobs and not request.logprobs:
-        raise InvalidField("top_logprobs needs logprobs to be true", field="top_logprobs")
-
-
-def check_messages(messages: Sequence[Message], max_messages: int) -> None:
-    """Refuses a conversation that no template could render. Raises `InvalidField`."""
-    if len(messages) > max_messages:
-        raise InvalidField(f"messages has {len(messages)} entries, the limit is {max_messages}", field="messages")
-    for position, message in enumerate(messages):
-        if message.tool_calls or message.function_call:
-            field = f"messages[{position}].tool_calls"
-            raise InvalidField(f"{field}: tool calls are not supported yet; leave the field out", field=field)
-        if message.content is None and message.role != "assistant":
-            field = f"messages[{position}].content"
-            raise InvalidField(f"{field} is missing, a {message.role} message needs one", field=field)
-
-
-def template_variables(request: ChatRequest) -> dict[str, object]:
-    """What the chat template is told beside the messages."""
-    variables: dict[str, object] = {}
-    if request.reasoning_effort is not None:
-        variables["reasoning_effort"] = request.reasoning_effort
-    variables.update(request.chat_template_kwargs or {})
-    return variables
-
-
-def template_messages(given: Sequence[Message]) -> list[dict[str, object]]:
-    """The messages as the tokenizer takes them, with the fields that chat templates read."""
-    messages: list[dict[str, object]] = []
-    for message in given:
-        content: object = message.content
-        if isinstance(content, list):
-            content = [{"type": "text", "text": part.text} for part in content]
-        entry: dict[str, object] = {"role": message.role, "content": content}
-        if message.name is not None:
-            entry["name"] = message.name
-        reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
-        if reasoning is not None:
-            entry["reasoning_content"] = reasoning
-        messages.append(entry)
-    return messages

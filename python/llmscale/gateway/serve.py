@@ -21,6 +21,7 @@ from llmscale.errors import Unavailable
 from llmscale.gateway.app import Gateway
 from llmscale.gateway.auth import ApiKeys
 from llmscale.gateway.config import GatewayConfig, ServedModel
+from llmscale.gateway.cross_origin import for_pages_of
 from llmscale.gateway.front import Front, SamplingFactory
 from llmscale.gateway.listener import listen
 from llmscale.gateway.protocol import GuardedProtocol
@@ -72,7 +73,7 @@ def make_server(gateway: Gateway, on_started: Callable[[], None] | None = None) 
 
     return _Server(
         uvicorn.Config(
-            gateway,
+            for_pages_of(config.allowed_origins, gateway),
             host=config.host,
             port=config.port,
             loop="uvloop",

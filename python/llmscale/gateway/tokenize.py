@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 
 from llmscale.errors import InvalidField, RequestTooLong
-from llmscale.gateway import openai, vllm
+from llmscale.gateway import conversation, vllm
 from llmscale.gateway.body import read_body
 from llmscale.gateway.config import ServedModel
 from llmscale.gateway.http import Exchange
@@ -30,7 +30,7 @@ async def _tokens(services: Services, exchange: Exchange) -> bytes:
     request = vllm.decode_tokenize(body)
     model = services.model(request.model)
     if isinstance(request, vllm.TokenizeChatRequest):
-        openai.check_messages(request.messages, services.limits.max_messages)
+        conversation.check_messages(request.messages, services.limits.max_messages)
 
     def work() -> bytes:
         ids = _ids(request, model)
@@ -44,9 +44,10 @@ def _ids(request: vllm.TokenizePromptRequest | vllm.TokenizeChatRequest, model: 
     """What a generation would begin with; more than the longest sequence is told, not refused."""
     if isinstance(request, vllm.TokenizeChatRequest):
         return model.tokenizer.encode_chat(
-            openai.template_messages(request.messages),
+            conversation.template_messages(request.messages),
             variables=request.chat_template_kwargs,
             add_generation_prompt=request.add_generation_prompt is not False,
+            continue_final_message=bool(request.continue_final_message),
             max_tokens=model.max_sequence_tokens,
         )
     return model.tokenizer.encode(

@@ -34,12 +34,12 @@ class TokenizeChatRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=Tr
     messages: Annotated[list[Message], Meta(min_length=1)]
     model: Name | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: Variables | None = None
     return_token_strs: bool | None = None
     # What is not served, with the only value that it may have.
     add_special_tokens: Literal[False] | None = None
     parse_special_tokens: Literal[False] | None = None
-    continue_final_message: Literal[False] | None = None
     tools: Nothing | None = None
     chat_template: None = None
     mm_processor_kwargs: None = None

@@ -7,8 +7,10 @@ from typing import cast
 
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
 from llmscale._core import Front, FrontStatus
+from llmscale.cli import app
 from llmscale.cli.serve import ServeOptions, _announce_ready
 from llmscale.errors import InvalidCheckpoint, Unavailable
 from llmscale.fleet_file import parse_fleet_file
@@ -67,6 +69,7 @@ def test_every_option_has_its_name_in_the_file() -> None:
         pipeline_parallel_size=3,
         replicas=4,
         kill_button=True,
+        allowed_origins=("https://a.example", "http://localhost:3000"),
     )
     text = """
         [gateway]
@@ -74,6 +77,7 @@ def test_every_option_has_its_name_in_the_file() -> None:
         port = 9
         api_key_file = "/keys"
         kill_button = true
+        allowed_origins = ["https://a.example", "http://localhost:3000"]
         [models.a]
         model = "tiny-chat"
         dtype = "float32"
@@ -97,6 +101,15 @@ def test_every_option_has_its_name_in_the_file() -> None:
         "max_step_seconds",
         "spare_worker",
     }
+
+
+def test_the_command_line_takes_origins_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[ServeOptions] = []
+    monkeypatch.setattr("llmscale.cli.serve.run", served.append)
+    origins = ["--allowed-origins", "https://a.example", "--allowed-origins", "http://localhost:3000"]
+    for words in ([], origins):
+        assert CliRunner().invoke(app, ["serve", "tiny-chat", *words]).exit_code == 0
+    assert [options.allowed_origins for options in served] == [(), ("https://a.example", "http://localhost:3000")]
 
 
 def test_a_folder_is_called_by_its_last_part(tmp_path: Path) -> None:

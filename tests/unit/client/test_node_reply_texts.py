@@ -21,9 +21,10 @@ def metaspace(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(write_metaspace(folder))
 
 
-def reply_to(prompt, tokenizer, params=None):
+def reply_to(prompt, tokenizer, params=None, **fields):
     text, messages = split_input(prompt)
-    call = Call(text, messages, params or SamplingParams(max_tokens=8), None, "standard", None, streaming=True)
+    params = params or SamplingParams(max_tokens=8)
+    call = Call(text, messages, params, None, "standard", None, streaming=True, **fields)
     reply = NodeReply(call, LIMITS, tokenizer, "request-1")
     reply.started(1, 0)
     return reply
@@ -52,6 +53,14 @@ def test_special_tokens_of_a_prompt_are_text_unless_the_caller_asks_for_their_id
     ids = NodeReply(call, LIMITS, metaspace, "request-1").prompt
     assert ids == metaspace.encode(prompt, parse_special_tokens=parse)
     assert [token for token in ids if token < 3] == ([1, 2] if parse else [1])
+
+
+def test_a_chat_can_go_on_with_its_last_message(metaspace):
+    messages, output = [{"role": "user", "content": "hello"}], metaspace.encode("the fox")[1:]
+    reply = reply_to(messages, metaspace, add_generation_prompt=False, continue_final_message=True)
+    assert text_of(reply, output) == (" the fox", None)
+    assert metaspace.decode(reply.prompt) == "[INST] hello"
+    assert metaspace.decode(reply_to(messages, metaspace).prompt) == "[INST] hello [/INST]"
 
 
 def test_a_chat_in_parts_has_the_prompt_of_its_text(metaspace):

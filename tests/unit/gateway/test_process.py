@@ -46,6 +46,7 @@ def test_the_help_names_every_setting_and_gives_an_example() -> None:
         "--model",
         "--api-key-file",
         "--max-drain-seconds",
+        "--allowed-origins",
         "--hedging",
         "Example:",
     ):

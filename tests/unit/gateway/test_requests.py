@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmscale.errors import InvalidField
-from llmscale.gateway import openai
+from llmscale.gateway import conversation, openai
 from llmscale.gateway.app import Gateway
 from llmscale.gateway.asgi import Message, Scope
 from llmscale.gateway.auth import load_keys
@@ -23,6 +23,7 @@ from tests.fakes.fake_front import FakeFront, FakeSampling
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "tiny", "prompt": "hi"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 async def ask(gateway: Gateway, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
@@ -70,7 +71,23 @@ BAD_CHAT: list[tuple[dict[str, Any], str | None]] = [
     ({"messages": [{"role": "user", "content": "x", "name": "Ann\n"}]}, "messages[0].name"),
     ({"messages": [{"role": "user", "content": "x", "type": "image"}]}, "messages[0].type"),
     ({"messages": [{"role": "user", "content": "x", "cache_control": {}}]}, "messages[0].cache_control"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls[0].function"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]},
+        "messages[0].tool_calls[0].id",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [CALL | {"type": "custom"}]}]},
+        "messages[0].tool_calls[0].type",
+    ),
+    ({"messages": [{"role": "assistant", "tool_calls": [CALL] * 129}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"id": "x" * 513}]}]}, "messages[0].tool_calls[0].id"),
+    ({"messages": [{"role": "assistant", "function_call": {"name": "f"}}]}, "messages[0].function_call"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "x" * 513}]}, "messages[0].tool_call_id"),
+    ({"messages": [{"role": "tool", "content": "x", "tool_call_id": 1}]}, "messages[0].tool_call_id"),
+    ({"continue_final_message": "yes"}, "continue_final_message"),
+    ({"continue_final_message": True}, "add_generation_prompt"),
+    ({"add_generation_prompt": 1}, "add_generation_prompt"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 10**30}, "max_tokens"),
@@ -226,7 +243,6 @@ UNSERVED_OF_COMPLETIONS: list[tuple[str, Any, Any]] = [("add_special_tokens", Tr
 UNSERVED_OF_CHATS: list[tuple[str, Any, Any]] = [
     ("add_special_tokens", False, True),
     ("parse_special_tokens", False, True),
-    ("continue_final_message", False, True),
     ("best_of", 1, 2),
     ("echo", False, True),
     ("verbosity", "medium", "high"),
@@ -257,7 +273,7 @@ async def test_what_is_not_served_may_say_so_and_is_otherwise_refused_with_the_o
     ids=["logprobs", "format", "retention"],
 )
 def test_what_changes_nothing_is_taken(fields: dict[str, Any]) -> None:
-    openai.check_chat(openai.decode_chat(json.dumps({**CHAT, **fields}).encode()), 1)
+    conversation.check_chat(openai.decode_chat(json.dumps({**CHAT, **fields}).encode()), 1)
     if "top_logprobs" not in fields:
         openai.check_format(openai.decode_completion(json.dumps({**COMPLETION, **fields}).encode()))
 
@@ -334,16 +350,16 @@ def test_the_text_parts_of_a_message_are_joined_by_line_ends(tokenizer: Tokenize
         b'{"role":"assistant"}]}'
     )
     plain = [{"role": "user", "content": "a\nb"}, {"role": "assistant", "content": ""}]
-    assert tokenizer.encode_chat(openai.template_messages(openai.decode_chat(body).messages)) == tokenizer.encode_chat(
-        plain
-    )
+    assert tokenizer.encode_chat(
+        conversation.template_messages(openai.decode_chat(body).messages)
+    ) == tokenizer.encode_chat(plain)
 
 
 @pytest.mark.parametrize("kind", ["text", "message", None])
 def test_a_message_with_the_type_of_a_part_and_a_part_to_be_cached_are_read_as_without(kind: str | None) -> None:
     part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
     body = {"model": "m", "messages": [{"role": "user", "type": kind, "content": [part]}]}
-    messages = openai.template_messages(openai.decode_chat(json.dumps(body).encode()).messages)
+    messages = conversation.template_messages(openai.decode_chat(json.dumps(body).encode()).messages)
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
 
 
@@ -352,12 +368,12 @@ def test_a_message_with_the_type_of_a_part_and_a_part_to_be_cached_are_read_as_w
 )
 def test_reasoning_reaches_the_template_under_either_name(fields: dict[str, str]) -> None:
     body = {"model": "m", "messages": [{"role": "assistant", "content": "c", **fields}]}
-    messages = openai.template_messages(openai.decode_chat(json.dumps(body).encode()).messages)
+    messages = conversation.template_messages(openai.decode_chat(json.dumps(body).encode()).messages)
     assert messages == [{"role": "assistant", "content": "c", "reasoning_content": "b"}]
 
 
 def test_the_effort_reaches_the_template_unless_its_variables_say_otherwise() -> None:
     head = b'{"model":"m","messages":[{"role":"user","content":"a"}],"reasoning_effort":"low"'
-    assert openai.template_variables(openai.decode_chat(head + b"}")) == {"reasoning_effort": "low"}
+    assert conversation.template_variables(openai.decode_chat(head + b"}")) == {"reasoning_effort": "low"}
     both = openai.decode_chat(head + b',"chat_template_kwargs":{"reasoning_effort":"high","tool_style":true}}')
-    assert openai.template_variables(both) == {"reasoning_effort": "high", "tool_style": True}
+    assert conversation.template_variables(both) == {"reasoning_effort": "high", "tool_style": True}

@@ -102,6 +102,9 @@ async def test_a_conversation_has_the_ids_of_its_answer(gateway: Gateway, tokeni
     told = await answer(gateway, "/tokenize", messages=CHAT, add_generation_prompt=False, chat_template_kwargs={"x": 1})
     assert told["tokens"] == tokenizer.encode_chat(CHAT, add_generation_prompt=False)
     assert len(told["tokens"]) < plain["count"]
+    open_end = {"add_generation_prompt": False, "continue_final_message": True}
+    told = await answer(gateway, "/tokenize", messages=CHAT, **open_end)
+    assert told["tokens"] == tokenizer.encode_chat(CHAT, **open_end)
 
 
 @pytest.mark.parametrize("given_input", [{"prompt": "né hello"}, {"messages": CHAT}])
@@ -173,7 +176,6 @@ async def test_a_bad_field_is_refused_by_name(gateway: Gateway, fields: dict[str
     [
         ("add_special_tokens", False, True),
         ("parse_special_tokens", False, True),
-        ("continue_final_message", False, True),
         ("tools", [], [{"type": "function"}]),
         ("chat_template", None, "{{ 1 }}"),
         ("mm_processor_kwargs", None, {}),
