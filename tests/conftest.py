@@ -3,6 +3,7 @@ the process hears its signals as before."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import signal
 from collections.abc import Generator, Iterator
@@ -17,6 +18,14 @@ settings.load_profile("llmscale")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _AT_FIRST = {number: signal.getsignal(number) for number in _SIGNALS}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets a coroutine that takes too long end its process. The usual error comes from a handler of SIGALRM, which
+    uvloop reports and forgets: a test waited for ever after its 600 s."""
+    for item in items:
+        if inspect.iscoroutinefunction(getattr(item, "function", None)):
+            item.add_marker(pytest.mark.timeout(method="thread"))
 
 
 @pytest.hookimpl(wrapper=True)
