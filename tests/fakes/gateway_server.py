@@ -1,20 +1,23 @@
 """A whole gateway on an ephemeral port: the real server and sockets, a scripted front behind them.
 
 `serving` runs it in the test's own event loop, so a test can drive the front between two reads; `exchange` sends raw
-bytes and reads until the server closes. Knows nothing of what is tested.
+bytes and reads until the server closes. `ask` needs no server. Knows nothing of what is tested.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import openai
 import uvicorn
 
 from llmscale.gateway.app import Gateway
+from llmscale.gateway.asgi import Message, Scope
 from llmscale.gateway.auth import load_keys
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.gateway.listener import listen
@@ -120,3 +123,20 @@ async def serving(
         server.should_exit = True
         await task
         front.close()
+
+
+async def ask(gateway: Gateway, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
+    """One request straight into the application."""
+    sent: list[Message] = []
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        return waiting.pop() if waiting else {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    await gateway(scope, receive, send)
+    return sent[0]["status"], json.loads(b"".join(part["body"] for part in sent[1:]))

@@ -250,7 +250,7 @@ class NodeTransport:
             try:
                 socket.send(frame, zmq.DONTWAIT)
             except zmq.Again:
-                self._lose(f"the connection to {self._address} was lost, or the node does not read")
+                self._lose(f"the node at {self._address} does not read what this client sends")
                 self._session.outgoing.clear()
                 self._renew()
                 return
@@ -303,8 +303,7 @@ class NodeTransport:
     def _on_time(self) -> None:
         self._timer = None
         # First what has arrived: after a stall of this process, the node's silence may be its own.
-        if self._hear(_MAX_FRAMES_PER_WAKE_UP):
-            self._drain_soon()
+        self._listen()
         self._session.tick(time.monotonic())
         self._advance()
 
@@ -378,9 +377,12 @@ class NodeTransport:
         self._draining = False
         if self._socket is None:
             return
+        self._listen()
+        self._advance()
+
+    def _listen(self) -> None:
         if self._hear(_MAX_FRAMES_PER_WAKE_UP):
             self._drain_soon()
-        self._advance()
 
     def _hear(self, most: int) -> bool:
         """Takes frames that have arrived, `most` at most. Returns whether there may be more."""
@@ -409,9 +411,12 @@ class NodeTransport:
             if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._session.link_up(time.monotonic())
             elif kind == zmq.EVENT_DISCONNECTED:
+                was_welcome = self._session.welcome is not None
                 self._lose(f"the connection to {self._address} was lost")
-                # What was sent since then would reach the node's successor, long after it made sense.
-                self._reopen()
+                # What was sent since then would reach the node's successor, long after it made sense. Only greetings
+                # go to whom was none, and libzmq waits between its own attempts.
+                if was_welcome:
+                    self._reopen()
             elif kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 # The peer closed in the handshake. It may have been starting, and libzmq tries again.
                 self._session.link_down(f"the connection to {self._address} was lost")

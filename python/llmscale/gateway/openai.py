@@ -29,7 +29,7 @@ from llmscale.types import (
 MAX_TEXT_CHARACTERS: Final = 1 << 22
 """Of one prompt."""
 _TOKEN_MAX: Final = (1 << 31) - 1
-T = TypeVar("T", bound=msgspec.Struct)
+_Request = TypeVar("_Request", bound=msgspec.Struct)
 
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Label = Annotated[str, Meta(max_length=512)]
@@ -347,7 +347,7 @@ def decode_chat(body: bytes) -> ChatRequest:
     return decoded(_chat_decoder, body)
 
 
-def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+def decoded(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
     """A body as the decoder's struct. Raises `InvalidField`."""
     try:
         return decoder.decode(body)

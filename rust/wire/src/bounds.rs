@@ -3,8 +3,9 @@
 
 use crate::caches::KvChanges;
 use crate::error::WireError;
+use crate::identity::ModelRef;
 use crate::limits::CodecLimits;
-use crate::node::{FromNode, Hello, ModelRef, Submit, ToNode, Welcome};
+use crate::node::{FromNode, Hello, Submit, ToNode, Welcome};
 use crate::worker::{Configure, Failed, FromWorker, Ready, ToWorker};
 use llmscale_types::{Admission, Delta, LimitError, Outputs, Sampling, StepResult, TokenLogprobs};
 

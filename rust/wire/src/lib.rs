@@ -8,6 +8,7 @@ mod caches;
 mod error;
 mod field;
 mod frame;
+mod identity;
 mod limits;
 mod marker;
 mod node;
@@ -21,10 +22,11 @@ mod writer;
 pub use caches::{KvAsk, KvChanges, KvSnapshot};
 pub use error::WireError;
 pub use frame::{Message, decode, decode_as, encode, encode_at, encode_into};
+pub use identity::{ModelIdentity, ModelRef, NodeLimits};
 pub use limits::CodecLimits;
 pub use node::{
-    Abort, FromNode, GiveBack, Hello, ModelIdentity, ModelRef, NodeLimits, NodeOutputs, NodeState, Ping, Pong, Recall,
-    RejectCode, Rejected, Status, Submit, ToNode, Welcome,
+    Abort, FromNode, GiveBack, Hello, NodeOutputs, NodeState, Ping, Pong, Recall, RejectCode, Rejected, Status, Submit,
+    ToNode, Welcome,
 };
 pub use version::{HANDSHAKE_VERSION, VERSIONS, VersionRange};
 pub use worker::{Configure, Dtype, Failed, FailureCode, FromWorker, NeedSnapshot, Ready, ToWorker};

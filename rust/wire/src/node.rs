@@ -5,6 +5,7 @@
 use crate::caches::{KvAsk, KvChanges, KvSnapshot};
 use crate::field::{codes, open_record, record};
 use crate::frame::messages;
+use crate::identity::{ModelIdentity, ModelRef, NodeLimits};
 use crate::version::VersionRange;
 use llmscale_types::{
     Attempt, Class, Duration, Epoch, FrontId, NodeId, Outputs, Refusal, RequestId, Sampling, SequenceKey, Submission,
@@ -62,17 +63,6 @@ messages!(FromNode {
     KvChanges = 6 (KvChanges),
     KvSnapshot = 7 (KvSnapshot),
 } handshake Welcome, Rejected);
-
-/// Which model a peer means.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub struct ModelRef {
-    /// Its name.
-    pub name: String,
-    /// Which state of it; `None` takes any.
-    pub revision: Option<String>,
-    /// The adapter on top; `None` is the plain model.
-    pub adapter: Option<String>,
-}
 
 /// A greeting.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -166,42 +156,6 @@ pub struct Recall {
 pub struct Ping {
     /// Comes back in the answer.
     pub nonce: u64,
-}
-
-/// Exactly what a node computes with: two nodes of one identity give the same tokens.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct ModelIdentity {
-    /// Its name.
-    pub name: String,
-    /// Which state of it.
-    pub revision: String,
-    /// The adapter on top, if there is one.
-    pub adapter: Option<String>,
-    /// Digest of the weights.
-    pub weights_digest: [u8; 32],
-    /// Digest of tokenizer and template.
-    pub tokenizer_digest: [u8; 32],
-    /// Kernels, dispatch level, dtype, quantization and parallel degrees in one string.
-    pub numerics: String,
-}
-
-/// What a front must know of a replica's bounds.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct NodeLimits {
-    /// Size of the vocabulary.
-    pub vocabulary: u32,
-    /// Longest sequence, prompt and output together.
-    pub max_sequence_tokens: u32,
-    /// Most sequences that run at once.
-    pub max_sequences: u32,
-    /// Most sequences that wait on the node.
-    pub max_waiting_sequences: u32,
-    /// KV blocks.
-    pub total_blocks: u32,
-    /// Tokens per block.
-    pub block_tokens: u32,
-    /// Ids that end a sequence.
-    pub eos_tokens: Vec<Token>,
 }
 
 /// The answer to a greeting.
@@ -363,7 +317,6 @@ pub struct Rejected {
 }
 
 record!(VersionRange { low: u8, high: u8 });
-record!(ModelRef { name: String, revision: Option<String>, adapter: Option<String> });
 open_record!(Hello { versions: VersionRange, front: String, fleet: String, model: Option<ModelRef> });
 record!(Submit {
     request: RequestId,
@@ -379,23 +332,6 @@ record!(Submit {
 record!(Abort { request: RequestId, attempt: Attempt, at_token: Option<u32> });
 record!(Recall { request: RequestId, attempt: Attempt });
 record!(Ping { nonce: u64 });
-open_record!(ModelIdentity {
-    name: String,
-    revision: String,
-    adapter: Option<String>,
-    weights_digest: [u8; 32],
-    tokenizer_digest: [u8; 32],
-    numerics: String,
-});
-open_record!(NodeLimits {
-    vocabulary: u32,
-    max_sequence_tokens: u32,
-    max_sequences: u32,
-    max_waiting_sequences: u32,
-    total_blocks: u32,
-    block_tokens: u32,
-    eos_tokens: Vec<Token>,
-});
 open_record!(Welcome { version: u8, node: NodeId, epoch: Epoch, model: ModelIdentity, limits: NodeLimits });
 record!(NodeOutputs { node: NodeId, epoch: Epoch, outputs: Outputs });
 record!(GiveBack {

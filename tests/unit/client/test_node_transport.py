@@ -15,6 +15,7 @@ import msgpack
 import pytest
 import zmq
 
+from llmscale import errors
 from llmscale.client import node_transport, wire
 from llmscale.client.calls import Call
 from llmscale.client.node_transport import NodeAnswer, NodeTransport
@@ -69,12 +70,14 @@ def played(tmp_path: Path) -> Iterator[PlayedNode]:
     node.leave()
 
 
+def transport_to(address: str) -> NodeTransport:
+    return NodeTransport(address, keys=None, fleet="llmscale", tokenizer=lambda _: None, connect_seconds=WAIT_SECONDS)
+
+
 @asynccontextmanager
 async def asking(node: PlayedNode) -> AsyncIterator[tuple[NodeTransport, NodeAnswer]]:
     """A client whose request the node has; all of its tokens have been sent, and nobody has looked yet."""
-    transport = NodeTransport(
-        node.address, keys=None, fleet="llmscale", tokenizer=lambda _: None, connect_seconds=WAIT_SECONDS
-    )
+    transport = transport_to(node.address)
     try:
         starting = asyncio.create_task(transport.start(CALL))
         await node.hear_of(HELLO)
@@ -133,3 +136,24 @@ async def test_a_node_is_not_silent_to_a_client_that_has_not_listened(
             patch.setattr(node_transport.time, "monotonic", lambda: later)
             transport._on_time()
         assert await tokens_of(answer) == TOKENS
+
+
+async def test_a_peer_that_hangs_up_is_connected_to_at_the_pace_of_libzmq() -> None:
+    contexts, third = list[object](), asyncio.Event()
+
+    async def hang_up(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        contexts.append(transport._context)
+        if len(contexts) >= 3:
+            third.set()
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        transport = transport_to(f"tcp://127.0.0.1:{port}")
+        starting = asyncio.create_task(transport.start(CALL))
+        async with asyncio.timeout(WAIT_SECONDS):
+            await third.wait()
+        assert all(context is contexts[0] for context in contexts), "a new context would not wait"
+        await transport.close()
+        with pytest.raises(errors.Cancelled):
+            await starting

@@ -15,36 +15,15 @@ from hypothesis import strategies as st
 from llmscale.errors import InvalidField
 from llmscale.gateway import conversation, openai
 from llmscale.gateway.app import Gateway
-from llmscale.gateway.asgi import Message, Scope
 from llmscale.gateway.auth import load_keys
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.tokenizer import Tokenizer
 from tests.fakes.fake_front import FakeFront, FakeSampling
+from tests.fakes.gateway_server import ask
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "tiny", "prompt": "hi"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-
-
-async def ask(gateway: Gateway, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    """One request straight into the application."""
-    sent: list[Message] = []
-    scope: Scope = {
-        "type": "http",
-        "method": "POST",
-        "path": path,
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
-    }
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        return waiting.pop() if waiting else {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    await gateway(scope, receive, send)
-    return sent[0]["status"], json.loads(b"".join(part["body"] for part in sent[1:]))
 
 
 @pytest.fixture

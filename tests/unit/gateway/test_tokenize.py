@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from llmscale.gateway import driver
 from llmscale.gateway.app import Gateway
-from llmscale.gateway.asgi import Message, Scope
 from llmscale.gateway.auth import load_keys
 from llmscale.gateway.config import GatewayConfig, GatewayLimits, ServedModel
 from llmscale.tokenizer import Tokenizer
 from tests.fakes.fake_front import FakeFront, FakeSampling
+from tests.fakes.gateway_server import ask
 from tests.fakes.tiny_tokenizer import VOCABULARY, write_metaspace
 
 TEXT = "hello<|im_end|> é"
@@ -45,23 +45,6 @@ async def gateway(tokenizer: Tokenizer) -> AsyncIterator[Gateway]:
     yield running
     assert running.services.driver.held_bytes == 0
     running.services.close()
-
-
-async def ask(gateway: Gateway, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
-    """One request straight into the application."""
-    sent: list[Message] = []
-    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-    scope: Scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        return waiting.pop() if waiting else {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    await gateway(scope, receive, send)
-    return sent[0]["status"], json.loads(b"".join(part["body"] for part in sent[1:]))
 
 
 async def answer(gateway: Gateway, path: str, **fields: Any) -> dict[str, Any]:

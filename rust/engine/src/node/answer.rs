@@ -8,8 +8,7 @@ use llmscale_net::{PeerId, Principal, ReceiveError, Role};
 use llmscale_scheduler::Event;
 use llmscale_types::{FrontId, SequenceKey, Time};
 use llmscale_wire::{
-    FromNode, Hello, ModelRef, NodeLimits, Pong, RejectCode, Rejected, ToNode, VERSIONS, Welcome, WireError, decode,
-    encode,
+    FromNode, Hello, ModelRef, Pong, RejectCode, Rejected, ToNode, VERSIONS, Welcome, WireError, decode, encode,
 };
 
 impl Node {
@@ -105,21 +104,12 @@ impl Node {
             let text = format!("this node serves {} fronts at most (max_fronts)", self.config.max_fronts);
             return self.reject(peer, RejectCode::TooManyFronts, &text);
         };
-        let limits = &self.config.limits;
         let welcome = Welcome {
             version,
             node: self.config.node,
             epoch: self.epoch,
             model: self.config.model.clone(),
-            limits: NodeLimits {
-                vocabulary: limits.vocabulary,
-                max_sequence_tokens: limits.max_sequence_tokens,
-                max_sequences: limits.max_sequences,
-                max_waiting_sequences: limits.max_waiting_sequences,
-                total_blocks: limits.total_blocks,
-                block_tokens: limits.block_tokens,
-                eos_tokens: limits.eos_tokens.clone(),
-            },
+            limits: (&self.config.limits).into(),
         };
         if !self.hand_over(front, &FromNode::Welcome(welcome)) {
             // It left while it waited, and its place is another's.

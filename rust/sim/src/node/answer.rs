@@ -7,7 +7,7 @@ use crate::network::Peer;
 use llmscale_scheduler::Event;
 use llmscale_types::{FrontId, Refusal, SequenceKey, Time};
 use llmscale_wire::{
-    FromNode, Hello, ModelIdentity, NodeLimits, Pong, RejectCode, Rejected, ToNode, Welcome, WireError, decode_as,
+    FromNode, Hello, ModelIdentity, Pong, RejectCode, Rejected, ToNode, Welcome, WireError, decode_as,
 };
 
 /// Frames taken per round.
@@ -76,21 +76,12 @@ impl NodeProcess {
         };
         let left = self.replica.attempts_of(front);
         assert_eq!(left, 0, "front {front} of node {} takes over attempts that it never sent", self.node);
-        let limits = self.replica.limits();
         let welcome = Welcome {
             version,
             node: self.node,
             epoch: self.epoch,
             model: identity(around.mix.numerics(self.place)),
-            limits: NodeLimits {
-                vocabulary: limits.vocabulary,
-                max_sequence_tokens: limits.max_sequence_tokens,
-                max_sequences: limits.max_sequences,
-                max_waiting_sequences: limits.max_waiting_sequences,
-                total_blocks: limits.total_blocks,
-                block_tokens: limits.block_tokens,
-                eos_tokens: limits.eos_tokens.clone(),
-            },
+            limits: self.replica.limits().into(),
         };
         self.tell(front, &FromNode::Welcome(welcome), around);
         let status = self.status();
